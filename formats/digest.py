@@ -1,0 +1,20 @@
+"""SHA-256 digests of parts: the bytes, and the dtype and shape they are to be read with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+DIGEST_CHARS = 64
+PLACEHOLDER = "0" * DIGEST_CHARS
+
+
+def part_digest(dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> str:
+    """Digest of one stored part (docs/format.md, M12).
+
+    >>> part_digest("U8", (2,), b"ab")[:16]
+    '0ed5bb6711170ae8'
+    """
+    digest = hashlib.sha256(f"{dtype}[{','.join(map(str, shape))}]\n".encode())
+    digest.update(data)
+    return digest.hexdigest()

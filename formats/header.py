@@ -1,0 +1,186 @@
+"""The safetensors header: eight length bytes, one JSON object, then the tensors' bytes without holes.
+
+Reads headers from anyone, checked in full before anything is allocated; writes them in one canonical
+form, so that the same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from seedpack.errors import FormatError
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one stored tensor lies: `start` and `end` are byte offsets into the data that follows the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header. `data_start` is the file offset of the first tensor's first byte."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """Bytes of a tensor.
+
+    >>> nbytes("F16", (3, 5))
+    30
+    """
+    return DTYPE_BYTES[dtype] * math.prod(shape)
+
+
+def loads_strict(text: str, where: str) -> Any:
+    """`json.loads` that refuses duplicate keys, NaN and absurd nesting with a `FormatError`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise FormatError(f"{where}: the key {twice[:80]!r} stands twice in one JSON object")
+        return result
+
+    def constant(name: str) -> Any:
+        raise FormatError(f"{where}: {name} is not JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+    except FormatError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON ({type(error).__name__}: {str(error)[:120]})") from None
+
+
+def dumps_canonical(value: Any) -> str:
+    """The one JSON text of a value: keys sorted, no spaces, UTF-8 left as it is."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
+    """Length of the JSON text, from the first eight bytes; checked against the file before it is read."""
+    if file_bytes < 8 or len(prefix) < 8:
+        raise FormatError(f"{where}: {file_bytes} bytes is too short for a safetensors file; was it truncated?")
+    length = int.from_bytes(prefix[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise FormatError(
+            f"{where}: header of {length} bytes, at most {MAX_HEADER_BYTES} allowed; is this a safetensors file?"
+        )
+    if 8 + length > file_bytes:
+        raise FormatError(
+            f"{where}: header of {length} bytes does not fit a file of {file_bytes}; the file is truncated"
+        )
+    return length
+
+
+def parse_header(text: bytes, file_bytes: int, where: str) -> Header:
+    """Check a header's JSON against the safetensors rules and the size of the file.
+
+    Args:
+        text: the JSON text, without the eight length bytes.
+        file_bytes: size of the whole file.
+        where: the file's name, for messages.
+
+    Raises:
+        FormatError: naming the tensor and the rule that is broken.
+    """
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{where}: the header is not UTF-8 (byte {error.start})") from None
+    if not decoded.startswith("{"):
+        raise FormatError(f"{where}: the header must begin with '{{'; is this a safetensors file?")
+    document = loads_strict(decoded, where)
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{where}: __metadata__ must map strings to strings")
+    tensors = {name: _tensor_info(name, value, where) for name, value in document.items()}
+    _check_coverage(tensors, file_bytes - 8 - len(text), where)
+    return Header(tensors, metadata, 8 + len(text))
+
+
+def _tensor_info(name: str, value: object, where: str) -> TensorInfo:
+    at = f"{where}: tensor {name[:120]!r}"
+    if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
+        raise FormatError(f"{at}: expected exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise FormatError(f"{at}: unknown dtype {str(dtype)[:40]!r}; known: {', '.join(DTYPE_BYTES)}")
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise FormatError(f"{at}: shape must be a list of whole numbers, got {str(shape)[:80]}")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
+        raise FormatError(f"{at}: data_offsets must be two whole numbers, got {str(offsets)[:80]}")
+    info = TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
+    if not 0 <= info.start <= info.end:
+        raise FormatError(f"{at}: data_offsets {offsets} do not ascend from 0")
+    expected = nbytes(dtype, shape)
+    if info.nbytes != expected:
+        raise FormatError(f"{at}: {dtype} {shape} takes {expected} bytes, data_offsets give {info.nbytes}")
+    return info
+
+
+def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> None:
+    """The tensors must tile the data: no hole, no overlap, nothing after the end."""
+    position = 0
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if info.start != position:
+            kind = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
+            raise FormatError(f"{where}: tensor {name[:120]!r} {kind}: starts at byte {info.start}, expected {position}")
+        position = info.end
+    if position != data_bytes:
+        kind = "the file is truncated" if position > data_bytes else "bytes follow that belong to no tensor"
+        raise FormatError(f"{where}: the tensors take {position} bytes, the file holds {data_bytes}; {kind}")
+
+
+def layout(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
+    """Lay tensors out in the canonical order: widest dtype first (so that all are aligned), then by name.
+
+    >>> layout({"b": ("U8", (3,)), "a": ("F32", (1,))})["b"].start
+    4
+    """
+    order = sorted(parts, key=lambda name: (-DTYPE_BYTES[parts[name][0]], name))
+    result, position = {}, 0
+    for name in order:
+        dtype, shape = parts[name]
+        end = position + nbytes(dtype, shape)
+        result[name] = TensorInfo(dtype, tuple(shape), position, end)
+        position = end
+    return result
+
+
+def serialise_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The canonical header, length bytes included, padded with spaces to a multiple of eight."""
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, info in tensors.items():
+        document[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end]}
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise FormatError(f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} allowed; write more, smaller shards")
+    return len(text).to_bytes(8, "little") + text

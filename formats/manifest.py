@@ -1,0 +1,262 @@
+"""The manifest: one JSON document that says how each tensor of a checkpoint is rebuilt, and from which bytes.
+
+It stands in a file's `__metadata__` under "seedpack", and in a Hugging Face folder's `config.json` as
+`quantization_config` (packed tensors only, with `quant_method` beside it). `manifest.schema.json` is its schema.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from seedpack.errors import DigestError, FormatError, VersionError
+from seedpack.formats.digest import PLACEHOLDER
+from seedpack.formats.header import DTYPE_BYTES, dumps_canonical, loads_strict
+from seedpack.formats.version import FORMAT_VERSION
+
+MANIFEST_KEY = "seedpack"
+PRINCIPAL_PART = "weight"
+RAW = "raw"
+
+_PART_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_CODEC_ID = re.compile(r"[a-z][a-z0-9_-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """A codec as the file names it: id, version of its bit layout, hyperparameters."""
+
+    id: str
+    version: int
+    config: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"id": self.id, "version": self.version, "config": self.config}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of the model: its codec (index into `Manifest.codecs`), dense dtype and shape, parts' digests.
+
+    `transposed` says that the codec saw the matrix transposed, because the model stores it [in, out].
+    """
+
+    codec: int
+    dtype: str
+    shape: tuple[int, ...]
+    parts: dict[str, str]
+    transposed: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        value = {"codec": self.codec, "dtype": self.dtype, "shape": list(self.shape), "parts": self.parts}
+        return {**value, "transposed": True} if self.transposed else value
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a reader needs beside the bytes. `shared` maps further names of a tensor to the stored one."""
+
+    codecs: tuple[CodecSpec, ...]
+    tensors: dict[str, TensorEntry]
+    shared: dict[str, str] = field(default_factory=dict)
+    writer: str = ""
+    version: int = FORMAT_VERSION
+
+    def codec_of(self, name: str) -> CodecSpec:
+        """The codec of one tensor."""
+        return self.codecs[self.tensors[name].codec]
+
+    def is_packed(self, name: str) -> bool:
+        """Whether a tensor is stored by any codec but `raw`."""
+        return self.codec_of(name).id != RAW
+
+    def part_keys(self, name: str) -> dict[str, str]:
+        """The safetensors key of each part of a tensor."""
+        return {part: part_key(name, part) for part in self.tensors[name].parts}
+
+    def select(self, names: Iterable[str]) -> Manifest:
+        """The manifest of some of the tensors, with only the codecs and aliases that they use."""
+        chosen = {name: self.tensors[name] for name in names}
+        used = sorted({entry.codec for entry in chosen.values()})
+        renumber = {old: new for new, old in enumerate(used)}
+        return replace(
+            self,
+            codecs=tuple(self.codecs[i] for i in used),
+            tensors={name: replace(entry, codec=renumber[entry.codec]) for name, entry in chosen.items()},
+            shared={alias: name for alias, name in self.shared.items() if name in chosen},
+        )
+
+    def packed_only(self) -> Manifest:
+        """What `config.json` carries: the packed tensors."""
+        return self.select(name for name in self.tensors if self.is_packed(name))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON document, its own digest included."""
+        document: dict[str, Any] = {
+            "seedpack": self.version,
+            "writer": self.writer,
+            "codecs": [codec.to_json() for codec in self.codecs],
+            "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
+            "shared": self.shared,
+        }
+        return {**document, "digest": _document_digest(document)}
+
+    def dumps(self) -> str:
+        """The canonical JSON text."""
+        return dumps_canonical(self.to_json())
+
+
+def part_key(name: str, part: str) -> str:
+    """Where a part of tensor `name` is stored: the principal part under the tensor's own name.
+
+    >>> part_key("a.b.weight", "weight"), part_key("a.b.weight", "codes"), part_key("emb", "codes")
+    ('a.b.weight', 'a.b.codes', 'emb.codes')
+    """
+    return name if part == PRINCIPAL_PART else f"{name.removesuffix('.weight')}.{part}"
+
+
+def merge(manifests: list[Manifest], where: str) -> Manifest:
+    """The manifest of a sharded checkpoint from those of its files."""
+    codecs: list[CodecSpec] = []
+    tensors: dict[str, TensorEntry] = {}
+    shared: dict[str, str] = {}
+    for manifest in manifests:
+        for name, entry in manifest.tensors.items():
+            if name in tensors:
+                raise FormatError(f"{where}: tensor {name!r} is described by two shards")
+            codec = manifest.codecs[entry.codec]
+            if codec not in codecs:
+                codecs.append(codec)
+            tensors[name] = replace(entry, codec=codecs.index(codec))
+        shared |= manifest.shared
+    return Manifest(tuple(codecs), tensors, shared, manifests[0].writer, manifests[0].version)
+
+
+def loads_manifest(text: str, where: str) -> Manifest:
+    """Read a manifest's JSON text; see `manifest_from_json`."""
+    return manifest_from_json(loads_strict(text, f"{where}: seedpack manifest"), where)
+
+
+def manifest_from_json(document: object, where: str) -> Manifest:
+    """Check a manifest document in full and return it.
+
+    Raises:
+        VersionError: it was written by a newer seedpack.
+        DigestError: it does not match its own digest.
+        FormatError: any other rule is broken, with the place.
+    """
+    at = f"{where}: seedpack manifest"
+    if not isinstance(document, dict):
+        raise FormatError(f"{at}: expected a JSON object, got {type(document).__name__}")
+    version = document.get("seedpack")
+    if type(version) is not int or version < 1:
+        raise FormatError(f"{at}: 'seedpack' must be the format version, got {str(version)[:40]!r}")
+    if version > FORMAT_VERSION:
+        raise VersionError(
+            f"{at}: format version {version}, this seedpack reads up to {FORMAT_VERSION}; "
+            "upgrade with pip install -U seedpack"
+        )
+    _require_keys(document, {"seedpack", "writer", "codecs", "tensors", "shared", "digest"}, set(), at)
+    body = {key: value for key, value in document.items() if key != "digest"}
+    expected = _document_digest(body)
+    if document["digest"] != expected:
+        raise DigestError(f"{at}: its bytes changed since it was written (digest {expected[:16]}…, "
+                          f"stored {str(document['digest'])[:16]}…); fetch the file again")  # fmt: skip
+    if not isinstance(document["writer"], str):
+        raise FormatError(f"{at}: 'writer' must be a string")
+    codecs = tuple(_codec_spec(value, f"{at}: codec {i}") for i, value in enumerate(_list(document, "codecs", at)))
+    tensors = {
+        name: _tensor_entry(value, len(codecs), f"{at}: tensor {name[:120]!r}")
+        for name, value in _object(document, "tensors", at).items()
+    }
+    shared = _object(document, "shared", at)
+    for alias, name in shared.items():
+        if alias in tensors or not isinstance(name, str) or name not in tensors:
+            raise FormatError(f"{at}: shared name {alias[:80]!r} must be new and point to a stored tensor")
+    _require_unique_keys(tensors, at)
+    return Manifest(codecs, tensors, shared, document["writer"], version)
+
+
+def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
+    """The manifest with the digest of each part filled in; `digests` maps safetensors keys to digests."""
+    tensors = {
+        name: replace(entry, parts={part: digests[part_key(name, part)] for part in entry.parts})
+        for name, entry in manifest.tensors.items()
+    }
+    return replace(manifest, tensors=tensors)
+
+
+def blank_parts(parts: Iterable[str]) -> dict[str, str]:
+    """Parts whose digests are not known yet; a placeholder of the same length."""
+    return dict.fromkeys(sorted(parts), PLACEHOLDER)
+
+
+def _document_digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(dumps_canonical(body).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _codec_spec(value: object, at: str) -> CodecSpec:
+    if not isinstance(value, dict):
+        raise FormatError(f"{at}: expected a JSON object")
+    _require_keys(value, {"id", "version", "config"}, set(), at)
+    if not isinstance(value["id"], str) or not _CODEC_ID.fullmatch(value["id"]):
+        raise FormatError(f"{at}: {str(value['id'])[:40]!r} is no codec id")
+    if type(value["version"]) is not int or value["version"] < 0:
+        raise FormatError(f"{at}: version must be a whole number from 0")
+    return CodecSpec(value["id"], value["version"], _object(value, "config", at))
+
+
+def _tensor_entry(value: object, codecs: int, at: str) -> TensorEntry:
+    if not isinstance(value, dict):
+        raise FormatError(f"{at}: expected a JSON object")
+    _require_keys(value, {"codec", "dtype", "shape", "parts"}, {"transposed"}, at)
+    if type(value["codec"]) is not int or not 0 <= value["codec"] < codecs:
+        raise FormatError(f"{at}: codec must be a number below {codecs}")
+    if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BYTES:
+        raise FormatError(f"{at}: unknown dtype {str(value['dtype'])[:40]!r}")
+    shape = _list(value, "shape", at)
+    if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise FormatError(f"{at}: shape must be whole numbers, got {str(shape)[:80]}")
+    parts = _object(value, "parts", at)
+    if PRINCIPAL_PART not in parts:
+        raise FormatError(f"{at}: has no principal part {PRINCIPAL_PART!r}")
+    for part, digest in parts.items():
+        if not _PART_NAME.fullmatch(part) or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise FormatError(f"{at}: part {part[:40]!r} needs a name in a-z, 0-9, _ and a SHA-256 digest")
+    if value.get("transposed", True) is not True:
+        raise FormatError(f"{at}: 'transposed' is true or left out")
+    return TensorEntry(value["codec"], value["dtype"], tuple(shape), parts, "transposed" in value)
+
+
+def _require_unique_keys(tensors: Mapping[str, TensorEntry], at: str) -> None:
+    owner: dict[str, str] = {}
+    for name, entry in tensors.items():
+        for part in entry.parts:
+            key = part_key(name, part)
+            if owner.setdefault(key, name) != name:
+                raise FormatError(f"{at}: tensors {owner[key]!r} and {name!r} both claim the key {key!r}")
+
+
+def _require_keys(value: dict[str, Any], required: set[str], optional: set[str], at: str) -> None:
+    missing, unknown = required - value.keys(), value.keys() - required - optional
+    if missing or unknown:
+        problem = f"lacks {sorted(missing)}" if missing else f"has unknown keys {sorted(unknown)[:4]}"
+        raise FormatError(f"{at}: {problem}; expected {sorted(required)}")
+
+
+def _list(value: dict[str, Any], key: str, at: str) -> list[Any]:
+    if not isinstance(value[key], list):
+        raise FormatError(f"{at}: {key!r} must be a list")
+    return value[key]
+
+
+def _object(value: dict[str, Any], key: str, at: str) -> dict[str, Any]:
+    if not isinstance(value[key], dict):
+        raise FormatError(f"{at}: {key!r} must be an object")
+    return value[key]

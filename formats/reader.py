@@ -1,0 +1,234 @@
+"""Read checkpoints: the header is checked in full first, then only the parts asked for are touched."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from seedpack.errors import DigestError, FormatError
+from seedpack.formats.digest import part_digest
+from seedpack.formats.header import Header, header_length, loads_strict, parse_header, serialise_header
+from seedpack.formats.manifest import (
+    MANIFEST_KEY,
+    RAW,
+    Manifest,
+    loads_manifest,
+    manifest_from_json,
+    merge,
+    part_key,
+)
+from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
+
+QUANT_METHOD = "seedpack"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored part: `data` is a view of the mapped file (private: writing to it does not change the file)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class SafetensorsFile:
+    """One safetensors file, mapped. `header` is checked; nothing else has been read."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            length = header_length(self._file.read(8), size, str(path))
+            self._header_bytes = self._file.read(length)
+            self.header: Header = parse_header(self._header_bytes, size, str(path))
+            self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def part(self, key: str) -> Part:
+        """The tensor stored under a key, as a view."""
+        info = self.header.tensors.get(key)
+        if info is None:
+            raise FormatError(f"{self.path}: has no tensor {key!r}")
+        start = self.header.data_start
+        return Part(info.dtype, info.shape, memoryview(self._map)[start + info.start : start + info.end])
+
+    def manifest(self) -> Manifest | None:
+        """The seedpack manifest in the file's metadata, or None."""
+        text = self.header.metadata.get(MANIFEST_KEY)
+        return None if text is None else loads_manifest(text, str(self.path))
+
+    def require_canonical(self) -> None:
+        """Refuse a header that says the same in other bytes: some bit of it was changed."""
+        written = serialise_header(self.header.tensors, self.header.metadata)
+        if written[8:] != self._header_bytes:
+            raise DigestError(f"{self.path}: the header's bytes changed since they were written; fetch the file again")
+
+    def close(self) -> None:
+        """Close the file; the mapping lives on while parts of it are in use."""
+        self._file.close()
+
+
+class Checkpoint:
+    """A packed checkpoint: one file, or a folder with `model.safetensors` or an index and shards.
+
+    Every rule of the format that needs no tensor data is checked here. `verify` checks the data.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.files = [SafetensorsFile(file) for file in _weight_files(self.path)]
+        try:
+            self._file_of = self._index_keys()
+            self.manifest = self._find_manifest()
+            self._check_parts()
+        except BaseException:
+            self.close()
+            raise
+
+    def part(self, name: str, part: str, *, check: bool = True) -> Part:
+        """One part of one tensor; `check` compares its digest, where one is stored."""
+        key = part_key(name, part)
+        found = self._file_of[key].part(key)
+        if check:
+            stored = self.manifest.tensors[name].parts[part]
+            actual = part_digest(found.dtype, found.shape, found.data)
+            if actual != stored:
+                raise DigestError(
+                    f"{self._file_of[key].path}: tensor {name!r}, part {part!r}: its bytes changed since they were "
+                    f"written (digest {actual[:16]}…, stored {stored[:16]}…); fetch the file again"
+                )
+        return found
+
+    def parts(self, name: str, *, check: bool = True) -> dict[str, Part]:
+        """All parts of one tensor."""
+        return {part: self.part(name, part, check=check) for part in self.manifest.tensors[name].parts}
+
+    def raw_keys(self) -> list[str]:
+        """Tensors in the files that the manifest does not describe (a folder saved again by transformers)."""
+        described = {key for name in self.manifest.tensors for key in self.manifest.part_keys(name).values()}
+        return sorted(self._file_of.keys() - described)
+
+    def undescribed(self, key: str) -> Part:
+        """A tensor of `raw_keys`."""
+        return self._file_of[key].part(key)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Size on disk of all weight files, headers included."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    def verify(self) -> Iterator[tuple[str, DigestError | None]]:
+        """Check every part of every tensor against its digest, yielding (tensor, error or None) as it goes."""
+        for file in self.files:
+            if MANIFEST_KEY in file.header.metadata:
+                file.require_canonical()
+        for name in self.manifest.tensors:
+            try:
+                self.parts(name)
+            except DigestError as error:
+                yield name, error
+            else:
+                yield name, None
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self.files:
+            file.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _index_keys(self) -> dict[str, SafetensorsFile]:
+        file_of: dict[str, SafetensorsFile] = {}
+        for file in self.files:
+            for key in file.header.tensors:
+                if key in file_of:
+                    raise FormatError(f"{self.path}: tensor {key!r} is in {file_of[key].path.name} and {file.path.name}")
+                file_of[key] = file
+        return file_of
+
+    def _find_manifest(self) -> Manifest:
+        found = [manifest for file in self.files if (manifest := file.manifest()) is not None]
+        if found and len(found) == len(self.files):
+            return merge(found, str(self.path))
+        config = self.path / "config.json"
+        if self.path.is_dir() and config.is_file():
+            manifest = manifest_from_config(loads_strict(config.read_text("utf-8", "replace"), str(config)), str(config))
+            if manifest is not None:
+                return manifest
+        raise FormatError(
+            f"{self.path}: not a seedpack checkpoint (no manifest in the metadata of {self.files[0].path.name}); "
+            "pack it with seedpack compress"
+        )
+
+    def _check_parts(self) -> None:
+        """Every part that the manifest names is in the files, and raw tensors have their stated form."""
+        for name, entry in self.manifest.tensors.items():
+            for part, key in self.manifest.part_keys(name).items():
+                if key not in self._file_of:
+                    raise FormatError(f"{self.path}: tensor {name!r}: its part {part!r} ({key!r}) is not in the files")
+            if self.manifest.codec_of(name).id == RAW:
+                info = self._file_of[name].header.tensors[name]
+                if (info.dtype, info.shape) != (entry.dtype, entry.shape):
+                    raise FormatError(
+                        f"{self.path}: tensor {name!r}: stored as {info.dtype} {list(info.shape)}, "
+                        f"manifest says {entry.dtype} {list(entry.shape)}"
+                    )
+        if any(MANIFEST_KEY in file.header.metadata for file in self.files) and (stray := self.raw_keys()):
+            raise FormatError(f"{self.path}: {len(stray)} stored tensors are not in the manifest, as {stray[0]!r}")
+
+
+def manifest_from_config(config: object, where: str) -> Manifest | None:
+    """The manifest in a Hugging Face config's `quantization_config` (top level or text sub-config), or None."""
+    if not isinstance(config, dict):
+        raise FormatError(f"{where}: expected a JSON object")
+    for holder in (config, config.get("text_config")):
+        quantization = holder.get("quantization_config") if isinstance(holder, dict) else None
+        if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
+            return manifest_from_json({k: v for k, v in quantization.items() if k != "quant_method"}, where)
+    return None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FormatError(f"{path}: no such file or folder")
+    index = path / INDEX_FILE
+    if not index.is_file():
+        if not (path / SINGLE_FILE).is_file():
+            raise FormatError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
+        return [path / SINGLE_FILE]
+    document = loads_strict(index.read_text("utf-8", "replace"), str(index))
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise FormatError(f"{index}: 'weight_map' must map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (path / name).is_file():
+            raise FormatError(f"{index}: names the shard {name[:120]!r}, which is not a file in {path}")
+    return [path / name for name in names]
+
+
+def read_json(path: Path) -> object:
+    """A JSON file of a checkpoint folder, strictly read."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: cannot be read as JSON: {str(error)[:120]}") from None

@@ -1,0 +1,225 @@
+"""Write checkpoints: laid out before the first tensor is fitted, filled tensor by tensor, sealed at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from seedpack.errors import FormatError, OutputError
+from seedpack.formats.digest import part_digest
+from seedpack.formats.header import DTYPE_BYTES, dumps_canonical, layout, nbytes, serialise_header
+from seedpack.formats.manifest import (
+    MANIFEST_KEY,
+    CodecSpec,
+    Manifest,
+    TensorEntry,
+    blank_parts,
+    merge,
+    part_key,
+    with_digests,
+)
+
+PartSpec = tuple[str, tuple[int, ...]]
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """What is known of a tensor before it is fitted: its codec, dense dtype and shape, and its parts' specs."""
+
+    name: str
+    codec: CodecSpec
+    dtype: str
+    shape: tuple[int, ...]
+    parts: Mapping[str, PartSpec]
+    transposed: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, all parts together."""
+        return sum(nbytes(dtype, shape) for dtype, shape in self.parts.values())
+
+
+class FileWriter:
+    """One safetensors file with a manifest. Every planned tensor is written once, in any order, then `close`.
+
+    The file is useless to any reader until `close` writes its header. Use it inside `staged`.
+    """
+
+    def __init__(self, path: Path, tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str):
+        self._manifest = _blank_manifest(tensors, shared, writer)
+        specs: dict[str, PartSpec] = {}
+        for tensor in tensors:
+            for part, spec in tensor.parts.items():
+                if specs.setdefault(part_key(tensor.name, part), spec) is not spec:
+                    raise FormatError(f"tensor {tensor.name!r}: its part {part!r} would overwrite another tensor")
+        self._infos = layout(specs)
+        self._digests: dict[str, str] = {}
+        self._path = path
+        header = self._header()
+        self._data_start = len(header)
+        end = max((info.end for info in self._infos.values()), default=0)
+        self._file = open(path, "xb")  # noqa: SIM115 (closed by close)
+        try:
+            _reserve(self._file.fileno(), self._data_start + end, path)
+        except BaseException:
+            self._file.close()
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest as it stands: digests of parts not yet written are placeholders."""
+        return with_digests(self._manifest, {key: self._digests.get(key, "0" * 64) for key in self._infos})
+
+    def write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]) -> None:
+        """Store the parts of one tensor, each as (dtype, shape, bytes); they must be what was planned."""
+        planned = self._manifest.tensors[name].parts
+        if parts.keys() != planned.keys():
+            raise FormatError(f"tensor {name!r}: planned parts {sorted(planned)}, got {sorted(parts)}")
+        for part, (dtype, shape, data) in parts.items():
+            info = self._infos[part_key(name, part)]
+            if (dtype, tuple(shape)) != (info.dtype, info.shape) or len(data) != info.nbytes:
+                raise FormatError(
+                    f"tensor {name!r}, part {part!r}: planned {info.dtype} {list(info.shape)} of {info.nbytes} bytes, "
+                    f"got {dtype} {list(shape)} of {len(data)}"
+                )
+            self._file.seek(self._data_start + info.start)
+            self._file.write(data)
+            self._digests[part_key(name, part)] = part_digest(dtype, shape, data)
+
+    def close(self) -> None:
+        """Write the header with all digests and flush to disk."""
+        missing = self._infos.keys() - self._digests.keys()
+        if missing:
+            raise FormatError(f"{self._path.name}: {len(missing)} parts were never written, as {min(missing)!r}")
+        header = self._header()
+        assert len(header) == self._data_start, "digests have one length"
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abort(self) -> None:
+        """Close the file as it is; `staged` removes it."""
+        self._file.close()
+
+    def _header(self) -> bytes:
+        return serialise_header(self._infos, {"format": "pt", MANIFEST_KEY: self.manifest.dumps()})
+
+
+class CheckpointWriter:
+    """A checkpoint in one file, or in a folder as one file or shards with an index.
+
+    Args:
+        path: a file, or with `folder=True` an existing folder.
+        tensors: everything that will be written.
+        shared: further names of stored tensors.
+        writer: the program's name and version.
+        shard_bytes: in a folder, start a new shard before a file's parts exceed this.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[PlannedTensor],
+        shared: Mapping[str, str],
+        writer: str,
+        *,
+        folder: bool = False,
+        shard_bytes: int | None = None,
+    ):
+        self._folder = path if folder else None
+        groups = _shards(tensors, shard_bytes) if folder else [list(tensors)]
+        names = [SINGLE_FILE] if len(groups) == 1 else [
+            f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
+        ]  # fmt: skip
+        self._writers: dict[str, FileWriter] = {}
+        self._file_of: dict[str, str] = {}
+        try:
+            for name, group in zip(names, groups, strict=True):
+                stored = {tensor.name for tensor in group}
+                aliases = {alias: target for alias, target in shared.items() if target in stored}
+                self._writers[name] = FileWriter(path / name if folder else path, group, aliases, writer)
+                self._file_of |= dict.fromkeys(stored, name)
+        except BaseException:
+            self.__exit__(OSError, None, None)
+            raise
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the whole checkpoint."""
+        return merge([writer.manifest for writer in self._writers.values()], "checkpoint")
+
+    def write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]) -> None:
+        """Store one tensor's parts; see `FileWriter.write`."""
+        self._writers[self._file_of[name]].write(name, parts)
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self._writers.values():
+            writer.abort() if kind else writer.close()
+        if self._folder and len(self._writers) > 1 and not kind:
+            self._write_index(self._folder / INDEX_FILE)
+
+    def _write_index(self, path: Path) -> None:
+        weight_map = {key: name for name, writer in self._writers.items() for key in writer._infos}
+        total = sum(info.nbytes for writer in self._writers.values() for info in writer._infos.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        path.write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _blank_manifest(tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str) -> Manifest:
+    codecs = sorted({dumps_canonical(tensor.codec.to_json()): tensor.codec for tensor in tensors}.items())
+    index = {text: i for i, (text, _) in enumerate(codecs)}
+    entries = {
+        tensor.name: TensorEntry(
+            index[dumps_canonical(tensor.codec.to_json())],
+            tensor.dtype,
+            tuple(tensor.shape),
+            blank_parts(tensor.parts),
+            tensor.transposed,
+        )
+        for tensor in tensors
+    }
+    if len(entries) != len(tensors):
+        raise FormatError("two planned tensors have one name")
+    for tensor in tensors:
+        for dtype, _ in tensor.parts.values():
+            if dtype not in DTYPE_BYTES:
+                raise FormatError(f"tensor {tensor.name!r}: dtype {dtype!r} cannot be stored")
+    return Manifest(tuple(codec for _, codec in codecs), entries, dict(shared), writer)
+
+
+def _shards(tensors: Sequence[PlannedTensor], shard_bytes: int | None) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shard_bytes and shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _reserve(descriptor: int, size: int, path: Path) -> None:
+    """Claim the disk space now, so that a full disk is known before hours of fitting."""
+    try:
+        if size and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, size)
+        else:
+            os.truncate(descriptor, size)
+    except OSError as error:
+        raise OutputError(
+            f"{path.parent}: cannot reserve {size / 1e6:.1f} MB: {error.strerror}; free space or name another output"
+        ) from error

@@ -1,0 +1,58 @@
+"""Compress pretrained models into seed + coefficient checkpoints, and run them packed.
+
+>>> import seedpack
+>>> seedpack.compress("model.safetensors", "packed.safetensors", codec="seedlm", bits=4)  # doctest: +SKIP
+>>> seedpack.load("packed.safetensors", model=net)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from seedpack._transformers import install as _install
+from seedpack.errors import SeedpackError as SeedpackError
+
+if TYPE_CHECKING:
+    from seedpack.api import compress as compress
+    from seedpack.api import load as load
+    from seedpack.api import save as save
+    from seedpack.codecs.base import Codec as Codec
+    from seedpack.codecs.registry import get_codec as get_codec
+    from seedpack.codecs.registry import register_codec as register_codec
+    from seedpack.model.plan import Plan as Plan
+
+__version__ = "0.1.0"
+__all__ = [
+    "Codec",
+    "Plan",
+    "SeedpackError",
+    "__version__",
+    "compress",
+    "get_codec",
+    "load",
+    "register_codec",
+    "save",
+]
+_HOME = {
+    "Codec": "seedpack.codecs.base",
+    "Plan": "seedpack.model.plan",
+    "compress": "seedpack.api",
+    "get_codec": "seedpack.codecs.registry",
+    "load": "seedpack.api",
+    "register_codec": "seedpack.codecs.registry",
+    "save": "seedpack.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'seedpack' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_install()

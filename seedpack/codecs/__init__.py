@@ -1,0 +1,1 @@
+"""Codecs: each turns a weight into parts and back. One file a codec."""

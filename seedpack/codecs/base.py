@@ -1,0 +1,147 @@
+"""The codec contract.
+
+A codec is a small value: a frozen dataclass of its hyperparameters. It sees a weight as a matrix
+[out_features, in_features] (a convolution's trailing axes are flattened into the second) and turns it into named
+integer tensors, its *parts*, laid out [out_features, groups along the input, …]. Fields must be JSON values.
+
+    parts(shape)                     what will be stored, known before fitting
+    encode(weight, importance)       weight -> parts
+    decode(parts, shape, dtype)      parts -> weight; the definition
+    rows(parts, index)               the parts of some rows, for embeddings
+    matmul(x, parts, shape)          x @ weight.T
+
+`docs/adding-a-codec.md` shows a whole one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.dtypes import TORCH_DTYPES, dtype_name
+from seedpack.errors import CodecError
+from seedpack.formats import CodecSpec, PartSpec
+from seedpack.formats.header import nbytes
+from seedpack.kernels.dispatch import Backend
+
+Shape = tuple[int, ...]
+Parts = dict[str, Tensor]
+Progress = Callable[[int], None]
+
+
+def matrix_shape(shape: Shape) -> tuple[int, int]:
+    """The matrix a codec sees: the first axis, and all others flattened.
+
+    >>> matrix_shape((16, 3, 3, 3))
+    (16, 27)
+    """
+    if len(shape) < 2 or 0 in shape:
+        raise CodecError(f"a weight of shape {list(shape)} is no matrix; store it raw")
+    return shape[0], math.prod(shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """Base of all codecs; subclasses set `id`, `version` and their fields."""
+
+    id: ClassVar[str]
+    version: ClassVar[int]
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """(dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
+        raise NotImplementedError
+
+    def encode(
+        self,
+        weight: Float[Tensor, "out in"],
+        importance: Float[Tensor, " in"] | None = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """Fit the weight.
+
+        Args:
+            weight: float [out, in], finite.
+            importance: weight of the squared error of each input channel, positive [in]; None is all ones.
+            progress: called with the count of weights fitted since the last call.
+            backend: which kernels to use.
+        """
+        raise NotImplementedError
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """Rebuild the weight [out, in]: exact integers, then one float32 expression, cast to `dtype`."""
+        raise NotImplementedError
+
+    def rows(self, parts: Parts, index: Tensor) -> Parts:
+        """The parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
+        raise NotImplementedError
+
+    def matmul(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
+        """x [..., in] @ weight.T -> [..., out]."""
+        return x @ self.decode(parts, shape, x.dtype, backend).mT
+
+    def bits_per_weight(self, shape: Shape) -> float:
+        """Bits stored for each weight, scales and padding counted."""
+        stored = sum(nbytes(dtype, part) for dtype, part in self.parts(shape).values())
+        return 8 * stored / math.prod(shape)
+
+    def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
+        """Refuse parts that this codec cannot have written for a weight of this shape.
+
+        Raises:
+            CodecError: naming the part, what was found and what was expected.
+        """
+        expected = self.parts(shape)
+        if parts.keys() != expected.keys():
+            raise CodecError(f"{self.id}: expected parts {sorted(expected)}, found {sorted(parts)}")
+        for name, (dtype, part_shape) in expected.items():
+            found = parts[name]
+            if found.dtype != TORCH_DTYPES[dtype] or tuple(found.shape) != tuple(part_shape):
+                raise CodecError(
+                    f"{self.id}: part {name!r} of a weight {list(shape)}: expected {dtype} {list(part_shape)}, "
+                    f"found {dtype_name(found.dtype)} {list(found.shape)}"
+                )
+
+    def spec(self) -> CodecSpec:
+        """What a file stores of the codec."""
+        return CodecSpec(self.id, self.version, dataclasses.asdict(self))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """The codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        if config.keys() != fields.keys():
+            odd = sorted(config.keys() ^ fields.keys())
+            raise CodecError(f"{cls.id}: hyperparameters {sorted(fields)} expected; missing or unknown: {odd[:4]}")
+        return cls(**config)
+
+
+def require_whole(codec: str, name: str, value: object, low: int, high: int) -> None:
+    """Refuse a hyperparameter that is not a whole number in a range."""
+    if type(value) is not int or not low <= value <= high:
+        raise CodecError(f"{codec}: {name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def require_dtype(codec: str, value: object) -> None:
+    """Refuse what is no safetensors dtype name."""
+    if value not in TORCH_DTYPES:
+        raise CodecError(f"{codec}: dtype must be one of {', '.join(TORCH_DTYPES)}, got {value!r}")
+
+
+def require_importance(codec: str, importance: Tensor, columns: int) -> Tensor:
+    """Importance as float64 [in], scaled to mean 1 and kept off zero; wrong shapes and values are refused."""
+    if tuple(importance.shape) != (columns,):
+        raise CodecError(f"{codec}: importance must have one value for each of {columns} input channels, "
+                         f"got shape {list(importance.shape)}")  # fmt: skip
+    h = importance.double().cpu()
+    if not (torch.isfinite(h).all() and (h >= 0).all() and h.sum() > 0):
+        raise CodecError(f"{codec}: importance must be finite, not negative, and not all zero")
+    h = h / h.mean()
+    return h.clamp_min(1e-6)

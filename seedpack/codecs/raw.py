@@ -1,0 +1,56 @@
+"""The tensor itself: norms, biases, and what a plan leaves alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_dtype
+from seedpack.dtypes import TORCH_DTYPES
+from seedpack.formats import PartSpec
+from seedpack.kernels.dispatch import Backend
+
+
+@dataclass(frozen=True)
+class RawCodec(Codec):
+    """One part, "weight": the tensor in its own dtype and shape, whatever that is.
+
+    Attributes:
+        dtype: safetensors dtype name.
+    """
+
+    id: ClassVar[str] = "raw"
+    version: ClassVar[int] = 1
+    dtype: str = "F32"
+
+    def __post_init__(self) -> None:
+        require_dtype(self.id, self.dtype)
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """The tensor."""
+        return {"weight": (self.dtype, tuple(shape))}
+
+    def encode(
+        self,
+        weight: Tensor,
+        importance: Float[Tensor, " in"] | None = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """A cast to `dtype`."""
+        if progress:
+            progress(weight.numel())
+        return {"weight": weight.to(TORCH_DTYPES[self.dtype])}
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """A cast."""
+        return parts["weight"].to(dtype)
+
+    def rows(self, parts: Parts, index: Tensor) -> Parts:
+        """Some rows."""
+        return {"weight": parts["weight"][index]}

@@ -1,0 +1,164 @@
+"""SeedLM (Shafipour et al., arXiv 2410.10714, ICLR 2025): a seed and P 4-bit coefficients for each block of C weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_importance, require_whole
+from seedpack.errors import CodecError
+from seedpack.formats import PartSpec
+from seedpack.kernels.bits import pack, packed_shape
+from seedpack.kernels.dispatch import Backend
+from seedpack.kernels.seedlm_decode import seedlm_decode
+from seedpack.kernels.seedlm_decode.reference import CODE_BITS
+from seedpack.kernels.seedlm_search import seedlm_search
+
+# The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
+BIAS_MIN, BIAS_MAX = -118, 120
+BATCH_BLOCKS = 1 << 15
+
+
+@dataclass(frozen=True)
+class SeedLMCodec(Codec):
+    """Each block of C weights of a row is U(s)·(q·2^(e + bias)): 16 + 4 + 12 bits for 8 weights by default.
+
+    A block costs K + 4 + 4P bits (Eq. 3); (K, C, P) = (16, 8, 3) is 4.000 and (16, 12, 4) is 3.000 bits a weight
+    (Table 1). Rows are padded to whole blocks. Parts (bit fields, see docs/format.md):
+
+    - weight: the seeds, K bits each, uint8 [out, groups, bytes].
+    - codes: for each block the exponent, then P mantissas, 4 bits each in two's complement, uint8 [out, groups, bytes].
+    - exponent_bias: one int8 for the tensor, so that small and large tensors fit the 4-bit exponent.
+
+    Attributes:
+        seed_bits: K, 2 … 24.
+        block: C, weights of a block.
+        rank: P, coefficients of a block.
+        exponents: exponents tried for each seed, for the encoder alone: 1 is the paper's rule, 3 its neighbours too.
+    """
+
+    id: ClassVar[str] = "seedlm"
+    version: ClassVar[int] = 0
+    seed_bits: int = 16
+    block: int = 8
+    rank: int = 3
+    exponents: int = 3
+
+    def __post_init__(self) -> None:
+        require_whole(self.id, "seed_bits", self.seed_bits, 2, 24)
+        require_whole(self.id, "block", self.block, 1, 256)
+        require_whole(self.id, "rank", self.rank, 1, min(16, self.block))
+        if self.exponents not in (1, 3):
+            raise CodecError(f"{self.id}: exponents must be 1 or 3, got {self.exponents!r}")
+
+    @classmethod
+    def from_bits(cls, bits: float) -> Self:
+        """The paper's configuration of 3 or 4 bits (Table 1)."""
+        configurations = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}
+        if bits not in configurations:
+            raise CodecError(
+                f"{cls.id}: {bits} bits: the paper gives configurations for 3 and 4; "
+                "for others set seed_bits, block and rank, at (seed_bits + 4 + 4·rank) / block bits"
+            )
+        seed_bits, block, rank = configurations[bits]
+        return cls(seed_bits, block, rank)
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """Seeds, codes and the exponent bias."""
+        rows, columns = shape
+        blocks = -(-columns // self.block)
+        return {
+            "weight": ("U8", packed_shape(rows, blocks, self.seed_bits)),
+            "codes": ("U8", packed_shape(rows, blocks, CODE_BITS * (self.rank + 1))),
+            "exponent_bias": ("I8", (1,)),
+        }
+
+    def encode(
+        self,
+        weight: Float[Tensor, "out in"],
+        importance: Float[Tensor, " in"] | None = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`)."""
+        rows, columns = weight.shape
+        blocks = -(-columns // self.block)
+        padded = torch.zeros(rows, blocks, self.block)
+        padded.flatten(1)[:, :columns] = weight
+        bias = self._exponent_bias(padded)
+        seeds = torch.empty(rows, blocks, dtype=torch.int64)
+        codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int64)
+
+        def fit(where: tuple[slice, slice], h: Tensor | None) -> None:
+            part = padded[where]
+            found = seedlm_search(
+                part.reshape(-1, self.block), h, bias,
+                seed_bits=self.seed_bits, rank=self.rank, exponents=self.exponents, backend=backend,
+            )  # fmt: skip
+            seeds[where] = found.seed.view(part.shape[:2])
+            codes[where] = torch.cat((found.exponent[:, None], found.mantissa), 1).view(*part.shape[:2], -1)
+            if progress:
+                progress(part.shape[0] * (min(columns, where[1].stop * self.block) - where[1].start * self.block))
+
+        if importance is None:
+            step = max(1, BATCH_BLOCKS // blocks)
+            for row in range(0, rows, step):
+                fit((slice(row, min(rows, row + step)), slice(0, blocks)), None)
+        else:
+            h = self._block_importance(importance, blocks)
+            for block in range(blocks):
+                fit((slice(0, rows), slice(block, block + 1)), h[block])
+        return {
+            "weight": pack(seeds, self.seed_bits),
+            "codes": self._pack_codes(codes),
+            "exponent_bias": torch.tensor([bias], dtype=torch.int8),
+        }
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """See `kernels.seedlm_decode.reference.decode`, the definition."""
+        return seedlm_decode(
+            parts["weight"], parts["codes"], parts["exponent_bias"],
+            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
+        )  # fmt: skip
+
+    def rows(self, parts: Parts, index: Tensor) -> Parts:
+        """Seeds and codes of some rows, the bias of all."""
+        return {**parts, "weight": parts["weight"][index], "codes": parts["codes"][index]}
+
+    def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
+        """Beside the parts' form: no seed is 0, and the bias is in range."""
+        super().check(parts, shape)
+        if parts["weight"].device.type == "meta":
+            return
+        if not BIAS_MIN <= int(parts["exponent_bias"]) <= BIAS_MAX:
+            raise CodecError(f"{self.id}: exponent bias {int(parts['exponent_bias'])} is not in {BIAS_MIN} … {BIAS_MAX}")
+        if self.seed_bits == 16 and not parts["weight"].contiguous().view(torch.int16).all():
+            raise CodecError(f"{self.id}: a seed is 0, which no register can leave; the file is corrupt")
+
+    def _pack_codes(self, codes: Tensor) -> Tensor:
+        """[rows, blocks, P + 1] to bytes, whole groups of blocks."""
+        rows, blocks, width = codes.shape
+        shape = packed_shape(rows, blocks, CODE_BITS * width)
+        nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int64)
+        nibbles[:, : blocks * width] = codes.flatten(1)
+        return pack(nibbles, CODE_BITS).reshape(shape)
+
+    def _block_importance(self, importance: Tensor, blocks: int) -> Tensor:
+        """[in] to [blocks, C], relative to the mean; places of padding count as the mean."""
+        h = torch.ones(blocks * self.block, dtype=torch.float64)
+        h[: len(importance)] = require_importance(self.id, importance, len(importance))
+        return h.view(blocks, self.block)
+
+    @staticmethod
+    def _exponent_bias(blocks: Tensor) -> int:
+        """The bias that puts the largest block's exponent near the top of the range, an octave to spare."""
+        norm = float(blocks.square().sum(-1).max().sqrt())
+        top = math.frexp(norm / 7.5)[1] + 1 if norm > 0 else 0
+        return min(max(top - 7, BIAS_MIN), BIAS_MAX)

@@ -1,0 +1,176 @@
+"""Low rank by randomized SVD (Halko, Martinsson and Tropp 2011): the baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_importance, require_whole
+from seedpack.errors import CodecError
+from seedpack.formats import CodecSpec, PartSpec
+from seedpack.kernels.dispatch import Backend
+from seedpack.linalg import randomized_svd
+
+
+@dataclass(frozen=True)
+class SVDCodec(Codec):
+    """W ≈ A·B with A = U·√S [out, r] and B = √S·Vh [r, in].
+
+    The test matrix comes from `seed`, so a run can be repeated. Factors are fp16, held as int16 bit patterns, or
+    packed by another codec (`factors`). Parts:
+
+    - weight: A, int16 [out, 1, r]; right: B, int16 [r, in].
+    - with `factors`: that codec's parts of A under their own names, of B with "right_" before them.
+
+    Attributes:
+        rank: r; or None, and `bits` says how large it may be.
+        bits: budget in bits a weight, from which r follows for each shape; or None.
+        factors: {"id": …, "config": {…}} of the codec of the factors, or None for fp16.
+        oversampling: further columns of the test matrix.
+        power_iterations: of the range finder.
+        seed: of the test matrix.
+    """
+
+    id: ClassVar[str] = "svd"
+    version: ClassVar[int] = 0
+    rank: int | None = None
+    bits: float | None = None
+    factors: dict[str, Any] | None = None
+    oversampling: int = 10
+    power_iterations: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.rank is None) == (self.bits is None):
+            raise CodecError(f"{self.id}: give either rank or bits")
+        if self.rank is not None:
+            require_whole(self.id, "rank", self.rank, 1, 2**31)
+        elif not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= 64:
+            raise CodecError(f"{self.id}: bits must be above 0 and at most 64, got {self.bits!r}")
+        require_whole(self.id, "oversampling", self.oversampling, 0, 4096)
+        require_whole(self.id, "power_iterations", self.power_iterations, 0, 100)
+        require_whole(self.id, "seed", self.seed, 0, 2**64 - 1)
+        if self.factors is not None:
+            if not isinstance(self.factors, dict) or self.factors.keys() != {"id", "version", "config"}:
+                raise CodecError(f"{self.id}: factors must be a codec's id, version and config")
+            if self.factors["id"] == self.id:
+                raise CodecError(f"{self.id}: its factors cannot be {self.id} again")
+            self._inner()
+
+    @classmethod
+    def over(cls, codec: Codec, **settings: Any) -> Self:
+        """An SVD whose factors are packed by `codec`."""
+        return cls(factors=codec.spec().to_json(), **settings)
+
+    def _inner(self) -> Codec | None:
+        if self.factors is None:
+            return None
+        from seedpack.codecs.registry import codec_from_spec  # imports this module
+
+        return codec_from_spec(CodecSpec(self.factors["id"], self.factors["version"], self.factors["config"]))
+
+    def rank_of(self, shape: Shape) -> int:
+        """The rank stored for a weight [out, in]."""
+        limit = min(shape)
+        if self.rank is not None:
+            return min(self.rank, limit)
+        assert self.bits is not None
+        low, high = 1, limit  # the largest rank whose parts fit the budget; at least 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._bits_at(shape, middle) <= self.bits else (low, middle - 1)
+        return low
+
+    def _bits_at(self, shape: Shape, rank: int) -> float:
+        return SVDCodec(rank=rank, factors=self.factors).bits_per_weight(shape)
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """The two factors."""
+        rank, inner = self.rank_of(shape), self._inner()
+        if inner is None:
+            return {"weight": ("I16", (shape[0], 1, rank)), "right": ("I16", (rank, shape[1]))}
+        left, right = inner.parts((shape[0], rank)), inner.parts((rank, shape[1]))
+        return left | {f"right_{name}": spec for name, spec in right.items()}
+
+    def encode(
+        self,
+        weight: Float[Tensor, "out in"],
+        importance: Float[Tensor, " in"] | None = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """The SVD of W·√h, its right factor divided by √h again: the best of its rank under the weighted error."""
+        rows, columns = weight.shape
+        root = torch.ones(columns)
+        if importance is not None:
+            root = require_importance(self.id, importance, columns).sqrt().float()
+        u, s, vh = randomized_svd(
+            weight.float() * root,
+            self.rank_of((rows, columns)),
+            oversampling=self.oversampling,
+            power_iterations=self.power_iterations,
+            seed=self.seed,
+        )
+        left, right = u * s.sqrt(), s.sqrt()[:, None] * vh / root
+        inner = self._inner()
+        if progress:
+            progress(weight.numel())
+        if inner is None:
+            limit = torch.finfo(torch.float16).max
+            left, right = (f.clamp(-limit, limit).to(torch.float16).view(torch.int16) for f in (left, right))
+            return {"weight": left[:, None], "right": right}
+        left_parts = inner.encode(left.contiguous(), backend=backend)
+        right_parts = inner.encode(right.contiguous(), backend=backend)
+        return left_parts | {f"right_{name}": part for name, part in right_parts.items()}
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """A·B in float32."""
+        left, right = self._decode_factors(parts, shape, torch.float32, backend)
+        return (left @ right).to(dtype)
+
+    def matmul(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
+        """(x·Bᵀ)·Aᵀ: r·(in + out) multiply-adds a token instead of in·out."""
+        left, right = self._decode_factors(parts, shape, x.dtype, backend)
+        return (x @ right.mT) @ left.mT
+
+    def rows(self, parts: Parts, index: Tensor) -> Parts:
+        """Rows of the left factor."""
+        inner = self._inner()
+        right = {name: part for name, part in parts.items() if name.startswith("right")}
+        left = {name: part for name, part in parts.items() if name not in right}
+        return right | ({"weight": parts["weight"][index]} if inner is None else inner.rows(left, index))
+
+    def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
+        """The factors' own checks too."""
+        super().check(parts, shape)
+        inner = self._inner()
+        if inner is not None:
+            rank = self.rank_of(shape)
+            left, right = self._split(dict(parts))
+            inner.check(left, (shape[0], rank))
+            inner.check(right, (rank, shape[1]))
+
+    @staticmethod
+    def _split(parts: Parts) -> tuple[Parts, Parts]:
+        right = {name.removeprefix("right_"): part for name, part in parts.items() if name.startswith("right_")}
+        return {name: part for name, part in parts.items() if not name.startswith("right_")}, right
+
+    def _decode_factors(
+        self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        inner = self._inner()
+        if inner is None:
+            left, right = parts["weight"][:, 0], parts["right"]
+            return left.view(torch.float16).to(dtype), right.view(torch.float16).to(dtype)
+        left_parts, right_parts = self._split(parts)
+        rank = parts["right_weight"].shape[0]
+        return (
+            inner.decode(left_parts, (shape[0], rank), dtype, backend),
+            inner.decode(right_parts, (rank, shape[1]), dtype, backend),
+        )

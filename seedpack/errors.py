@@ -1,0 +1,57 @@
+"""Every exception that seedpack raises on purpose. Standard library only.
+
+    SeedpackError
+    ├── FormatError          the bytes of a checkpoint break a rule of docs/format.md
+    │   ├── VersionError     written by a newer seedpack
+    │   └── DigestError      a part's or the manifest's bytes changed since they were written
+    ├── CodecError           a codec's hyperparameters, parts or shapes do not fit
+    │   └── UnknownCodecError
+    ├── ModelError           a source model or a target module cannot be used as asked
+    │   └── NonfiniteError   NaN or Inf weights
+    ├── OutputError          the output cannot be written
+    └── BackendError         the backend asked for cannot run here
+
+Each message says what, where, found and expected, and a remedy.
+"""
+
+from __future__ import annotations
+
+
+class SeedpackError(Exception):
+    """The root of the tree; `except SeedpackError` catches all that seedpack raises on purpose."""
+
+
+class FormatError(SeedpackError, ValueError):
+    """The bytes of a checkpoint break a rule of `docs/format.md`."""
+
+
+class VersionError(FormatError):
+    """The checkpoint or one of its codecs is of a version that this seedpack does not know."""
+
+
+class DigestError(FormatError):
+    """Bytes differ from the digest stored when they were written."""
+
+
+class CodecError(SeedpackError, ValueError):
+    """A codec's hyperparameters, parts or shapes do not fit."""
+
+
+class UnknownCodecError(CodecError):
+    """No codec of that id is registered."""
+
+
+class ModelError(SeedpackError, ValueError):
+    """A source model or a target module cannot be used as asked."""
+
+
+class NonfiniteError(ModelError):
+    """A weight to be packed holds NaN or Inf."""
+
+
+class OutputError(SeedpackError, OSError):
+    """The output cannot be written: it exists, or the disk is full."""
+
+
+class BackendError(SeedpackError, RuntimeError):
+    """The backend asked for cannot run here."""
