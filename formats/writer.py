@@ -51,7 +51,16 @@ class FileWriter:
     The file is useless to any reader until `close` writes its header. Use it inside `staged`.
     """
 
-    def __init__(self, path: Path, tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Sequence[PlannedTensor],
+        shared: Mapping[str, str],
+        writer: str,
+        *,
+        manifest: bool = True,
+    ):
+        self._with_manifest = manifest
         self._manifest = _blank_manifest(tensors, shared, writer)
         specs: dict[str, PartSpec] = {}
         for tensor in tensors:
@@ -110,7 +119,10 @@ class FileWriter:
         self._file.close()
 
     def _header(self) -> bytes:
-        return serialise_header(self._infos, {"format": "pt", MANIFEST_KEY: self.manifest.dumps()})
+        metadata = {"format": "pt"}
+        if self._with_manifest:
+            metadata[MANIFEST_KEY] = self.manifest.dumps()
+        return serialise_header(self._infos, metadata)
 
 
 class CheckpointWriter:
@@ -122,6 +134,7 @@ class CheckpointWriter:
         shared: further names of stored tensors.
         writer: the program's name and version.
         shard_bytes: in a folder, start a new shard before a file's parts exceed this.
+        manifest: False writes a plain safetensors file, for dense models.
     """
 
     def __init__(
@@ -133,6 +146,7 @@ class CheckpointWriter:
         *,
         folder: bool = False,
         shard_bytes: int | None = None,
+        manifest: bool = True,
     ):
         self._folder = path if folder else None
         groups = _shards(tensors, shard_bytes) if folder else [list(tensors)]
@@ -145,7 +159,8 @@ class CheckpointWriter:
             for name, group in zip(names, groups, strict=True):
                 stored = {tensor.name for tensor in group}
                 aliases = {alias: target for alias, target in shared.items() if target in stored}
-                self._writers[name] = FileWriter(path / name if folder else path, group, aliases, writer)
+                file = path / name if folder else path
+                self._writers[name] = FileWriter(file, group, aliases, writer, manifest=manifest)
                 self._file_of |= dict.fromkeys(stored, name)
         except BaseException:
             self.__exit__(OSError, None, None)

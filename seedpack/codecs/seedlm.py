@@ -90,11 +90,10 @@ class SeedLMCodec(Codec):
         """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`)."""
         rows, columns = weight.shape
         blocks = -(-columns // self.block)
-        padded = torch.zeros(rows, blocks, self.block)
-        padded.flatten(1)[:, :columns] = weight
+        padded = torch.nn.functional.pad(weight.float(), (0, blocks * self.block - columns)).unflatten(1, (blocks, -1))
         bias = self._exponent_bias(padded)
-        seeds = torch.empty(rows, blocks, dtype=torch.int64)
-        codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int64)
+        seeds = torch.empty(rows, blocks, dtype=torch.int32)
+        codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8)
 
         def fit(where: tuple[slice, slice], h: Tensor | None) -> None:
             part = padded[where]
@@ -146,7 +145,7 @@ class SeedLMCodec(Codec):
         """[rows, blocks, P + 1] to bytes, whole groups of blocks."""
         rows, blocks, width = codes.shape
         shape = packed_shape(rows, blocks, CODE_BITS * width)
-        nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int64)
+        nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int8)
         nibbles[:, : blocks * width] = codes.flatten(1)
         return pack(nibbles, CODE_BITS).reshape(shape)
 
@@ -159,6 +158,6 @@ class SeedLMCodec(Codec):
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:
         """The bias that puts the largest block's exponent near the top of the range, an octave to spare."""
-        norm = float(blocks.square().sum(-1).max().sqrt())
+        norm = float(torch.linalg.vector_norm(blocks, dim=-1, dtype=torch.float64).max())
         top = math.frexp(norm / 7.5)[1] + 1 if norm > 0 else 0
         return min(max(top - 7, BIAS_MIN), BIAS_MAX)

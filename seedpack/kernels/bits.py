@@ -13,6 +13,8 @@ from torch import Tensor
 
 from seedpack._shapes import Int, UInt8
 
+BITS_AT_ONCE = 1 << 20
+
 
 def packed_shape(rows: int, fields: int, bits: int) -> tuple[int, int, int]:
     """Shape of the packed bytes.
@@ -26,23 +28,37 @@ def packed_shape(rows: int, fields: int, bits: int) -> tuple[int, int, int]:
 
 def pack(values: Int[Tensor, "rows fields"], bits: int) -> UInt8[Tensor, "rows groups bytes"]:
     """Pack the low `bits` bits of each value (negative values in two's complement). `bits` is at most 62."""
-    rows, groups, width = shape = packed_shape(*values.shape, bits)
-    group = width * 8 // bits
-    padded = torch.zeros(rows, groups * group, dtype=torch.int64, device=values.device)
-    padded[:, : values.shape[1]] = values
-    place = torch.arange(bits, device=values.device)
-    stream = (padded[..., None] >> place & 1).reshape(rows, groups, width, 8)
-    weight = 1 << torch.arange(8, device=values.device)
-    return (stream * weight).sum(-1).to(torch.uint8).reshape(shape)
+    rows, fields = values.shape
+    shape = packed_shape(rows, fields, bits)
+    group = shape[2] * 8 // bits
+    if bits == 16 and values.device.type == "cpu":
+        return values.to(torch.int16).contiguous().view(torch.uint8).reshape(shape)
+    out = torch.empty(shape, dtype=torch.uint8, device=values.device)
+    place, weight = torch.arange(bits, device=values.device), 1 << torch.arange(8, device=values.device)
+    step = max(1, BITS_AT_ONCE // (fields * bits))
+    for row in range(0, rows, step):
+        chunk = values[row : row + step].to(torch.int64)
+        chunk = torch.nn.functional.pad(chunk, (0, shape[1] * group - fields))
+        stream = (chunk[..., None] >> place & 1).reshape(-1, shape[1], shape[2], 8)
+        out[row : row + step] = (stream * weight).sum(-1)
+    return out
 
 
 def unpack(packed: UInt8[Tensor, "rows groups bytes"], fields: int, bits: int) -> Int[Tensor, "rows fields"]:
     """The unsigned fields, int64 [rows, fields]; the inverse of `pack`."""
     rows, groups, width = packed.shape
-    place = torch.arange(8, device=packed.device)
-    stream = (packed[..., None].to(torch.int64) >> place & 1).reshape(rows, groups * width * 8 // bits, bits)
-    weight = 1 << torch.arange(bits, device=packed.device)
-    return (stream * weight).sum(-1)[:, :fields]
+    if bits == 16:
+        low, high = packed.to(torch.int64).unbind(-1)
+        return (low | high << 8)[:, :fields]
+    if bits == 4:
+        return torch.stack((packed & 15, packed >> 4), -1).reshape(rows, -1)[:, :fields].to(torch.int64)
+    out = torch.empty(rows, fields, dtype=torch.int64, device=packed.device)
+    place, weight = torch.arange(8, device=packed.device), 1 << torch.arange(bits, device=packed.device)
+    step = max(1, BITS_AT_ONCE // (groups * width * 8))
+    for row in range(0, rows, step):
+        stream = (packed[row : row + step, ..., None].to(torch.int64) >> place & 1).reshape(-1, groups * width * 8 // bits, bits)
+        out[row : row + step] = (stream * weight).sum(-1)[:, :fields]
+    return out
 
 
 def signed(values: Tensor, bits: int) -> Tensor:

@@ -1,0 +1,343 @@
+"""compress, load, save, unpack: plans, codecs and the format joined."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import seedpack
+from seedpack.codecs.base import Codec
+from seedpack.codecs.raw import RawCodec
+from seedpack.dtypes import dtype_name, to_bytes, torch_dtype
+from seedpack.errors import FormatError, ModelError, NonfiniteError
+from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
+from seedpack.formats.reader import QUANT_METHOD, read_json
+from seedpack.formats.writer import SINGLE_FILE
+from seedpack.kernels.dispatch import Backend
+from seedpack.model.layers import PackedModule
+from seedpack.model.plan import Plan, TensorPlan, codec_for, make_plan
+from seedpack.model.sources import Source, open_source
+from seedpack.model.sources.base import find_shared
+from seedpack.model.stored import dense_tensors
+from seedpack.model.surgery import fill_
+
+Model = str | Path | nn.Module | Mapping[str, Tensor]
+Watch = Callable[[str, int], None]
+WRITER = f"seedpack {seedpack.__version__}"
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One fitted tensor: ‖W - Ŵ‖² and ‖W‖² (float64), and the seconds its fit took."""
+
+    plan: TensorPlan
+    error: float
+    energy: float
+    seconds: float
+
+    @property
+    def error_db(self) -> float:
+        """10·log10(‖W - Ŵ‖² / ‖W‖²)."""
+        return decibels(self.error, self.energy)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did."""
+
+    path: Path
+    plan: Plan
+    tensors: tuple[TensorReport, ...]
+    file_bytes: int
+    seconds: float
+
+    @property
+    def error_db(self) -> float:
+        """Relative error over all packed weights, in dB."""
+        return decibels(sum(t.error for t in self.tensors), sum(t.energy for t in self.tensors))
+
+    def to_json(self) -> dict[str, Any]:
+        """A document for machines."""
+        return {
+            "path": str(self.path),
+            "seconds": self.seconds,
+            "file_bytes": self.file_bytes,
+            "error_db": self.error_db,
+            **self.plan.totals(),
+            "tensors_packed": {
+                t.plan.name: {
+                    "codec": t.plan.codec.spec().to_json(),
+                    "shape": list(t.plan.shape),
+                    "bits_per_weight": t.plan.bits_per_weight,
+                    "error_db": t.error_db,
+                    "seconds": t.seconds,
+                }
+                for t in self.tensors
+            },
+        }
+
+
+def decibels(error: float, energy: float) -> float:
+    """10·log10(error / energy); -inf for no error.
+
+    >>> decibels(1.0, 100.0)
+    -20.0
+    """
+    return 10 * math.log10(error / energy) if error > 0 and energy > 0 else -math.inf
+
+
+def plan_for(
+    source: Source,
+    *,
+    codec: str | Codec = "seedlm",
+    bits: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dtype: str | None = None,
+    plan: str | Path | Mapping[str, Any] | None = None,
+) -> Plan:
+    """The plan that `compress` would follow; arguments as there."""
+    chosen = codec if isinstance(codec, Codec) else codec_for(codec, bits, settings or {})
+    target = dtype_name(torch_dtype(dtype)) if dtype else None
+    result = make_plan(source.tensors, source.shared, chosen, include=include, exclude=exclude, dtype=target)
+    if plan is not None:
+        result = result.edited_by_file(plan) if isinstance(plan, (str, Path)) else result.edited(plan)
+    return result
+
+
+def compress(
+    model: Model,
+    output: str | Path,
+    *,
+    codec: str | Codec = "seedlm",
+    bits: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    dtype: str | None = None,
+    plan: str | Path | Mapping[str, Any] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    shard_bytes: int | None = None,
+    backend: Backend = "auto",
+    watch: Watch | None = None,
+) -> Report:
+    """Pack a model into a seed + coefficient checkpoint.
+
+    Args:
+        model: a file, a Hugging Face folder, a hub id, a module or a state dict (see `open_source`).
+        output: a file; for a Hugging Face model a folder. It appears whole or not at all.
+        codec: a codec, its id, or "svd+seedlm".
+        bits: bits a weight; default the codec's.
+        settings: hyperparameters of the codec by name.
+        include: patterns of tensor names; given, only these are packed.
+        exclude: patterns of tensor names to leave raw.
+        dtype: of raw float tensors and decoded weights; default the source's.
+        plan: a plan document or file (see `Plan.to_json`) whose choices win.
+        importance: per tensor name the weight of each input channel's error [in].
+        force: replace an existing output.
+        allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
+        shard_bytes: in a folder, start a new file before one exceeds this.
+        backend: which kernels to use.
+        watch: called with (tensor name, weights fitted since the last call).
+
+    Raises:
+        NonfiniteError: naming the tensors.
+        OutputError: the output exists or cannot be written; what was there is untouched.
+    """
+    started = time.perf_counter()
+    source = open_source(model)
+    output = Path(output)
+    if isinstance(model, (str, Path)) and Path(model).exists() and output.exists() and output.samefile(model):
+        raise ModelError(f"{output}: is the model itself; name another output")
+    chosen = plan_for(
+        source, codec=codec, bits=bits, settings=settings, include=include, exclude=exclude, dtype=dtype, plan=plan
+    )
+    if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
+        raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
+    folder = source.config is not None
+    with staged(output, force=force, directory=folder) as partial:
+        chosen = _leave_nonfinite(source, chosen, allow_nonfinite)
+        for file in source.files:
+            shutil.copyfile(file, partial / file.name)
+        planned = [tensor.for_writer() for tensor in chosen.tensors]
+        reports = []
+        writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, folder=folder, shard_bytes=shard_bytes)
+        with writer:
+            for tensor in chosen.tensors:
+                parts, report = _fit(source, tensor, (importance or {}).get(tensor.name), backend, watch)
+                writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
+                if tensor.packed:
+                    reports.append(report)
+        if source.config is not None:
+            quantization = {"quant_method": QUANT_METHOD, **writer.manifest.packed_only().to_json()}
+            config = {**source.config, "quantization_config": quantization}
+            if dtype:
+                config = {k: v for k, v in config.items() if k != "torch_dtype"}
+                config["dtype"] = str(torch_dtype(dtype)).removeprefix("torch.")
+            (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        files = partial.glob("*.safetensors") if folder else [partial]
+        size = sum(file.stat().st_size for file in files)
+    return Report(output, chosen, tuple(reports), size, time.perf_counter() - started)
+
+
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    dense: bool = False,
+    dtype: str | torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """Load a packed checkpoint.
+
+    Args:
+        path: a packed file or folder.
+        model: fill this module, whose layers are packed in place, and return it. Needed for anything but a Hugging
+            Face folder.
+        dense: return a state dict of dense tensors instead.
+        dtype: of dense tensors, or of a Hugging Face model's computation.
+        options: for a Hugging Face folder, passed on to transformers' `from_pretrained` (device_map, …).
+
+    Returns:
+        The module, a transformers model, or a state dict.
+    """
+    wanted = torch_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if model is not None or dense:
+        if options:
+            raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")
+        with Checkpoint(path) as checkpoint:
+            if model is None:
+                tensors = dense_tensors(checkpoint, wanted if isinstance(wanted, torch.dtype) else None)
+                return {name: tensor.clone() for name, tensor in tensors}
+            fill_(model, checkpoint)
+            return model
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
+        Checkpoint(path).close()  # a clear error for what is no checkpoint at all
+        raise ModelError(
+            f"{path}: is no Hugging Face folder; give the module to fill (seedpack.load(path, model=net)), "
+            "or ask for a state dict (dense=True)"
+        )
+    config = read_json(config_file)
+    with Checkpoint(path):
+        pass
+    import transformers
+
+    names = config.get("architectures") if isinstance(config, dict) else None
+    cls = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+    return cls.from_pretrained(path, dtype=wanted if wanted is not None else "auto", **options)
+
+
+def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
+    """Save a module with packed layers: parts as they are, other tensors raw.
+
+    A transformers model becomes a folder by its own `save_pretrained`, anything else one file.
+    """
+    path = Path(path)
+    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+        with staged(path, force=force, directory=True) as partial:
+            model.save_pretrained(partial)
+        return
+    tensors, planned = _module_parts(model)
+    shared = find_shared((name, parts["weight"]) for name, parts in tensors.items())
+    with staged(path, force=force) as partial:
+        stored = [tensor for tensor in planned if tensor.name not in shared]
+        with CheckpointWriter(partial, stored, shared, WRITER) as writer:
+            for tensor in stored:
+                writer.write(tensor.name, {part: to_bytes(value) for part, value in tensors[tensor.name].items()})
+
+
+def unpack(path: str | Path, output: str | Path, *, dtype: str | None = None, force: bool = False) -> None:
+    """Rebuild the dense model: a safetensors file, or a dense Hugging Face folder. One tensor is in memory at a time."""
+    path, output = Path(path), Path(output)
+    wanted = torch_dtype(dtype) if dtype else None
+    with Checkpoint(path) as checkpoint, staged(output, force=force, directory=path.is_dir()) as partial:
+        planned = []
+        for name, tensor in dense_tensors(checkpoint, wanted):
+            kind = dtype_name(tensor.dtype)
+            planned.append(_raw_planned(name, kind, tuple(tensor.shape)))
+        file = partial / SINGLE_FILE if path.is_dir() else partial
+        with CheckpointWriter(file, planned, {}, WRITER, manifest=False) as writer:
+            for name, tensor in dense_tensors(checkpoint, wanted):
+                writer.write(name, {"weight": to_bytes(tensor)})
+        if path.is_dir():
+            _copy_dense_folder(path, partial, wanted)
+
+
+def _copy_dense_folder(path: Path, partial: Path, wanted: torch.dtype | None) -> None:
+    for other in path.iterdir():
+        if other.is_file() and other.suffix != ".safetensors" and not other.name.endswith(".index.json"):
+            shutil.copyfile(other, partial / other.name)
+    config = read_json(partial / "config.json")
+    if not isinstance(config, dict):
+        raise FormatError(f"{path / 'config.json'}: expected a JSON object")
+    config.pop("quantization_config", None)
+    if wanted is not None:
+        config["dtype"] = str(wanted).removeprefix("torch.")
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _leave_nonfinite(source: Source, plan: Plan, allow: bool) -> Plan:
+    """Look at every tensor to be packed before the first is fitted."""
+    bad = [t.name for t in plan.tensors if t.packed and not bool(torch.isfinite(source.read(t.name)).all())]
+    if bad and not allow:
+        raise NonfiniteError(
+            f"{source.name}: {len(bad)} tensors hold NaN or Inf: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}; "
+            "mend the model, or pass --allow-nonfinite (allow_nonfinite=True) to store them raw"
+        )
+    return plan.raw(bad, "holds NaN or Inf") if bad else plan
+
+
+def _fit(
+    source: Source, tensor: TensorPlan, importance: Tensor | None, backend: Backend, watch: Watch | None
+) -> tuple[dict[str, Tensor], TensorReport]:
+    started = time.perf_counter()
+    weight = source.read(tensor.name)
+    if not tensor.packed:
+        return tensor.codec.encode(weight), TensorReport(tensor, 0.0, 0.0, 0.0)
+    matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
+    del weight
+    progress = (lambda count: watch(tensor.name, count)) if watch else None
+    parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
+    shape = tensor.codec_shape
+    difference = matrix - tensor.codec.decode(parts, shape, torch.float32)
+    error, energy = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (difference, matrix))
+    return parts, TensorReport(tensor, error, energy, time.perf_counter() - started)
+
+
+def _raw_planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
+    codec = RawCodec(dtype)
+    return PlannedTensor(name, codec.spec(), dtype, shape, codec.parts(shape))
+
+
+def _module_parts(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], list[PlannedTensor]]:
+    """Every stored tensor of a module with packed layers, and how it is to be written."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    planned: list[PlannedTensor] = []
+    part_names: set[str] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, PackedModule):
+            continue
+        name = f"{prefix}.weight" if prefix else "weight"
+        tensors[name] = module.packed_parts()
+        part_names |= {f"{prefix}.{part}" if prefix else part for part in tensors[name]}
+        parts = module.codec.parts(module.matrix)
+        dtype = dtype_name(module.compute_dtype)
+        planned.append(PlannedTensor(name, module.codec.spec(), dtype, module.weight_shape, parts, module.transposed))
+    for name, tensor in model.state_dict().items():
+        if name not in part_names:
+            tensors[name] = {"weight": tensor}
+            planned.append(_raw_planned(name, dtype_name(tensor.dtype), tuple(tensor.shape)))
+    return tensors, planned

@@ -1,0 +1,1 @@
+"""transformers' out-of-tree quantisation method `seedpack`; registered by `import seedpack`."""

@@ -1,0 +1,37 @@
+"""`quantization_config` of a packed model: the manifest of its packed tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from seedpack.formats.manifest import Manifest, manifest_from_json
+from seedpack.formats.reader import QUANT_METHOD
+
+
+class SeedpackConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """Holds the manifest as it stands in config.json, checked."""
+
+    def __init__(self, **document: Any):
+        document.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        self.manifest: Manifest = manifest_from_json(document, "config.json: quantization_config")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As transformers calls it; unknown keys are an error of the manifest, never dropped."""
+        config = cls(**config_dict)
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same document again."""
+        return {"quant_method": self.quant_method, **self.manifest.to_json()}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All of it; there are no defaults to leave out."""
+        return self.to_dict()
+
+    def __repr__(self) -> str:
+        """Short: the document can have thousands of lines."""
+        return f"SeedpackConfig({len(self.manifest.tensors)} packed tensors)"

@@ -1,0 +1,1 @@
+"""Whole models: where weights come from, which codec each gets, and layers that stay packed."""

@@ -1,0 +1,117 @@
+"""A transformers model without weights: which module each name of a checkpoint belongs to.
+
+transformers renames and merges tensors while it loads (base-model prefixes, legacy names, experts of a mixture that
+lie apart on disk and in one 3-D parameter in memory). The same functions are asked here, so that a plan and a loader
+agree with it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from seedpack.errors import ModelError
+from seedpack.model.sources.live import module_kind
+
+_EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrix: it becomes part of parameter `parameter` of the experts module at `module`."""
+
+    module: str
+    parameter: str
+    projection: str
+    index: int
+
+
+class Skeleton:
+    """Names of a checkpoint against the modules of a model (on meta or loaded)."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._state = model.state_dict()
+
+    @classmethod
+    def of_folder(cls, path: Path) -> Skeleton:
+        """Built from config.json on the meta device."""
+        import transformers
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(path)
+            names = getattr(config, "architectures", None) or []
+            architecture = getattr(transformers, names[0], None) if names else None
+            with torch.device("meta"):
+                model = architecture(config) if architecture else transformers.AutoModel.from_config(config)
+        except (ValueError, KeyError, OSError, AttributeError, ImportError) as error:
+            raise ModelError(
+                f"{path}: transformers {transformers.__version__} cannot build this model "
+                f"({str(error).splitlines()[0][:200]}); pass its weight file instead to pack it as a state dict"
+            ) from None
+        return cls(model)
+
+    @cached_property
+    def tied(self) -> frozenset[str]:
+        """Names that are tied to another parameter and need not be stored."""
+        return frozenset(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    @cached_property
+    def _conversions(self) -> tuple[list[Any], list[Any]]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        mapping = get_model_conversion_mapping(self.model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return [entry for entry in mapping if not isinstance(entry, WeightConverter)], converters
+
+    def parameter(self, name: str) -> tuple[str, str | None]:
+        """The model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamings, converters = self._conversions
+        prefix = self.model.base_model_prefix
+        found, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
+        if found not in self._state and name in self._state:
+            found, pattern = rename_source_key(name, [], [], prefix, self._state)
+        return found, pattern
+
+    def expert(self, name: str) -> Expert | None:
+        """Where an expert's matrix goes, if it is one that is merely stacked and concatenated in memory."""
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            return None
+        target, pattern = self.parameter(name)
+        module, _, parameter = target.rpartition(".")
+        if pattern is None or target not in self._state or self._state[target].dim() != 3:
+            return None
+        converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
+        operations = [type(op).__name__ for op in converter.operations]
+        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+            return None
+        return Expert(module, parameter, match["projection"], int(match["index"]))
+
+    def projections(self, name: str) -> list[str]:
+        """The projections that make up one expert parameter, in order, from one of its tensors' names."""
+        _, pattern = self.parameter(name)
+        converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
+        sources = getattr(converter, "_original_source_patterns", None) or converter.source_patterns
+        sources = [sources] if isinstance(sources, str) else list(sources)
+        return [source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources]
+
+    def kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
+        """(kind, transposed) of a checkpoint tensor, as `SourceTensor` has them."""
+        if self.expert(name) is not None:
+            return "expert", False
+        target, pattern = self.parameter(name)
+        module, _, leaf = target.rpartition(".")
+        if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
+            return "", False
+        return module_kind(self._modules.get(module), leaf)

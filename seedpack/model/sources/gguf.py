@@ -1,0 +1,45 @@
+"""GGUF files, through transformers: dequantised, with the config and the tokenizer that the file carries."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+import weakref
+from pathlib import Path
+
+from seedpack.errors import ModelError
+from seedpack.model.skeleton import Skeleton
+from seedpack.model.sources.base import Source, StateDictSource
+
+
+def open_gguf(path: Path) -> Source:
+    """The source of a GGUF file. The whole model is dequantised to float32 in memory."""
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelError(f"{path}: reading GGUF needs {package}; pip install 'seedpack[gguf]'")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
+        raise ModelError(f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})") from None
+    holder = tempfile.TemporaryDirectory(prefix="seedpack-gguf-")
+    folder = Path(holder.name)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [type(model).__name__]
+    skeleton = Skeleton(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in skeleton.tied}
+    files = sorted(file for file in folder.iterdir() if file.name != "config.json")
+    source = StateDictSource.from_tensors(
+        str(path), state, lambda name, t: skeleton.kind(name, tuple(t.shape)), config=config, files=files
+    )
+    weakref.finalize(source, holder.cleanup)
+    return source

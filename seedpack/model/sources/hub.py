@@ -1,0 +1,23 @@
+"""Models by hub id."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from seedpack.errors import ModelError
+
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "pytorch_model*.bin"]
+
+
+def download(repo: str) -> Path:
+    """The folder of a hub model, from the cache or the hub (huggingface_hub honours HF_HOME, HF_HUB_OFFLINE, …)."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=WANTED))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"{repo}: no such file or folder here, and as a hub id it could not be had "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:160]}); check the name and the network"
+        ) from None

@@ -1,0 +1,56 @@
+"""State dicts saved by torch.save, read without ever unpickling code."""
+
+from __future__ import annotations
+
+import pickle  # noqa: TID251 (its error class; torch.load raises it)
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seedpack.errors import ModelError
+from seedpack.model.sources.base import Source, StateDictSource
+
+NESTED = ("state_dict", "model", "model_state_dict", "module")
+
+
+def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of a file (also nested under `state_dict` or `model`), and the names of what else it held."""
+    loaded = _load(path)
+    if not isinstance(loaded, Mapping):
+        raise ModelError(
+            f"{path}: holds a {type(loaded).__name__}, not a state dict; save it with torch.save(model.state_dict(), …)"
+        )
+    outer = loaded
+    for key in NESTED:
+        if isinstance(outer.get(key), Mapping):
+            loaded = outer[key]
+            break
+    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    dropped = [str(key) for key in outer if outer[key] is not loaded and not isinstance(outer[key], Tensor)]
+    if loaded is not outer:
+        dropped += [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+    return tensors, dropped
+
+
+def open_torch_file(path: Path) -> Source:
+    """The source of one file."""
+    tensors, dropped = load_state_dict(path)
+    return StateDictSource.from_tensors(str(path), tensors, dropped=dropped)
+
+
+def _load(path: Path) -> object:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error: ")[2].splitlines() or ["it is not a plain state dict"]
+        raise ModelError(
+            f"{path}: refused, because loading it could run code ({reason[0][:160]}); "
+            "load it where you trust it and save the weights alone with torch.save(model.state_dict(), …)"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise ModelError(f"{path}: not a file written by torch.save ({str(error).splitlines()[0][:160]})") from None

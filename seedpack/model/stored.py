@@ -1,0 +1,57 @@
+"""Tensors out of a checkpoint: parts for a packed layer, or the dense weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from seedpack.codecs.base import Codec
+from seedpack.codecs.registry import codec_from_spec
+from seedpack.dtypes import TORCH_DTYPES, to_tensor
+from seedpack.errors import FormatError, SeedpackError
+from seedpack.formats import Checkpoint
+from seedpack.model.layers import codec_matrix
+
+
+def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Tensor]]:
+    """The codec and the parts of a packed tensor, as views of the file; digests and forms are checked."""
+    entry = checkpoint.manifest.tensors[name]
+    try:
+        codec = codec_from_spec(checkpoint.manifest.codec_of(name))
+        parts = {part: to_tensor(stored) for part, stored in checkpoint.parts(name).items()}
+        codec.check(parts, codec_matrix(entry.shape, entry.transposed))
+    except SeedpackError as error:
+        if name in str(error):
+            raise
+        raise type(error)(f"{checkpoint.path}: tensor {name!r}: {error}") from None
+    except (TypeError, OverflowError) as error:
+        raise FormatError(f"{checkpoint.path}: tensor {name!r}: its codec's settings are not usable: {error}") from None
+    return codec, parts
+
+
+def stored_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor rebuilt in its own dtype, or in `dtype` if it is a float tensor."""
+    entry = checkpoint.manifest.tensors[name]
+    if not checkpoint.manifest.is_packed(name):
+        tensor = to_tensor(checkpoint.part(name, "weight"))
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+    codec, parts = stored_parts(checkpoint, name)
+    matrix = codec_matrix(entry.shape, entry.transposed)
+    weight = codec.decode(parts, matrix, dtype or TORCH_DTYPES[entry.dtype])
+    return weight.mT.contiguous() if entry.transposed else weight.reshape(entry.shape)
+
+
+def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a checkpoint, dense, one at a time; further names of shared ones come with the same tensor."""
+    aliases: dict[str, list[str]] = {}
+    for alias, name in checkpoint.manifest.shared.items():
+        aliases.setdefault(name, []).append(alias)
+    for name in checkpoint.manifest.tensors:
+        tensor = stored_dense(checkpoint, name, dtype)
+        for each in (name, *aliases.get(name, ())):
+            yield each, tensor
+    for key in checkpoint.raw_keys():
+        tensor = to_tensor(checkpoint.undescribed(key))
+        yield key, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
