@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -195,6 +195,18 @@ def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
 def blank_parts(parts: Iterable[str]) -> dict[str, str]:
     """Parts whose digests are not known yet; a placeholder of the same length."""
     return dict.fromkeys(sorted(parts), PLACEHOLDER)
+
+
+def require_integer(key: str, dtype: str, where: str) -> None:
+    """Parts of packed tensors are integers: loaders and casts leave them alone (M16)."""
+    if dtype[0] not in "UI":
+        raise FormatError(f"{where}: {key!r} is a part of a packed tensor and must be of integers, not {dtype}")
+
+
+def require_undense(name: str, principal: Sequence[int], dense: Sequence[int], where: str) -> None:
+    """A principal part must not pass for the dense weight (M16)."""
+    if tuple(principal) == tuple(dense):
+        raise FormatError(f"{where}: tensor {name!r}: its principal part has the shape of the dense weight {list(dense)}")
 
 
 def _document_digest(body: dict[str, Any]) -> str:

@@ -15,12 +15,13 @@ from seedpack.formats.digest import part_digest
 from seedpack.formats.header import Header, header_length, loads_strict, parse_header, serialise_header
 from seedpack.formats.manifest import (
     MANIFEST_KEY,
-    RAW,
     Manifest,
     loads_manifest,
     manifest_from_json,
     merge,
     part_key,
+    require_integer,
+    require_undense,
 )
 from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
 
@@ -66,7 +67,11 @@ class SafetensorsFile:
     def manifest(self) -> Manifest | None:
         """The seedpack manifest in the file's metadata, or None."""
         text = self.header.metadata.get(MANIFEST_KEY)
-        return None if text is None else loads_manifest(text, str(self.path))
+        if text is None:
+            return None
+        if self.header.metadata != {"format": "pt", MANIFEST_KEY: text}:
+            raise FormatError(f"{self.path}: __metadata__ must hold 'format': 'pt' and {MANIFEST_KEY!r}, and no more")
+        return loads_manifest(text, str(self.path))
 
     def require_canonical(self) -> None:
         """Refuse a header that says the same in other bytes: some bit of it was changed."""
@@ -183,8 +188,12 @@ class Checkpoint:
             for part, key in self.manifest.part_keys(name).items():
                 if key not in self._file_of:
                     raise FormatError(f"{self.path}: tensor {name!r}: its part {part!r} ({key!r}) is not in the files")
-            if self.manifest.codec_of(name).id == RAW:
-                info = self._file_of[name].header.tensors[name]
+            info = self._file_of[name].header.tensors[name]
+            if self.manifest.is_packed(name):
+                require_undense(name, info.shape, entry.shape, str(self.path))
+                for key in self.manifest.part_keys(name).values():
+                    require_integer(key, self._file_of[key].header.tensors[key].dtype, str(self.path))
+            else:
                 if (info.dtype, info.shape) != (entry.dtype, entry.shape):
                     raise FormatError(
                         f"{self.path}: tensor {name!r}: stored as {info.dtype} {list(info.shape)}, "

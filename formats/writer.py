@@ -14,12 +14,16 @@ from seedpack.formats.digest import part_digest
 from seedpack.formats.header import DTYPE_BYTES, dumps_canonical, layout, nbytes, serialise_header
 from seedpack.formats.manifest import (
     MANIFEST_KEY,
+    PRINCIPAL_PART,
+    RAW,
     CodecSpec,
     Manifest,
     TensorEntry,
     blank_parts,
     merge,
     part_key,
+    require_integer,
+    require_undense,
     with_digests,
 )
 
@@ -105,6 +109,7 @@ class FileWriter:
         """Write the header with all digests and flush to disk."""
         missing = self._infos.keys() - self._digests.keys()
         if missing:
+            self._file.close()
             raise FormatError(f"{self._path.name}: {len(missing)} parts were never written, as {min(missing)!r}")
         header = self._header()
         assert len(header) == self._data_start, "digests have one length"
@@ -181,8 +186,12 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for writer in self._writers.values():
-            writer.abort() if kind else writer.close()
+        try:
+            for writer in self._writers.values():
+                writer.abort() if kind else writer.close()
+        finally:
+            for writer in self._writers.values():
+                writer.abort()
         if self._folder and len(self._writers) > 1 and not kind:
             self._write_index(self._folder / INDEX_FILE)
 
@@ -209,9 +218,13 @@ def _blank_manifest(tensors: Sequence[PlannedTensor], shared: Mapping[str, str],
     if len(entries) != len(tensors):
         raise FormatError("two planned tensors have one name")
     for tensor in tensors:
-        for dtype, _ in tensor.parts.values():
+        for part, (dtype, shape) in tensor.parts.items():
             if dtype not in DTYPE_BYTES:
                 raise FormatError(f"tensor {tensor.name!r}: dtype {dtype!r} cannot be stored")
+            if tensor.codec.id != RAW:
+                require_integer(part_key(tensor.name, part), dtype, "writer")
+                if part == PRINCIPAL_PART:
+                    require_undense(tensor.name, shape, tensor.shape, "writer")
     return Manifest(tuple(codec for _, codec in codecs), entries, dict(shared), writer)
 
 

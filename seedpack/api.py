@@ -30,7 +30,7 @@ from seedpack.model.sources.base import find_shared
 from seedpack.model.stored import dense_tensors
 from seedpack.model.surgery import fill_
 
-Model = str | Path | nn.Module | Mapping[str, Tensor]
+Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
 Watch = Callable[[str, int], None]
 WRITER = f"seedpack {seedpack.__version__}"
 
@@ -157,9 +157,9 @@ def compress(
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
     started = time.perf_counter()
-    source = open_source(model)
+    source = model if isinstance(model, Source) else open_source(model)
     output = Path(output)
-    if isinstance(model, (str, Path)) and Path(model).exists() and output.exists() and output.samefile(model):
+    if output.exists() and Path(source.name).exists() and output.samefile(source.name):
         raise ModelError(f"{output}: is the model itself; name another output")
     chosen = plan_for(
         source, codec=codec, bits=bits, settings=settings, include=include, exclude=exclude, dtype=dtype, plan=plan

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -114,7 +114,7 @@ class Codec:
         return CodecSpec(self.id, self.version, dataclasses.asdict(self))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> Codec:
         """The codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if config.keys() != fields.keys():

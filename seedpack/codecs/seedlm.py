@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class SeedLMCodec(Codec):
             raise CodecError(f"{self.id}: exponents must be 1 or 3, got {self.exponents!r}")
 
     @classmethod
-    def from_bits(cls, bits: float) -> Self:
+    def from_bits(cls, bits: float) -> SeedLMCodec:
         """The paper's configuration of 3 or 4 bits (Table 1)."""
         configurations = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}
         if bits not in configurations:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class SVDCodec(Codec):
             self._inner()
 
     @classmethod
-    def over(cls, codec: Codec, **settings: Any) -> Self:
+    def over(cls, codec: Codec, **settings: Any) -> SVDCodec:
         """An SVD whose factors are packed by `codec`."""
         return cls(factors=codec.spec().to_json(), **settings)
 

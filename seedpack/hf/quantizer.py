@@ -14,8 +14,9 @@ from transformers.quantizers import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import ModelError
-from seedpack.hf.experts import ExpertGroup, pack_experts_, unpack_experts_
 from seedpack.hf.config import SeedpackConfig
+from seedpack.hf.experts import ExpertGroup, pack_experts_, unpack_experts_
+from seedpack.hf.stacking import StackParts
 from seedpack.model.layers import PackedLinear, PackedModule, pack_module_, packed_class, unpack_module_
 from seedpack.model.skeleton import Skeleton
 
@@ -68,7 +69,7 @@ class SeedpackQuantizer(HfQuantizer):  # type: ignore[misc]
         """Have the parts of each expert projection stacked, in place of the dense matrices."""
         if not self._expert_groups:
             return weight_conversions
-        from transformers.core_model_loading import MergeModulelist, WeightConverter
+        from transformers.core_model_loading import WeightConverter
 
         ours = []
         seen = set()
@@ -77,7 +78,7 @@ class SeedpackQuantizer(HfQuantizer):  # type: ignore[misc]
                 source, target = group.patterns(part)
                 if source not in seen:
                     seen.add(source)
-                    ours.append(WeightConverter([source], [target], operations=[MergeModulelist(dim=0)]))
+                    ours.append(WeightConverter([source], [target], operations=[StackParts(dim=0)]))
         return [entry for entry in weight_conversions if not self._is_replaced(entry)] + ours
 
     def _is_replaced(self, entry: Any) -> bool:

@@ -173,8 +173,9 @@ def make_plan(
         elif include and not any(fnmatch.fnmatch(name, p) for p in include):
             note = "not included"
         else:
-            bits = codec.bits_per_weight(codec_matrix(tensor.shape, tensor.transposed))
-            if bits < 8 * DTYPE_BYTES[target]:
+            matrix = codec_matrix(tensor.shape, tensor.transposed)
+            bits = codec.bits_per_weight(matrix)
+            if codec.parts(matrix)["weight"][1] != tensor.shape and bits < 8 * DTYPE_BYTES[target]:
                 return TensorPlan(name, target, tensor.shape, codec, source_bytes, tensor.kind, tensor.transposed)
             note = f"{codec.id} would take {bits:.1f} bits a weight"
         raw = RawCodec(target)

@@ -10,7 +10,7 @@ from torch import Tensor
 from seedpack.codecs.base import Codec
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.dtypes import TORCH_DTYPES, to_tensor
-from seedpack.errors import FormatError, SeedpackError
+from seedpack.errors import CodecError, SeedpackError
 from seedpack.formats import Checkpoint
 from seedpack.model.layers import codec_matrix
 
@@ -27,7 +27,8 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
             raise
         raise type(error)(f"{checkpoint.path}: tensor {name!r}: {error}") from None
     except (TypeError, OverflowError) as error:
-        raise FormatError(f"{checkpoint.path}: tensor {name!r}: its codec's settings are not usable: {error}") from None
+        id = checkpoint.manifest.codec_of(name).id
+        raise CodecError(f"{checkpoint.path}: tensor {name!r}: settings of codec {id!r} are not usable: {error}") from None
     return codec, parts
 
 

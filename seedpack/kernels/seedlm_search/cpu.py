@@ -40,6 +40,8 @@ LANES = 64
 MAX_CONDITION = 64.0
 CHUNK_BLOCKS = 64
 CHUNK_FLOATS = 1 << 18
+JOBS_PER_THREAD = 4
+FINISH_BLOCKS = 16
 
 
 def _slack(block: int, rank: int) -> float:
@@ -125,14 +127,6 @@ def _ill_bases(u: Any, positions: Any, root: Any, rank: int, bases: Any) -> None
 
 
 @njit(fastmath=True, cache=True, nogil=True)
-def _largest(values: Any) -> Any:
-    top = np.float32(0)
-    for value in values:
-        top = value if value > top else top
-    return top
-
-
-@njit(fastmath=True, cache=True, nogil=True)
 def _ill_energy(bases: Any, w: Any, dot: Any, energy: Any) -> None:
     """‖Qᵀw‖² of the ill-conditioned seeds, with their explicit bases [P, C, ill]."""
     energy[:] = np.float32(0)
@@ -150,7 +144,10 @@ def _evaluate(
     u: Any, n: int, w: Any, root: Any, bias: int, exponents: int, q: Any, r: Any, t: Any, trial: Any,
     best_error: float, best: Any,
 ) -> float:  # fmt: skip
-    """Quantise the fit of the seed at position n; if it beats `best_error`, store (n, exponent, mantissas) in `best`."""
+    """Quantise the fit of the seed at position n; if it beats `best_error`, store (n, exponent, mantissas) in `best`.
+
+    Ties go to the lower position, so that the result does not depend on the order of the search.
+    """
     rank, block = q.shape
     _qr(u, n + 1, root, q, r)
     for p in range(rank - 1, -1, -1):
@@ -180,7 +177,7 @@ def _evaluate(
             for p in range(rank):
                 fit += u[n + 1 + c * rank + p] * trial[p]
             error += (root[c] * (w[c] - fit * scale)) ** 2
-        if error < best_error:
+        if error < best_error or (error == best_error and n < best[0]):
             best_error = error
             best[0] = n
             best[1] = exponent - bias
@@ -191,109 +188,106 @@ def _evaluate(
 
 @lru_cache(maxsize=16)
 def _make_bound(block: int, rank: int) -> Callable[..., None]:
-    """The bound for a chunk of blocks, with C and P as compile-time constants so that LLVM unrolls and vectorises."""
+    """The bound for blocks, with C and P as compile-time constants so that LLVM unrolls and vectorises."""
     C, P = np.uint64(block), np.uint64(rank)
     reach = np.uint64(TILE + rank)
 
-    @njit(fastmath=True, cache=True, nogil=True)
-    def bound(u: Any, lower: Any, hw: Any, first: int, last: int, maxima: Any) -> None:
-        z0, z1 = np.empty(TILE + 64, np.float32), np.empty(TILE + 64, np.float32)
-        for tile in range(lower.shape[0]):
-            window = u[tile * TILE + 1 : tile * TILE + 1 + TILE + P * C + P]
-            table = lower[tile]
-            for i in range(first, last, 2):  # two blocks share the loads
-                w0, w1 = hw[i], hw[min(i + 1, last - 1)]
-                top0 = maxima[i - first, tile * LANES : tile * LANES + LANES]
-                top1 = maxima[i + 1 - first, tile * LANES : tile * LANES + LANES]
-                for j in range(reach):
-                    dot0, dot1 = np.float32(0), np.float32(0)
-                    for c in range(C):
-                        dot0 += w0[c] * window[j + c * P]
-                        dot1 += w1[c] * window[j + c * P]
-                    z0[j], z1[j] = dot0, dot1
-                top0[:] = np.float32(0)
-                top1[:] = np.float32(0)
-                for group in range(TILE // LANES):
-                    offset = np.uint64(group * LANES)
-                    for lane in range(np.uint64(LANES)):
-                        energy0, energy1 = np.float32(0), np.float32(0)
-                        entry = np.uint64(0)
-                        for p in range(P):
-                            y0, y1 = np.float32(0), np.float32(0)
-                            for m in range(p + np.uint64(1)):
-                                y0 += table[entry, offset + lane] * z0[offset + lane + m]
-                                y1 += table[entry, offset + lane] * z1[offset + lane + m]
-                                entry += np.uint64(1)
-                            energy0 += y0 * y0
-                            energy1 += y1 * y1
-                        top0[lane] = energy0 if energy0 > top0[lane] else top0[lane]
-                        top1[lane] = energy1 if energy1 > top1[lane] else top1[lane]
+    @njit(parallel=True, fastmath=True, cache=True, nogil=True)
+    def bound(u: Any, lower: Any, hw: Any, chunk: int, maxima: Any, tops: Any) -> None:
+        for job in prange((hw.shape[0] + chunk - 1) // chunk):
+            z0, z1 = np.empty(TILE + 64, np.float32), np.empty(TILE + 64, np.float32)
+            last = min(hw.shape[0], (job + 1) * chunk)
+            for tile in range(lower.shape[0]):
+                window = u[tile * TILE + 1 : tile * TILE + 1 + TILE + P * C + P]
+                table = lower[tile]
+                for i0 in range(job * chunk, last, 2):  # two blocks share the loads
+                    i1 = min(i0 + 1, last - 1)
+                    w0, w1 = hw[i0], hw[i1]
+                    top0 = maxima[i0, tile * LANES : tile * LANES + LANES]
+                    top1 = maxima[i1, tile * LANES : tile * LANES + LANES]
+                    for j in range(reach):
+                        dot0, dot1 = np.float32(0), np.float32(0)
+                        for c in range(C):
+                            dot0 += w0[c] * window[j + c * P]
+                            dot1 += w1[c] * window[j + c * P]
+                        z0[j], z1[j] = dot0, dot1
+                    top0[:] = np.float32(0)
+                    top1[:] = np.float32(0)
+                    for group in range(TILE // LANES):
+                        offset = np.uint64(group * LANES)
+                        for lane in range(np.uint64(LANES)):
+                            energy0, energy1 = np.float32(0), np.float32(0)
+                            entry = np.uint64(0)
+                            for p in range(P):
+                                y0, y1 = np.float32(0), np.float32(0)
+                                for m in range(p + np.uint64(1)):
+                                    y0 += table[entry, offset + lane] * z0[offset + lane + m]
+                                    y1 += table[entry, offset + lane] * z1[offset + lane + m]
+                                    entry += np.uint64(1)
+                                energy0 += y0 * y0
+                                energy1 += y1 * y1
+                            top0[lane] = energy0 if energy0 > top0[lane] else top0[lane]
+                            top1[lane] = energy1 if energy1 > top1[lane] else top1[lane]
+                    best0, best1 = np.float32(0), np.float32(0)
+                    for lane in range(LANES):
+                        best0 = top0[lane] if top0[lane] > best0 else best0
+                        best1 = top1[lane] if top1[lane] > best1 else best1
+                    tops[i0, tile], tops[i1, tile] = best0, best1
 
     return bound  # type: ignore[no-any-return]
 
 
-@lru_cache(maxsize=16)
-def _make_search(block: int, rank: int) -> Callable[..., None]:
-    """The search over chunks of blocks, all cores."""
-    bound = _make_bound(block, rank)
-
-    @njit(parallel=True, cache=True, nogil=True)
-    def search(
-        u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, rw: Any, root: Any,
-        bias: int, exponents: int, slack: float, chunk: int, found: Any, errors: Any,
-    ) -> None:  # fmt: skip
-        count = w.shape[0]
-        classes = lower.shape[0] * LANES
-        for job in prange((count + chunk - 1) // chunk):
-            first, last = job * chunk, min(count, (job + 1) * chunk)
-            maxima = np.empty((last - first + 1, classes), np.float32)
-            energy, dot = np.empty(ill.shape[0], np.float32), np.empty(ill.shape[0], np.float32)
-            q, r = np.empty((rank, block)), np.empty((rank, rank))
-            t, trial, tops = np.empty(rank), np.empty(rank), np.empty(lower.shape[0], np.float32)
-            bound(u32, lower, hw, first, last, maxima)
-            for i in range(first, last):
-                total = 0.0
-                for c in range(block):
-                    total += (root[c] * w[i, c]) ** 2
-                error = np.inf
-                if total == 0.0:
-                    found[i, 0], found[i, 1] = 0, EXPONENT_MIN
-                    found[i, 2:] = 0
-                    errors[i] = 0.0
-                    continue
-                for tile in range(lower.shape[0]):
-                    tops[tile] = _largest(maxima[i - first, tile * LANES : tile * LANES + LANES])
-                best_tile = np.argmax(tops)
-                for step in range(-1, lower.shape[0]):  # the most promising seed first, then all that can still win
-                    tile = best_tile if step < 0 else step
-                    for lane in range(LANES):
-                        bar = tops[tile] * (1.0 - slack) if step < 0 else total * (1.0 - slack) - error
-                        if tops[tile] < bar:
-                            break
-                        if maxima[i - first, tile * LANES + lane] < bar:
-                            continue
-                        for column in range(lane, min(TILE, seeds - tile * TILE), LANES):
-                            n = tile * TILE + column
-                            value = np.float32(0)
-                            entry = 0
-                            for p in range(rank):
-                                y = np.float32(0)
-                                for m in range(p + 1):
-                                    z = np.float32(0)
-                                    for c in range(block):
-                                        z += hw[i, c] * u32[n + 1 + m + c * rank]
-                                    y += lower[tile, entry, column] * z
-                                    entry += 1
-                                value += y * y
-                            if value >= bar:
-                                error = _evaluate(u, n, w[i], root, bias, exponents, q, r, t, trial, error, found[i])
-                _ill_energy(ill_bases, rw[i], dot, energy)
-                for k in range(ill.shape[0]):
-                    if energy[k] >= total * (1.0 - slack) - error:
-                        error = _evaluate(u, ill[k], w[i], root, bias, exponents, q, r, t, trial, error, found[i])
-                errors[i] = error
-
-    return search  # type: ignore[no-any-return]
+@njit(parallel=True, cache=True, nogil=True)
+def _finish(
+    u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, rw: Any, root: Any,
+    bias: int, exponents: int, slack: float, chunk: int, maxima: Any, tops: Any, found: Any,
+    errors: Any,
+) -> None:  # fmt: skip
+    """The exact search among the seeds that the bound leaves."""
+    count, block = w.shape
+    rank = ill_bases.shape[0]
+    for job in prange((count + chunk - 1) // chunk):
+        energy, dot = np.empty(ill.shape[0], np.float32), np.empty(ill.shape[0], np.float32)
+        q, r = np.empty((rank, block)), np.empty((rank, rank))
+        t, trial = np.empty(rank), np.empty(rank)
+        for i in range(job * chunk, min(count, (job + 1) * chunk)):
+            total = 0.0
+            for c in range(block):
+                total += (root[c] * w[i, c]) ** 2
+            if total == 0.0:
+                found[i, 0], found[i, 1] = 0, EXPONENT_MIN
+                errors[i] = 0.0
+                continue
+            error = np.inf
+            best_tile = np.argmax(tops[i])
+            for step in range(-1, lower.shape[0]):  # the most promising seed first, then all that can still win
+                tile = best_tile if step < 0 else step
+                for lane in range(LANES):
+                    bar = tops[i, tile] * (1.0 - slack) if step < 0 else total * (1.0 - slack) - error
+                    if tops[i, tile] < bar:
+                        break
+                    if maxima[i, tile * LANES + lane] < bar:
+                        continue
+                    for column in range(lane, min(TILE, seeds - tile * TILE), LANES):
+                        n = tile * TILE + column
+                        value = np.float32(0)
+                        entry = 0
+                        for p in range(rank):
+                            y = np.float32(0)
+                            for m in range(p + 1):
+                                z = np.float32(0)
+                                for c in range(block):
+                                    z += hw[i, c] * u32[n + 1 + m + c * rank]
+                                y += lower[tile, entry, column] * z
+                                entry += 1
+                            value += y * y
+                        if value >= bar:
+                            error = _evaluate(u, n, w[i], root, bias, exponents, q, r, t, trial, error, found[i])
+            _ill_energy(ill_bases, rw[i], dot, energy)
+            for k in range(ill.shape[0]):
+                if energy[k] >= total * (1.0 - slack) - error:
+                    error = _evaluate(u, ill[k], w[i], root, bias, exponents, q, r, t, trial, error, found[i])
+            errors[i] = error
 
 
 class _Tables:
@@ -323,22 +317,30 @@ def _plain_tables(seed_bits: int, block: int, rank: int) -> _Tables:
 def search(
     blocks: Tensor, importance: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
 ) -> Found:
-    """As `reference.search`: the same least error; of seeds that tie, any one."""
+    """As `reference.search`: the same least error; of seeds that tie, the first in LFSR order."""
     count, block = blocks.shape
     if importance is None:
         tables = _plain_tables(seed_bits, block, rank)
     else:
         tables = _Tables(seed_bits, block, rank, importance.double().sqrt().numpy())
     w = np.ascontiguousarray(blocks.detach().double().numpy())
+    hw, rw = (w * tables.root**2).astype(np.float32), (w * tables.root).astype(np.float32)
     found = np.zeros((count, 2 + rank), np.int64)
     errors = np.empty(count)
     classes = tables.lower.shape[0] * LANES
-    chunk = max(1, min(CHUNK_BLOCKS, CHUNK_FLOATS // classes, -(-count // (2 * get_num_threads()))))
-    _make_search(block, rank)(
-        tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases,
-        w, (w * tables.root**2).astype(np.float32), (w * tables.root).astype(np.float32), tables.root,
-        exponent_bias, exponents, _slack(block, rank), chunk, found, errors,
-    )  # fmt: skip
+    bound, slack = _make_bound(block, rank), _slack(block, rank)
+    chunk = max(2, min(CHUNK_BLOCKS, CHUNK_FLOATS // classes, -(-count // get_num_threads())))
+    batch = chunk * get_num_threads() * JOBS_PER_THREAD
+    maxima = np.empty((min(batch, count), classes), np.float32)
+    tops = np.empty((len(maxima), tables.lower.shape[0]), np.float32)
+    for first in range(0, count, batch):
+        part = slice(first, min(count, first + batch))
+        bound(tables.u32, tables.lower, hw[part], chunk, maxima, tops)
+        _finish(
+            tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases, w[part], hw[part],
+            rw[part], tables.root, exponent_bias, exponents, slack, FINISH_BLOCKS, maxima, tops, found[part],
+            errors[part],
+        )  # fmt: skip
     result = torch.from_numpy(found)
     seeds = torch.from_numpy(lfsr_cycle(seed_bits)[found[:, 0]].astype(np.int64))
     return Found(seeds, result[:, 1], result[:, 2:], torch.from_numpy(errors))

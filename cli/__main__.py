@@ -1,0 +1,5 @@
+"""python -m seedpack.cli."""
+
+from seedpack.cli.main import main
+
+main()

@@ -1,0 +1,123 @@
+"""seedpack compress."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from seedpack.cli import output
+
+
+def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """KEY=VALUE pairs; values are JSON where they can be read so, else strings."""
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--set")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+@click.command("compress")
+@click.argument("model")
+@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File to write, or folder for a Hugging Face model.")
+@click.option("--codec", default="seedlm", show_default=True, help="seedlm, svd, svd+seedlm, raw, or a plug-in's id.")
+@click.option("--bits", type=float, help="Bits a weight; default 4. seedlm: 3 or 4. svd: any.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A hyperparameter of the codec, as rank=64. Repeatable.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Pack only tensors whose name matches, as '*mlp*'. Repeatable.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching tensors raw. Repeatable.")
+@click.option("--dtype", help="Of raw float tensors and decoded weights: float32, float16, bfloat16. Default: the model's.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Plan file whose choices win; --dry-run --json writes one.")
+@click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    model: str,
+    out: Path | None,
+    codec: str,
+    bits: float | None,
+    settings: tuple[str, ...],
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    dtype: str | None,
+    plan: Path | None,
+    shard_size: str | None,
+    dry_run: bool,
+    force: bool,
+    allow_nonfinite: bool,
+    as_json: bool,
+) -> None:
+    """Pack MODEL into a seed + coefficient checkpoint.
+
+    MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, or a hub id.
+    """
+    if out is None and not dry_run:
+        raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
+    from seedpack import api
+    from seedpack.model.sources import open_source
+
+    output.quiet_transformers()
+    choice: dict[str, Any] = {
+        "codec": codec, "bits": bits, "settings": parse_settings(settings), "include": include, "exclude": exclude,
+        "dtype": dtype, "plan": plan,
+    }  # fmt: skip
+    source = open_source(model)
+    chosen = api.plan_for(source, **choice)
+    if source.dropped and not as_json:
+        click.echo(f"note: {', '.join(source.dropped[:6])} in the file is no weight and is left out", err=True)
+    if dry_run:
+        output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
+        return
+    assert out is not None
+    with output.progress("Fitting", chosen.packed_weights, "weights") as watch:
+        report = api.compress(
+            source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, watch=watch,
+            shard_bytes=None if shard_size is None else output.parse_size(shard_size),
+        )  # fmt: skip
+    output.show_json(report.to_json()) if as_json else show_report(report)
+
+
+def show_plan(model: str, plan: Any) -> None:
+    """The plan as a table: per tensor codec, bits, bytes before and after."""
+    rows = [
+        (t.name, "×".join(map(str, t.shape)), t.codec.id if t.packed else "raw", f"{t.bits_per_weight:.3f}",
+         output.size(t.source_bytes), output.size(t.stored_bytes), t.note)
+        for t in plan.tensors
+    ]  # fmt: skip
+    totals = plan.totals()
+    output.show_table(
+        f"Plan for {model}",
+        ("tensor", "shape", "codec", "bits", "before", "after", "note"),
+        rows,
+        ("total", "", "", f"{totals['bits_per_weight']:.3f}", output.size(totals["source_bytes"]),
+         output.size(totals["stored_bytes"]), f"{totals['packed_tensors']} of {totals['tensors']} packed"),
+    )  # fmt: skip
+
+
+def show_report(report: Any) -> None:
+    """The summary after packing."""
+    totals = report.plan.totals()
+    worst = max(report.tensors, key=lambda t: t.error_db, default=None)
+    fitting = sum(t.seconds for t in report.tensors)
+    pairs = [
+        ("size", f"{output.size(totals['source_bytes'])} → {output.size(report.file_bytes)} on disk "
+                 f"({totals['source_bytes'] / max(1, report.file_bytes):.2f}× smaller)"),
+        ("tensors", f"{totals['packed_tensors']} packed, {totals['tensors'] - totals['packed_tensors']} raw"),
+        ("bits a weight", f"{totals['bits_per_packed_weight']:.4f} over packed, {totals['bits_per_weight']:.4f} over all"),
+    ]  # fmt: skip
+    if worst is not None:
+        rate = totals["packed_weights"] / max(1e-9, fitting)
+        pairs += [
+            ("relative error", f"{output.db(report.error_db)} overall, worst {output.db(worst.error_db)} ({worst.plan.name})"),
+            ("time", f"{output.duration(report.seconds)}, {rate:,.0f} weights/s while fitting"),
+        ]  # fmt: skip
+    output.show_pairs(f"Packed {report.path}", pairs)

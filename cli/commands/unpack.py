@@ -1,0 +1,23 @@
+"""seedpack unpack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from seedpack.cli import output
+
+
+@click.command("unpack")
+@click.argument("packed", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File, or folder for a folder.")
+@click.option("--dtype", help="Of float tensors; default each tensor's own.")
+@click.option("--force", is_flag=True, help="Replace an existing output.")
+def command(packed: Path, out: Path, dtype: str | None, force: bool) -> None:
+    """Rebuild the dense model of PACKED: a safetensors file, or a Hugging Face folder that needs no seedpack."""
+    from seedpack import api
+
+    api.unpack(packed, out, dtype=dtype, force=force)
+    files = sorted(out.glob("*.safetensors")) if out.is_dir() else [out]
+    click.echo(f"{out}: {output.size(sum(file.stat().st_size for file in files))} of dense weights")

@@ -1,0 +1,78 @@
+"""The group of commands. Commands are imported when they are named; errors become one line and an exit code.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+import seedpack
+from seedpack.errors import SeedpackError
+
+COMMANDS = {
+    "compress": "Pack a model into a seed + coefficient checkpoint.",
+    "load": "Load a packed model; report layers, memory, time; generate.",
+    "inspect": "Show what a packed checkpoint holds.",
+    "verify": "Check every byte of a packed checkpoint against its digests.",
+    "unpack": "Rebuild the dense model.",
+    "compare": "Error and effective rank of one model's tensors against another's.",
+    "eval": "Perplexity and KL divergence of a packed model against its original.",
+}
+
+
+class _Group(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"seedpack.cli.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            import difflib
+
+            close = difflib.get_close_matches(args[0], COMMANDS, 1)
+            error.message += f" Did you mean {close[0]!r}?" if close else ""
+            raise
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SeedpackError as error:
+            raise click.ClickException(str(error)) from None
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(seedpack.__version__, prog_name="seedpack")
+def cli() -> None:
+    """Compress pretrained models into seed + coefficient checkpoints, and run them packed."""
+
+
+def main() -> None:
+    """Entry point of the `seedpack` program."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written output is removed
+    try:
+        cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted; nothing was changed.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)

@@ -1,0 +1,169 @@
+"""Tables, progress and JSON, the same for every command."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import click
+
+
+def size(count: float) -> str:
+    """Bytes for people, decimal units.
+
+    >>> size(123_456_789)
+    '123.5 MB'
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """"5GB", "200 MB" or plain bytes."""
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number = text.strip().upper()
+    unit = number.lstrip("0123456789. ")
+    try:
+        value = float(number.removesuffix(unit)) * units[unit]
+    except (KeyError, ValueError):
+        raise click.BadParameter(f"{text!r} is no size; write 5GB or 200MB") from None
+    if value < 1:
+        raise click.BadParameter("must be at least one byte")
+    return int(value)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> duration(75), duration(3)
+    ('1m15s', '3.0s')
+    """
+    return f"{seconds:.1f}s" if seconds < 60 else f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
+
+
+def db(value: float) -> str:
+    """Decibels."""
+    return "exact" if math.isinf(value) else f"{value:.2f} dB"
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None) -> None:
+    """Print a table; the first column is text, the others are numbers."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_footer=total is not None)
+    for i, name in enumerate(columns):
+        footer = "" if total is None else total[i]
+        table.add_column(name, footer, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    console.print(table)
+
+
+def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
+    """Print names and values."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in pairs:
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def show_json(document: Any) -> None:
+    """Print JSON; infinities as null, which JSON has."""
+    click.echo(json.dumps(_finite(document), indent=2))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar on standard error with rate and time left; a line every half minute where that is no terminal.
+
+    Yields a function of (what is worked on, units done since the last call).
+    """
+    if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        yield lambda what, count: None
+    elif sys.stderr.isatty():
+        with _bar(label, total, unit) as advance:
+            yield advance
+    else:
+        yield _lines(label, total, unit)
+
+
+@contextlib.contextmanager
+def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn(label),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[what]}"),
+    )
+    started = time.perf_counter()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=total, rate="", what="")
+
+        def advance(what: str, count: int) -> None:
+            done = bar.tasks[0].completed + count
+            rate = done / max(1e-9, time.perf_counter() - started)
+            bar.update(task, advance=count, what=what[-40:], rate=f"{_count(rate)} {unit}/s")
+
+        yield advance
+
+
+def _lines(label: str, total: int, unit: str) -> Callable[[str, int], None]:
+    started = last = time.perf_counter()
+    done = 0
+
+    def advance(what: str, count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.perf_counter()
+        if now - last >= 30:
+            last = now
+            rate = done / (now - started)
+            left = duration((total - done) / rate)
+            click.echo(f"{label}: {100 * done / max(1, total):.0f}%, {_count(rate)} {unit}/s, {left} left", err=True)
+
+    return advance
+
+
+def _count(value: float) -> str:
+    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.0f}k" if value >= 1e3 else f"{value:.0f}"
+
+
+def quiet_transformers() -> None:
+    """No load reports and weight bars of transformers between our own lines."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

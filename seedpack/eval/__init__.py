@@ -1,0 +1,1 @@
+"""What packing cost: perplexity, KL divergence, relative error, effective rank."""

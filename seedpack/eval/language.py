@@ -1,0 +1,114 @@
+"""Two causal language models on one text: perplexity of both, KL divergence, top-1 agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seedpack.errors import ModelError
+
+POSITIONS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class LanguageReport:
+    """Means over all scored positions.
+
+    Attributes:
+        context: tokens of a window; windows do not overlap, and its first token is not scored.
+        tokens: positions scored.
+        perplexity_original: exp of the mean negative log-likelihood (natural logarithm).
+        perplexity_packed: the same.
+        kl_mean: mean KL(original ‖ packed) of the next-token distributions, in nats.
+        kl_p99: its 99th percentile.
+        top1_agreement: share of positions where both models' likeliest token is the same.
+    """
+
+    context: int
+    tokens: int
+    perplexity_original: float
+    perplexity_packed: float
+    kl_mean: float
+    kl_p99: float
+    top1_agreement: float
+
+    def to_json(self) -> dict[str, Any]:
+        """A document for machines."""
+        return asdict(self)
+
+
+def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
+    """The first `tokens` tokens of a text as windows, int64 [n, context]."""
+    characters = 8 * tokens + 1000  # tokenizers are slow on what will not be used
+    ids = tokenizer(text[:characters], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    count = min(len(ids), tokens) // context
+    if count == 0:
+        raise ModelError(f"the text gives {len(ids)} tokens, fewer than one window of {context}; use a longer text")
+    return ids[: count * context].view(count, context)  # type: ignore[no-any-return]
+
+
+@torch.inference_mode()
+def compare_language_models(
+    original: Any, packed: Any, ids: Tensor, progress: Callable[[int], None] | None = None
+) -> LanguageReport:
+    """Score both models on windows of tokens.
+
+    Args:
+        original: a causal language model of transformers; the reference of the divergence.
+        packed: another with the same vocabulary.
+        ids: int64 [windows, context].
+        progress: called with the tokens scored since the last call.
+    """
+    nll_original, nll_packed, divergence, agree = [], [], [], []
+    for window in ids:
+        logits = [model.eval()(window[None].to(model.device)).logits[0, :-1].cpu() for model in (original, packed)]
+        if logits[0].shape != logits[1].shape:
+            raise ModelError(
+                f"the models have vocabularies of {logits[0].shape[-1]} and {logits[1].shape[-1]}; compare like with like"
+            )
+        for first in range(0, len(window) - 1, POSITIONS_AT_ONCE):
+            a, b = (value[first : first + POSITIONS_AT_ONCE].float().log_softmax(-1) for value in logits)
+            target = window[1 + first : 1 + first + len(a), None]
+            nll_original.append(-a.gather(1, target)[:, 0])
+            nll_packed.append(-b.gather(1, target)[:, 0])
+            divergence.append((a.exp() * (a - b)).sum(-1))
+            agree.append(a.argmax(-1) == b.argmax(-1))
+        if progress:
+            progress(len(window))
+    kl = torch.cat(divergence).double()
+    if not torch.isfinite(kl).all():
+        raise ModelError("a model gives logits that are not finite on this text")
+    return LanguageReport(
+        context=ids.shape[1],
+        tokens=len(kl),
+        perplexity_original=float(torch.cat(nll_original).double().mean().exp()),
+        perplexity_packed=float(torch.cat(nll_packed).double().mean().exp()),
+        kl_mean=float(kl.mean()),
+        kl_p99=float(kl.quantile(0.99)),
+        top1_agreement=float(torch.cat(agree).double().mean()),
+    )
+
+
+def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer: a folder (dense or packed), a GGUF file or a hub id."""
+    import transformers
+
+    import seedpack  # noqa: F401 (registers the quantizer)
+
+    where, options = str(path), {}
+    if where.lower().endswith(".gguf"):
+        where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        return model, transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{path}: not a causal language model with its tokenizer ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:240]

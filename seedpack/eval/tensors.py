@@ -1,0 +1,118 @@
+"""Two checkpoints tensor by tensor: relative error and effective rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from seedpack.codecs.base import matrix_shape
+from seedpack.codecs.registry import codec_from_spec
+from seedpack.codecs.svd import SVDCodec
+from seedpack.errors import FormatError, ModelError
+from seedpack.formats import Checkpoint
+from seedpack.linalg import captured_energy, effective_rank, singular_values
+from seedpack.model.layers import codec_matrix
+from seedpack.model.sources import open_source
+from seedpack.model.stored import stored_dense
+
+
+@dataclass(frozen=True)
+class TensorComparison:
+    """One tensor of A against B.
+
+    Attributes:
+        error: ‖A - B‖², `energy`: ‖A‖².
+        rank_a, rank_b: effective ranks; None for what is no matrix, or where not asked for.
+        rank: what an SVD codec stored in B, with `captured` ‖B‖² / ‖A‖² explained, 1 - error / energy, and
+            `optimal`, the same for the best approximation of that rank.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    energy: float
+    rank_a: float | None = None
+    rank_b: float | None = None
+    rank: int | None = None
+    captured: float | None = None
+    optimal: float | None = None
+
+
+@dataclass(frozen=True)
+class _Side:
+    names: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    ranks: dict[str, int]
+
+
+def compare_tensors(a: str | Path, b: str | Path, *, ranks: bool = True) -> tuple[list[str], Iterator[TensorComparison]]:
+    """Compare the float tensors that two models share.
+
+    Args:
+        a: a dense or packed model: the reference.
+        b: another.
+        ranks: also compute effective ranks (an eigendecomposition a tensor and side).
+
+    Returns:
+        Names that only one of them has, and the comparisons, one at a time.
+    """
+    left, right = _open(a), _open(b)
+    common = [name for name in left.names if name in right.names]
+    if not common:
+        raise ModelError(f"{a} and {b} have no tensor name in common, as {next(iter(left.names))!r}")
+    for name in common:
+        if left.names[name] != right.names[name]:
+            raise ModelError(
+                f"tensor {name!r}: {a} has shape {list(left.names[name])}, {b} has {list(right.names[name])}"
+            )
+    lone = sorted(left.names.keys() ^ right.names.keys())
+    return lone, _compare(left, right, common, ranks)
+
+
+def _compare(left: _Side, right: _Side, names: list[str], ranks: bool) -> Iterator[TensorComparison]:
+    for name in names:
+        x, y = left.read(name), right.read(name)
+        if not x.is_floating_point():
+            continue
+        x, y = x.float(), y.float()
+        error, energy = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (x - y, x))
+        if x.dim() < 2 or not ranks or 0 in x.shape:
+            yield TensorComparison(name, tuple(x.shape), error, energy)
+            continue
+        matrix = matrix_shape(tuple(x.shape))
+        values = singular_values(x.reshape(matrix))
+        rank = right.ranks.get(name)
+        yield TensorComparison(
+            name,
+            tuple(x.shape),
+            error,
+            energy,
+            effective_rank(values),
+            effective_rank(singular_values(y.reshape(matrix))),
+            rank,
+            None if rank is None else 1 - error / energy,
+            None if rank is None else captured_energy(values, rank),
+        )
+
+
+def _open(path: str | Path) -> _Side:
+    try:
+        checkpoint = Checkpoint(path)
+    except FormatError as error:
+        if "not a seedpack checkpoint" not in str(error) and Path(path).suffix == ".safetensors":
+            raise
+        source = open_source(path)
+        return _Side({name: t.shape for name, t in source.tensors.items()}, source.read, {})
+    manifest = checkpoint.manifest
+    ranks = {}
+    for name, entry in manifest.tensors.items():
+        if manifest.codec_of(name).id == SVDCodec.id:
+            codec = codec_from_spec(manifest.codec_of(name))
+            assert isinstance(codec, SVDCodec)
+            ranks[name] = codec.rank_of(codec_matrix(entry.shape, entry.transposed))
+    names = {name: entry.shape for name, entry in manifest.tensors.items()}
+    return _Side(names, lambda name: stored_dense(checkpoint, name), ranks)

@@ -1,0 +1,108 @@
+"""Imports go to the left only, and importing is free."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = [
+    {"errors", "_transformers"},
+    {"formats"},
+    {"_shapes", "dtypes", "prng", "linalg"},
+    {"kernels"},
+    {"codecs"},
+    {"model"},
+    {"api"},
+    {"hf", "eval"},
+    {"cli"},
+]
+RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in (ROOT / "seedpack").rglob("*.py")) + sorted(
+        p for folder in ("cli", "formats") for p in (ROOT / folder).rglob("*.py")
+    )
+
+
+def layer_of(path: Path) -> str | None:
+    parts = path.relative_to(ROOT).parts
+    if parts[0] == "seedpack":
+        return None if parts == ("seedpack", "__init__.py") else parts[1].removesuffix(".py")
+    return parts[0]
+
+
+def violations(source: str, layer: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, "imports are absolute"
+            names = [node.module] if node.module != "seedpack" else [f"seedpack.{a.name}" for a in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "seedpack" and len(parts) > 1 and RANK[parts[1]] > RANK[layer]:
+                found.append(f"{layer} imports {name}")
+    return found
+
+
+def test_imports_go_to_the_left() -> None:
+    found = []
+    for path in modules():
+        layer = layer_of(path)
+        if layer is not None:
+            assert layer in RANK, f"{path} belongs to no layer"
+            found += violations(path.read_text(), layer)
+    assert not found
+
+
+def test_a_violation_is_found() -> None:
+    assert violations("from seedpack.hf.config import X", "formats") == ["formats imports seedpack.hf.config"]
+    assert violations("def f():\n    from seedpack import cli", "api") == ["api imports seedpack.cli"]
+    assert not violations("from seedpack.errors import X", "formats")
+
+
+def test_formats_know_no_torch() -> None:
+    for path in (ROOT / "formats").rglob("*.py"):
+        assert "torch" not in {
+            (name.name if isinstance(node, ast.Import) else node.module or "").split(".")[0]
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for name in node.names
+        }
+
+
+HEAVY = "{'torch', 'triton', 'transformers', 'numba', 'numpy', 'safetensors', 'rich'}"
+LIGHT = {
+    "import seedpack": "import seedpack",
+    "import seedpack.formats": "import seedpack.formats",
+    "seedpack --help": "import sys; sys.argv = ['seedpack', '--help']\nfrom seedpack.cli.main import main\n"
+    "try: main()\nexcept SystemExit: pass",
+}
+
+
+def heavy_imports(code: str) -> str:
+    script = f"{code}\nimport sys\nprint('HEAVY', sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    return done.stdout.rpartition("HEAVY ")[2].strip()
+
+
+@pytest.mark.parametrize("code", LIGHT.values(), ids=LIGHT.keys())
+def test_import_is_free(code: str) -> None:
+    assert heavy_imports(code) == "[]"
+
+
+def test_a_heavy_import_is_found() -> None:
+    assert heavy_imports("import seedpack.prng") == "['numpy', 'torch']"
+
+
+def test_files_are_small() -> None:
+    long = {str(p.relative_to(ROOT)): n for p in modules() if (n := len(p.read_text().splitlines())) > 400}
+    assert not long

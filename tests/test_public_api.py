@@ -1,0 +1,31 @@
+"""What users may rely on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import seedpack
+
+
+def test_exported_names() -> None:
+    assert seedpack.__all__ == [
+        "Codec", "Plan", "SeedpackError", "__version__", "compress", "get_codec", "load", "register_codec", "save",
+    ]  # fmt: skip
+    assert dir(seedpack) == sorted(seedpack.__all__)
+    for name in seedpack.__all__:
+        assert getattr(seedpack, name) is not None
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nope'"):
+        _ = seedpack.nope  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("order", ["import seedpack, transformers", "import transformers, seedpack"])
+def test_transformers_learns_of_seedpack_in_either_order(order: str) -> None:
+    code = f"{order}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q\nprint('seedpack' in q)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
