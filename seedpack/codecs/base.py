@@ -60,7 +60,7 @@ class Codec:
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Float[Tensor, " in"] | None = None,
+        importance: Tensor | None = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",

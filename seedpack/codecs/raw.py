@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_dtype
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.formats import PartSpec
@@ -37,7 +36,7 @@ class RawCodec(Codec):
     def encode(
         self,
         weight: Tensor,
-        importance: Float[Tensor, " in"] | None = None,
+        importance: Tensor | None = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",

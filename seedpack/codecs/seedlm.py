@@ -82,7 +82,7 @@ class SeedLMCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Float[Tensor, " in"] | None = None,
+        importance: Tensor | None = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -111,7 +111,7 @@ class SeedLMCodec(Codec):
             for row in range(0, rows, step):
                 fit((slice(row, min(rows, row + step)), slice(0, blocks)), None)
         else:
-            h = self._block_importance(importance, blocks)
+            h = self._block_importance(importance, columns)
             for block in range(blocks):
                 fit((slice(0, rows), slice(block, block + 1)), h[block])
         return {
@@ -149,11 +149,11 @@ class SeedLMCodec(Codec):
         nibbles[:, : blocks * width] = codes.flatten(1)
         return pack(nibbles, CODE_BITS).reshape(shape)
 
-    def _block_importance(self, importance: Tensor, blocks: int) -> Tensor:
+    def _block_importance(self, importance: Tensor, columns: int) -> Tensor:
         """[in] to [blocks, C], relative to the mean; places of padding count as the mean."""
-        h = torch.ones(blocks * self.block, dtype=torch.float64)
-        h[: len(importance)] = require_importance(self.id, importance, len(importance))
-        return h.view(blocks, self.block)
+        h = torch.ones(-(-columns // self.block), self.block, dtype=torch.float64)
+        h.view(-1)[:columns] = require_importance(self.id, importance, columns)
+        return h
 
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:

@@ -100,7 +100,7 @@ class SVDCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Float[Tensor, " in"] | None = None,
+        importance: Tensor | None = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -142,9 +142,8 @@ class SVDCodec(Codec):
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Rows of the left factor."""
         inner = self._inner()
-        right = {name: part for name, part in parts.items() if name.startswith("right")}
-        left = {name: part for name, part in parts.items() if name not in right}
-        return right | ({"weight": parts["weight"][index]} if inner is None else inner.rows(left, index))
+        left = {name: part for name, part in parts.items() if not name.startswith("right")}
+        return parts | ({"weight": parts["weight"][index]} if inner is None else inner.rows(left, index))
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """The factors' own checks too."""

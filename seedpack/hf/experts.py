@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.codecs.base import Codec
-from seedpack.codecs.registry import codec_from_spec
+from seedpack.codecs.registry import codec_from_spec, codec_to_json
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
 from seedpack.model import ops
@@ -65,8 +65,8 @@ class ExpertView:
         return torch.stack([self[i] for i in range(self.shape[0])])
 
     def _decode(self, group: ExpertGroup, index: int) -> Tensor:
-        parts = {part: self._module.get_parameter(group.leaf(part))[index] for part in group.part_names}
-        return ops.decode(group.codec, parts, group.shape, self.dtype)
+        parts = [self._module.get_parameter(group.leaf(part))[index] for part in group.part_names]
+        return ops.decode(parts, codec_to_json(group.codec), group.shape, self.dtype)
 
 
 def pack_experts_(

@@ -12,33 +12,38 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.codecs.base import Codec, matrix_shape
+from seedpack.codecs.registry import codec_to_json
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
 from seedpack.model import ops
 
 
 class PackedModule(nn.Module):
-    """What all packed layers have. Made by `pack_module_`, never by a constructor."""
+    """What all packed layers have. Made by `pack_module_`, never by a constructor.
+
+    `matrix` is the shape [out, in] that the codec sees, `codec_text` the codec as operators take it.
+    """
 
     codec: Codec
+    codec_text: str
+    part_names: tuple[str, ...]
     weight_shape: tuple[int, ...]
+    matrix: tuple[int, int]
     transposed: bool
     compute_dtype: torch.dtype
     dense_class: type[nn.Module]
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The matrix [out, in] that the codec sees."""
-        return codec_matrix(self.weight_shape, self.transposed)
-
     def packed_parts(self) -> dict[str, Tensor]:
         """The parts, by name."""
-        return {name: self._parameters[name] for name in self.codec.parts(self.matrix)}  # type: ignore[misc]
+        return dict(zip(self.part_names, self._ordered(), strict=True))
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight rebuilt, in the dense layer's shape."""
-        weight = ops.decode(self.codec, self.packed_parts(), self.matrix, dtype or self.compute_dtype)
+        weight = ops.decode(self._ordered(), self.codec_text, self.matrix, dtype or self.compute_dtype)
         return weight.mT.contiguous() if self.transposed else weight.view(self.weight_shape)
+
+    def _ordered(self) -> list[Tensor]:
+        return [self.get_parameter(name) for name in self.part_names]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
@@ -54,7 +59,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        return ops.packed_linear(input, self.codec, self.packed_parts(), self.matrix, self.bias)
+        return ops.linear(input, self._ordered(), self.codec_text, self.matrix, self.bias)
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -64,10 +69,10 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] -> [..., embedding_dim]."""
-        unique, inverse = input.flatten().unique(return_inverse=True)
-        parts = self.codec.rows(self.packed_parts(), unique)
-        rows = ops.decode(self.codec, parts, (len(unique), self.embedding_dim), self.compute_dtype)
-        result = rows[inverse].view(*input.shape, self.embedding_dim)
+        parts = self.codec.rows(self.packed_parts(), input.flatten())
+        shape = (input.numel(), self.embedding_dim)
+        rows = ops.decode(list(parts.values()), self.codec_text, shape, self.compute_dtype)
+        result = rows.view(*input.shape, self.embedding_dim)
         if self.embed_scale_value is not None:
             result = result * torch.tensor(self.embed_scale_value, dtype=self.compute_dtype, device=result.device)
         return result
@@ -143,7 +148,8 @@ def pack_module_(
     del module._parameters["weight"]
     module.__class__ = kind
     packed = cast(PackedModule, module)
-    packed.codec, packed.weight_shape, packed.transposed = codec, shape, transposed
+    packed.codec, packed.codec_text, packed.part_names = codec, codec_to_json(codec), tuple(codec.parts(matrix))
+    packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
         packed.out_features, packed.in_features = matrix
@@ -159,13 +165,13 @@ def pack_module_(
 def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn a packed module back into its dense class, in place, with the weight rebuilt."""
     weight = module.dense_weight(dtype)
-    for name in module.codec.parts(module.matrix):
+    for name in module.part_names:
         del module._parameters[name]
     if isinstance(module, PackedEmbedding) and module.embed_scale_value is not None:
         scale = torch.tensor(module.__dict__.pop("embed_scale_value"), device=weight.device)
         module.register_buffer("embed_scale", scale, persistent=False)
     dense = cast(nn.Module, module)
-    for name in ("codec", "weight_shape", "transposed", "compute_dtype"):
+    for name in ("codec", "codec_text", "part_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
         delattr(module, name)
     dense.__class__ = module.__dict__.pop("dense_class")
     dense.register_parameter("weight", nn.Parameter(weight))

@@ -1,7 +1,7 @@
 """The packed product as torch operators: opaque to the compiler, with a gradient to the input.
 
-`seedpack::decode` hides integer generators from Inductor, which may compile wrapping arithmetic wrongly.
-`packed_linear` decodes again in the backward pass instead of keeping the dense weight alive between the two.
+Opaque, because Inductor may compile the wrapping integers of a generator wrongly. The codec travels as its JSON text,
+its parts in the order of `Codec.parts`. The backward pass decodes again; no dense weight lives between the two.
 """
 
 from __future__ import annotations
@@ -9,18 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from seedpack.codecs.base import Codec
-from seedpack.codecs.registry import codec_from_json, codec_to_json
+from seedpack.codecs.registry import codec_from_json
 
 
 @torch.library.custom_op("seedpack::decode", mutates_args=())
 def _decode(parts: list[Tensor], codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     decoder = codec_from_json(codec)
-    names = list(decoder.parts((shape[0], shape[1])))
-    return decoder.decode(dict(zip(names, parts, strict=True)), (shape[0], shape[1]), dtype).contiguous()
+    matrix = (shape[0], shape[1])
+    named = dict(zip(decoder.parts(matrix), parts, strict=True))
+    return decoder.decode(named, matrix, dtype).contiguous()
 
 
 @_decode.register_fake
@@ -28,41 +27,38 @@ def _(parts: list[Tensor], codec: str, shape: list[int], dtype: torch.dtype) -> 
     return torch.empty(shape, dtype=dtype, device=parts[0].device)
 
 
-def decode(codec: Codec, parts: dict[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in] of a codec's parts."""
-    ordered = [parts[name] for name in codec.parts(shape)]
-    return _decode(ordered, codec_to_json(codec), list(shape), dtype)  # type: ignore[no-any-return]
+@torch.library.custom_op("seedpack::linear", mutates_args=())
+def _linear(x: Tensor, parts: list[Tensor], codec: str, shape: list[int]) -> Tensor:
+    decoder = codec_from_json(codec)
+    matrix = (shape[0], shape[1])
+    named = dict(zip(decoder.parts(matrix), parts, strict=True))
+    return decoder.matmul(x, named, matrix).contiguous()
 
 
-class _PackedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, codec: str, out: int, columns: int, *parts: Tensor
-    ) -> Tensor:
-        ctx.codec, ctx.shape = codec, [out, columns]
-        ctx.save_for_backward(*parts)
-        return F.linear(x, _decode(list(parts), codec, [out, columns], x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        parts = list(ctx.saved_tensors)
-        grad_x = grad @ _decode(parts, ctx.codec, ctx.shape, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None, None, None, *(None for _ in parts)
+@_linear.register_fake
+def _(x: Tensor, parts: list[Tensor], codec: str, shape: list[int]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-def packed_linear(
-    x: Tensor, codec: Codec, parts: dict[str, Tensor], shape: tuple[int, int], bias: Tensor | None
-) -> Tensor:
-    """x [..., in] times the packed weight [out, in] transposed, plus bias; differentiable in x and bias."""
-    if not torch.is_grad_enabled() or not (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y = codec.matmul(x, parts, shape) if _keeps_factors(codec) else F.linear(x, decode(codec, parts, shape, x.dtype))
-        return y if bias is None else y + bias
-    ordered = [parts[name] for name in codec.parts(shape)]
-    return _PackedLinear.apply(x, bias, codec_to_json(codec), *shape, *ordered)  # type: ignore[no-any-return,no-untyped-call]
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, ctx.codec, ctx.shape = inputs
+    ctx.save_for_backward(*parts)
 
 
-def _keeps_factors(codec: Codec) -> bool:
-    """Whether the codec's own product is cheaper than decoding (a low rank) and free of hidden integers."""
-    return codec.id == "svd" and getattr(codec, "factors", None) is None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, None]:
+    parts = list(ctx.saved_tensors)
+    return grad @ _decode(parts, ctx.codec, ctx.shape, grad.dtype), [None] * len(parts), None, None
+
+
+_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def decode(parts: list[Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The dense weight [out, in]."""
+    return _decode(parts, codec, list(shape), dtype)  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, parts: list[Tensor], codec: str, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+    """x [..., in] times the packed weight [out, in] transposed, plus bias [out]; differentiable in x and bias."""
+    y: Tensor = _linear(x, parts, codec, list(shape))
+    return y if bias is None else y + bias

@@ -141,7 +141,7 @@ def _ill_energy(bases: Any, w: Any, dot: Any, energy: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _evaluate(
-    u: Any, n: int, w: Any, root: Any, bias: int, exponents: int, q: Any, r: Any, t: Any, trial: Any,
+    u: Any, n: int, w: Any, root: Any, exponents: int, q: Any, r: Any, t: Any, trial: Any,
     best_error: float, best: Any,
 ) -> float:  # fmt: skip
     """Quantise the fit of the seed at position n; if it beats `best_error`, store (n, exponent, mantissas) in `best`.
@@ -160,14 +160,14 @@ def _evaluate(
     largest = 0.0
     for p in range(rank):
         largest = max(largest, abs(t[p]))
-    rule = EXPONENT_MIN + bias
+    rule = EXPONENT_MIN
     if largest > 0.0:
         mantissa, rule = math.frexp(largest / 7.5)
         if mantissa == 0.5:
             rule -= 1
     spread = 0 if exponents == 1 else 1
     for shift in range(-spread, spread + 1):
-        exponent = min(max(rule + shift, EXPONENT_MIN + bias), EXPONENT_MAX + bias)
+        exponent = min(max(rule + shift, EXPONENT_MIN), EXPONENT_MAX)
         scale = math.ldexp(1.0, exponent)
         for p in range(rank):
             trial[p] = min(max(np.rint(t[p] / scale), float(MANTISSA_MIN)), float(MANTISSA_MAX))
@@ -180,7 +180,7 @@ def _evaluate(
         if error < best_error or (error == best_error and n < best[0]):
             best_error = error
             best[0] = n
-            best[1] = exponent - bias
+            best[1] = exponent
             for p in range(rank):
                 best[2 + p] = int(trial[p])
     return best_error
@@ -240,8 +240,7 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
 @njit(parallel=True, cache=True, nogil=True)
 def _finish(
     u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, rw: Any, root: Any,
-    bias: int, exponents: int, slack: float, chunk: int, maxima: Any, tops: Any, found: Any,
-    errors: Any,
+    exponents: int, slack: float, chunk: int, maxima: Any, tops: Any, found: Any, errors: Any,
 ) -> None:  # fmt: skip
     """The exact search among the seeds that the bound leaves."""
     count, block = w.shape
@@ -282,12 +281,12 @@ def _finish(
                                 entry += 1
                             value += y * y
                         if value >= bar:
-                            error = _evaluate(u, n, w[i], root, bias, exponents, q, r, t, trial, error, found[i])
+                            error = _evaluate(u, n, w[i], root, exponents, q, r, t, trial, error, found[i])
             _ill_energy(ill_bases, rw[i], dot, energy)
             for k in range(ill.shape[0]):
                 if energy[k] >= total * (1.0 - slack) - error:
-                    error = _evaluate(u, ill[k], w[i], root, bias, exponents, q, r, t, trial, error, found[i])
-            errors[i] = error
+                    error = _evaluate(u, ill[k], w[i], root, exponents, q, r, t, trial, error, found[i])
+            errors[i] = min(error, total)  # nothing found: too small to be anything but zero
 
 
 class _Tables:
@@ -323,7 +322,7 @@ def search(
         tables = _plain_tables(seed_bits, block, rank)
     else:
         tables = _Tables(seed_bits, block, rank, importance.double().sqrt().numpy())
-    w = np.ascontiguousarray(blocks.detach().double().numpy())
+    w = np.ldexp(blocks.detach().double().numpy(), -exponent_bias)  # float32 bounds must not under- or overflow
     hw, rw = (w * tables.root**2).astype(np.float32), (w * tables.root).astype(np.float32)
     found = np.zeros((count, 2 + rank), np.int64)
     errors = np.empty(count)
@@ -338,9 +337,9 @@ def search(
         bound(tables.u32, tables.lower, hw[part], chunk, maxima, tops)
         _finish(
             tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases, w[part], hw[part],
-            rw[part], tables.root, exponent_bias, exponents, slack, FINISH_BLOCKS, maxima, tops, found[part],
+            rw[part], tables.root, exponents, slack, FINISH_BLOCKS, maxima, tops, found[part],
             errors[part],
         )  # fmt: skip
     result = torch.from_numpy(found)
     seeds = torch.from_numpy(lfsr_cycle(seed_bits)[found[:, 0]].astype(np.int64))
-    return Found(seeds, result[:, 1], result[:, 2:], torch.from_numpy(errors))
+    return Found(seeds, result[:, 1], result[:, 2:], torch.from_numpy(np.ldexp(errors, 2 * exponent_bias)))

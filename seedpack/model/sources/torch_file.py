@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle  # noqa: TID251 (its error class; torch.load raises it)
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,10 +43,12 @@ def open_torch_file(path: Path) -> Source:
 
 def _load(path: Path) -> object:
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is an error
+            try:
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError:  # the format before torch 1.6 cannot be mapped
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].splitlines() or ["it is not a plain state dict"]
         raise ModelError(
@@ -53,4 +56,5 @@ def _load(path: Path) -> object:
             "load it where you trust it and save the weights alone with torch.save(model.state_dict(), …)"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{path}: not a file written by torch.save ({str(error).splitlines()[0][:160]})") from None
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"{path}: not a file written by torch.save ({reason[0][:160]})") from None

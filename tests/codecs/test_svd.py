@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seedpack.codecs.registry import get_codec
+from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.svd import SVDCodec
+from seedpack.errors import CodecError
+from tests.codecs.common import check_config, check_contract, check_refusals
+
+SMALL = SeedLMCodec(10, 8, 3)
+CODECS = [SVDCodec(rank=4), SVDCodec(bits=5.0), SVDCodec.over(SMALL, rank=9), SVDCodec.over(SMALL, bits=4.0)]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("shape", [(32, 48), (48, 31), (5, 3)], ids=str)
+def test_contract(codec: SVDCodec, shape: tuple[int, int]) -> None:
+    check_contract(codec, torch.randn(shape))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_config_and_refusals(codec: SVDCodec) -> None:
+    check_config(codec)
+    check_refusals(codec, torch.randn(32, 48))
+
+
+@pytest.mark.parametrize("bits", [1.0, 4.0, 12.8])
+@pytest.mark.parametrize("factors", [None, SMALL], ids=["fp16", "seedlm"])
+def test_bits_are_the_largest_that_fit(bits: float, factors: SeedLMCodec | None) -> None:
+    codec = SVDCodec(bits=bits) if factors is None else SVDCodec.over(factors, bits=bits)
+    shape = (96, 160)
+    rank = codec.rank_of(shape)
+    assert codec.bits_per_weight(shape) <= bits
+    more = SVDCodec(rank=rank + 1, factors=codec.factors)
+    assert rank == 96 or more.bits_per_weight(shape) > bits
+
+
+def test_full_rank_is_fp16_rounding() -> None:
+    weight = torch.randn(24, 40)
+    codec = SVDCodec(rank=1000)
+    decoded = codec.decode(codec.encode(weight), (24, 40), torch.float32)
+    assert float((decoded - weight).norm() / weight.norm()) < 1e-3
+
+
+def test_importance() -> None:
+    weight, importance = torch.randn(64, 48), torch.rand(48) * 10 + 0.01
+    codec = SVDCodec(rank=16)
+    plain, weighted = (codec.decode(codec.encode(weight, h), (64, 48), torch.float32) for h in (None, importance))
+    before, after = ((importance * (w - weight) ** 2).sum() for w in (plain, weighted))
+    assert after < 0.95 * before
+
+
+def test_settings() -> None:
+    for settings, message in [
+        ({}, "either rank or bits"),
+        ({"rank": 3, "bits": 4.0}, "either rank or bits"),
+        ({"rank": 0}, "rank must be a whole number"),
+        ({"bits": 0.0}, "bits must be above 0"),
+        ({"rank": 3, "factors": {"id": "raw"}}, "factors must be a codec's id, version and config"),
+        ({"rank": 3, "factors": SVDCodec(rank=2).spec().to_json()}, "cannot be svd again"),
+    ]:
+        with pytest.raises(CodecError, match=message):
+            get_codec("svd")(**settings)

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from seedpack.errors import BackendError
+from seedpack.kernels import dispatch
+from seedpack.kernels.dispatch import choose
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_auto_takes_the_first_that_can() -> None:
+    assert choose("op", "auto", CPU, ("cpu", "reference")) == "cpu"
+    assert choose("op", "auto", CUDA, ("cpu", "reference")) == "reference"
+
+
+def test_explicit_works_or_raises() -> None:
+    assert choose("op", "reference", CPU, ("cpu", "reference")) == "reference"
+    for backend, device, message in [
+        ("triton", CPU, "op has no backend 'triton'; it has: cpu, reference"),
+        ("cpu", CUDA, "cannot run: it runs on the CPU, the tensors are on cuda"),
+        ("fast", CPU, "unknown backend 'fast'; known: auto, reference, cpu, triton"),
+    ]:
+        with pytest.raises(BackendError, match=message):
+            choose("op", backend, device, ("cpu", "reference"))  # type: ignore[arg-type]
+
+
+def test_auto_says_once_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_has_numba", lambda: False)
+    dispatch._warn_fallback.cache_clear()
+    with pytest.warns(RuntimeWarning, match="backend 'cpu' passed over, Numba is not installed"):
+        assert choose("op", "auto", CPU, ("cpu", "reference")) == "reference"
+    assert choose("op", "auto", CPU, ("cpu", "reference")) == "reference"
+    with pytest.raises(BackendError, match="Numba is not installed"):
+        choose("op", "cpu", CPU, ("cpu", "reference"))

@@ -1,0 +1,82 @@
+"""The search against brute force over all seeds in float64."""
+
+from __future__ import annotations
+
+import numba
+import pytest
+import torch
+
+from seedpack.kernels.seedlm_search import Found, seedlm_search
+from seedpack.kernels.seedlm_search.reference import all_bases
+from seedpack.prng import lfsr_position
+
+
+def same_error(found: Found, expected: Found) -> None:
+    torch.testing.assert_close(found.error, expected.error, rtol=1e-9, atol=1e-13)
+
+
+def reconstruct(found: Found, block: int, seed_bits: int, bias: int) -> torch.Tensor:
+    rank = found.mantissa.shape[1]
+    position = torch.from_numpy(lfsr_position(seed_bits).copy())[found.seed].long()
+    u = all_bases(seed_bits, block, rank)[position]
+    return torch.einsum("ncp,np->nc", u, found.mantissa.double()) * torch.exp2((found.exponent + bias).double())[:, None]
+
+
+@pytest.mark.parametrize(
+    ("seed_bits", "block", "rank", "count"),
+    [(16, 8, 3, 1000), (16, 12, 4, 300), (12, 8, 3, 200), (9, 4, 2, 200), (7, 6, 6, 100), (3, 4, 2, 50), (5, 1, 1, 50), (13, 7, 5, 100)],
+)
+@pytest.mark.parametrize("exponents", [1, 3])
+def test_exact(seed_bits: int, block: int, rank: int, count: int, exponents: int) -> None:
+    if exponents == 3:
+        count //= 4
+    settings = {"seed_bits": seed_bits, "rank": rank, "exponents": exponents}
+    blocks = torch.randn(count, block) * torch.logspace(-4, 1, count)[:, None]
+    expected = seedlm_search(blocks, None, -5, **settings, backend="reference")
+    found = seedlm_search(blocks, None, -5, **settings, backend="cpu")
+    same_error(found, expected)
+    fitted = reconstruct(found, block, seed_bits, -5)
+    torch.testing.assert_close((blocks.double() - fitted).square().sum(1), found.error, rtol=1e-9, atol=1e-13)
+    assert found.mantissa.min() >= -8 and found.mantissa.max() <= 7
+    assert found.exponent.min() >= -8 and found.exponent.max() <= 7
+    assert found.seed.min() >= 1 and found.seed.max() < 2**seed_bits
+
+
+@pytest.mark.parametrize("importance", ["mild", "wild"])
+def test_exact_with_importance(importance: str) -> None:
+    h = torch.rand(8) + 0.2 if importance == "mild" else torch.logspace(-6, 2, 8)[torch.randperm(8)]
+    blocks = torch.randn(60, 8)
+    settings = {"seed_bits": 12, "rank": 3, "exponents": 3}
+    same_error(
+        seedlm_search(blocks, h, -5, **settings, backend="cpu"),
+        seedlm_search(blocks, h, -5, **settings, backend="reference"),
+    )
+
+
+def test_real_weights_and_extremes() -> None:
+    blocks = torch.cat((torch.eye(8), torch.ones(2, 8), torch.zeros(3, 8), 1e6 * torch.randn(5, 8), torch.randn(5, 8) ** 5))
+    settings = {"seed_bits": 14, "rank": 3, "exponents": 1}
+    found = seedlm_search(blocks, None, 2, **settings, backend="cpu")
+    same_error(found, seedlm_search(blocks, None, 2, **settings, backend="reference"))
+    assert torch.all(found.error[10:13] == 0) and torch.all(found.mantissa[10:13] == 0)
+
+
+def test_does_not_depend_on_threads_or_on_other_blocks() -> None:
+    blocks = torch.randn(301, 8)
+    settings = {"seed_bits": 13, "rank": 3, "exponents": 3, "backend": "cpu"}
+    whole = seedlm_search(blocks, None, -5, **settings)
+    threads = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        one = seedlm_search(blocks, None, -5, **settings)
+    finally:
+        numba.set_num_threads(threads)
+    piece = seedlm_search(blocks[100:133], None, -5, **settings)
+    for a, b, c in zip(whole, one, piece, strict=True):
+        assert torch.equal(a, b) and torch.equal(a[100:133], c)
+
+
+def test_paper_error_at_four_bits() -> None:
+    blocks = torch.randn(4096, 8)
+    found = seedlm_search(blocks, None, -5, seed_bits=16, rank=3, exponents=1, backend="cpu")
+    assert float(found.error.sum() / blocks.numel()) == pytest.approx(0.01511, rel=0.03)
