@@ -22,7 +22,17 @@ def wheel(package: str) -> Path:
     name = package.partition("==")[0].replace("-", "_")
     if not (found := sorted(folder.glob(f"{name}-*.whl"))):
         print(f"downloading {package} …", flush=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            package,
+        ]
         subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         found = sorted(folder.glob(f"{name}-*.whl"))
     return found[-1]
@@ -105,7 +115,13 @@ def versions() -> str:
     """What a result was measured with."""
     from importlib.metadata import version
 
-    names = ["seedpack", "torch", "transformers", "numpy", *(["numba"] if importlib.util.find_spec("numba") else [])]
+    names = [
+        "seedpack",
+        "torch",
+        "transformers",
+        "numpy",
+        *(["numba"] if importlib.util.find_spec("numba") else []),
+    ]
     return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in names)
 
 
@@ -116,6 +132,9 @@ def machine() -> str:
     model = "unknown processor"
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), model)
+        model = next(
+            (line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line),
+            model,
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{cores} cores of {model}"

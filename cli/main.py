@@ -47,8 +47,9 @@ class _Group(click.Group):
             import difflib
 
             close = difflib.get_close_matches(args[0], COMMANDS, 1)
-            error.message += f" Did you mean {close[0]!r}?" if close else ""
-            raise
+            raise click.UsageError(
+                f"{error.message} Did you mean {close[0]!r}?" if close else error.message, ctx
+            ) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -28,7 +28,7 @@ def size(count: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """"5GB", "200 MB" or plain bytes."""
+    """ "5GB", "200 MB" or plain bytes."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = text.strip().upper()
     unit = number.lstrip("0123456789. ")
@@ -55,36 +55,42 @@ def db(value: float) -> str:
     return "exact" if math.isinf(value) else f"{value:.2f} dB"
 
 
-def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None) -> None:
+def show_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None
+) -> None:
     """Print a table; the first column is text, the others are numbers."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_footer=total is not None)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=total is not None)
     for i, name in enumerate(columns):
         footer = "" if total is None else total[i]
         table.add_column(name, footer, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
     console.print(table)
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Print names and values."""
-    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=False)
-    table.add_column(style="dim")
+    table = Table(box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, value)
-    Console().print(table)
+        table.add_row(name, escape(value))
+    console = Console()
+    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(table)
 
 
 def show_json(document: Any) -> None:

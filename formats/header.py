@@ -151,7 +151,9 @@ def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: s
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
             kind = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
-            raise FormatError(f"{where}: tensor {name[:120]!r} {kind}: starts at byte {info.start}, expected {position}")
+            raise FormatError(
+                f"{where}: tensor {name[:120]!r} {kind}: starts at byte {info.start}, expected {position}"
+            )
         position = info.end
     if position != data_bytes:
         kind = "the file is truncated" if position > data_bytes else "bytes follow that belong to no tensor"
@@ -178,9 +180,15 @@ def serialise_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, s
     """The canonical header, length bytes included, padded with spaces to a multiple of eight."""
     document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     for name, info in tensors.items():
-        document[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [info.start, info.end]}
+        document[name] = {
+            "dtype": info.dtype,
+            "shape": list(info.shape),
+            "data_offsets": [info.start, info.end],
+        }
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise FormatError(f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} allowed; write more, smaller shards")
+        raise FormatError(
+            f"header of {len(text)} bytes, at most {MAX_HEADER_BYTES} allowed; write more, smaller shards"
+        )
     return len(text).to_bytes(8, "little") + text

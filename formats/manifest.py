@@ -206,7 +206,9 @@ def require_integer(key: str, dtype: str, where: str) -> None:
 def require_undense(name: str, principal: Sequence[int], dense: Sequence[int], where: str) -> None:
     """A principal part must not pass for the dense weight (M16)."""
     if tuple(principal) == tuple(dense):
-        raise FormatError(f"{where}: tensor {name!r}: its principal part has the shape of the dense weight {list(dense)}")
+        raise FormatError(
+            f"{where}: tensor {name!r}: its principal part has the shape of the dense weight {list(dense)}"
+        )
 
 
 def _document_digest(body: dict[str, Any]) -> str:
@@ -263,12 +265,14 @@ def _require_keys(value: dict[str, Any], required: set[str], optional: set[str],
 
 
 def _list(value: dict[str, Any], key: str, at: str) -> list[Any]:
-    if not isinstance(value[key], list):
+    found = value[key]
+    if not isinstance(found, list):
         raise FormatError(f"{at}: {key!r} must be a list")
-    return value[key]
+    return found
 
 
 def _object(value: dict[str, Any], key: str, at: str) -> dict[str, Any]:
-    if not isinstance(value[key], dict):
+    found = value[key]
+    if not isinstance(found, dict):
         raise FormatError(f"{at}: {key!r} must be an object")
-    return value[key]
+    return found

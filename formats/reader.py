@@ -164,7 +164,9 @@ class Checkpoint:
         for file in self.files:
             for key in file.header.tensors:
                 if key in file_of:
-                    raise FormatError(f"{self.path}: tensor {key!r} is in {file_of[key].path.name} and {file.path.name}")
+                    raise FormatError(
+                        f"{self.path}: tensor {key!r} is in {file_of[key].path.name} and {file.path.name}"
+                    )
                 file_of[key] = file
         return file_of
 
@@ -174,7 +176,9 @@ class Checkpoint:
             return merge(found, str(self.path))
         config = self.path / "config.json"
         if self.path.is_dir() and config.is_file():
-            manifest = manifest_from_config(loads_strict(config.read_text("utf-8", "replace"), str(config)), str(config))
+            manifest = manifest_from_config(
+                loads_strict(config.read_text("utf-8", "replace"), str(config)), str(config)
+            )
             if manifest is not None:
                 return manifest
         raise FormatError(

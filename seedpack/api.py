@@ -162,7 +162,14 @@ def compress(
     if output.exists() and Path(source.name).exists() and output.samefile(source.name):
         raise ModelError(f"{output}: is the model itself; name another output")
     chosen = plan_for(
-        source, codec=codec, bits=bits, settings=settings, include=include, exclude=exclude, dtype=dtype, plan=plan
+        source,
+        codec=codec,
+        bits=bits,
+        settings=settings,
+        include=include,
+        exclude=exclude,
+        dtype=dtype,
+        plan=plan,
     )
     if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
         raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
@@ -246,9 +253,10 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
     A transformers model becomes a folder by its own `save_pretrained`, anything else one file.
     """
     path = Path(path)
-    if hasattr(model, "save_pretrained") and hasattr(model, "config"):
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if save_pretrained is not None:
         with staged(path, force=force, directory=True) as partial:
-            model.save_pretrained(partial)
+            save_pretrained(partial)
         return
     tensors, planned = _module_parts(model)
     shared = find_shared((name, parts["weight"]) for name, parts in tensors.items())

@@ -49,5 +49,5 @@ def to_tensor(part: Part) -> Tensor:
 def to_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes | memoryview]:
     """(dtype name, shape, bytes) of a tensor, as the format writer takes it."""
     flat = tensor.detach().to("cpu").contiguous().flatten()
-    data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+    data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return dtype_name(tensor.dtype), tuple(tensor.shape), data

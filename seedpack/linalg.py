@@ -11,7 +11,12 @@ from seedpack.prng import rademacher
 
 
 def randomized_svd(
-    matrix: Float[Tensor, "m n"], rank: int, *, oversampling: int = 10, power_iterations: int = 2, seed: int = 0
+    matrix: Float[Tensor, "m n"],
+    rank: int,
+    *,
+    oversampling: int = 10,
+    power_iterations: int = 2,
+    seed: int = 0,
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
     """The `rank` leading singular triplets, approximately (Halko, Martinsson and Tropp 2011, Alg. 4.4 and 5.1).
 
@@ -50,7 +55,8 @@ def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
     """
     matrix = matrix.double()
     gram = matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().flip(0)
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    return values.clamp_min(0).sqrt().flip(0)
 
 
 def effective_rank(values: Float[Tensor, " k"]) -> float:

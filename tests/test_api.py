@@ -41,7 +41,9 @@ def test_round_trips(net: Net, ids: torch.Tensor, tmp_path: Path, codec: seedpac
     with Checkpoint(path) as a, Checkpoint(tmp_path / "again.safetensors") as b:
         assert a.manifest.tensors.keys() == b.manifest.tensors.keys()
         for name in a.manifest.tensors:
-            assert {p: bytes(x.data) for p, x in a.parts(name).items()} == {p: bytes(x.data) for p, x in b.parts(name).items()}
+            assert {p: bytes(x.data) for p, x in a.parts(name).items()} == {
+                p: bytes(x.data) for p, x in b.parts(name).items()
+            }
     unpack(path, tmp_path / "dense.safetensors")
     assert all(torch.equal(t, dense[n]) for n, t in load_file(tmp_path / "dense.safetensors").items())
     error = sum(float((dense[t.plan.name] - net.state_dict()[t.plan.name]).square().sum()) for t in report.tensors)
@@ -130,7 +132,13 @@ def test_nonfinite_weights(tmp_path: Path, bad: float) -> None:
     assert not list(tmp_path.iterdir())
     report = seedpack.compress(state, tmp_path / "a", codec=CODEC, allow_nonfinite=True)
     assert [t.plan.name for t in report.tensors] == ["a.weight"]
-    torch.testing.assert_close(seedpack.load(tmp_path / "a", dense=True)["b.weight"], state["b.weight"], equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(
+        seedpack.load(tmp_path / "a", dense=True)["b.weight"],
+        state["b.weight"],
+        equal_nan=True,
+        rtol=0,
+        atol=0,
+    )
 
 
 def test_empty_state_dict(tmp_path: Path) -> None:
@@ -227,7 +235,9 @@ def test_resnet20(data: Any, tmp_path: Path) -> None:
     """A real checkpoint: convolutions, batch norms, the names of a wrapped module."""
     report = seedpack.compress(data("resnet-cifar10/resnet20-12fca82f.th"), tmp_path / "a", codec=SeedLMCodec(12, 8, 3))
     assert report.plan.totals()["packed_tensors"] == 20 and report.error_db < -14
-    specification = __import__("importlib.util").util.spec_from_file_location("resnet", data("resnet-cifar10/resnet.py"))
+    specification = __import__("importlib.util").util.spec_from_file_location(
+        "resnet", data("resnet-cifar10/resnet.py")
+    )
     resnet = __import__("importlib.util").util.module_from_spec(specification)
     specification.loader.exec_module(resnet)
     model = seedpack.load(tmp_path / "a", model=resnet.resnet20()).eval()

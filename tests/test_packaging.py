@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def on_disk() -> set[str]:
     found = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "seedpack").rglob("__init__.py")}
     for folder in ("cli", "formats"):
-        found |= {"seedpack." + ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / folder).rglob("__init__.py")}
+        found |= {
+            "seedpack." + ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / folder).rglob("__init__.py")
+        }
     return found
 
 

@@ -27,14 +27,38 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 
 @click.command("compress")
 @click.argument("model")
-@click.option("-o", "--output", "out", type=click.Path(path_type=Path), help="File to write, or folder for a Hugging Face model.")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    type=click.Path(path_type=Path),
+    help="File to write, or folder for a Hugging Face model.",
+)
 @click.option("--codec", default="seedlm", show_default=True, help="seedlm, svd, svd+seedlm, raw, or a plug-in's id.")
 @click.option("--bits", type=float, help="Bits a weight; default 4. seedlm: 3 or 4. svd: any.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="A hyperparameter of the codec, as rank=64. Repeatable.")
-@click.option("--include", multiple=True, metavar="PATTERN", help="Pack only tensors whose name matches, as '*mlp*'. Repeatable.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A hyperparameter of the codec, as rank=64. Repeatable.",
+)
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Pack only tensors whose name matches, as '*mlp*'. Repeatable.",
+)
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching tensors raw. Repeatable.")
-@click.option("--dtype", help="Of raw float tensors and decoded weights: float32, float16, bfloat16. Default: the model's.")
-@click.option("--plan", type=click.Path(path_type=Path), help="Plan file whose choices win; --dry-run --json writes one.")
+@click.option(
+    "--dtype",
+    help="Of raw float tensors and decoded weights: float32, float16, bfloat16. Default: the model's.",
+)
+@click.option(
+    "--plan",
+    type=click.Path(path_type=Path),
+    help="Plan file whose choices win; --dry-run --json writes one.",
+)
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")

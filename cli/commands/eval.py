@@ -12,7 +12,12 @@ from seedpack.cli import output
 @click.command("eval")
 @click.argument("original")
 @click.argument("packed")
-@click.option("--text", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text file to score.")
+@click.option(
+    "--text",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text file to score.",
+)
 @click.option("--context", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -35,7 +40,10 @@ def command(original: str, packed: str, text: Path, context: int, tokens: int, a
     output.show_pairs(
         f"{packed} against {original}",
         [
-            ("text", f"{text}, {report.tokens:,} tokens scored, context {report.context}, windows without overlap"),
+            (
+                "text",
+                f"{text}, {report.tokens:,} tokens scored, context {report.context}, windows without overlap",
+            ),
             ("perplexity", f"{report.perplexity_original:.3f} → {report.perplexity_packed:.3f}"),
             ("KL divergence", f"mean {report.kl_mean:.4f}, 99th percentile {report.kl_p99:.4f} nats"),
             ("top-1 agreement", f"{100 * report.top1_agreement:.2f}%"),

@@ -33,7 +33,14 @@ def command(packed: str, pattern: str, as_json: bool) -> None:
         f"{packed}",
         ("tensor", "shape", "dtype", "codec", "bits", "stored"),
         [
-            (r["name"], "×".join(map(str, r["shape"])), r["dtype"], r["codec"], f"{r['bits_per_weight']:.3f}", output.size(r["bytes"]))
+            (
+                r["name"],
+                "×".join(map(str, r["shape"])),
+                r["dtype"],
+                r["codec"],
+                f"{r['bits_per_weight']:.3f}",
+                output.size(r["bytes"]),
+            )
             for r in rows
         ],
     )
@@ -42,7 +49,10 @@ def command(packed: str, pattern: str, as_json: bool) -> None:
     pairs = [
         ("written by", f"{manifest.writer}, format version {manifest.version}"),
         ("files", f"{len(files)}, {output.size(stored)}"),
-        ("weights", f"{weights:,} described, {8 * stored / max(1, weights):.4f} bits each on disk, headers included"),
+        (
+            "weights",
+            f"{weights:,} described, {8 * stored / max(1, weights):.4f} bits each on disk, headers included",
+        ),
         *[("codec", codec) for codec in codecs if not codec.startswith("raw ")],
     ]
     if manifest.shared:
@@ -63,7 +73,9 @@ def _row(checkpoint: Any, name: str) -> dict[str, Any]:
         "codec": checkpoint.manifest.codec_of(name).id,
         "bytes": total,
         "bits_per_weight": 8 * total / max(1, math.prod(entry.shape)),
-        "parts": {part: {"dtype": p.dtype, "shape": list(p.shape), "digest": entry.parts[part]} for part, p in infos.items()},
+        "parts": {
+            part: {"dtype": p.dtype, "shape": list(p.shape), "digest": entry.parts[part]} for part, p in infos.items()
+        },
     }
 
 

@@ -79,7 +79,9 @@ def _generate(packed: Path, model: Any, prompt: str, max_new_tokens: int) -> dic
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
-        ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0]
+        ids = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )[0]
     seconds = time.perf_counter() - started
     count = len(ids) - inputs["input_ids"].shape[1]
     return {

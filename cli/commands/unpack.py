@@ -11,7 +11,14 @@ from seedpack.cli import output
 
 @click.command("unpack")
 @click.argument("packed", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File, or folder for a folder.")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File, or folder for a folder.",
+)
 @click.option("--dtype", help="Of float tensors; default each tensor's own.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 def command(packed: Path, out: Path, dtype: str | None, force: bool) -> None:

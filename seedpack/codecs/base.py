@@ -8,7 +8,7 @@ integer tensors, its *parts*, laid out [out_features, groups along the input, â€
     encode(weight, importance)       weight -> parts
     decode(parts, shape, dtype)      parts -> weight; the definition
     rows(parts, index)               the parts of some rows, for embeddings
-    matmul(x, parts, shape)          x @ weight.T
+    matmul(x, parts, shape, bias)    x @ weight.T + bias
 
 `docs/adding-a-codec.md` shows a whole one.
 """
@@ -83,9 +83,11 @@ class Codec:
         """The parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
         raise NotImplementedError
 
-    def matmul(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """x [..., in] @ weight.T -> [..., out]."""
-        return x @ self.decode(parts, shape, x.dtype, backend).mT
+    def matmul(
+        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
+        """x [..., in] @ weight.T + bias [out] -> [..., out]."""
+        return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
 
     def bits_per_weight(self, shape: Shape) -> float:
         """Bits stored for each weight, scales and padding counted."""

@@ -137,7 +137,9 @@ class SeedLMCodec(Codec):
         if parts["weight"].device.type == "meta":
             return
         if not BIAS_MIN <= int(parts["exponent_bias"]) <= BIAS_MAX:
-            raise CodecError(f"{self.id}: exponent bias {int(parts['exponent_bias'])} is not in {BIAS_MIN} … {BIAS_MAX}")
+            raise CodecError(
+                f"{self.id}: exponent bias {int(parts['exponent_bias'])} is not in {BIAS_MIN} … {BIAS_MAX}"
+            )
         if self.seed_bits == 16 and not parts["weight"].contiguous().view(torch.int16).all():
             raise CodecError(f"{self.id}: a seed is 0, which no register can leave; the file is corrupt")
 

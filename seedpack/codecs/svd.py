@@ -134,10 +134,12 @@ class SVDCodec(Codec):
         left, right = self._decode_factors(parts, shape, torch.float32, backend)
         return (left @ right).to(dtype)
 
-    def matmul(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """(x·Bᵀ)·Aᵀ: r·(in + out) multiply-adds a token instead of in·out."""
+    def matmul(
+        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
+        """(x·Bᵀ)·Aᵀ + bias: r·(in + out) multiply-adds a token instead of in·out."""
         left, right = self._decode_factors(parts, shape, x.dtype, backend)
-        return (x @ right.mT) @ left.mT
+        return torch.nn.functional.linear(x @ right.mT, left, bias)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Rows of the left factor."""

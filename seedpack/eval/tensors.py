@@ -49,7 +49,9 @@ class _Side:
     ranks: dict[str, int]
 
 
-def compare_tensors(a: str | Path, b: str | Path, *, ranks: bool = True) -> tuple[list[str], Iterator[TensorComparison]]:
+def compare_tensors(
+    a: str | Path, b: str | Path, *, ranks: bool = True
+) -> tuple[list[str], Iterator[TensorComparison]]:
     """Compare the float tensors that two models share.
 
     Args:
@@ -107,6 +109,7 @@ def _open(path: str | Path) -> _Side:
             raise
         source = open_source(path)
         return _Side({name: t.shape for name, t in source.tensors.items()}, source.read, {})
+    checkpoint.close()  # its mapping lives on
     manifest = checkpoint.manifest
     ranks = {}
     for name, entry in manifest.tensors.items():

@@ -10,12 +10,12 @@ from seedpack.formats.manifest import Manifest, manifest_from_json
 from seedpack.formats.reader import QUANT_METHOD
 
 
-class SeedpackConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SeedpackConfig(QuantizationConfigMixin):
     """Holds the manifest as it stands in config.json, checked."""
 
     def __init__(self, **document: Any):
         document.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]
         self.manifest: Manifest = manifest_from_json(document, "config.json: quantization_config")
 
     @classmethod

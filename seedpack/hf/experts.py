@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class ExpertView:
         return ops.decode(parts, codec_to_json(group.codec), group.shape, self.dtype)
 
 
+def _view(module: nn.Module, groups: list[ExpertGroup], dtype: torch.dtype) -> ExpertView:
+    return ExpertView(module, groups, dtype)
+
+
 def pack_experts_(
     model: nn.Module, path: str, names: list[str], skeleton: Skeleton, manifest: Manifest, dtype: torch.dtype
 ) -> list[ExpertGroup]:
@@ -100,8 +105,7 @@ def pack_experts_(
                 module.register_parameter(group.leaf(part), nn.Parameter(value, requires_grad=False))
         del module._parameters[parameter]
     properties = {
-        parameter: property(lambda self, groups=groups: ExpertView(self, groups, dtype))
-        for parameter, groups in views.items()
+        parameter: property(partial(_view, groups=groups, dtype=dtype)) for parameter, groups in views.items()
     }
     dense_class = type(module)
     module.__class__ = type(f"Packed{dense_class.__name__}", (dense_class,), {**properties, "_seedpack_groups": views})

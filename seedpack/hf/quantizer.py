@@ -10,7 +10,7 @@ from collections import defaultdict
 from typing import Any
 
 from torch import nn
-from transformers.quantizers import HfQuantizer
+from transformers.quantizers.base import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import ModelError
@@ -21,7 +21,7 @@ from seedpack.model.layers import PackedLinear, PackedModule, pack_module_, pack
 from seedpack.model.skeleton import Skeleton
 
 
-class SeedpackQuantizer(HfQuantizer):  # type: ignore[misc]
+class SeedpackQuantizer(HfQuantizer):
     """The quantiser that transformers asks; one for each `from_pretrained`."""
 
     requires_calibration = True  # from_pretrained(dense, quantization_config=…) is refused: seedpack compress packs
@@ -50,15 +50,19 @@ class SeedpackQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"the checkpoint packs {name!r}, but {type(model).__name__} has no layer there that can stay packed; "
                     "load it with the architecture it was packed for, or make it dense with seedpack unpack"
                 )
-            shape = tuple(module.weight.shape)  # type: ignore[union-attr,arg-type]
+            shape = tuple(module.weight.shape)  # type: ignore[arg-type]
             if shape != manifest.tensors[name].shape:
                 raise ModelError(
                     f"{name!r}: the checkpoint has shape {list(manifest.tensors[name].shape)}, the model {list(shape)}"
                 )
-            pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype)
+            layer = pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype)
+            for part in layer.packed_parts().values():
+                part._is_hf_initialized = True  # type: ignore[attr-defined]  # never to be drawn at random
             packed[path] = target
         self._expert_groups = [
-            group for path, names in experts.items() for group in pack_experts_(model, path, names, skeleton, manifest, dtype)
+            group
+            for path, names in experts.items()
+            for group in pack_experts_(model, path, names, skeleton, manifest, dtype)
         ]
         if experts and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the others read all experts' weights as one tensor

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.core_model_loading import MergeModulelist, SplitModulelist
 
 
-class StackParts(MergeModulelist):  # type: ignore[misc]
+class StackParts(MergeModulelist):
     """Experts' parts in one tensor, experts first."""
 
     @property
@@ -17,14 +17,14 @@ class StackParts(MergeModulelist):  # type: ignore[misc]
         return UnstackParts(dim=self.dim)
 
 
-class UnstackParts(SplitModulelist):  # type: ignore[misc]
+class UnstackParts(SplitModulelist):
     """One tensor for each expert, in its own shape (up to transformers 5.17 axes of length one would be lost)."""
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Split, then restore the shape."""
         (value,) = input_dict.values()
         stacked = value[0] if isinstance(value, list) else value
-        parts: dict[str, Tensor] = super().convert(input_dict, *args, **kwargs)
+        parts: dict[str, Tensor] = super().convert(input_dict, *args, **kwargs)  # type: ignore[type-var]
         return {name: part.reshape(stacked.shape[1:]) for name, part in parts.items()}
 
     @property

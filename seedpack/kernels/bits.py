@@ -56,7 +56,9 @@ def unpack(packed: UInt8[Tensor, "rows groups bytes"], fields: int, bits: int) -
     place, weight = torch.arange(8, device=packed.device), 1 << torch.arange(bits, device=packed.device)
     step = max(1, BITS_AT_ONCE // (groups * width * 8))
     for row in range(0, rows, step):
-        stream = (packed[row : row + step, ..., None].to(torch.int64) >> place & 1).reshape(-1, groups * width * 8 // bits, bits)
+        stream = (packed[row : row + step, ..., None].to(torch.int64) >> place & 1).reshape(
+            -1, groups * width * 8 // bits, bits
+        )
         out[row : row + step] = (stream * weight).sum(-1)[:, :fields]
     return out
 

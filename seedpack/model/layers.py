@@ -47,7 +47,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
-        return super()._apply(fn, recurse)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """The dense layer's, and the codec."""
@@ -83,7 +83,8 @@ class PackedConv1d(PackedModule, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, L] -> [N, out_channels, L']."""
-        return self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
+        result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
+        return result
 
 
 class PackedConv2d(PackedModule, nn.Conv2d):
@@ -91,7 +92,8 @@ class PackedConv2d(PackedModule, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
-        return self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
+        result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
+        return result
 
 
 def codec_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
@@ -148,7 +150,11 @@ def pack_module_(
     del module._parameters["weight"]
     module.__class__ = kind
     packed = cast(PackedModule, module)
-    packed.codec, packed.codec_text, packed.part_names = codec, codec_to_json(codec), tuple(codec.parts(matrix))
+    packed.codec, packed.codec_text, packed.part_names = (
+        codec,
+        codec_to_json(codec),
+        tuple(codec.parts(matrix)),
+    )
     packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
@@ -171,7 +177,15 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
         scale = torch.tensor(module.__dict__.pop("embed_scale_value"), device=weight.device)
         module.register_buffer("embed_scale", scale, persistent=False)
     dense = cast(nn.Module, module)
-    for name in ("codec", "codec_text", "part_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
+    for name in (
+        "codec",
+        "codec_text",
+        "part_names",
+        "weight_shape",
+        "matrix",
+        "transposed",
+        "compute_dtype",
+    ):
         delattr(module, name)
     dense.__class__ = module.__dict__.pop("dense_class")
     dense.register_parameter("weight", nn.Parameter(weight))

@@ -28,26 +28,28 @@ def _(parts: list[Tensor], codec: str, shape: list[int], dtype: torch.dtype) -> 
 
 
 @torch.library.custom_op("seedpack::linear", mutates_args=())
-def _linear(x: Tensor, parts: list[Tensor], codec: str, shape: list[int]) -> Tensor:
+def _linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
     decoder = codec_from_json(codec)
     matrix = (shape[0], shape[1])
     named = dict(zip(decoder.parts(matrix), parts, strict=True))
-    return decoder.matmul(x, named, matrix).contiguous()
+    return decoder.matmul(x, named, matrix, bias).contiguous()
 
 
 @_linear.register_fake
-def _(x: Tensor, parts: list[Tensor], codec: str, shape: list[int]) -> Tensor:
+def _(x: Tensor, parts: list[Tensor], bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, parts, ctx.codec, ctx.shape = inputs
+    _, parts, _, ctx.codec, ctx.shape = inputs
     ctx.save_for_backward(*parts)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, list[None], None, None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = list(ctx.saved_tensors)
-    return grad @ _decode(parts, ctx.codec, ctx.shape, grad.dtype), [None] * len(parts), None, None
+    grad_x = grad @ _decode(parts, ctx.codec, ctx.shape, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    return grad_x, [None] * len(parts), grad_bias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
@@ -60,5 +62,4 @@ def decode(parts: list[Tensor], codec: str, shape: tuple[int, int], dtype: torch
 
 def linear(x: Tensor, parts: list[Tensor], codec: str, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     """x [..., in] times the packed weight [out, in] transposed, plus bias [out]; differentiable in x and bias."""
-    y: Tensor = _linear(x, parts, codec, list(shape))
-    return y if bias is None else y + bias
+    return _linear(x, parts, bias, codec, list(shape))  # type: ignore[no-any-return]

@@ -68,7 +68,9 @@ class TensorPlan:
     def for_writer(self) -> PlannedTensor:
         """What the format writer needs."""
         parts = self.codec.parts(self.codec_shape)
-        return PlannedTensor(self.name, self.codec.spec(), self.dtype, self.shape, parts, self.packed and self.transposed)
+        return PlannedTensor(
+            self.name, self.codec.spec(), self.dtype, self.shape, parts, self.packed and self.transposed
+        )
 
 
 @dataclass(frozen=True)

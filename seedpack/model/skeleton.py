@@ -104,7 +104,9 @@ class Skeleton:
         converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
         sources = getattr(converter, "_original_source_patterns", None) or converter.source_patterns
         sources = [sources] if isinstance(sources, str) else list(sources)
-        return [source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources]
+        return [
+            source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
+        ]
 
     def kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
         """(kind, transposed) of a checkpoint tensor, as `SourceTensor` has them."""

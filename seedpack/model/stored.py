@@ -28,7 +28,9 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
         raise type(error)(f"{checkpoint.path}: tensor {name!r}: {error}") from None
     except (TypeError, OverflowError) as error:
         id = checkpoint.manifest.codec_of(name).id
-        raise CodecError(f"{checkpoint.path}: tensor {name!r}: settings of codec {id!r} are not usable: {error}") from None
+        raise CodecError(
+            f"{checkpoint.path}: tensor {name!r}: settings of codec {id!r} are not usable: {error}"
+        ) from None
     return codec, parts
 
 

@@ -7,7 +7,13 @@ from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.errors import CodecError
 from tests.codecs.common import check_config, check_contract, check_refusals
 
-CODECS = [SeedLMCodec(10, 8, 3), SeedLMCodec(9, 12, 4), SeedLMCodec(8, 4, 2), SeedLMCodec(7, 5, 1, 1), SeedLMCodec(11, 6, 6)]
+CODECS = [
+    SeedLMCodec(10, 8, 3),
+    SeedLMCodec(9, 12, 4),
+    SeedLMCodec(8, 4, 2),
+    SeedLMCodec(7, 5, 1, 1),
+    SeedLMCodec(11, 6, 6),
+]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -42,7 +48,9 @@ def test_error_does_not_depend_on_the_scale(scale: float) -> None:
     assert error == pytest.approx(expected, rel=0.02)
 
 
-@pytest.mark.parametrize("weight", [torch.zeros(3, 16), torch.full((3, 16), 1e-42), torch.eye(16)], ids=["0", "denormal", "eye"])
+@pytest.mark.parametrize(
+    "weight", [torch.zeros(3, 16), torch.full((3, 16), 1e-42), torch.eye(16)], ids=["0", "denormal", "eye"]
+)
 def test_odd_values(weight: torch.Tensor) -> None:
     codec = SeedLMCodec(12, 8, 3)
     decoded = codec.decode(codec.encode(weight), (*weight.shape,), torch.float32)

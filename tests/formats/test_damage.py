@@ -46,7 +46,11 @@ def test_every_single_bit(good: bytes, tmp_path: Path) -> None:
             if byte < start:
                 assert found, f"bit {bit} of header byte {byte} can flip unseen"
             else:
-                key = next(k for k, v in header.items() if k in owner and v["data_offsets"][0] <= byte - start < v["data_offsets"][1])
+                key = next(
+                    k
+                    for k, v in header.items()
+                    if k in owner and v["data_offsets"][0] <= byte - start < v["data_offsets"][1]
+                )
                 assert found == [owner[key]], f"bit {bit} of byte {byte}"
 
 

@@ -14,7 +14,14 @@ import torch
 
 from seedpack.api import load
 from seedpack.codecs.seedlm import SeedLMCodec
-from seedpack.errors import CodecError, DigestError, FormatError, SeedpackError, UnknownCodecError, VersionError
+from seedpack.errors import (
+    CodecError,
+    DigestError,
+    FormatError,
+    SeedpackError,
+    UnknownCodecError,
+    VersionError,
+)
 from seedpack.formats import Checkpoint
 from seedpack.formats.header import DTYPE_BYTES
 from seedpack.formats.manifest import loads_manifest
@@ -32,10 +39,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def refused(path: Path, message: str, kind: type[SeedpackError] = FormatError) -> None:
-    with pytest.raises(kind, match=message) as caught:
-        with Checkpoint(path) as checkpoint:
-            for name in checkpoint.manifest.tensors:
-                stored_dense(checkpoint, name)
+    with pytest.raises(kind, match=message) as caught, Checkpoint(path) as checkpoint:
+        for name in checkpoint.manifest.tensors:
+            stored_dense(checkpoint, name)
     assert str(path.name) in str(caught.value), "the message says which file"
 
 
@@ -121,7 +127,7 @@ def test_m05_canonical_header(file: Path, tmp_path: Path) -> None:
     assert again == data
     header, body = make.split(data)
     names = [name for name in header if name != "__metadata__"]
-    assert list(header)[0] == "__metadata__"
+    assert next(iter(header)) == "__metadata__"
     assert names == sorted(names, key=lambda n: (-DTYPE_BYTES[header[n]["dtype"]], n))
     assert (len(data) - len(body)) % 8 == 0
     file.write_bytes(make.join(json.dumps(header), body))  # the same, with spaces
@@ -245,7 +251,11 @@ def test_m15_hyperparameters(file: Path, config: dict[str, Any]) -> None:
 
 def test_m16_part_forms(file: Path, tmp_path: Path) -> None:
     make.edit_manifest(file, lambda m: m["tensors"]["a.weight"].update(shape=[3, 24]))
-    refused(file, r"part 'weight' of a weight \[3, 24\]: expected U8 \[3, 3, 2\], found U8 \[3, 2, 2\]", CodecError)
+    refused(
+        file,
+        r"part 'weight' of a weight \[3, 24\]: expected U8 \[3, 3, 2\], found U8 \[3, 2, 2\]",
+        CodecError,
+    )
     make.edit_manifest(file, lambda m: m["tensors"]["a.weight"].update(shape=[3, 2, 2]))
     refused(file, "principal part has the shape of the dense weight")
     make.write(file.with_name("other.safetensors"))
@@ -263,7 +273,11 @@ def test_m17_shared_names(file: Path) -> None:
 def test_m18_shards(tmp_path: Path) -> None:
     make.write(tmp_path, folder=True, shard_bytes=30)
     names = sorted(p.name for p in tmp_path.iterdir())
-    assert names == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert names == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
     with Checkpoint(tmp_path) as checkpoint:
         assert checkpoint.manifest.tensors.keys() == {"a.weight", "b"} and checkpoint.manifest.shared == make.SHARED
         assert [error for _, error in checkpoint.verify()] == [None, None]

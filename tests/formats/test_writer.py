@@ -59,13 +59,11 @@ class TestStaged:
     def test_existing_output_is_kept(self, tmp_path: Path) -> None:
         target = tmp_path / "out"
         target.write_text("old")
-        with pytest.raises(OutputError, match="exists already; pass --force"):
-            with staged(target):
-                raise AssertionError("not reached")
-        with pytest.raises(KeyboardInterrupt):
-            with staged(target, force=True) as partial:
-                partial.write_text("half")
-                raise KeyboardInterrupt
+        with pytest.raises(OutputError, match="exists already; pass --force"), staged(target):
+            raise AssertionError("not reached")
+        with pytest.raises(KeyboardInterrupt), staged(target, force=True) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
         assert target.read_text() == "old" and os.listdir(tmp_path) == ["out"]
 
     @pytest.mark.parametrize("directory", [False, True])

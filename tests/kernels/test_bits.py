@@ -15,7 +15,9 @@ def test_round_trip(bits: int, rows: int, fields: int, seed: int) -> None:
     packed = pack(values, bits)
     assert packed.shape == packed_shape(rows, fields, bits) and packed.dtype == torch.uint8
     assert torch.equal(unpack(packed, fields, bits), values)
-    assert torch.equal(signed(unpack(pack(values - 2 ** (bits - 1), bits), fields, bits), bits), values - 2 ** (bits - 1))
+    assert torch.equal(
+        signed(unpack(pack(values - 2 ** (bits - 1), bits), fields, bits), bits), values - 2 ** (bits - 1)
+    )
 
 
 @pytest.mark.parametrize("bits", [4, 16, 20])

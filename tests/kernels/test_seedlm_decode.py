@@ -54,7 +54,13 @@ def test_definition(seed_bits: int, block: int, rank: int) -> None:
         torch.tensor([bias], dtype=torch.int8),
     )
     found = seedlm_decode(
-        *parts, seed_bits=seed_bits, block=block, rank=rank, columns=block, dtype=torch.float32, backend="reference"
+        *parts,
+        seed_bits=seed_bits,
+        block=block,
+        rank=rank,
+        columns=block,
+        dtype=torch.float32,
+        backend="reference",
     )
     half = 2 ** (seed_bits - 1)
     matrix = lfsr_matrix(seed, seed_bits, block, rank)

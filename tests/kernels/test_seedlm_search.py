@@ -19,12 +19,23 @@ def reconstruct(found: Found, block: int, seed_bits: int, bias: int) -> torch.Te
     rank = found.mantissa.shape[1]
     position = torch.from_numpy(lfsr_position(seed_bits).copy())[found.seed].long()
     u = all_bases(seed_bits, block, rank)[position]
-    return torch.einsum("ncp,np->nc", u, found.mantissa.double()) * torch.exp2((found.exponent + bias).double())[:, None]
+    return (
+        torch.einsum("ncp,np->nc", u, found.mantissa.double()) * torch.exp2((found.exponent + bias).double())[:, None]
+    )
 
 
 @pytest.mark.parametrize(
     ("seed_bits", "block", "rank", "count"),
-    [(16, 8, 3, 1000), (16, 12, 4, 300), (12, 8, 3, 200), (9, 4, 2, 200), (7, 6, 6, 100), (3, 4, 2, 50), (5, 1, 1, 50), (13, 7, 5, 100)],
+    [
+        (16, 8, 3, 1000),
+        (16, 12, 4, 300),
+        (12, 8, 3, 200),
+        (9, 4, 2, 200),
+        (7, 6, 6, 100),
+        (3, 4, 2, 50),
+        (5, 1, 1, 50),
+        (13, 7, 5, 100),
+    ],
 )
 @pytest.mark.parametrize("exponents", [1, 3])
 def test_exact(seed_bits: int, block: int, rank: int, count: int, exponents: int) -> None:
@@ -54,7 +65,9 @@ def test_exact_with_importance(importance: str) -> None:
 
 
 def test_real_weights_and_extremes() -> None:
-    blocks = torch.cat((torch.eye(8), torch.ones(2, 8), torch.zeros(3, 8), 1e6 * torch.randn(5, 8), torch.randn(5, 8) ** 5))
+    blocks = torch.cat(
+        (torch.eye(8), torch.ones(2, 8), torch.zeros(3, 8), 1e6 * torch.randn(5, 8), torch.randn(5, 8) ** 5)
+    )
     settings = {"seed_bits": 14, "rank": 3, "exponents": 1}
     found = seedlm_search(blocks, None, 2, **settings, backend="cpu")
     same_error(found, seedlm_search(blocks, None, 2, **settings, backend="reference"))

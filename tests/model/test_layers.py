@@ -10,7 +10,14 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import CodecError, ModelError
-from seedpack.model.layers import PackedModule, codec_matrix, is_transposed, pack_module_, packed_class, unpack_module_
+from seedpack.model.layers import (
+    PackedModule,
+    codec_matrix,
+    is_transposed,
+    pack_module_,
+    packed_class,
+    unpack_module_,
+)
 
 CODEC = SeedLMCodec(9, 4, 2)
 
@@ -98,7 +105,13 @@ def test_what_cannot_be_packed() -> None:
             return super().forward(input) * self.weight.sum()
 
     attention = nn.MultiheadAttention(8, 2)
-    for module in (Own(4, 4), nn.LayerNorm(4), nn.Embedding(4, 4, max_norm=1.0), nn.ConvTranspose2d(2, 2, 2), attention.out_proj):
+    for module in (
+        Own(4, 4),
+        nn.LayerNorm(4),
+        nn.Embedding(4, 4, max_norm=1.0),
+        nn.ConvTranspose2d(2, 2, 2),
+        attention.out_proj,
+    ):
         assert packed_class(module) is None
     with pytest.raises(ModelError, match="Own has no packed form; leave it dense"):
         pack_module_(Own(4, 4), CODEC)
@@ -123,4 +136,7 @@ def test_operator_is_registered_properly() -> None:
     arguments = ([parts[n] for n in CODEC.parts((6, 10))], codec_to_json(CODEC), [6, 10], torch.float32)
     torch.library.opcheck(torch.ops.seedpack.decode.default, arguments)
     x = torch.randn(3, 10, requires_grad=True)
-    torch.library.opcheck(torch.ops.seedpack.linear.default, (x, *arguments[:3]))
+    torch.library.opcheck(
+        torch.ops.seedpack.linear.default,
+        (x, arguments[0], torch.randn(6, requires_grad=True), *arguments[1:3]),
+    )

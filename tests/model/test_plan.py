@@ -69,9 +69,15 @@ def test_plan_files(tmp_path: Path) -> None:
         ({"seedpack_plan": 2}, "expected a plan of version 1"),
         ({"seedpack_plan": 1, "tensors": []}, "'tensors' must be an object"),
         ({"seedpack_plan": 1, "tensors": {"x": {}}}, "names 1 tensors that the model has not, as 'x'"),
-        ({"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "raw"}}}, "expected exactly codec and config"),
         (
-            {"seedpack_plan": 1, "tensors": {"fc.bias": {"codec": "svd", "config": SVDCodec(rank=1).spec().config}}},
+            {"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "raw"}}},
+            "expected exactly codec and config",
+        ),
+        (
+            {
+                "seedpack_plan": 1,
+                "tensors": {"fc.bias": {"codec": "svd", "config": SVDCodec(rank=1).spec().config}},
+            },
             "'fc.bias' cannot be packed: not a layer's weight matrix",
         ),
     ],

@@ -72,7 +72,11 @@ def test_truncated_torch_file(tmp_path: Path) -> None:
 
 
 def test_empty_and_wrong_contents(tmp_path: Path) -> None:
-    for value, message in [({}, "holds no tensors"), ([1], "holds a list, not a state dict"), ({"a": 1}, "holds no tensors")]:
+    for value, message in [
+        ({}, "holds no tensors"),
+        ([1], "holds a list, not a state dict"),
+        ({"a": 1}, "holds no tensors"),
+    ]:
         torch.save(value, tmp_path / "x.pt")
         with pytest.raises(ModelError, match=message):
             open_source(tmp_path / "x.pt")

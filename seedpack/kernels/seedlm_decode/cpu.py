@@ -17,11 +17,11 @@ def _field(row: Any, index: int, bits: int) -> int:
     """Field `index` of a row's little-endian bit stream; at most 24 bits wide."""
     bit = index * bits
     byte = bit >> 3
-    value = np.int64(row[byte])
+    value: Any = np.int64(row[byte])
     for i in range(1, 4):
         if byte + i < row.shape[0]:
             value |= np.int64(row[byte + i]) << (8 * i)
-    return (value >> (bit & 7)) & ((1 << bits) - 1)
+    return (value >> (bit & 7)) & ((1 << bits) - 1)  # type: ignore[no-any-return]
 
 
 @njit(parallel=True, cache=True, nogil=True)

@@ -24,7 +24,11 @@ def tables(seed_bits: int, span: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def fields(
-    seeds: UInt8[Tensor, "rows g1 b1"], codes: UInt8[Tensor, "rows g2 b2"], seed_bits: int, rank: int, blocks: int
+    seeds: UInt8[Tensor, "rows g1 b1"],
+    codes: UInt8[Tensor, "rows g2 b2"],
+    seed_bits: int,
+    rank: int,
+    blocks: int,
 ) -> tuple[Int[Tensor, "rows blocks"], Int[Tensor, "rows blocks"], Int[Tensor, "rows blocks rank"]]:
     """Unpack seeds (1 … 2^K - 1), exponents (-8 … 7) and mantissas (-8 … 7)."""
     nibbles = signed(unpack(codes, blocks * (rank + 1), CODE_BITS), CODE_BITS).unflatten(1, (blocks, rank + 1))

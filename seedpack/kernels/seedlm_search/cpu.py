@@ -234,7 +234,7 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
                         best1 = top1[lane] if top1[lane] > best1 else best1
                     tops[i0, tile], tops[i1, tile] = best0, best1
 
-    return bound  # type: ignore[no-any-return]
+    return bound
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -258,7 +258,7 @@ def _finish(
                 errors[i] = 0.0
                 continue
             error = np.inf
-            best_tile = np.argmax(tops[i])
+            best_tile = int(np.argmax(tops[i]))
             for step in range(-1, lower.shape[0]):  # the most promising seed first, then all that can still win
                 tile = best_tile if step < 0 else step
                 for lane in range(LANES):

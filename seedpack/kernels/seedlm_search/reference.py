@@ -30,7 +30,7 @@ def all_bases(seed_bits: int, block: int, rank: int) -> Float[Tensor, "seeds blo
     half = 1 << (seed_bits - 1)
     values = (cycle - half) / (half - 1)
     index = torch.arange(1, len(values) + 1)[:, None] + torch.arange(block * rank)
-    return values[index % len(values)].unflatten(1, (block, rank))
+    return values[index % len(values)].view(-1, block, rank)
 
 
 def search(

@@ -14,7 +14,19 @@ from seedpack.model.sources.base import Source, StateDictSource
 from seedpack.model.sources.safetensors import open_safetensors
 from seedpack.model.sources.torch_file import load_state_dict
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
+WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".th",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ot",
+    ".npz",
+}
 
 
 def open_folder(path: Path) -> Source:

@@ -23,8 +23,9 @@ def open_gguf(path: Path) -> Source:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    except (ValueError, OSError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(f"{path}: transformers cannot read it ({str(error).splitlines()[0][:200]})") from None
+    except Exception as error:  # the parser meets foreign bytes: whatever it raises, they are no model
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise ModelError(f"{path}: transformers cannot read it ({reason[0][:200]})") from error
     holder = tempfile.TemporaryDirectory(prefix="seedpack-gguf-")
     folder = Path(holder.name)
     if hasattr(model.config, "quantization_config"):
@@ -32,14 +33,23 @@ def open_gguf(path: Path) -> Source:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    dropped = []
+    try:
+        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    except Exception:  # not every tokenizer can be converted; the weights can be packed all the same
+        dropped.append("its tokenizer, which transformers cannot convert,")
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = [type(model).__name__]
     skeleton = Skeleton(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in skeleton.tied}
     files = sorted(file for file in folder.iterdir() if file.name != "config.json")
     source = StateDictSource.from_tensors(
-        str(path), state, lambda name, t: skeleton.kind(name, tuple(t.shape)), config=config, files=files
+        str(path),
+        state,
+        lambda name, t: skeleton.kind(name, tuple(t.shape)),
+        config=config,
+        files=files,
+        dropped=dropped,
     )
     weakref.finalize(source, holder.cleanup)
     return source

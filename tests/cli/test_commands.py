@@ -1,0 +1,247 @@
+"""The program as a user meets it: real processes for exit codes and streams, click's runner for the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+
+import seedpack
+from seedpack.cli.main import COMMANDS, cli
+from seedpack.cli.output import db, duration, parse_size, size
+from tests.conftest import Net
+from tests.hf.models import CODEC, Folders, llama
+
+SET = [f"--set={key}={value}" for key, value in CODEC.spec().config.items()]
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    return tmp_path / "net.pt"
+
+
+@pytest.fixture
+def packed(model: Path) -> Path:
+    run("compress", model, "-o", model.parent / "net.safetensors", *SET)
+    return model.parent / "net.safetensors"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str) -> None:
+    text = run(command, "--help").output
+    assert "Usage:" in text and len(text.splitlines()) > 5
+    assert command in run("--help").output
+
+
+def test_version() -> None:
+    assert seedpack.__version__ in run("--version").output
+
+
+def test_compress_prints_a_summary(model: Path) -> None:
+    text = run("compress", model, "-o", model.parent / "a", *SET).output
+    for word in ("on disk", "5 packed, 5 raw", "over packed", "dB overall", "weights/s"):
+        assert word in text
+    again = run("compress", model, "-o", model.parent / "a", *SET, code=1).output
+    assert "exists already; pass --force" in again and "Traceback" not in again
+    run("compress", model, "-o", model.parent / "a", *SET, "--force")
+
+
+def test_dry_run_and_plan_file(model: Path) -> None:
+    text = run("compress", model, "--dry-run", *SET).output
+    assert "fc.weight" in text and "33×20" in text and "not a layer's weight matrix" in text
+    plan = json.loads(run("compress", model, "--dry-run", "--json", *SET).stdout)
+    plan["tensors"]["fc.weight"] = {"codec": "raw", "config": {"dtype": "F32"}}
+    (model.parent / "plan.json").write_text(json.dumps(plan))
+    report = json.loads(
+        run("compress", model, "-o", model.parent / "a", "--json", *SET, "--plan", model.parent / "plan.json").stdout
+    )
+    assert report["packed_tensors"] == 4 and "fc.weight" not in report["tensors_packed"]
+    assert not list(model.parent.glob("b*"))
+
+
+def test_options_reach_the_library(model: Path) -> None:
+    report = json.loads(
+        run("compress", model, "-o", model.parent / "a", "--codec", "svd+seedlm", "--bits", 6, "--include", "fc*",
+            "--include", "out*", "--exclude", "out.weight", "--dtype", "bfloat16", "--json").stdout
+    )  # fmt: skip
+    assert list(report["tensors_packed"]) == ["fc.weight"]
+    assert report["tensors_packed"]["fc.weight"]["codec"]["config"]["factors"]["id"] == "seedlm"
+    dense = seedpack.load(model.parent / "a", dense=True)
+    assert dense["norm.weight"].dtype == torch.bfloat16 == dense["fc.weight"].dtype
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["compress", "MODEL"], 2, "name an output with -o"),
+        (["compress", "MODEL", "-o", "x", "--set", "rank"], 2, "'rank' is not KEY=VALUE"),
+        (["compress", "MODEL", "-o", "x", "--bits", "5"], 1, "configurations for 3 and 4"),
+        (
+            ["compress", "MODEL", "-o", "x", "--codec", "zip"],
+            1,
+            "unknown codec 'zip'; known: raw, seedlm, svd",
+        ),
+        (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
+        (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "unknown dtype 'int3'"),
+        (["compress", "MODEL", "-o", "x", "--shard-size", "many"], 2, "'many' is no size"),
+        (["compress", "nothing.pt", "-o", "x"], 1, "no such file or folder"),
+        (["inspect", "MODEL"], 1, "net.pt: header of"),
+        (["verify", "nothing"], 1, "no such file or folder"),
+        (["load", "nothing"], 1, "no such file or folder"),
+        (["unpack", "nothing", "-o", "x"], 1, "no such file or folder"),
+        (["compare", "MODEL", "nothing"], 1, "no such file or folder"),
+        (["comprss"], 2, "Did you mean 'compress'?"),
+        (["eval", "MODEL", "MODEL", "--text", "nothing"], 2, "does not exist"),
+    ],
+)
+def test_mistakes_get_one_clear_line(model: Path, arguments: list[str], code: int, message: str) -> None:
+    command = [sys.executable, "-m", "seedpack.cli", *(str(model) if a == "MODEL" else a for a in arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=model.parent)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert sorted(p.name for p in model.parent.iterdir()) == ["net.pt"]
+
+
+def test_inspect(packed: Path) -> None:
+    text = run("inspect", packed).output
+    assert "fc.weight" in text and "seedlm" in text and "headers included" in text
+    document = json.loads(run("inspect", packed, "--json", "--tensors", "fc.*").stdout)
+    assert [t["name"] for t in document["tensors"]] == ["fc.bias", "fc.weight"]
+    assert document["file_bytes"] == packed.stat().st_size and document["manifest"]["seedpack"] == 1
+
+
+def test_verify_names_the_damaged_tensor(packed: Path) -> None:
+    assert "all 10 tensors match" in run("verify", packed).output
+    document = json.loads(run("inspect", packed, "--json").stdout)
+    data = bytearray(packed.read_bytes())
+    data[-1] ^= 4
+    packed.write_bytes(data)
+    last = max(document["tensors"], key=lambda t: (t["parts"]["weight"]["dtype"] == "U8", t["name"]))["name"]
+    text = run("verify", packed, code=1).output
+    assert "1 of 10 tensors are damaged" in text and f"tensor {last!r}" in text
+    bad = json.loads(run("verify", packed, "--json", code=1).stdout)["bad"]
+    assert [entry["tensor"] for entry in bad] == [last]
+
+
+def test_unpack(packed: Path) -> None:
+    run("unpack", packed, "-o", packed.parent / "dense.safetensors", "--dtype", "float16")
+    dense = load_file(packed.parent / "dense.safetensors")
+    expected = seedpack.load(packed, dense=True)
+    assert all(torch.equal(dense[n], t.half()) for n, t in expected.items())
+
+
+def test_compare(model: Path, packed: Path) -> None:
+    text = run("compare", model, packed).output
+    assert "fc.weight" in text and "5 equal" in text and "dB" in text
+    document = json.loads(run("compare", model, packed, "--json").stdout)
+    by_name = {t["name"]: t for t in document["tensors"]}
+    assert by_name["fc.bias"]["error"] == 0 and by_name["fc.weight"]["error_db"] == pytest.approx(
+        document["error_db"], abs=2
+    )
+    assert 1 < by_name["fc.weight"]["rank_a"] <= 20
+    run("compress", model, "-o", packed.parent / "svd", "--codec", "svd", "--set", "rank=5")
+    svd = {t["name"]: t for t in json.loads(run("compare", model, packed.parent / "svd", "--json").stdout)["tensors"]}
+    assert svd["fc.weight"]["rank"] == 5 and svd["fc.weight"]["captured"] <= svd["fc.weight"]["optimal"] + 1e-6
+    assert svd["fc.weight"]["captured"] > 0.98 * svd["fc.weight"]["optimal"]
+    assert json.loads(run("compare", model, model, "--json").stdout)["error_db"] is None
+
+
+def test_load_of_a_file(packed: Path) -> None:
+    assert "10, " in run("load", packed).output
+    assert json.loads(run("load", packed, "--json").stdout)["tensors"] == 10
+    assert "needs a Hugging Face folder" in run("load", packed, "--prompt", "x", code=2).output
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    path = tmp_path_factory.mktemp("llama")
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (path / "dense").mkdir()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        path / "dense"
+    )
+    return Folders(llama(), path)
+
+
+def test_load_of_a_folder(folders: Folders) -> None:
+    text = run("load", folders.packed, "--prompt", "w5 w6", "--max-new-tokens", 4).output
+    assert "LlamaForCausalLM" in text and "15 PackedLinear" in text and "w5 w6" in text
+    report = json.loads(run("load", folders.packed, "--json").stdout)
+    assert (
+        report["layers"] == {"PackedEmbedding": 1, "PackedLinear": 15}
+        and report["memory_bytes"] < report["dense_bytes"]
+    )
+
+
+def test_eval(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + i * i % 90}" for i in range(200)))
+    arguments = [
+        "eval",
+        folders.dense,
+        folders.packed,
+        "--text",
+        tmp_path / "text.txt",
+        "--context",
+        16,
+        "--tokens",
+        64,
+    ]
+    text = run(*arguments).output
+    assert "60 tokens scored, context 16" in text and "KL divergence" in text
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert report["kl_mean"] > 0 and 0 <= report["top1_agreement"] <= 1 and report["perplexity_original"] > 1
+    assert "fewer than one window" in run(*arguments[:-3], 4096, "--tokens", 8192, code=1).output
+
+
+def test_formats_for_people() -> None:
+    assert [size(n) for n in (12, 1234, 5.5e7, 2e9)] == ["12 B", "1.2 kB", "55.0 MB", "2.0 GB"]
+    assert [parse_size(t) for t in ("5GB", "200 mb", "77", "1.5kB")] == [5 * 10**9, 2 * 10**8, 77, 1500]
+    assert [duration(s) for s in (0.25, 75)] == ["0.2s", "1m15s"] and db(float("-inf")) == "exact"
+
+
+def test_progress_lines_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seedpack.cli import output
+
+    clock = iter(range(0, 1000, 40))
+    monkeypatch.setattr(output.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    with output.progress("Fitting", 100, "weights") as advance:
+        advance("a", 50)
+    assert capsys.readouterr().err == "Fitting: 50%, 1 weights/s, 40.0s left\n"
+
+
+def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seedpack.cli import output
+
+    class Terminal(__import__("io").StringIO):  # type: ignore[misc]
+        def isatty(self) -> bool:
+            return True
+
+    stream: Any = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with output.progress("Fitting", 100, "weights") as advance:
+        advance("layer.weight", 50)
+    assert "Fitting" in stream.getvalue()
