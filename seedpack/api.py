@@ -32,6 +32,7 @@ from seedpack.model.surgery import fill_
 
 Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
 Watch = Callable[[str, int], None]
+WEIGHTS_AT_ONCE = 1 << 20
 WRITER = f"seedpack {seedpack.__version__}"
 
 
@@ -319,10 +320,20 @@ def _fit(
     del weight
     progress = (lambda count: watch(tensor.name, count)) if watch else None
     parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
-    shape = tensor.codec_shape
-    difference = matrix - tensor.codec.decode(parts, shape, torch.float32)
-    error, energy = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (difference, matrix))
+    error, energy = _error(tensor.codec, parts, matrix)
     return parts, TensorReport(tensor, error, energy, time.perf_counter() - started)
+
+
+def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float]:
+    """‖W - Ŵ‖² and ‖W‖², some rows at a time."""
+    error = energy = 0.0
+    step = max(1, WEIGHTS_AT_ONCE // matrix.shape[1])
+    for index in torch.arange(len(matrix)).split(step):
+        rows = matrix[index].double()
+        decoded = codec.decode(codec.rows(parts, index), (len(index), matrix.shape[1]), torch.float32)
+        error += float((rows - decoded).square().sum())
+        energy += float(rows.square().sum())
+    return error, energy
 
 
 def _raw_planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:

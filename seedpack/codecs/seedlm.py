@@ -90,7 +90,10 @@ class SeedLMCodec(Codec):
         """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`)."""
         rows, columns = weight.shape
         blocks = -(-columns // self.block)
-        padded = torch.nn.functional.pad(weight.float(), (0, blocks * self.block - columns)).unflatten(1, (blocks, -1))
+        padded = weight.float()
+        if columns % self.block:
+            padded = torch.nn.functional.pad(padded, (0, blocks * self.block - columns))
+        padded = padded.reshape(rows, blocks, self.block)
         bias = self._exponent_bias(padded)
         seeds = torch.empty(rows, blocks, dtype=torch.int32)
         codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8)
@@ -160,6 +163,7 @@ class SeedLMCodec(Codec):
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:
         """The bias that puts the largest block's exponent near the top of the range, an octave to spare."""
-        norm = float(torch.linalg.vector_norm(blocks, dim=-1, dtype=torch.float64).max())
+        batches = blocks.flatten(0, 1).split(BATCH_BLOCKS)
+        norm = max(float(torch.linalg.vector_norm(batch.double(), dim=-1).max()) for batch in batches)
         top = math.frexp(norm / 7.5)[1] + 1 if norm > 0 else 0
         return min(max(top - 7, BIAS_MIN), BIAS_MAX)

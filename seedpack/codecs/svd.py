@@ -31,7 +31,7 @@ class SVDCodec(Codec):
         rank: r; or None, and `bits` says how large it may be.
         bits: budget in bits a weight, from which r follows for each shape; or None.
         factors: {"id": …, "config": {…}} of the codec of the factors, or None for fp16.
-        oversampling: further columns of the test matrix.
+        oversampling: further columns of the test matrix; None is 10 + rank / 4.
         power_iterations: of the range finder.
         seed: of the test matrix.
     """
@@ -41,7 +41,7 @@ class SVDCodec(Codec):
     rank: int | None = None
     bits: float | None = None
     factors: dict[str, Any] | None = None
-    oversampling: int = 10
+    oversampling: int | None = None
     power_iterations: int = 2
     seed: int = 0
 
@@ -52,7 +52,8 @@ class SVDCodec(Codec):
             require_whole(self.id, "rank", self.rank, 1, 2**31)
         elif not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= 64:
             raise CodecError(f"{self.id}: bits must be above 0 and at most 64, got {self.bits!r}")
-        require_whole(self.id, "oversampling", self.oversampling, 0, 4096)
+        if self.oversampling is not None:
+            require_whole(self.id, "oversampling", self.oversampling, 0, 2**31)
         require_whole(self.id, "power_iterations", self.power_iterations, 0, 100)
         require_whole(self.id, "seed", self.seed, 0, 2**64 - 1)
         if self.factors is not None:

@@ -1,0 +1,54 @@
+"""A result: printed as it is made, and with --write kept as docs/benchmarks/NAME.md."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+
+import models
+
+
+class Result:
+    """Lines of Markdown."""
+
+    def __init__(self, name: str, title: str, command: str):
+        self.name = name
+        self.lines = [f"# {title}", ""]
+        self.say(
+            f"Measured {datetime.date.today().isoformat()} on {models.machine()}, {models.versions()}. "
+            f"Again: `{command}`."
+        )
+
+    def say(self, text: str) -> None:
+        self.lines += [text, ""]
+        print(f"\n{text}", flush=True)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        cells = [[str(cell) for cell in row] for row in (columns, *rows)]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+        lines = [
+            "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for row in cells
+        ]
+        lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+        self.lines += [*lines, ""]
+        print("\n" + "\n".join(lines), flush=True)
+
+    def write(self) -> None:
+        folder = models.ROOT / "docs" / "benchmarks"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{self.name}.md").write_text("\n".join(self.lines).rstrip() + "\n")
+
+
+def run(name: str, title: str, measure: Callable[[Result], None]) -> None:
+    """Measure, print, and write the result where asked to."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{name}.md")
+    arguments = parser.parse_args()
+    result = Result(name, title, f"python benchmarks/{name}.py --write")
+    measure(result)
+    if arguments.write:
+        result.write()
+        print(f"\nwritten: docs/benchmarks/{name}.md", file=sys.stderr)

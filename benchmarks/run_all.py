@@ -1,0 +1,11 @@
+"""Regenerate every number that the README and docs/benchmarks quote."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+for name in ("seedlm", "svd", "footprint", "language"):
+    print(f"== {name}", flush=True)
+    subprocess.run([sys.executable, str(Path(__file__).parent / f"{name}.py"), "--write"], check=True)
