@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 
 import models
 import peers
@@ -11,7 +10,7 @@ import report
 import torch
 
 import seedpack
-from seedpack.eval.language import compare_language_models, load_language_model, windows
+from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 CONTEXT, TOKENS = 1024, 16384
 PACKED = [("seedlm", 4.0), ("seedlm", 3.0), ("svd", 4.0), ("svd+seedlm", 4.0)]
@@ -26,12 +25,10 @@ def measure(result: report.Result) -> None:
     for codec, bits in PACKED:
         out = models.CACHE / f"language-{codec}-{bits:.0f}"
         shutil.rmtree(out, ignore_errors=True)
-        started = time.perf_counter()
         packed = seedpack.compress(folder, out, codec=codec, bits=bits)
-        seconds = time.perf_counter() - started
         other, _ = load_language_model(out)
         found = compare_language_models(model, other, ids)
-        rows.append(row(f"{codec}", packed.plan.totals()["bits_per_packed_weight"], packed.error_db, found, seconds))
+        rows.append(row(f"{codec}", packed.plan.totals()["bits_per_packed_weight"], packed.error_db, found))
         print(rows[-1], flush=True)
         del other
     for label, quantise in {
@@ -56,7 +53,6 @@ def measure(result: report.Result) -> None:
                 stored / weights,
                 10 * torch.tensor(error / energy).log10().item(),
                 compare_language_models(model, other, ids),
-                None,
             )
         )
         print(rows[-1], flush=True)
@@ -68,13 +64,13 @@ def measure(result: report.Result) -> None:
         "which leaves its function as it is and takes the old grid away (`benchmarks/models.py`). Peers are their rounding "
         "grids, not their kernels. No calibration data anywhere."
     )
-    result.table(["method", "bits a weight", "relative error", "perplexity", "KL mean", "KL p99", "top-1", "fit"], rows)
+    result.table(["method", "bits a weight", "relative error", "perplexity", "KL mean", "KL p99", "top-1"], rows)
 
 
-def row(label: str, bits: float, db: float, found: object, seconds: float | None) -> tuple[object, ...]:
+def row(label: str, bits: float, db: float, found: LanguageReport) -> tuple[object, ...]:
     return (
         label, f"{bits:.3f}", f"{db:.2f} dB", f"{found.perplexity_packed:,.2f}", f"{found.kl_mean:.4f}",
-        f"{found.kl_p99:.3f}", f"{100 * found.top1_agreement:.1f}%", "" if seconds is None else f"{seconds:.0f} s",
+        f"{found.kl_p99:.3f}", f"{100 * found.top1_agreement:.1f}%",
     )  # fmt: skip
 
 
