@@ -66,7 +66,8 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `seedpack` program."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that half-written output is removed
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # half-written output is removed
+        signal.signal(number, lambda caught, _: sys.exit(128 + caught))
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -76,4 +77,7 @@ def main() -> None:
         click.echo("Interrupted; nothing was changed.", err=True)
         sys.exit(130)
     except BrokenPipeError:
+        sys.exit(1)
+    except (OSError, MemoryError) as error:
+        click.echo(f"Error: {type(error).__name__}: {error}", err=True)
         sys.exit(1)

@@ -35,9 +35,9 @@ def parse_size(text: str) -> int:
     try:
         value = float(number.removesuffix(unit)) * units[unit]
     except (KeyError, ValueError):
-        raise click.BadParameter(f"{text!r} is no size; write 5GB or 200MB") from None
-    if value < 1:
-        raise click.BadParameter("must be at least one byte")
+        raise click.BadParameter(f"{text[:40]!r} is no size; write 5GB or 200MB") from None
+    if not 1 <= value < 2**63:
+        raise click.BadParameter("must be from one byte to 9 EB")
     return int(value)
 
 
@@ -52,7 +52,12 @@ def duration(seconds: float) -> str:
 
 def db(value: float) -> str:
     """Decibels."""
-    return "exact" if math.isinf(value) else f"{value:.2f} dB"
+    return f"{value:.2f} dB" if math.isfinite(value) else "exact" if value < 0 else "unbounded"
+
+
+def printable(text: str) -> str:
+    """Text from a file, without what could steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def show_table(
@@ -64,16 +69,18 @@ def show_table(
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, show_footer=total is not None)
+    table = Table(box=box.SIMPLE_HEAD, show_footer=total is not None, pad_edge=False)
     for i, name in enumerate(columns):
         footer = "" if total is None else total[i]
-        table.add_column(name, footer, justify="right" if i else "left", overflow="fold", no_wrap=i > 0)
+        table.add_column(
+            name, footer, justify="right" if i else "left", overflow="fold", no_wrap=i > 0, min_width=0 if i else 18
+        )
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{escape(printable(title))}[/bold]", soft_wrap=True)
     console.print(table)
 
 
@@ -87,9 +94,9 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(printable(value)))
     console = Console()
-    console.print(f"[bold]{escape(title)}[/bold]", soft_wrap=True)
+    console.print(f"[bold]{escape(printable(title))}[/bold]", soft_wrap=True)
     console.print(table)
 
 
@@ -136,12 +143,12 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], Non
     )
     started = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, rate="", what="")
+        task = bar.add_task(label, total=total, rate="", what="(kernels are compiled on the first run)")
 
         def advance(what: str, count: int) -> None:
             done = bar.tasks[0].completed + count
             rate = done / max(1e-9, time.perf_counter() - started)
-            bar.update(task, advance=count, what=what[-40:], rate=f"{_count(rate)} {unit}/s")
+            bar.update(task, advance=count, what=f"{what[-40:]:40}", rate=f"{_count(rate)} {unit}/s")
 
         yield advance
 

@@ -15,6 +15,7 @@ from typing import Any
 from seedpack.errors import FormatError
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 32
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -60,11 +61,11 @@ def loads_strict(text: str, where: str) -> Any:
     """`json.loads` that refuses duplicate keys, NaN and absurd nesting with a `FormatError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise FormatError(f"{where}: the key {twice[:80]!r} stands twice in one JSON object")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise FormatError(f"{where}: the key {key[:80]!r} stands twice in one JSON object")
+            result[key] = value
         return result
 
     def constant(name: str) -> Any:
@@ -90,7 +91,7 @@ def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise FormatError(
-            f"{where}: header of {length} bytes, at most {MAX_HEADER_BYTES} allowed; is this a safetensors file?"
+            f"{where}: not a safetensors file (its header would take {length} bytes, at most {MAX_HEADER_BYTES} allowed)"
         )
     if 8 + length > file_bytes:
         raise FormatError(
@@ -127,13 +128,13 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> Header:
 
 def _tensor_info(name: str, value: object, where: str) -> TensorInfo:
     at = f"{where}: tensor {name[:120]!r}"
+    check_name(name, at)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise FormatError(f"{at}: expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise FormatError(f"{at}: unknown dtype {str(dtype)[:40]!r}; known: {', '.join(DTYPE_BYTES)}")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-        raise FormatError(f"{at}: shape must be a list of whole numbers, got {str(shape)[:80]}")
+    check_shape(shape, at)
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int for n in offsets):
         raise FormatError(f"{at}: data_offsets must be two whole numbers, got {str(offsets)[:80]}")
     info = TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
@@ -143,6 +144,20 @@ def _tensor_info(name: str, value: object, where: str) -> TensorInfo:
     if info.nbytes != expected:
         raise FormatError(f"{at}: {dtype} {shape} takes {expected} bytes, data_offsets give {info.nbytes}")
     return info
+
+
+def check_name(name: str, at: str) -> None:
+    """A tensor's name is any text that UTF-8 can hold, but for the key of the metadata."""
+    if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
+        raise FormatError(f"{at}: cannot be a tensor's name; rename the tensor")
+
+
+def check_shape(shape: object, at: str) -> None:
+    """A list of at most `MAX_DIMENSIONS` whole numbers, whose product, zeros left out, is below 2^63."""
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise FormatError(f"{at}: shape must be a list of whole numbers, got {str(shape)[:80]}")
+    if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**63:
+        raise FormatError(f"{at}: a shape of {len(shape)} axes, {str(shape)[:80]}, is too large for any tensor")
 
 
 def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> None:
@@ -166,6 +181,8 @@ def layout(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor
     >>> layout({"b": ("U8", (3,)), "a": ("F32", (1,))})["b"].start
     4
     """
+    for name in parts:
+        check_name(name, f"tensor {name[:120]!r}")
     order = sorted(parts, key=lambda name: (-DTYPE_BYTES[parts[name][0]], name))
     result, position = {}, 0
     for name in order:

@@ -14,7 +14,7 @@ from typing import Any
 
 from seedpack.errors import DigestError, FormatError, VersionError
 from seedpack.formats.digest import PLACEHOLDER
-from seedpack.formats.header import DTYPE_BYTES, dumps_canonical, loads_strict
+from seedpack.formats.header import DTYPE_BYTES, check_name, check_shape, dumps_canonical, loads_strict
 from seedpack.formats.version import FORMAT_VERSION
 
 MANIFEST_KEY = "seedpack"
@@ -123,19 +123,21 @@ def part_key(name: str, part: str) -> str:
 
 def merge(manifests: list[Manifest], where: str) -> Manifest:
     """The manifest of a sharded checkpoint from those of its files."""
-    codecs: list[CodecSpec] = []
+    codecs: dict[str, CodecSpec] = {}
     tensors: dict[str, TensorEntry] = {}
     shared: dict[str, str] = {}
-    for manifest in manifests:
+    texts = [[dumps_canonical(codec.to_json()) for codec in manifest.codecs] for manifest in manifests]
+    for manifest, own in zip(manifests, texts, strict=True):
+        codecs |= zip(own, manifest.codecs, strict=True)
+    index = {text: i for i, text in enumerate(sorted(codecs))}
+    for manifest, own in zip(manifests, texts, strict=True):
         for name, entry in manifest.tensors.items():
             if name in tensors:
                 raise FormatError(f"{where}: tensor {name!r} is described by two shards")
-            codec = manifest.codecs[entry.codec]
-            if codec not in codecs:
-                codecs.append(codec)
-            tensors[name] = replace(entry, codec=codecs.index(codec))
+            tensors[name] = replace(entry, codec=index[own[entry.codec]])
         shared |= manifest.shared
-    return Manifest(tuple(codecs), tensors, shared, manifests[0].writer, manifests[0].version)
+    ordered = tuple(codecs[text] for text in sorted(codecs))
+    return Manifest(ordered, tensors, shared, manifests[0].writer, manifests[0].version)
 
 
 def loads_manifest(text: str, where: str) -> Manifest:
@@ -164,7 +166,10 @@ def manifest_from_json(document: object, where: str) -> Manifest:
         )
     _require_keys(document, {"seedpack", "writer", "codecs", "tensors", "shared", "digest"}, set(), at)
     body = {key: value for key, value in document.items() if key != "digest"}
-    expected = _document_digest(body)
+    try:
+        expected = _document_digest(body)
+    except (RecursionError, UnicodeEncodeError) as error:
+        raise FormatError(f"{at}: cannot be written as JSON in UTF-8 ({type(error).__name__})") from None
     if document["digest"] != expected:
         raise DigestError(f"{at}: its bytes changed since it was written (digest {expected[:16]}…, "
                           f"stored {str(document['digest'])[:16]}…); fetch the file again")  # fmt: skip
@@ -177,6 +182,7 @@ def manifest_from_json(document: object, where: str) -> Manifest:
     }
     shared = _object(document, "shared", at)
     for alias, name in shared.items():
+        check_name(alias, at)
         if alias in tensors or not isinstance(name, str) or name not in tensors:
             raise FormatError(f"{at}: shared name {alias[:80]!r} must be new and point to a stored tensor")
     _require_unique_keys(tensors, at)
@@ -212,7 +218,7 @@ def require_undense(name: str, principal: Sequence[int], dense: Sequence[int], w
 
 
 def _document_digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(dumps_canonical(body).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(dumps_canonical(body).encode()).hexdigest()
 
 
 def _codec_spec(value: object, at: str) -> CodecSpec:
@@ -234,17 +240,16 @@ def _tensor_entry(value: object, codecs: int, at: str) -> TensorEntry:
         raise FormatError(f"{at}: codec must be a number below {codecs}")
     if not isinstance(value["dtype"], str) or value["dtype"] not in DTYPE_BYTES:
         raise FormatError(f"{at}: unknown dtype {str(value['dtype'])[:40]!r}")
-    shape = _list(value, "shape", at)
-    if not all(type(n) is int and 0 <= n < 2**63 for n in shape):
-        raise FormatError(f"{at}: shape must be whole numbers, got {str(shape)[:80]}")
+    shape = value["shape"]
+    check_shape(shape, at)
     parts = _object(value, "parts", at)
     if PRINCIPAL_PART not in parts:
         raise FormatError(f"{at}: has no principal part {PRINCIPAL_PART!r}")
     for part, digest in parts.items():
         if not _PART_NAME.fullmatch(part) or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise FormatError(f"{at}: part {part[:40]!r} needs a name in a-z, 0-9, _ and a SHA-256 digest")
-    if value.get("transposed", True) is not True:
-        raise FormatError(f"{at}: 'transposed' is true or left out")
+    if value.get("transposed", True) is not True or ("transposed" in value and len(shape) != 2):
+        raise FormatError(f"{at}: 'transposed' is true or left out, and for matrices only")
     return TensorEntry(value["codec"], value["dtype"], tuple(shape), parts, "transposed" in value)
 
 

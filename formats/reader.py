@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from types import TracebackType
 
 from seedpack.errors import DigestError, FormatError
 from seedpack.formats.digest import part_digest
-from seedpack.formats.header import Header, header_length, loads_strict, parse_header, serialise_header
+from seedpack.formats.header import Header, header_length, layout, loads_strict, parse_header, serialise_header
 from seedpack.formats.manifest import (
     MANIFEST_KEY,
     Manifest,
@@ -75,7 +74,10 @@ class SafetensorsFile:
 
     def require_canonical(self) -> None:
         """Refuse a header that says the same in other bytes: some bit of it was changed."""
-        written = serialise_header(self.header.tensors, self.header.metadata)
+        manifest = self.manifest()
+        assert manifest is not None, "asked only of files with a manifest"
+        infos = layout({key: (info.dtype, info.shape) for key, info in self.header.tensors.items()})
+        written = serialise_header(infos, {"format": "pt", MANIFEST_KEY: manifest.dumps()})
         if written[8:] != self._header_bytes:
             raise DigestError(f"{self.path}: the header's bytes changed since they were written; fetch the file again")
 
@@ -92,8 +94,10 @@ class Checkpoint:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.files = [SafetensorsFile(file) for file in _weight_files(self.path)]
+        self.files: list[SafetensorsFile] = []
         try:
+            for file in _weight_files(self.path):
+                self.files.append(SafetensorsFile(file))
             self._file_of = self._index_keys()
             self.manifest = self._find_manifest()
             self._check_parts()
@@ -168,23 +172,37 @@ class Checkpoint:
                         f"{self.path}: tensor {key!r} is in {file_of[key].path.name} and {file.path.name}"
                     )
                 file_of[key] = file
+        if self.path.is_dir() and (self.path / INDEX_FILE).is_file():
+            found = {key: file.path.name for key, file in file_of.items()}
+            if _weight_map(self.path / INDEX_FILE) != found:
+                raise FormatError(
+                    f"{self.path / INDEX_FILE}: does not list what the shards hold; fetch the folder again"
+                )
         return file_of
 
     def _find_manifest(self) -> Manifest:
         found = [manifest for file in self.files if (manifest := file.manifest()) is not None]
+        manifest = self._config_manifest()
         if found and len(found) == len(self.files):
-            return merge(found, str(self.path))
-        config = self.path / "config.json"
-        if self.path.is_dir() and config.is_file():
-            manifest = manifest_from_config(
-                loads_strict(config.read_text("utf-8", "replace"), str(config)), str(config)
-            )
-            if manifest is not None:
-                return manifest
+            merged = merge(found, str(self.path))
+            if manifest is not None and manifest.to_json() != merged.packed_only().to_json():
+                raise FormatError(
+                    f"{self.path / 'config.json'}: its quantization_config is not that of the weight files; "
+                    "fetch the whole folder again"
+                )
+            return merged
+        if manifest is not None:
+            return manifest
         raise FormatError(
             f"{self.path}: not a seedpack checkpoint (no manifest in the metadata of {self.files[0].path.name}); "
             "pack it with seedpack compress"
         )
+
+    def _config_manifest(self) -> Manifest | None:
+        config = self.path / "config.json"
+        if not self.path.is_dir() or not config.is_file():
+            return None
+        return manifest_from_config(read_json(config), str(config))
 
     def _check_parts(self) -> None:
         """Every part that the manifest names is in the files, and raw tensors have their stated form."""
@@ -219,29 +237,40 @@ def manifest_from_config(config: object, where: str) -> Manifest | None:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    try:
+        if path.is_file():
+            return [path]
+        folder = path.is_dir()
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{str(path)[:200]}: is no path ({error})") from None
+    if not folder:
         raise FormatError(f"{path}: no such file or folder")
     index = path / INDEX_FILE
     if not index.is_file():
         if not (path / SINGLE_FILE).is_file():
             raise FormatError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         return [path / SINGLE_FILE]
-    document = loads_strict(index.read_text("utf-8", "replace"), str(index))
+    names = sorted(set(_weight_map(index).values()))
+    for name in names:
+        if Path(name).name != name or len(name) > 255 or not (path / name).is_file():
+            raise FormatError(f"{index}: names the shard {name[:120]!r}, which is not a file in {path}")
+    return [path / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    document = read_json(index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{index}: 'weight_map' must map tensor names to file names")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise FormatError(f"{index}: names the shard {name[:120]!r}, which is not a file in {path}")
-    return [path / name for name in names]
+    return weight_map
 
 
 def read_json(path: Path) -> object:
     """A JSON file of a checkpoint folder, strictly read."""
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: cannot be read as JSON: {str(error)[:120]}") from None
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: is not UTF-8 (byte {error.start})") from None
+    return loads_strict(text, str(path))

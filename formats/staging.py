@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,11 +23,14 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
         force: replace what exists there; else that is an `OutputError`.
         directory: make the yielded path a folder.
     """
-    if os.path.lexists(target) and not force:
-        raise OutputError(f"{target}: exists already; pass --force (force=True) to replace it, or name another output")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(target)
+        if os.path.lexists(target) and not force:
+            raise OutputError(
+                f"{target}: exists already; pass --force (force=True) to replace it, or name another output"
+            )
+        _require_replaceable(target, directory)
         partial = target.parent / f".{target.name}.partial-{os.getpid()}"
         if directory:
             partial.mkdir()
@@ -42,28 +46,48 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
 
 
+def _require_replaceable(target: Path, directory: bool) -> None:
+    """Even with `force`, no folder is deleted that a model folder does not take the place of."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        if directory or not (target.is_file() or target.is_symlink()):
+            raise OutputError(f"{target}: is no folder, the output is one; name another output")
+        return
+    if not directory:
+        raise OutputError(f"{target}: is a folder, the output is a file; name a file")
+    looks_like_a_model = any((target / name).is_file() for name in ("config.json", "model.safetensors"))
+    if any(target.iterdir()) and not looks_like_a_model:
+        raise OutputError(f"{target}: is a folder that holds something else than a model; name another output")
+
+
 def _replace(partial: Path, target: Path) -> None:
-    if not target.is_dir() or target.is_symlink():
-        if partial.is_dir() and os.path.lexists(target):
-            target.unlink()
+    if partial.is_file() and not target.is_dir():
         os.replace(partial, target)
         return
     old = target.parent / f".{target.name}.replaced-{os.getpid()}"
-    os.rename(target, old)
     try:
+        if os.path.lexists(target):
+            os.rename(target, old)
         os.rename(partial, target)
     except BaseException:
-        os.rename(old, target)
+        if os.path.lexists(old) and not os.path.lexists(target):
+            os.rename(old, target)
         raise
-    _remove(old)
+    with contextlib.suppress(OSError):  # the new output is in place; what is left of the old goes with the next run
+        _remove(old)
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed process left behind for this target."""
-    for leftover in target.parent.glob(f".{target.name}.partial-*"):
-        pid = leftover.name.rpartition("-")[2]
-        if pid.isdigit() and not _alive(int(pid)):
-            _remove(leftover)
+    """Remove what a killed process left behind for this target; bring back an output it had moved aside."""
+    for kind in ("replaced", "partial"):
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
+            pid = leftover.name.rpartition("-")[2]
+            if pid.isdigit() and not _alive(int(pid)):
+                if kind == "replaced" and not os.path.lexists(target):
+                    os.rename(leftover, target)
+                else:
+                    _remove(leftover)
 
 
 def _alive(pid: int) -> bool:

@@ -17,16 +17,17 @@ from torch import Tensor, nn
 import seedpack
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
-from seedpack.dtypes import dtype_name, to_bytes, torch_dtype
-from seedpack.errors import FormatError, ModelError, NonfiniteError
+from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
+from seedpack.errors import FormatError, ModelError, NonfiniteError, SeedpackError
 from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, TensorPlan, codec_for, make_plan
+from seedpack.model.skeleton import architecture
 from seedpack.model.sources import Source, open_source
-from seedpack.model.sources.base import find_shared
+from seedpack.model.sources.base import find_shared, first_line
 from seedpack.model.stored import dense_tensors
 from seedpack.model.surgery import fill_
 
@@ -87,13 +88,37 @@ class Report:
         }
 
 
+def _float_dtype(name: str) -> torch.dtype:
+    try:
+        dtype = torch_dtype(name)
+    except FormatError:
+        dtype = torch.uint8
+    if dtype_name(dtype) not in PACKABLE:
+        raise ModelError(f"dtype {name!r}: choose float32, float16, bfloat16 or float64")
+    return dtype
+
+
+def _require_apart(output: Path, source: Path) -> None:
+    """Refuse an output that would take the place of the source, or of a folder that holds it."""
+    if source.exists():
+        target, origin = output.resolve(), source.resolve()
+        if (
+            target == origin
+            or target in origin.parents
+            or (origin.is_dir() and (origin / target.name) == target and target.is_file())
+        ):
+            raise ModelError(f"{output}: is the model itself or holds it; name another output")
+
+
 def decibels(error: float, energy: float) -> float:
-    """10·log10(error / energy); -inf for no error.
+    """10·log10(error / energy); -inf for no error, inf where it has no bound.
 
     >>> decibels(1.0, 100.0)
     -20.0
     """
-    return 10 * math.log10(error / energy) if error > 0 and energy > 0 else -math.inf
+    if error == 0:
+        return -math.inf
+    return 10 * math.log10(error / energy) if 0 < energy < math.inf and error < math.inf else math.inf
 
 
 def plan_for(
@@ -109,10 +134,11 @@ def plan_for(
 ) -> Plan:
     """The plan that `compress` would follow; arguments as there."""
     chosen = codec if isinstance(codec, Codec) else codec_for(codec, bits, settings or {})
-    target = dtype_name(torch_dtype(dtype)) if dtype else None
+    target = dtype_name(_float_dtype(dtype)) if dtype else None
     result = make_plan(source.tensors, source.shared, chosen, include=include, exclude=exclude, dtype=target)
     if plan is not None:
         result = result.edited_by_file(plan) if isinstance(plan, (str, Path)) else result.edited(plan)
+    result.check_experts()
     return result
 
 
@@ -160,8 +186,7 @@ def compress(
     started = time.perf_counter()
     source = model if isinstance(model, Source) else open_source(model)
     output = Path(output)
-    if output.exists() and Path(source.name).exists() and output.samefile(source.name):
-        raise ModelError(f"{output}: is the model itself; name another output")
+    _require_apart(output, Path(source.name))
     chosen = plan_for(
         source,
         codec=codec,
@@ -175,6 +200,10 @@ def compress(
     if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
         raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
     folder = source.config is not None
+    if folder and output.suffix == ".safetensors":
+        raise ModelError(f"{output}: a Hugging Face model becomes a folder; name one without .safetensors")
+    if shard_bytes and not folder:
+        raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
     with staged(output, force=force, directory=folder) as partial:
         chosen = _leave_nonfinite(source, chosen, allow_nonfinite)
         for file in source.files:
@@ -193,7 +222,7 @@ def compress(
             config = {**source.config, "quantization_config": quantization}
             if dtype:
                 config = {k: v for k, v in config.items() if k != "torch_dtype"}
-                config["dtype"] = str(torch_dtype(dtype)).removeprefix("torch.")
+                config["dtype"] = str(_float_dtype(dtype)).removeprefix("torch.")
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         files = partial.glob("*.safetensors") if folder else [partial]
         size = sum(file.stat().st_size for file in files)
@@ -221,7 +250,7 @@ def load(
     Returns:
         The module, a transformers model, or a state dict.
     """
-    wanted = torch_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    wanted = _float_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if model is not None or dense:
         if options:
             raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")
@@ -243,9 +272,13 @@ def load(
         pass
     import transformers
 
-    names = config.get("architectures") if isinstance(config, dict) else None
-    cls = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
-    return cls.from_pretrained(path, dtype=wanted if wanted is not None else "auto", **options)
+    cls = architecture(config) or transformers.AutoModel
+    try:
+        return cls.from_pretrained(path, dtype=wanted if wanted is not None else "auto", **options)
+    except (SeedpackError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(f"{path}: transformers cannot load it ({first_line(error)})") from error
 
 
 def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
@@ -271,7 +304,8 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
 def unpack(path: str | Path, output: str | Path, *, dtype: str | None = None, force: bool = False) -> None:
     """Rebuild the dense model: a safetensors file, or a dense Hugging Face folder. One tensor is in memory at a time."""
     path, output = Path(path), Path(output)
-    wanted = torch_dtype(dtype) if dtype else None
+    wanted = _float_dtype(dtype) if dtype else None
+    _require_apart(output, path)
     with Checkpoint(path) as checkpoint, staged(output, force=force, directory=path.is_dir()) as partial:
         planned = []
         for name, tensor in dense_tensors(checkpoint, wanted):
@@ -292,7 +326,9 @@ def _copy_dense_folder(path: Path, partial: Path, wanted: torch.dtype | None) ->
     config = read_json(partial / "config.json")
     if not isinstance(config, dict):
         raise FormatError(f"{path / 'config.json'}: expected a JSON object")
-    config.pop("quantization_config", None)
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict):
+            holder.pop("quantization_config", None)
     if wanted is not None:
         config["dtype"] = str(wanted).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -300,13 +336,18 @@ def _copy_dense_folder(path: Path, partial: Path, wanted: torch.dtype | None) ->
 
 def _leave_nonfinite(source: Source, plan: Plan, allow: bool) -> Plan:
     """Look at every tensor to be packed before the first is fitted."""
-    bad = [t.name for t in plan.tensors if t.packed and not bool(torch.isfinite(source.read(t.name)).all())]
+    bad = [t.name for t in plan.tensors if t.packed and not _usable(source.read(t.name))]
     if bad and not allow:
         raise NonfiniteError(
-            f"{source.name}: {len(bad)} tensors hold NaN or Inf: {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}; "
+            f"{source.name}: {len(bad)} tensors hold NaN or Inf (or more than 1e33): {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}; "
             "mend the model, or pass --allow-nonfinite (allow_nonfinite=True) to store them raw"
         )
     return plan.raw(bad, "holds NaN or Inf") if bad else plan
+
+
+def _usable(weight: Tensor) -> bool:
+    """Whether every value is finite and small enough for float32 arithmetic; looked at in pieces."""
+    return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
 
 
 def _fit(

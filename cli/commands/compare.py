@@ -25,28 +25,32 @@ def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
     from seedpack.eval.tensors import compare_tensors
 
     output.quiet_transformers()
-    lone, comparisons = compare_tensors(a, b, ranks=ranks)
+    lone, count, comparisons = compare_tensors(a, b, ranks=ranks)
     found = []
-    with output.progress("Comparing", 0, "tensors") as advance:
+    with output.progress("Comparing", count, "tensors") as advance:
         for comparison in comparisons:
             found.append(comparison)
             advance(comparison.name, 1)
-    changed = [c for c in found if c.error > 0]
+    changed = [c for c in found if c.error != 0]
     overall = decibels(sum(c.error for c in changed), sum(c.energy for c in changed))
     if as_json:
         tensors = [{**asdict(c), "error_db": decibels(c.error, c.energy)} for c in found]
         output.show_json({"error_db": overall, "only_in_one": lone, "tensors": tensors})
         return
+    columns = ["tensor", "error", "rank A", "rank B", "rank", "captured", "optimal"]
+    rows = [
+        [c.name, output.db(decibels(c.error, c.energy)), _number(c.rank_a), _number(c.rank_b),
+         "" if c.rank is None else str(c.rank), _share(c.captured), _share(c.optimal)]
+        for c in changed
+    ]  # fmt: skip
+    used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
+    total = [f"all {len(changed)} that differ; {len(found) - len(changed)} equal", output.db(overall), *[""] * 5]
     output.show_table(
-        f"{b} against {a}",
-        ("tensor", "shape", "relative error", "effective rank A", "B", "rank", "captured", "optimal"),
-        [
-            (c.name, "×".join(map(str, c.shape)), output.db(decibels(c.error, c.energy)), _number(c.rank_a),
-             _number(c.rank_b), "" if c.rank is None else str(c.rank), _share(c.captured), _share(c.optimal))
-            for c in changed
-        ],
-        (f"all {len(changed)} that differ", f"{len(found) - len(changed)} equal", output.db(overall), "", "", "", "", ""),
-    )  # fmt: skip
+        f"{b} against {a}: relative error, effective ranks",
+        [columns[i] for i in used],
+        [[row[i] for i in used] for row in rows],
+        [total[i] for i in used],
+    )
     if lone:
         click.echo(f"{len(lone)} tensors are in one of the two only, as {lone[0]!r}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
             raise click.BadParameter(f"{pair!r} is not KEY=VALUE", param_hint="--set")
         try:
             settings[key] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             settings[key] = value
     return settings
 
@@ -97,7 +98,7 @@ def command(
     source = open_source(model)
     chosen = api.plan_for(source, **choice)
     if source.dropped and not as_json:
-        click.echo(f"note: {', '.join(source.dropped[:6])} in the file is no weight and is left out", err=True)
+        click.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
     if dry_run:
         output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
         return
@@ -114,17 +115,23 @@ def show_plan(model: str, plan: Any) -> None:
     """The plan as a table: per tensor codec, bits, bytes before and after."""
     rows = [
         (t.name, "×".join(map(str, t.shape)), t.codec.id if t.packed else "raw", f"{t.bits_per_weight:.3f}",
-         output.size(t.source_bytes), output.size(t.stored_bytes), t.note)
+         output.size(t.source_bytes), output.size(t.stored_bytes))
         for t in plan.tensors
     ]  # fmt: skip
     totals = plan.totals()
     output.show_table(
         f"Plan for {model}",
-        ("tensor", "shape", "codec", "bits", "before", "after", "note"),
+        ("tensor", "shape", "codec", "bits", "before", "after"),
         rows,
         ("total", "", "", f"{totals['bits_per_weight']:.3f}", output.size(totals["source_bytes"]),
-         output.size(totals["stored_bytes"]), f"{totals['packed_tensors']} of {totals['tensors']} packed"),
+         output.size(totals["stored_bytes"])),
     )  # fmt: skip
+    notes = Counter(t.note for t in plan.tensors if t.note)
+    lines = [
+        f"{totals['packed_tensors']} of {totals['tensors']} tensors packed",
+        *(f"{n} tensors raw: {note}" for note, n in notes.items()),
+    ]
+    click.echo("\n".join(lines))
 
 
 def show_report(report: Any) -> None:
@@ -136,7 +143,8 @@ def show_report(report: Any) -> None:
         ("size", f"{output.size(totals['source_bytes'])} → {output.size(report.file_bytes)} on disk "
                  f"({totals['source_bytes'] / max(1, report.file_bytes):.2f}× smaller)"),
         ("tensors", f"{totals['packed_tensors']} packed, {totals['tensors'] - totals['packed_tensors']} raw"),
-        ("bits a weight", f"{totals['bits_per_packed_weight']:.4f} over packed, {totals['bits_per_weight']:.4f} over all"),
+        ("bits a weight", (f"{totals['bits_per_packed_weight']:.4f} over packed, " if report.tensors else "")
+                          + f"{totals['bits_per_weight']:.4f} over all"),
     ]  # fmt: skip
     if worst is not None:
         rate = totals["packed_weights"] / max(1e-9, fitting)

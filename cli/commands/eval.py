@@ -18,7 +18,13 @@ from seedpack.cli import output
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Text file to score.",
 )
-@click.option("--context", default=1024, show_default=True, type=click.IntRange(2), help="Tokens of a window.")
+@click.option(
+    "--context",
+    default=1024,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Tokens of a window, at most what the model takes.",
+)
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(original: str, packed: str, text: Path, context: int, tokens: int, as_json: bool) -> None:
@@ -30,7 +36,8 @@ def command(original: str, packed: str, text: Path, context: int, tokens: int, a
 
     output.quiet_transformers()
     model, tokenizer = load_language_model(original)
-    ids = windows(tokenizer, text.read_text("utf-8", "replace"), min(context, tokens), tokens)
+    limit = getattr(model.config, "max_position_embeddings", None) or context
+    ids = windows(tokenizer, text.read_text("utf-8", "replace"), min(context, tokens, limit), tokens)
     other, _ = load_language_model(packed)
     with output.progress("Scoring", ids.numel(), "tokens") as advance:
         report = compare_language_models(model, other, ids, lambda count: advance("", count))

@@ -80,4 +80,9 @@ def _row(checkpoint: Any, name: str) -> dict[str, Any]:
 
 
 def _settings(config: dict[str, Any]) -> str:
-    return ", ".join(f"{key}={value}" for key, value in config.items() if value is not None)
+    def show(value: Any) -> str:
+        return (
+            f"{value['id']} ({_settings(value['config'])})" if isinstance(value, dict) and "id" in value else str(value)
+        )
+
+    return ", ".join(f"{key}={show(value)}" for key, value in config.items() if value is not None)

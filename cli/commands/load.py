@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from seedpack.cli import output
+from seedpack.errors import ModelError
 
 
 @click.command("load")
@@ -26,6 +27,8 @@ def command(packed: Path, prompt: str | None, max_new_tokens: int, as_json: bool
 
     output.quiet_transformers()
     started = time.perf_counter()
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty")
     if not (packed / "config.json").is_file():
         if prompt is not None:
             raise click.UsageError("--prompt needs a Hugging Face folder with a tokenizer")
@@ -75,7 +78,10 @@ def _generate(packed: Path, model: Any, prompt: str, max_new_tokens: int) -> dic
 
     if not model.can_generate():
         raise click.UsageError(f"a {type(model).__name__} does not generate text")
-    tokenizer = AutoTokenizer.from_pretrained(packed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(packed)
+    except Exception as error:  # transformers fails in many ways where files are missing
+        raise ModelError(f"{packed}: has no tokenizer that transformers can load; --prompt needs one") from error
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():

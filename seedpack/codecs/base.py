@@ -116,9 +116,11 @@ class Codec:
         return CodecSpec(self.id, self.version, dataclasses.asdict(self))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Codec:
+    def from_config(cls, config: Any) -> Codec:
         """The codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
+        if not isinstance(config, Mapping):
+            raise CodecError(f"{cls.id}: hyperparameters must be a JSON object, got {type(config).__name__}")
         if config.keys() != fields.keys():
             odd = sorted(config.keys() ^ fields.keys())
             raise CodecError(f"{cls.id}: hyperparameters {sorted(fields)} expected; missing or unknown: {odd[:4]}")
@@ -133,7 +135,7 @@ def require_whole(codec: str, name: str, value: object, low: int, high: int) -> 
 
 def require_dtype(codec: str, value: object) -> None:
     """Refuse what is no safetensors dtype name."""
-    if value not in TORCH_DTYPES:
+    if not isinstance(value, str) or value not in TORCH_DTYPES:
         raise CodecError(f"{codec}: dtype must be one of {', '.join(TORCH_DTYPES)}, got {value!r}")
 
 

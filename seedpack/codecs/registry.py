@@ -29,7 +29,7 @@ def get_codec(id: str) -> type[Codec]:
     Raises:
         UnknownCodecError: none is registered; the message lists those that are.
     """
-    if id not in _REGISTRY:
+    if not isinstance(id, str) or id not in _REGISTRY:
         for entry in entry_points(group="seedpack.codecs", name=id):
             return register_codec(entry.load())
         raise UnknownCodecError(

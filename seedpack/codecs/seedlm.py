@@ -14,7 +14,7 @@ from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_importance, require_whole
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.bits import pack, packed_shape
+from seedpack.kernels.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.seedlm_decode import seedlm_decode
 from seedpack.kernels.seedlm_decode.reference import CODE_BITS
@@ -54,7 +54,7 @@ class SeedLMCodec(Codec):
         require_whole(self.id, "seed_bits", self.seed_bits, 2, 24)
         require_whole(self.id, "block", self.block, 1, 256)
         require_whole(self.id, "rank", self.rank, 1, min(16, self.block))
-        if self.exponents not in (1, 3):
+        if type(self.exponents) is not int or self.exponents not in (1, 3):
             raise CodecError(f"{self.id}: exponents must be 1 or 3, got {self.exponents!r}")
 
     @classmethod
@@ -90,7 +90,7 @@ class SeedLMCodec(Codec):
         """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`)."""
         rows, columns = weight.shape
         blocks = -(-columns // self.block)
-        padded = weight.float()
+        padded = weight.detach().to("cpu", torch.float32)
         if columns % self.block:
             padded = torch.nn.functional.pad(padded, (0, blocks * self.block - columns))
         padded = padded.reshape(rows, blocks, self.block)
@@ -143,7 +143,9 @@ class SeedLMCodec(Codec):
             raise CodecError(
                 f"{self.id}: exponent bias {int(parts['exponent_bias'])} is not in {BIAS_MIN} … {BIAS_MAX}"
             )
-        if self.seed_bits == 16 and not parts["weight"].contiguous().view(torch.int16).all():
+        blocks = -(-shape[1] // self.block)
+        rows = max(1, BATCH_BLOCKS // blocks)
+        if not all(bool(unpack(part, blocks, self.seed_bits).all()) for part in parts["weight"].split(rows)):
             raise CodecError(f"{self.id}: a seed is 0, which no register can leave; the file is corrupt")
 
     def _pack_codes(self, codes: Tensor) -> Tensor:

@@ -59,6 +59,8 @@ class SVDCodec(Codec):
         if self.factors is not None:
             if not isinstance(self.factors, dict) or self.factors.keys() != {"id", "version", "config"}:
                 raise CodecError(f"{self.id}: factors must be a codec's id, version and config")
+            if not isinstance(self.factors["id"], str) or type(self.factors["version"]) is not int:
+                raise CodecError(f"{self.id}: factors must name a codec's id and version")
             if self.factors["id"] == self.id:
                 raise CodecError(f"{self.id}: its factors cannot be {self.id} again")
             self._inner()
@@ -120,14 +122,19 @@ class SVDCodec(Codec):
         )
         left, right = u * s.sqrt(), s.sqrt()[:, None] * vh / root
         inner = self._inner()
-        if progress:
-            progress(weight.numel())
         if inner is None:
-            limit = torch.finfo(torch.float16).max
-            left, right = (f.clamp(-limit, limit).to(torch.float16).view(torch.int16) for f in (left, right))
+            if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
+                raise CodecError(
+                    f"{self.id}: the factors of so large weights do not fit float16; set factors, or exclude it"
+                )
+            if progress:
+                progress(weight.numel())
+            left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
             return {"weight": left[:, None], "right": right}
         left_parts = inner.encode(left.contiguous(), backend=backend)
-        right_parts = inner.encode(right.contiguous(), backend=backend)
+        right_parts = inner.encode(right.contiguous(), importance, backend=backend)
+        if progress:
+            progress(weight.numel())
         return left_parts | {f"right_{name}": part for name, part in right_parts.items()}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:

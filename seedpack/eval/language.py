@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from seedpack.errors import ModelError
+from seedpack.model.sources import looks_like_hub_id
+from seedpack.model.sources.base import first_line
 
 POSITIONS_AT_ONCE = 256
 
@@ -43,12 +45,13 @@ class LanguageReport:
 
 
 def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
-    """The first `tokens` tokens of a text as windows, int64 [n, context]."""
+    """The first `tokens` tokens of a text as windows, int64 [n, context]; one short window of a short text."""
     characters = 8 * tokens + 1000  # tokenizers are slow on what will not be used
     ids = tokenizer(text[:characters], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    context = min(context, len(ids))
+    if context < 2:
+        raise ModelError(f"the text gives {len(ids)} tokens; at least two are needed")
     count = min(len(ids), tokens) // context
-    if count == 0:
-        raise ModelError(f"the text gives {len(ids)} tokens, fewer than one window of {context}; use a longer text")
     return ids[: count * context].view(count, context)  # type: ignore[no-any-return]
 
 
@@ -101,14 +104,12 @@ def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float
     import seedpack  # noqa: F401 (registers the quantizer)
 
     where, options = str(path), {}
+    if not Path(where).exists() and not looks_like_hub_id(where):
+        raise ModelError(f"{where}: no such file or folder, and not a hub id (org/name)")
     if where.lower().endswith(".gguf"):
         where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
         return model, transformers.AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path}: not a causal language model with its tokenizer ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:240]
+        raise ModelError(f"{path}: not a causal language model with its tokenizer ({first_line(error)})") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 from seedpack.codecs.base import matrix_shape
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.codecs.svd import SVDCodec
+from seedpack.dtypes import to_tensor
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import Checkpoint
 from seedpack.linalg import captured_energy, effective_rank, singular_values
@@ -51,7 +52,7 @@ class _Side:
 
 def compare_tensors(
     a: str | Path, b: str | Path, *, ranks: bool = True
-) -> tuple[list[str], Iterator[TensorComparison]]:
+) -> tuple[list[str], int, Iterator[TensorComparison]]:
     """Compare the float tensors that two models share.
 
     Args:
@@ -60,7 +61,7 @@ def compare_tensors(
         ranks: also compute effective ranks (an eigendecomposition a tensor and side).
 
     Returns:
-        Names that only one of them has, and the comparisons, one at a time.
+        Names that only one of them has, the count of common ones, and their comparisons, one at a time.
     """
     left, right = _open(a), _open(b)
     common = [name for name in left.names if name in right.names]
@@ -72,7 +73,7 @@ def compare_tensors(
                 f"tensor {name!r}: {a} has shape {list(left.names[name])}, {b} has {list(right.names[name])}"
             )
     lone = sorted(left.names.keys() ^ right.names.keys())
-    return lone, _compare(left, right, common, ranks)
+    return lone, len(common), _compare(left, right, common, ranks)
 
 
 def _compare(left: _Side, right: _Side, names: list[str], ranks: bool) -> Iterator[TensorComparison]:
@@ -82,7 +83,8 @@ def _compare(left: _Side, right: _Side, names: list[str], ranks: bool) -> Iterat
             continue
         x, y = x.float(), y.float()
         error, energy = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in (x - y, x))
-        if x.dim() < 2 or not ranks or 0 in x.shape:
+        finite = bool(torch.isfinite(x).all() and torch.isfinite(y).all())
+        if x.dim() < 2 or not ranks or 0 in x.shape or not finite or energy == 0:
             yield TensorComparison(name, tuple(x.shape), error, energy)
             continue
         matrix = matrix_shape(tuple(x.shape))
@@ -105,7 +107,7 @@ def _open(path: str | Path) -> _Side:
     try:
         checkpoint = Checkpoint(path)
     except FormatError as error:
-        if "not a seedpack checkpoint" not in str(error) and Path(path).suffix == ".safetensors":
+        if "not a seedpack checkpoint" not in str(error) and _claims_to_be_packed(Path(path)):
             raise
         source = open_source(path)
         return _Side({name: t.shape for name, t in source.tensors.items()}, source.read, {})
@@ -117,5 +119,18 @@ def _open(path: str | Path) -> _Side:
             codec = codec_from_spec(manifest.codec_of(name))
             assert isinstance(codec, SVDCodec)
             ranks[name] = codec.rank_of(codec_matrix(entry.shape, entry.transposed))
+    undescribed = {key: checkpoint.undescribed(key) for key in checkpoint.raw_keys()}
     names = {name: entry.shape for name, entry in manifest.tensors.items()}
-    return _Side(names, lambda name: stored_dense(checkpoint, name), ranks)
+    names |= {key: part.shape for key, part in undescribed.items()}
+
+    def read(name: str) -> Tensor:
+        return to_tensor(undescribed[name]) if name in undescribed else stored_dense(checkpoint, name)
+
+    return _Side(names, read, ranks)
+
+
+def _claims_to_be_packed(path: Path) -> bool:
+    if path.suffix == ".safetensors":
+        return True
+    config = path / "config.json"
+    return config.is_file() and '"seedpack"' in config.read_text("utf-8", "replace")

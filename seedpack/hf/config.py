@@ -13,7 +13,7 @@ from seedpack.formats.reader import QUANT_METHOD
 class SeedpackConfig(QuantizationConfigMixin):
     """Holds the manifest as it stands in config.json, checked."""
 
-    def __init__(self, **document: Any):
+    def __init__(self, /, **document: Any):
         document.pop("quant_method", None)
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]
         self.manifest: Manifest = manifest_from_json(document, "config.json: quantization_config")

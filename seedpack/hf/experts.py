@@ -70,8 +70,28 @@ class ExpertView:
         return ops.decode(parts, codec_to_json(group.codec), group.shape, self.dtype)
 
 
-def _view(module: nn.Module, groups: list[ExpertGroup], dtype: torch.dtype) -> ExpertView:
-    return ExpertView(module, groups, dtype)
+class PackedExperts(nn.Module):
+    """What packed experts modules have beside their architecture's own class."""
+
+    compute_dtype: torch.dtype
+    groups: dict[str, list[ExpertGroup]]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+
+def _view(module: PackedExperts, parameter: str) -> ExpertView:
+    return ExpertView(module, module.groups[parameter], module.compute_dtype)
+
+
+def check_experts(module: nn.Module) -> None:
+    """Refuse parts that the codec cannot have written, expert by expert."""
+    if isinstance(module, PackedExperts):
+        for group in (group for groups in module.groups.values() for group in groups):
+            stacked = {part: module.get_parameter(group.leaf(part)) for part in group.part_names}
+            for index in range(group.count):
+                group.codec.check({part: value[index] for part, value in stacked.items()}, group.shape)
 
 
 def pack_experts_(
@@ -97,6 +117,8 @@ def pack_experts_(
                     f"{len(group_names)} of {dense.shape[0]} packed, in {len(specs)} ways"
                 )
             entry = manifest.tensors[group_names[0]]
+            if len(entry.shape) != 2 or entry.transposed or entry.shape[1] != dense.shape[2]:
+                raise ModelError(f"{group_names[0]!r}: shape {list(entry.shape)} does not fit {list(dense.shape)}")
             codec = codec_from_spec(manifest.codec_of(group_names[0]))
             group = ExpertGroup(path, parameter, projection, codec, (entry.shape[0], entry.shape[1]), dense.shape[0])
             views[parameter].append(group)
@@ -104,11 +126,11 @@ def pack_experts_(
                 value = empty_part(kind, (group.count, *shape), dense.device)
                 module.register_parameter(group.leaf(part), nn.Parameter(value, requires_grad=False))
         del module._parameters[parameter]
-    properties = {
-        parameter: property(partial(_view, groups=groups, dtype=dtype)) for parameter, groups in views.items()
-    }
+    properties = {parameter: property(partial(_view, parameter=parameter)) for parameter in views}
     dense_class = type(module)
-    module.__class__ = type(f"Packed{dense_class.__name__}", (dense_class,), {**properties, "_seedpack_groups": views})
+    module.__class__ = type(f"Packed{dense_class.__name__}", (PackedExperts, dense_class), properties)
+    assert isinstance(module, PackedExperts)
+    module.compute_dtype, module.groups = dtype, dict(views)
     module._is_hf_initialized = True  # type: ignore[assignment]  # transformers must not draw random weights for it
     return [group for groups in views.values() for group in groups]
 
@@ -116,14 +138,14 @@ def pack_experts_(
 def unpack_experts_(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Make every packed experts module dense again, in place."""
     for module in list(model.modules()):
-        views: dict[str, list[ExpertGroup]] | None = getattr(type(module), "_seedpack_groups", None)
-        if views is None:
+        if not isinstance(module, PackedExperts):
             continue
-        dense = {parameter: getattr(module, parameter).dense() for parameter in views}
-        for groups in views.values():
+        dense = {parameter: getattr(module, parameter).dense() for parameter in module.groups}
+        for groups in module.groups.values():
             for group in groups:
                 for part in group.part_names:
                     del module._parameters[group.leaf(part)]
-        module.__class__ = type(module).__mro__[1]
+        del module.groups, module.compute_dtype
+        module.__class__ = type(module).__mro__[2]
         for parameter, value in dense.items():
             module.register_parameter(parameter, nn.Parameter(value if dtype is None else value.to(dtype)))

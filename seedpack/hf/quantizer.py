@@ -13,11 +13,11 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
-from seedpack.errors import ModelError
+from seedpack.errors import CodecError, ModelError
 from seedpack.hf.config import SeedpackConfig
-from seedpack.hf.experts import ExpertGroup, pack_experts_, unpack_experts_
+from seedpack.hf.experts import ExpertGroup, check_experts, pack_experts_, unpack_experts_
 from seedpack.hf.stacking import StackParts
-from seedpack.model.layers import PackedLinear, PackedModule, pack_module_, packed_class, unpack_module_
+from seedpack.model.layers import PackedModule, is_transposed, pack_module_, packed_class, unpack_module_
 from seedpack.model.skeleton import Skeleton
 
 
@@ -32,11 +32,11 @@ class SeedpackQuantizer(HfQuantizer):
         self._expert_groups: list[ExpertGroup] = []
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        dtype = kwargs.get("dtype") or model.config.dtype
+        dtype = model.config.dtype
         manifest = self.quantization_config.manifest
         skeleton = Skeleton(model)
         experts: dict[str, list[str]] = defaultdict(list)
-        packed: dict[str, str] = {}
+        packed: set[str] = set()
         for name in manifest.tensors:
             expert = skeleton.expert(name)
             if expert is not None:
@@ -50,6 +50,10 @@ class SeedpackQuantizer(HfQuantizer):
                     f"the checkpoint packs {name!r}, but {type(model).__name__} has no layer there that can stay packed; "
                     "load it with the architecture it was packed for, or make it dense with seedpack unpack"
                 )
+            if manifest.tensors[name].transposed != is_transposed(module):
+                raise ModelError(
+                    f"{name!r}: the checkpoint and {type(module).__name__} hold the weight the other way round"
+                )
             shape = tuple(module.weight.shape)  # type: ignore[arg-type]
             if shape != manifest.tensors[name].shape:
                 raise ModelError(
@@ -58,12 +62,13 @@ class SeedpackQuantizer(HfQuantizer):
             layer = pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype)
             for part in layer.packed_parts().values():
                 part._is_hf_initialized = True  # type: ignore[attr-defined]  # never to be drawn at random
-            packed[path] = target
+            packed.add(path)
         self._expert_groups = [
             group
             for path, names in experts.items()
             for group in pack_experts_(model, path, names, skeleton, manifest, dtype)
         ]
+        _require_whole(model, self._expert_groups)
         if experts and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the others read all experts' weights as one tensor
         _tie_parts(model, packed)
@@ -97,12 +102,12 @@ class SeedpackQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
-            if isinstance(module, PackedModule):
-                parts = module.packed_parts()
-                try:
-                    module.codec.check(parts, module.matrix)
-                except ValueError as error:
-                    raise ModelError(f"{name}.weight: {error}") from None
+            try:
+                if isinstance(module, PackedModule):
+                    module.codec.check(module.packed_parts(), module.matrix)
+                check_experts(module)
+            except CodecError as error:
+                raise ModelError(f"{name}.weight: {error}") from None
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -144,7 +149,17 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _tie_parts(model: Any, packed: dict[str, str]) -> None:
+def _require_whole(model: nn.Module, groups: list[ExpertGroup]) -> None:
+    """A projection packed in one layer and dense in another would meet one conversion rule of transformers for both."""
+    packed = {group.parameter for group in groups}
+    done = {(group.module, group.parameter) for group in groups}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if leaf in packed and parameter.dim() == 3 and path.endswith(".experts") and (path, leaf) not in done:
+            raise ModelError(f"{name}: experts are packed in some layers and not in this one; pack the model again")
+
+
+def _tie_parts(model: Any, packed: set[str]) -> None:
     """Where a packed embedding is tied to an output head, pack the head too and tie each part.
 
     transformers keeps {tied: source} in `all_tied_weights_keys` while loading, and consults the class's
@@ -161,7 +176,7 @@ def _tie_parts(model: Any, packed: dict[str, str]) -> None:
         embedding = model.get_submodule(path)
         head = model.get_submodule(target.removesuffix(".weight"))
         if not isinstance(head, PackedModule):
-            if type(head) is not nn.Linear and packed_class(head) is not PackedLinear:
+            if packed_class(head) is None:
                 raise ModelError(f"{target}: tied to the packed {source}, but a {type(head).__name__} cannot be packed")
             pack_module_(head, embedding.codec, dtype=embedding.compute_dtype)
         for part in embedding.codec.parts(embedding.matrix):
@@ -173,8 +188,9 @@ def _tie_parts(model: Any, packed: dict[str, str]) -> None:
 
 
 def _forget_part_ties(model: Any) -> None:
-    if "_tied_weights_keys" in model.__dict__:
-        del model._tied_weights_keys
+    """Undo `_tie_parts`, whose names are the only ones of parts that no longer exist."""
+    model.__dict__.pop("_tied_weights_keys", None)
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tied = model.all_tied_weights_keys
-    for name in [name for name in tied if not name.endswith(".weight")]:
+    for name in [name for name in tied if name not in known]:
         del tied[name]

@@ -42,6 +42,14 @@ class PackedModule(nn.Module):
         weight = ops.decode(self._ordered(), self.codec_text, self.matrix, dtype or self.compute_dtype)
         return weight.mT.contiguous() if self.transposed else weight.view(self.weight_shape)
 
+    def _require_float(self, x: Tensor) -> None:
+        """Some models cast a layer's input to the dtype of its weight; packed, that would be integers."""
+        if not x.is_floating_point():
+            raise ModelError(
+                f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "
+                "weight, which is packed here; leave this layer raw (--exclude)"
+            )
+
     def _ordered(self) -> list[Tensor]:
         return [self.get_parameter(name) for name in self.part_names]
 
@@ -59,6 +67,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
+        self._require_float(input)
         return ops.linear(input, self._ordered(), self.codec_text, self.matrix, self.bias)
 
 
@@ -69,6 +78,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] -> [..., embedding_dim]."""
+        if input.device.type == "cpu" and not torch.compiler.is_compiling() and input.numel() and int(input.min()) < 0:
+            raise IndexError(f"embedding index {int(input.min())} is out of range")
         parts = self.codec.rows(self.packed_parts(), input.flatten())
         shape = (input.numel(), self.embedding_dim)
         rows = ops.decode(list(parts.values()), self.codec_text, shape, self.compute_dtype)
@@ -83,6 +94,7 @@ class PackedConv1d(PackedModule, nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, L] -> [N, out_channels, L']."""
+        self._require_float(input)
         result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
         return result
 
@@ -92,6 +104,7 @@ class PackedConv2d(PackedModule, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
+        self._require_float(input)
         result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import json
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
-from seedpack.codecs.registry import get_codec
+from seedpack.codecs.registry import codec_to_json, get_codec
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import PlannedTensor
@@ -24,12 +25,19 @@ PLAN_VERSION = 1
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor as a source has it. `kind` is what a model uses it for: linear, embedding, conv, expert, or "" (raw)."""
+    """A tensor as a source has it.
+
+    Attributes:
+        kind: what a model uses it for: linear, embedding, conv, expert, or "" (raw).
+        transposed: stored [in, out].
+        group: for experts, the parameter that all of the group become parts of in memory.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     kind: str = ""
     transposed: bool = False
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class TensorPlan:
     kind: str = ""
     transposed: bool = False
     note: str = ""
+    group: str = ""
 
     @property
     def packed(self) -> bool:
@@ -110,7 +119,8 @@ class Plan:
 
     def edited(self, document: object, where: str = "plan") -> Plan:
         """This plan with the codecs that a plan document names; tensors it leaves out stay as they are."""
-        if not isinstance(document, dict) or document.get("seedpack_plan") != PLAN_VERSION:
+        version = document.get("seedpack_plan") if isinstance(document, dict) else None
+        if not isinstance(document, dict) or type(version) is not int or version != PLAN_VERSION:
             raise ModelError(f"{where}: expected a plan of version {PLAN_VERSION}; make one with --dry-run --json")
         choices = document.get("tensors")
         if not isinstance(choices, dict):
@@ -126,12 +136,30 @@ class Plan:
             text = Path(path).read_text("utf-8")
         except OSError as error:
             raise ModelError(f"{path}: cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ModelError(f"{path}: is not UTF-8") from None
         return self.edited(loads_strict(text, str(path)), str(path))
 
     def raw(self, names: Iterable[str], note: str) -> Plan:
         """This plan with some tensors left raw."""
         chosen = set(names)
         return replace(self, tensors=tuple(_left_raw(t, note) if t.name in chosen else t for t in self.tensors))
+
+    def check_experts(self) -> None:
+        """Refuse what transformers could not load: experts of one parameter, or of one kind, packed here and raw there."""
+        groups: dict[str, set[str]] = {}
+        kinds: dict[str, set[bool]] = {}
+        for tensor in self.tensors:
+            if tensor.group:
+                groups.setdefault(tensor.group, set()).add(codec_to_json(tensor.codec))
+                kinds.setdefault(tensor.group.rpartition(".")[2], set()).add(tensor.packed)
+        uneven = [group for group, codecs in groups.items() if len(codecs) > 1]
+        uneven += [kind for kind, packed in kinds.items() if len(packed) > 1]
+        if uneven:
+            raise ModelError(
+                f"experts must be packed alike, but {uneven[0]!r} would be packed by several codecs or only in part; "
+                "include or exclude all of its projections in all layers"
+            )
 
     def dumps(self) -> str:
         """The JSON text of `to_json`."""
@@ -169,7 +197,7 @@ def make_plan(
         if not floating and not tensor.dtype.startswith("F8"):
             note = "not a float tensor"
         elif not tensor.kind or not floating:
-            note = "not a layer's weight matrix"
+            note = "not the weight matrix of a layer that can be packed"
         elif any(fnmatch.fnmatch(name, p) for p in exclude):
             note = "excluded"
         elif include and not any(fnmatch.fnmatch(name, p) for p in include):
@@ -178,12 +206,20 @@ def make_plan(
             matrix = codec_matrix(tensor.shape, tensor.transposed)
             bits = codec.bits_per_weight(matrix)
             if codec.parts(matrix)["weight"][1] != tensor.shape and bits < 8 * DTYPE_BYTES[target]:
-                return TensorPlan(name, target, tensor.shape, codec, source_bytes, tensor.kind, tensor.transposed)
+                return TensorPlan(
+                    name, target, tensor.shape, codec, source_bytes, tensor.kind, tensor.transposed, "", tensor.group
+                )
             note = f"{codec.id} would take {bits:.1f} bits a weight"
         raw = RawCodec(target)
-        return TensorPlan(name, target, tensor.shape, raw, source_bytes, tensor.kind, tensor.transposed, note)
+        return TensorPlan(
+            name, target, tensor.shape, raw, source_bytes, tensor.kind, tensor.transposed, note, tensor.group
+        )
 
-    return Plan(tuple(choose(name, tensor) for name, tensor in tensors.items()), dict(shared))
+    plan = Plan(tuple(choose(name, tensor) for name, tensor in tensors.items()), dict(shared))
+    if include and not plan.packed_weights:
+        wanted = next(t for t in plan.tensors if any(fnmatch.fnmatch(t.name, p) for p in include))
+        raise ModelError(f"nothing that --include asks for can be packed: {wanted.name!r} is {wanted.note}")
+    return plan
 
 
 def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Codec:
@@ -194,17 +230,22 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
         bits: bits a weight; None is the codec's default (4 for seedlm and svd).
         settings: hyperparameters by name, which win.
     """
-    outer, _, inner = name.partition("+")
+    outer, plus, inner = name.partition("+")
     cls: Any = get_codec(outer)
     config = dict(settings)
-    if inner:
+    if plus:
         if outer != "svd":
             raise CodecError(f"codec {name!r}: only svd takes another codec for its factors, as svd+seedlm")
         factor = codec_for(inner, None, {}).spec()
         config["factors"] = factor.to_json()
+    known = [field.name for field in dataclasses.fields(cls)]
+    if unknown := sorted(config.keys() - set(known)):
+        raise CodecError(f"codec {outer!r} has no setting {unknown[0]!r}; it has: {', '.join(known)}")
     try:
         if outer == "svd" and "rank" not in config:
             config.setdefault("bits", 4.0 if bits is None else bits)
+        elif outer == "svd" and bits is not None:
+            raise CodecError("codec 'svd': give rank or bits, not both")
         elif bits is not None or not config:
             builder: Callable[..., Codec] | None = getattr(cls, "from_bits", None)
             if bits is not None and builder is None:
@@ -222,8 +263,15 @@ def _edit(tensor: TensorPlan, choice: object, where: str) -> TensorPlan:
         return tensor
     if not isinstance(choice, dict) or choice.keys() != {"codec", "config"}:
         raise ModelError(f"{where}: tensor {tensor.name!r}: expected exactly codec and config")
-    codec = get_codec(str(choice["codec"])).from_config(choice["config"])
+    try:
+        codec = get_codec(str(choice["codec"])).from_config(choice["config"])
+    except CodecError as error:
+        raise CodecError(f"{where}: tensor {tensor.name!r}: {error}") from None
     if isinstance(codec, RawCodec):
+        if codec.dtype != tensor.dtype:
+            raise ModelError(
+                f"{where}: tensor {tensor.name!r}: raw as {codec.dtype}, but it is {tensor.dtype}; use --dtype"
+            )
         return _left_raw(tensor, "by plan file") if tensor.packed else tensor
     if not tensor.kind or tensor.dtype not in PACKABLE:
         raise ModelError(f"{where}: tensor {tensor.name!r} cannot be packed: {tensor.note}")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from seedpack.errors import ModelError
+from seedpack.model.sources.base import Kind, first_line
 from seedpack.model.sources.live import module_kind
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
@@ -30,6 +31,19 @@ class Expert:
     parameter: str
     projection: str
     index: int
+
+
+def architecture(config: object) -> Any:
+    """The transformers class that a config.json names, or None; only model classes are looked up."""
+    import transformers
+
+    names = config.get("architectures") if isinstance(config, dict) else None
+    found = (
+        getattr(transformers, names[0], None)
+        if isinstance(names, list) and names and isinstance(names[0], str)
+        else None
+    )
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 class Skeleton:
@@ -47,21 +61,20 @@ class Skeleton:
 
         try:
             config = transformers.AutoConfig.from_pretrained(path)
-            names = getattr(config, "architectures", None) or []
-            architecture = getattr(transformers, names[0], None) if names else None
+            known = architecture({"architectures": getattr(config, "architectures", None)})
             with torch.device("meta"):
-                model = architecture(config) if architecture else transformers.AutoModel.from_config(config)
-        except (ValueError, KeyError, OSError, AttributeError, ImportError) as error:
+                model = known(config) if known else transformers.AutoModel.from_config(config)
+        except Exception as error:  # configs are checked by each model in its own way, or not at all
             raise ModelError(
-                f"{path}: transformers {transformers.__version__} cannot build this model "
-                f"({str(error).splitlines()[0][:200]}); pass its weight file instead to pack it as a state dict"
+                f"{path}: transformers {transformers.__version__} cannot build this model ({first_line(error)}); "
+                "pass its weight file instead to pack it as a state dict"
             ) from None
         return cls(model)
 
     @cached_property
-    def tied(self) -> frozenset[str]:
-        """Names that are tied to another parameter and need not be stored."""
-        return frozenset(getattr(self.model, "all_tied_weights_keys", None) or {})
+    def tied(self) -> dict[str, str]:
+        """Parameters that are tied to another one, {tied: the one that is stored}."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:
@@ -108,12 +121,13 @@ class Skeleton:
             source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
         ]
 
-    def kind(self, name: str, shape: tuple[int, ...]) -> tuple[str, bool]:
-        """(kind, transposed) of a checkpoint tensor, as `SourceTensor` has them."""
-        if self.expert(name) is not None:
-            return "expert", False
+    def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
+        """(kind, transposed, group) of a checkpoint tensor, as `SourceTensor` has them."""
+        expert = self.expert(name)
+        if expert is not None:
+            return "expert", False, f"{expert.module}.{expert.parameter}"
         target, pattern = self.parameter(name)
         module, _, leaf = target.rpartition(".")
         if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
-            return "", False
+            return "", False, ""
         return module_kind(self._modules.get(module), leaf)

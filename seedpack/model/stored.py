@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.dtypes import TORCH_DTYPES, to_tensor
-from seedpack.errors import CodecError, SeedpackError
+from seedpack.errors import CodecError, FormatError, SeedpackError
 from seedpack.formats import Checkpoint
 from seedpack.model.layers import codec_matrix
+from seedpack.model.sources.base import first_line
 
 
 def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Tensor]]:
-    """The codec and the parts of a packed tensor, as views of the file; digests and forms are checked."""
+    """The codec and the parts of a tensor, as views of the file; digests and forms are checked."""
     entry = checkpoint.manifest.tensors[name]
     try:
         codec = codec_from_spec(checkpoint.manifest.codec_of(name))
         parts = {part: to_tensor(stored) for part, stored in checkpoint.parts(name).items()}
-        codec.check(parts, codec_matrix(entry.shape, entry.transposed))
+        packed = not isinstance(codec, RawCodec)
+        codec.check(parts, codec_matrix(entry.shape, entry.transposed) if packed else entry.shape)
     except SeedpackError as error:
         if name in str(error):
             raise
@@ -37,12 +41,18 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
 def stored_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Tensor:
     """A tensor rebuilt in its own dtype, or in `dtype` if it is a float tensor."""
     entry = checkpoint.manifest.tensors[name]
-    if not checkpoint.manifest.is_packed(name):
-        tensor = to_tensor(checkpoint.part(name, "weight"))
-        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     codec, parts = stored_parts(checkpoint, name)
+    if isinstance(codec, RawCodec):
+        tensor = parts["weight"]
+        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
     matrix = codec_matrix(entry.shape, entry.transposed)
-    weight = codec.decode(parts, matrix, dtype or TORCH_DTYPES[entry.dtype])
+    try:
+        weight = codec.decode(parts, matrix, dtype or TORCH_DTYPES[entry.dtype])
+    except (MemoryError, RuntimeError) as error:  # a few bytes can stand for a large weight
+        size = math.prod(entry.shape) * 4 / 1e9
+        raise FormatError(
+            f"{checkpoint.path}: tensor {name!r} takes {size:.1f} GB rebuilt: {first_line(error)}"
+        ) from None
     return weight.mT.contiguous() if entry.transposed else weight.reshape(entry.shape)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint
-from seedpack.model.layers import PackedModule, pack_module_, packed_class
+from seedpack.model.layers import PackedModule, is_transposed, pack_module_, packed_class
 from seedpack.model.stored import stored_dense, stored_parts
 
 WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
@@ -47,7 +47,8 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
         module = modules[parent]
         if isinstance(module, PackedModule) and leaf == "weight":
             continue  # the same module under a further name
-        if manifest.is_packed(stored) and leaf == "weight" and packed_class(module) is not None:
+        same_way = manifest.tensors[stored].transposed == is_transposed(module)
+        if manifest.is_packed(stored) and leaf == "weight" and packed_class(module) is not None and same_way:
             codec, parts = stored_parts(checkpoint, stored)
             packed = pack_module_(module, codec, parts)
             if stored in done:

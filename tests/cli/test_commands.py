@@ -62,7 +62,7 @@ def test_compress_prints_a_summary(model: Path) -> None:
 
 def test_dry_run_and_plan_file(model: Path) -> None:
     text = run("compress", model, "--dry-run", *SET).output
-    assert "fc.weight" in text and "33×20" in text and "not a layer's weight matrix" in text
+    assert "fc.weight" in text and "33×20" in text and "5 tensors raw: not the weight matrix" in text
     plan = json.loads(run("compress", model, "--dry-run", "--json", *SET).stdout)
     plan["tensors"]["fc.weight"] = {"codec": "raw", "config": {"dtype": "F32"}}
     (model.parent / "plan.json").write_text(json.dumps(plan))
@@ -96,10 +96,19 @@ def test_options_reach_the_library(model: Path) -> None:
             "unknown codec 'zip'; known: raw, seedlm, svd",
         ),
         (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
-        (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "unknown dtype 'int3'"),
+        (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "dtype 'int3': choose float32, float16"),
         (["compress", "MODEL", "-o", "x", "--shard-size", "many"], 2, "'many' is no size"),
+        (["compress", "MODEL", "-o", "x", "--shard-size", "1GB"], 1, "only a Hugging Face folder is split"),
+        (["compress", "MODEL", "-o", "x", "--include", "*bias"], 1, "nothing that --include asks for can be packed"),
+        (
+            ["compress", "MODEL", "-o", "x", "--codec", "svd", "--bits", "4", "--set", "rank=2"],
+            1,
+            "rank or bits, not both",
+        ),
+        (["compress", "MODEL", "-o", "x", "--codec", "svd+"], 1, "unknown codec ''"),
+        (["compress", "MODEL", "-o", ".", "--force"], 1, "is the model itself or holds it"),
         (["compress", "nothing.pt", "-o", "x"], 1, "no such file or folder"),
-        (["inspect", "MODEL"], 1, "net.pt: header of"),
+        (["inspect", "MODEL"], 1, "net.pt: not a safetensors file"),
         (["verify", "nothing"], 1, "no such file or folder"),
         (["load", "nothing"], 1, "no such file or folder"),
         (["unpack", "nothing", "-o", "x"], 1, "no such file or folder"),
@@ -209,7 +218,12 @@ def test_eval(folders: Folders, tmp_path: Path) -> None:
     assert "60 tokens scored, context 16" in text and "KL divergence" in text
     report = json.loads(run(*arguments, "--json").stdout)
     assert report["kl_mean"] > 0 and 0 <= report["top1_agreement"] <= 1 and report["perplexity_original"] > 1
-    assert "fewer than one window" in run(*arguments[:-3], 4096, "--tokens", 8192, code=1).output
+    assert "189 tokens scored, context 64" in run(*arguments[:-3], 4096, "--tokens", 8192).output  # the model takes 64
+    (tmp_path / "short.txt").write_text("w5")
+    assert (
+        "at least two are needed"
+        in run("eval", folders.dense, folders.packed, "--text", tmp_path / "short.txt", code=1).output
+    )
 
 
 def test_formats_for_people() -> None:

@@ -67,19 +67,43 @@ class TestStaged:
         assert target.read_text() == "old" and os.listdir(tmp_path) == ["out"]
 
     @pytest.mark.parametrize("directory", [False, True])
-    @pytest.mark.parametrize("existing", ["nothing", "file", "folder"])
-    def test_replaces(self, tmp_path: Path, directory: bool, existing: str) -> None:
+    @pytest.mark.parametrize("existing", [False, True])
+    def test_replaces_its_like(self, tmp_path: Path, directory: bool, existing: bool) -> None:
         target = tmp_path / "sub" / "out"
         target.parent.mkdir()
-        if existing == "file":
-            target.write_text("old")
-        elif existing == "folder":
+        if existing and directory:
             target.mkdir()
-            (target / "old").write_text("old")
+            (target / "config.json").write_text("old")
+        elif existing:
+            target.write_text("old")
         with staged(target, force=True, directory=directory) as partial:
             (partial / "new" if directory else partial).write_text("new")
         assert os.listdir(target.parent) == ["out"]
         assert os.listdir(target) == ["new"] if directory else target.read_text() == "new"
+
+    @pytest.mark.parametrize("directory", [False, True])
+    def test_force_never_deletes_what_is_no_model(self, tmp_path: Path, directory: bool) -> None:
+        target = tmp_path / "home"
+        target.mkdir()
+        (target / "thesis.tex").write_text("precious")
+        with pytest.raises(OutputError, match="is a folder"), staged(target, force=True, directory=directory):
+            raise AssertionError("not reached")
+        (tmp_path / "file").write_text("precious")
+        with pytest.raises(OutputError, match="is no folder"), staged(tmp_path / "file", force=True, directory=True):
+            raise AssertionError("not reached")
+        os.mkfifo(tmp_path / "fifo")
+        with pytest.raises(OutputError, match="name another output"), staged(tmp_path / "fifo", force=True):
+            raise AssertionError("not reached")
+        assert (target / "thesis.tex").read_text() == "precious"
+        assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "home"]
+
+    def test_an_output_moved_aside_by_a_killed_run_comes_back(self, tmp_path: Path) -> None:
+        old = tmp_path / ".o[u]t.replaced-999999999"
+        old.mkdir()
+        (old / "config.json").write_text("old")
+        with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "o[u]t", directory=True):
+            raise AssertionError("not reached")
+        assert os.listdir(tmp_path) == ["o[u]t"]
 
     def test_leftovers_of_a_killed_run_are_removed(self, tmp_path: Path) -> None:
         (tmp_path / ".out.partial-999999999").write_text("half")

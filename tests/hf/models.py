@@ -35,6 +35,11 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     ),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**{**SMALL, "eos_token_id": None, "bos_token_id": None})),
     "bert-encoder": lambda: transformers.BertModel(transformers.BertConfig(**{**SMALL, "eos_token_id": None, "bos_token_id": None})),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
+        )
+    ),
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **ROUTED, num_local_experts=4)),
     "qwen3-moe": lambda: transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(
@@ -53,6 +58,8 @@ class Folders:
         self.cls = type(model)
         self.dense, self.packed, self.decoded = path / "dense", path / "packed", path / "decoded"
         model.save_pretrained(self.dense)
+        if self.cls is transformers.T5ForConditionalGeneration:  # its feed-forward casts to the dtype of this weight
+            options.setdefault("exclude", ["*.wo.weight"])
         self.report = seedpack.compress(self.dense, self.packed, **{"codec": CODEC, **options})
         unpack(self.packed, self.decoded)
 
@@ -62,6 +69,7 @@ class Folders:
 
 @torch.no_grad()
 def output(model: Any) -> torch.Tensor:
-    result = model.eval()(IDS)
+    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    result = model.eval()(IDS, **more)
     found: torch.Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
     return found

@@ -22,7 +22,7 @@ def test_architecture(name: str, tmp_path: Path) -> None:
     expected = output(folders.reference(**options))
 
     left_raw = [t.name for t in folders.report.plan.tensors if not t.packed and len(t.shape) > 1]
-    assert all(part in tensor for tensor in left_raw for part in ["gate.weight"]), "only routers stay raw"
+    assert all(name.endswith(("gate.weight", ".wo.weight")) for name in left_raw), "only routers stay raw"
 
     model, info = folders.cls.from_pretrained(folders.packed, output_loading_info=True)
     assert not any(info.values()), info
@@ -63,9 +63,52 @@ def test_memory_of_a_packed_mixture(tmp_path: Path) -> None:
 
 
 def test_experts_must_be_packed_alike(tmp_path: Path) -> None:
-    folders = Folders(ARCHITECTURES["mixtral"](), tmp_path, exclude=["*layers.0*experts.2.w1*"])
-    with pytest.raises(seedpack.SeedpackError, match="w1 has 3 of 4 packed"):
+    for pattern in ("*layers.0*experts.2.w1*", "*layers.0.*experts*", "*.w1.*"):
+        with pytest.raises(seedpack.SeedpackError, match="experts must be packed alike"):
+            Folders(ARCHITECTURES["mixtral"](), tmp_path, exclude=[pattern])
+
+
+def test_inputs_cast_to_the_weights_dtype_are_refused(tmp_path: Path) -> None:
+    folders = Folders(ARCHITECTURES["t5"](), tmp_path, exclude=[])
+    with pytest.raises(seedpack.SeedpackError, match="got an input of torch.uint8: the model casts it"):
+        output(folders.cls.from_pretrained(folders.packed))
+
+
+def test_packed_mixtures_can_be_cast(tmp_path: Path) -> None:
+    folders = Folders(ARCHITECTURES["mixtral"](), tmp_path)
+    model = folders.cls.from_pretrained(folders.packed).to(torch.bfloat16)
+    assert output(model).dtype == torch.bfloat16
+
+
+def test_damaged_experts_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folders = Folders(ARCHITECTURES["mixtral"](), tmp_path)
+    state = load_file(folders.packed / "model.safetensors")
+    name = next(name for name in state if "experts" in name and name.endswith("exponent_bias"))
+    state[name] = torch.tensor([127], dtype=torch.int8)
+    save_file(state, folders.packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(seedpack.SeedpackError, match="exponent bias 127 is not in"):
         folders.cls.from_pretrained(folders.packed)
+
+
+def test_ties_follow_what_is_stored(tmp_path: Path) -> None:
+    """Only the head stored: it is the embedding. Both stored with different values: refused."""
+    from safetensors.torch import save_file
+
+    ARCHITECTURES["llama-tied"]().save_pretrained(tmp_path / "dense")
+    state = load_file(tmp_path / "dense" / "model.safetensors")
+    embedding = state.pop("model.embed_tokens.weight")
+    save_file(
+        {**state, "lm_head.weight": embedding}, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"}
+    )
+    seedpack.compress(tmp_path / "dense", tmp_path / "packed", codec="svd", settings={"rank": 32})
+    found = seedpack.load(tmp_path / "packed").get_input_embeddings().dense_weight()
+    torch.testing.assert_close(found, embedding, rtol=1e-2, atol=1e-3)
+    both = {**state, "lm_head.weight": embedding, "model.embed_tokens.weight": embedding + 1}
+    save_file(both, tmp_path / "dense" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(seedpack.SeedpackError, match="ties 'lm_head.weight' to .* but their values differ"):
+        seedpack.compress(tmp_path / "dense", tmp_path / "other")
 
 
 def test_one_projection_of_the_experts_left_dense(tmp_path: Path) -> None:

@@ -34,3 +34,27 @@ def test_auto_says_once_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose("op", "auto", CPU, ("cpu", "reference")) == "reference"
     with pytest.raises(BackendError, match="Numba is not installed"):
         choose("op", "cpu", CPU, ("cpu", "reference"))
+
+
+def test_everything_runs_without_numba() -> None:
+    """As on machines that have a GPU and no Numba: the reference encodes and decodes."""
+    import subprocess
+    import sys
+
+    code = """
+import sys, warnings
+sys.modules["numba"] = None
+warnings.simplefilter("ignore", RuntimeWarning)
+import torch, seedpack
+from seedpack.codecs.seedlm import SeedLMCodec
+net = torch.nn.Linear(16, 4)
+seedpack.compress(net, sys.argv[1], codec=SeedLMCodec(8, 8, 3))
+packed = seedpack.load(sys.argv[1], model=torch.nn.Linear(16, 4))
+print(packed(torch.zeros(1, 16)).shape)
+"""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", code, f"{folder}/x.safetensors"]
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "torch.Size([1, 4])", done.stderr

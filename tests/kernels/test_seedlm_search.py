@@ -35,6 +35,8 @@ def reconstruct(found: Found, block: int, seed_bits: int, bias: int) -> torch.Te
         (3, 4, 2, 50),
         (5, 1, 1, 50),
         (13, 7, 5, 100),
+        (4, 16, 16, 40),
+        (3, 8, 8, 40),
     ],
 )
 @pytest.mark.parametrize("exponents", [1, 3])

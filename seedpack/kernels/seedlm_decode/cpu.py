@@ -9,6 +9,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from seedpack.errors import CodecError
 from seedpack.kernels.seedlm_decode.reference import tables
 
 
@@ -52,11 +53,13 @@ def decode(
 ) -> Tensor:
     """As `reference.decode`, bit for bit."""
     position, cycle = tables(seed_bits, block * rank, torch.device("cpu"))
+    if not -118 <= int(exponent_bias) <= 120:  # the kernel's table of powers ends there
+        raise CodecError(f"seedlm: exponent bias {int(exponent_bias)} is not in -118 … 120")
     rows = seeds.shape[0]
     out = torch.empty(rows, columns, dtype=torch.float32)
     _decode(
-        seeds.contiguous().view(rows, -1).numpy(),
-        codes.contiguous().view(rows, -1).numpy(),
+        seeds.contiguous().flatten(1).numpy(),
+        codes.contiguous().flatten(1).numpy(),
         int(exponent_bias),
         position.numpy(),
         cycle.numpy(),

@@ -43,7 +43,7 @@ def search(
 ) -> Found:
     """For each block w the (seed, exponent, mantissas) of least Σ_c h[c]·(w[c] - (U(s)·q)[c]·2^(e + bias))².
 
-    For each seed t is the (weighted) least-squares solution of U(s)·t = w. Its exponent by the rule is
+    The zero block (all mantissas 0) is always a candidate. For each seed t is the (weighted) least-squares solution of U(s)·t = w. Its exponent by the rule is
     E = ceil(log2(max|t| / 7.5)), the least with which every mantissa round(t / 2^E) fits four bits. With
     `exponents=1` that is the one tried (the paper's method; its printed floor(log2 max|t|) leaves only the codes
     -2 … 2); with 3, E - 1 (with saturation), E and E + 1 are.
@@ -63,7 +63,7 @@ def search(
         torch.ones(n, dtype=torch.int64),
         torch.full((n,), EXPONENT_MIN, dtype=torch.int64),
         torch.zeros(n, rank, dtype=torch.int64),
-        torch.full((n,), torch.inf, dtype=torch.float64),
+        (h * w.square()).sum(-1),
     )
     for first in range(0, len(bases), CHUNK_SEEDS):
         u = bases[first : first + CHUNK_SEEDS]

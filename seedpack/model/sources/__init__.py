@@ -32,6 +32,8 @@ def open_source(model: str | Path | nn.Module | Mapping[str, Tensor]) -> Source:
         return StateDictSource.from_tensors("state dict", dict(model))
     path = Path(model)
     suffix = path.suffix.lower()
+    if len(path.name) > 255 or "\0" in str(path):
+        raise ModelError(f"{str(path)[:80]!r}: is no path")
     if path.is_dir():
         from seedpack.model.sources.folder import open_folder
 
@@ -51,13 +53,14 @@ def open_source(model: str | Path | nn.Module | Mapping[str, Tensor]) -> Source:
             return open_safetensors([path])
         known = ", ".join(sorted(TORCH_SUFFIXES | {".gguf", ".safetensors"}))
         raise ModelError(f"{path}: unknown kind of file {suffix!r}; known: {known}, or a Hugging Face folder")
-    if _looks_like_hub_id(str(model)):
+    if looks_like_hub_id(str(model)):
         from seedpack.model.sources.hub import download
 
         return open_source(download(str(model)))
     raise ModelError(f"{model}: no such file or folder, and not a hub id (org/name)")
 
 
-def _looks_like_hub_id(text: str) -> bool:
+def looks_like_hub_id(text: str) -> bool:
+    """Whether a text that is no path can be "org/name"."""
     parts = text.split("/")
     return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and not Path(parts[0]).exists()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seedpack.dtypes import dtype_name
@@ -41,15 +42,32 @@ class Source:
             raise ModelError(f"{self.name}: holds no tensors; is it a state dict?")
 
 
-def guess_kind(name: str, dtype: str, shape: tuple[int, ...]) -> str:
-    """What a tensor of a bare state dict is, by its name and shape: PyTorch calls layers' matrices `weight`.
+Kind = tuple[str, bool, str]
+Kinds = Callable[[str, tuple[int, ...]], Kind]
 
-    >>> guess_kind("fc.weight", "F32", (10, 64)), guess_kind("bn.weight", "F32", (64,))
+
+def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
+    """(kind, transposed, group) of a tensor of a bare state dict: PyTorch calls layers' matrices `weight`.
+
+    >>> guess_kind("fc.weight", (10, 64))[0], guess_kind("bn.weight", (64,))[0]
     ('linear', '')
     """
     if name.rpartition(".")[2] != "weight" or 0 in shape:
-        return ""
-    return {2: "linear", 3: "conv", 4: "conv"}.get(len(shape), "")
+        return "", False, ""
+    return {2: "linear", 3: "conv", 4: "conv"}.get(len(shape), ""), False, ""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's message for one line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _require_plain(what: str, tensor: Tensor) -> None:
+    """Refuse tensors that are no plain array of bytes in memory."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        raise ModelError(f"{what}: is sparse, nested, quantised or without data; make it a plain dense tensor")
+    if tensor.nbytes > max(1 << 30, tensor.untyped_storage().nbytes()):
+        raise ModelError(f"{what}: is a view of {tensor.nbytes} bytes into far fewer; save it as a tensor of its own")
 
 
 class StateDictSource:
@@ -59,7 +77,7 @@ class StateDictSource:
     def from_tensors(
         name: str,
         state: Mapping[str, object],
-        kinds: Callable[[str, Tensor], tuple[str, bool]] | None = None,
+        kinds: Kinds | None = None,
         **rest: Any,
     ) -> Source:
         """The source of a state dict.
@@ -67,9 +85,12 @@ class StateDictSource:
         Args:
             name: for messages.
             state: names to tensors.
-            kinds: (kind, transposed) of a tensor; default by name and shape.
+            kinds: (kind, transposed, group) of a tensor; default by name and shape.
             rest: further fields of `Source`.
         """
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                _require_plain(f"{name}: tensor {str(key)[:80]!r}", value)
         wrong = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
         if wrong:
             raise ModelError(f"{name}: entry {str(wrong[0])[:80]!r} is no named tensor; pass model.state_dict()")
@@ -80,9 +101,8 @@ class StateDictSource:
             if key in shared:
                 continue
             dtype, shape = dtype_name(value.dtype), tuple(value.shape)
-            kind, transposed = kinds(key, value) if kinds else (guess_kind(key, dtype, shape), False)
-            infos[key] = SourceTensor(dtype, shape, kind, transposed)
-        return Source(name, infos, lambda key: tensors[key].detach().to("cpu"), shared, **rest)
+            infos[key] = SourceTensor(dtype, shape, *(kinds or guess_kind)(key, shape))
+        return Source(name, infos, lambda key: tensors[key].detach().cpu().resolve_conj().resolve_neg(), shared, **rest)
 
 
 def find_shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

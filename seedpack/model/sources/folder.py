@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seedpack.errors import ModelError
 from seedpack.formats.reader import read_json
+from seedpack.model.plan import SourceTensor
 from seedpack.model.skeleton import Skeleton
 from seedpack.model.sources.base import Source, StateDictSource
 from seedpack.model.sources.safetensors import open_safetensors
@@ -38,21 +40,46 @@ def open_folder(path: Path) -> Source:
     if not isinstance(config, dict):
         raise ModelError(f"{config_file}: expected a JSON object")
     if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "?")
+        found = config["quantization_config"]
+        method = found.get("quant_method", "?") if isinstance(found, dict) else found
         raise ModelError(f"{path}: is quantised already (by {method}); start from the dense model")
     skeleton = Skeleton.of_folder(path)
     rest: dict[str, Any] = {"config": config, "files": _further_files(path)}
     files = _weights(path, "model.safetensors")
     if files:
-        return open_safetensors(files, str(path), skeleton.kind, skeleton.tied, **rest)
+        return resolve_ties(open_safetensors(files, str(path), skeleton.kind, **rest), skeleton)
     files = _weights(path, "pytorch_model.bin")
     if not files:
         raise ModelError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_state_dict(file)[0]
-    kept = {name: tensor for name, tensor in state.items() if name not in skeleton.tied}
-    return StateDictSource.from_tensors(str(path), kept, lambda name, t: skeleton.kind(name, tuple(t.shape)), **rest)
+    source = StateDictSource.from_tensors(str(path), state, skeleton.kind, **rest)
+    source.shared.clear()  # transformers ties by its config
+    return resolve_ties(source, skeleton)
+
+
+def resolve_ties(source: Source, skeleton: Skeleton) -> Source:
+    """Keep one tensor for each set of tied ones, under the name that transformers reads it from."""
+    stored = {skeleton.parameter(name)[0]: name for name in source.tensors}
+    read = source.read
+    renamed: dict[str, str] = {}
+    for target, origin in skeleton.tied.items():
+        if target not in stored:
+            continue
+        name = stored[target]
+        if origin not in stored:
+            info = source.tensors[name]
+            source.tensors[origin] = SourceTensor(info.dtype, info.shape, *skeleton.kind(origin, info.shape))
+            renamed[origin] = stored[origin] = name
+        elif not torch.equal(read(stored[origin]), read(name)):
+            raise ModelError(
+                f"{source.name}: the config ties {name!r} to {stored[origin]!r}, but their values differ; "
+                'set "tie_word_embeddings": false in config.json'
+            )
+        del source.tensors[name]
+    source.read = lambda name: read(renamed.get(name, name))
+    return source
 
 
 def _weights(path: Path, single: str) -> list[Path]:
@@ -65,8 +92,8 @@ def _weights(path: Path, single: str) -> list[Path]:
         raise ModelError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or not (path / name).is_file():
-            raise ModelError(f"{index}: names the shard {name!r}, which is not in the folder")
+        if Path(name).name != name or len(name) > 255 or not (path / name).is_file():
+            raise ModelError(f"{index}: names the shard {name[:120]!r}, which is not in the folder")
     return [path / name for name in names]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from seedpack.errors import ModelError
 from seedpack.model.skeleton import Skeleton
-from seedpack.model.sources.base import Source, StateDictSource
+from seedpack.model.sources.base import Source, StateDictSource, first_line
 
 
 def open_gguf(path: Path) -> Source:
@@ -24,8 +24,7 @@ def open_gguf(path: Path) -> Source:
     try:
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except Exception as error:  # the parser meets foreign bytes: whatever it raises, they are no model
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ModelError(f"{path}: transformers cannot read it ({reason[0][:200]})") from error
+        raise ModelError(f"{path}: transformers cannot read it ({first_line(error)})") from error
     holder = tempfile.TemporaryDirectory(prefix="seedpack-gguf-")
     folder = Path(holder.name)
     if hasattr(model.config, "quantization_config"):
@@ -43,13 +42,6 @@ def open_gguf(path: Path) -> Source:
     skeleton = Skeleton(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in skeleton.tied}
     files = sorted(file for file in folder.iterdir() if file.name != "config.json")
-    source = StateDictSource.from_tensors(
-        str(path),
-        state,
-        lambda name, t: skeleton.kind(name, tuple(t.shape)),
-        config=config,
-        files=files,
-        dropped=dropped,
-    )
+    source = StateDictSource.from_tensors(str(path), state, skeleton.kind, config=config, files=files, dropped=dropped)
     weakref.finalize(source, holder.cleanup)
     return source

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from seedpack.errors import ModelError
 
-WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*", "pytorch_model*.bin"]
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
+OLD_WEIGHTS = ["pytorch_model*.bin"]
+SUBFOLDERS = ["*/*"]
 
 
 def download(repo: str) -> Path:
@@ -15,7 +17,10 @@ def download(repo: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, allow_patterns=WANTED))
+        folder = Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=WANTED + OLD_WEIGHTS, ignore_patterns=SUBFOLDERS))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
             f"{repo}: no such file or folder here, and as a hub id it could not be had "

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
 
 from seedpack.model.layers import is_transposed, packed_class
-from seedpack.model.sources.base import Source, StateDictSource
+from seedpack.model.sources.base import Kind, Source, StateDictSource
 
 
-def module_kind(module: nn.Module | None, leaf: str) -> tuple[str, bool]:
-    """(kind, transposed) of the parameter `leaf` of a module."""
+def module_kind(module: nn.Module | None, leaf: str) -> Kind:
+    """(kind, transposed, group) of the parameter `leaf` of a module."""
     if module is None or leaf != "weight" or packed_class(module) is None:
-        return "", False
+        return "", False, ""
     if isinstance(module, nn.Embedding):
-        return "embedding", False
-    return ("conv", False) if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ("linear", is_transposed(module))
+        return "embedding", False, ""
+    return ("conv", False, "") if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ("linear", is_transposed(module), "")
 
 
 def from_module(model: nn.Module) -> Source:
     """The source of a live module's state dict."""
     modules = dict(model.named_modules())
 
-    def kinds(name: str, tensor: Tensor) -> tuple[str, bool]:
+    def kinds(name: str, shape: tuple[int, ...]) -> Kind:
         parent, _, leaf = name.rpartition(".")
         return module_kind(modules.get(parent), leaf)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle  # noqa: TID251 (its error class; torch.load raises it)
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seedpack.errors import ModelError
-from seedpack.model.sources.base import Source, StateDictSource
+from seedpack.model.sources.base import Source, StateDictSource, first_line
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 
@@ -28,7 +29,12 @@ def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if isinstance(outer.get(key), Mapping):
             loaded = outer[key]
             break
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    if not tensors:
+        raise ModelError(
+            f"{path}: holds no tensors under {', '.join(NESTED)} or at its top, where it has {[str(k)[:40] for k in outer][:6]}; "
+            "save the state dict itself"
+        )
     dropped = [str(key) for key in outer if outer[key] is not loaded and not isinstance(outer[key], Tensor)]
     if loaded is not outer:
         dropped += [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
@@ -50,11 +56,11 @@ def _load(path: Path) -> object:
             except RuntimeError:  # the format before torch 1.6 cannot be mapped
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("WeightsUnpickler error: ")[2].splitlines() or ["it is not a plain state dict"]
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it refers to {found[1]}" if found else "it is not a plain state dict"
         raise ModelError(
-            f"{path}: refused, because loading it could run code ({reason[0][:160]}); "
+            f"{path}: refused, because loading it could run code ({what}); "
             "load it where you trust it and save the weights alone with torch.save(model.state_dict(), …)"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ModelError(f"{path}: not a file written by torch.save ({reason[0][:160]})") from None
+    except Exception as error:  # the reader meets foreign bytes: whatever it raises, they are no state dict
+        raise ModelError(f"{path}: not a file written by torch.save ({first_line(error)})") from None
