@@ -28,7 +28,7 @@ from seedpack.model.plan import Plan, TensorPlan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
 from seedpack.model.sources import Source, open_source
 from seedpack.model.sources.base import find_shared, first_line
-from seedpack.model.stored import dense_tensors
+from seedpack.model.stored import dense_forms, dense_tensors
 from seedpack.model.surgery import fill_
 
 Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
@@ -100,14 +100,9 @@ def _float_dtype(name: str) -> torch.dtype:
 
 def _require_apart(output: Path, source: Path) -> None:
     """Refuse an output that would take the place of the source, or of a folder that holds it."""
-    if source.exists():
-        target, origin = output.resolve(), source.resolve()
-        if (
-            target == origin
-            or target in origin.parents
-            or (origin.is_dir() and (origin / target.name) == target and target.is_file())
-        ):
-            raise ModelError(f"{output}: is the model itself or holds it; name another output")
+    target, origin = output.resolve(), source.resolve()
+    if source.exists() and (target == origin or target in origin.parents):
+        raise ModelError(f"{output}: is the model itself or holds it; name another output")
 
 
 def decibels(error: float, energy: float) -> float:
@@ -307,10 +302,7 @@ def unpack(path: str | Path, output: str | Path, *, dtype: str | None = None, fo
     wanted = _float_dtype(dtype) if dtype else None
     _require_apart(output, path)
     with Checkpoint(path) as checkpoint, staged(output, force=force, directory=path.is_dir()) as partial:
-        planned = []
-        for name, tensor in dense_tensors(checkpoint, wanted):
-            kind = dtype_name(tensor.dtype)
-            planned.append(_raw_planned(name, kind, tuple(tensor.shape)))
+        planned = [_raw_planned(name, kind, shape) for name, kind, shape in dense_forms(checkpoint, wanted)]
         file = partial / SINGLE_FILE if path.is_dir() else partial
         with CheckpointWriter(file, planned, {}, WRITER, manifest=False) as writer:
             for name, tensor in dense_tensors(checkpoint, wanted):

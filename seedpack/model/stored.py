@@ -11,9 +11,9 @@ from torch import Tensor
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_from_spec
-from seedpack.dtypes import TORCH_DTYPES, to_tensor
+from seedpack.dtypes import TORCH_DTYPES, dtype_name, to_tensor
 from seedpack.errors import CodecError, FormatError, SeedpackError
-from seedpack.formats import Checkpoint
+from seedpack.formats import Checkpoint, Manifest
 from seedpack.model.layers import codec_matrix
 from seedpack.model.sources.base import first_line
 
@@ -56,15 +56,35 @@ def stored_dense(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = 
     return weight.mT.contiguous() if entry.transposed else weight.reshape(entry.shape)
 
 
+def dense_forms(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, safetensors dtype, shape) of what `dense_tensors` yields, in its order; nothing is decoded."""
+
+    def form(name: str, stored: str, shape: tuple[int, ...]) -> tuple[str, str, tuple[int, ...]]:
+        return name, dtype_name(dtype) if dtype and TORCH_DTYPES[stored].is_floating_point else stored, shape
+
+    manifest = checkpoint.manifest
+    forms = [
+        form(name, manifest.tensors[stored].dtype, manifest.tensors[stored].shape) for name, stored in _names(manifest)
+    ]
+    rest = [(key, checkpoint.undescribed(key)) for key in checkpoint.raw_keys()]
+    return forms + [form(key, part.dtype, part.shape) for key, part in rest]
+
+
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint, dense, one at a time; further names of shared ones come with the same tensor."""
-    aliases: dict[str, list[str]] = {}
-    for alias, name in checkpoint.manifest.shared.items():
-        aliases.setdefault(name, []).append(alias)
-    for name in checkpoint.manifest.tensors:
-        tensor = stored_dense(checkpoint, name, dtype)
-        for each in (name, *aliases.get(name, ())):
-            yield each, tensor
+    """Every tensor of a checkpoint, dense, one at a time; further names of shared ones follow with the same tensor."""
+    done, tensor = "", torch.empty(0)
+    for name, stored in _names(checkpoint.manifest):
+        if stored != done:
+            done, tensor = stored, stored_dense(checkpoint, stored, dtype)
+        yield name, tensor
     for key in checkpoint.raw_keys():
         tensor = to_tensor(checkpoint.undescribed(key))
         yield key, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
+def _names(manifest: Manifest) -> list[tuple[str, str]]:
+    """(name, the name it is stored under) of every tensor, shared ones after the one they share."""
+    aliases: dict[str, list[str]] = {}
+    for alias, name in manifest.shared.items():
+        aliases.setdefault(name, []).append(alias)
+    return [(each, name) for name in manifest.tensors for each in (name, *aliases.get(name, ()))]
