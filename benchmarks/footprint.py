@@ -24,7 +24,7 @@ from seedpack.codecs.seedlm import SeedLMCodec
 import torch, transformers
 codec = SeedLMCodec(8, 8, 3)
 codec.decode(codec.encode(torch.randn(64, 64)), (64, 64), torch.float32)  # kernels compiled
-seedpack.compress({"w.weight": torch.randn(64, 64)}, sys.argv[2], codec=codec, force=True)
+seedpack.compress({"w.weight": torch.randn(64, 64)}, sys.argv[2] + ".one", codec=codec, force=True)
 from transformers import LlamaForCausalLM
 from seedpack.model.skeleton import Skeleton
 Skeleton.of_folder(__import__("pathlib").Path(sys.argv[1]))
