@@ -13,9 +13,11 @@ undefined behaviour to compilers. `torch.Generator` and `numpy.random` are no pa
 from __future__ import annotations
 
 import functools
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seedpack._shapes import Int
@@ -103,29 +105,33 @@ _PHILOX_ROUND_A, _PHILOX_ROUND_B = 0xD2511F53, 0xCD9E8D57
 _PHILOX_KEY_A, _PHILOX_KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
-def _mul_hi_lo(constant: int, x: Tensor) -> tuple[Tensor, Tensor]:
+Words = TypeVar("Words", Tensor, NDArray[np.int64])
+
+
+def _mul_hi_lo(constant: int, x: Words) -> tuple[Words, Words]:
     """High and low 32 bits of a 32 by 32 bit product, by halves so that int64 never overflows."""
     low, high = constant * (x & 0xFFFF), constant * (x >> 16)
     middle = high + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(key: tuple[int, int], counter: Int[Tensor, "*n 4"], rounds: int = 10) -> Int[Tensor, "*n 4"]:
+def philox(key: tuple[int, int], counter: Words, rounds: int = 10) -> Words:
     """Philox4x32: four random 32-bit words for each counter of four words; any order, any device.
 
     Args:
         key: two 32-bit words.
-        counter: int64, each word in 0 … 2^32 - 1.
+        counter: int64 [..., 4], each word in 0 … 2^32 - 1; a torch tensor or a NumPy array, the result is of its kind.
         rounds: 10, as in Random123 and Triton.
     """
-    c0, c1, c2, c3 = counter.unbind(-1)
+    c0, c1, c2, c3 = (counter[..., i : i + 1] for i in range(4))
     k0, k1 = key
     for _ in range(rounds):
         hi0, lo0 = _mul_hi_lo(_PHILOX_ROUND_A, c0)
         hi1, lo1 = _mul_hi_lo(_PHILOX_ROUND_B, c2)
         c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
         k0, k1 = (k0 + _PHILOX_KEY_A) & MASK32, (k1 + _PHILOX_KEY_B) & MASK32
-    return torch.stack((c0, c1, c2, c3), -1)
+    words = (c0, c1, c2, c3)
+    return torch.cat(words, -1) if isinstance(counter, Tensor) else np.concatenate(words, -1)
 
 
 def philox_words(seed: int, count: int, offset: int = 0, device: torch.device | None = None) -> Int[Tensor, " count"]:
@@ -149,8 +155,8 @@ def rademacher(seed: int, rows: int, columns: int, device: torch.device | None =
     return (1 - 2 * bits).to(torch.float32).reshape(rows, columns)
 
 
-def squirrel5(position: Int[Tensor, "*n"], seed: int) -> Int[Tensor, "*n"]:
-    """SquirrelNoise5: one 32-bit word for each position (0 … 2^32 - 1, int64).
+def squirrel5(position: Words, seed: int) -> Words:
+    """SquirrelNoise5: one 32-bit word for each position (0 … 2^32 - 1, int64; a torch tensor or a NumPy array).
 
     Weak as a family: position and seed meet in one addition, so another seed is only a shift of the same stream,
     `squirrel5(p, s) = squirrel5(p + s·a⁻¹ mod 2^32, 0)`; streams of two tensors can overlap. Kept for RANDUMB's

@@ -69,6 +69,16 @@ def test_philox_known_answers(counter: list[int], key: tuple[int, int], expected
     assert philox(key, torch.tensor(counter)).tolist() == expected
 
 
+@pytest.mark.parametrize(("counter", "key", "expected"), RANDOM123)
+def test_philox_in_numpy(counter: list[int], key: tuple[int, int], expected: list[int]) -> None:
+    assert philox(key, np.array(counter)).tolist() == expected
+
+
+def test_squirrel5_in_numpy() -> None:
+    positions = np.arange(0, 2**32, 2**27 + 1)
+    assert np.array_equal(squirrel5(positions, 7), squirrel5(torch.from_numpy(positions), 7).numpy())
+
+
 def test_philox_random_access() -> None:
     whole = philox_words(0x123456789ABCDEF, 40)
     assert torch.equal(philox_words(0x123456789ABCDEF, 9, offset=20), whole[20:29])
