@@ -173,3 +173,28 @@ def squirrel5(position: Words, seed: int) -> Words:
     x = x ^ (x >> 15)
     x = _mul_hi_lo(0x1B56C4F5, x)[1]
     return x ^ (x >> 17)
+
+
+# Multiplier of the trellis's code at k bits a weight: found by search, docs/codecs/trellis.md tells how.
+TRELLIS_MULTIPLIERS: dict[int, int] = {
+    1: 0x21736DEF, 2: 0x4F5CCF1B, 3: 0x136D564B, 4: 0x562D310F, 5: 0x05953E3F, 6: 0x562D310F, 7: 0x562D310F, 8: 0x562D310F,
+}  # fmt: skip
+
+
+def trellis_key(seed: int) -> int:
+    """The 32-bit constant c of the trellis's code: word 0 of the Philox stream of a seed."""
+    return int(philox_words(seed, 1))
+
+
+def trellis_values(window: Words, code_bits: int, key: int) -> Words:
+    """The value of each window: the sum of the four bytes of a·window + c mod 2^32, less 510.
+
+    The bytes' sum is nearly normal, of mean 0 and standard deviation 147.8, and never beyond ±510.
+
+    Args:
+        window: int64, below 2^20; a torch tensor or a NumPy array, the result is of its kind.
+        code_bits: k, which chooses the multiplier a.
+        key: c, from `trellis_key`.
+    """
+    h = (window * TRELLIS_MULTIPLIERS[code_bits] + key) & MASK32
+    return (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24) - 510

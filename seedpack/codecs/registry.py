@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
 from seedpack.formats import CodecSpec
 from seedpack.formats.header import dumps_canonical
@@ -71,7 +72,7 @@ def codec_to_json(codec: Codec) -> str:
 def _register_own() -> None:
     from seedpack.codecs.svd import SVDCodec  # imports this module, to look its factors' codec up
 
-    for codec in (RawCodec, SeedLMCodec, SVDCodec):
+    for codec in (RawCodec, SeedLMCodec, SVDCodec, TrellisCodec):
         register_codec(codec)
 
 

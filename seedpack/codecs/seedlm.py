@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class SeedLMCodec(Codec):
             raise CodecError(f"{self.id}: exponents must be 1 or 3, got {self.exponents!r}")
 
     @classmethod
-    def from_bits(cls, bits: float) -> SeedLMCodec:
+    def from_bits(cls, bits: float, **settings: Any) -> SeedLMCodec:
         """The paper's configuration of 3 or 4 bits (Table 1)."""
         configurations = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}
         if bits not in configurations:
@@ -67,7 +67,7 @@ class SeedLMCodec(Codec):
                 "for others set seed_bits, block and rank, at (seed_bits + 4 + 4·rank) / block bits"
             )
         seed_bits, block, rank = configurations[bits]
-        return cls(seed_bits, block, rank)
+        return cls(**{"seed_bits": seed_bits, "block": block, "rank": rank} | settings)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Seeds, codes and the exponent bias."""

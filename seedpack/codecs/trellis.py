@@ -1,0 +1,199 @@
+"""The trellis codec: overlapping seeds. Every L-bit window of a row's bit stream is the seed of one weight.
+
+Trellis-coded quantisation (Marcellin and Fischer, 1990) on the bit-shift trellis with a computed code, as QTIP (Tseng et
+al., arXiv 2406.11235, NeurIPS 2024) has it, after a random rotation of the input side; docs/codecs/trellis.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
+from seedpack.errors import CodecError
+from seedpack.formats import PartSpec
+from seedpack.kernels.bits import packed_shape
+from seedpack.kernels.dispatch import Backend
+from seedpack.kernels.rotation import rotate, unrotate
+from seedpack.kernels.trellis_decode import trellis_decode
+from seedpack.kernels.trellis_search import trellis_search
+from seedpack.prng import trellis_key
+
+WEIGHTS_AT_ONCE = 1 << 19
+VALUE_UNIT = 1 / 128  # a value of the code in units of the scale: a power of two, so it rounds nothing
+EXPONENT_MIN, EXPONENT_MAX = -100, 100
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What an effort spends.
+
+    Attributes:
+        edges: binary logarithm of the edges searched for each weight.
+        rounds: searches, each with the scale refitted to the one before.
+        state_bits: L, unless it is given.
+    """
+
+    edges: int
+    rounds: int
+    state_bits: int
+
+
+EFFORTS = {"fast": Effort(11, 1, 16), "default": Effort(13, 1, 16), "best": Effort(18, 2, 18)}
+
+# The code's standard deviation in units of the weights', least distortion measured on N(0, 1), for k = 1 … 8.
+STRETCH = {
+    "fast": (1.00, 1.08, 1.10, 1.18, 1.18, 1.22, 1.24, 1.26),
+    "default": (1.00, 1.08, 1.07, 1.14, 1.17, 1.20, 1.24, 1.26),
+    "best": (1.02, 1.04, 1.05, 1.10, 1.14, 1.16, 1.19, 1.26),
+}
+CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
+
+
+@dataclass(frozen=True)
+class TrellisCodec(Codec):
+    """Weight t of a row is value(bits [k·t, k·t + L) of the row's circular stream)·scale, in the rotated basis.
+
+    k bits a weight, and 16 a row. Parts:
+
+    - weight: the streams, k bits a weight, uint8 [out, groups, bytes] (bit fields; rows padded to whole bytes).
+    - scales: float16 bit patterns, int16 [out].
+    - exponent: one int8 for the tensor, a power of two on all scales, so that small and large tensors fit float16.
+
+    Attributes:
+        code_bits: k, 1 … 8.
+        state_bits: L, k … 20; default 16, for effort "best" 18.
+        seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
+        effort: "fast", "default" or "best", for the encoder alone.
+    """
+
+    id: ClassVar[str] = "trellis"
+    version: ClassVar[int] = 0
+    code_bits: int = 4
+    state_bits: int = 0
+    seed: int = 0
+    effort: str = "default"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.effort, str) or self.effort not in EFFORTS:
+            raise CodecError(f"{self.id}: effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
+        require_whole(self.id, "code_bits", self.code_bits, 1, 8)
+        if type(self.state_bits) is int and self.state_bits == 0:
+            object.__setattr__(self, "state_bits", EFFORTS[self.effort].state_bits)
+        require_whole(self.id, "state_bits", self.state_bits, 2 * self.code_bits, 20)
+        require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
+
+    @classmethod
+    def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
+        """The codec of a whole number of code bits."""
+        if bits not in range(1, 9):
+            raise CodecError(f"{cls.id}: {bits} bits for one tensor; code_bits are whole, 1 to 8")
+        return cls(**{"code_bits": int(bits)} | settings)
+
+    @property
+    def survivors(self) -> int:
+        """m: the search keeps 2^m paths."""
+        return min(self.state_bits - self.code_bits, max(self.code_bits, EFFORTS[self.effort].edges - self.code_bits))
+
+    def _padded(self, columns: int) -> int:
+        """Weights of a row's stream: whole bytes, and no window longer than the stream."""
+        return 8 * -(-max(columns, -(-self.state_bits // self.code_bits)) // 8)
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """Streams, scales, exponent."""
+        rows, columns = shape
+        return {
+            "weight": ("U8", packed_shape(rows, self._padded(columns), self.code_bits)),
+            "scales": ("I16", (rows,)),
+            "exponent": ("I8", (1,)),
+        }
+
+    def encode(
+        self,
+        weight: Float[Tensor, "out in"],
+        importance: Tensor | None = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """Rotate, search each row's stream, and fit its scale by least squares."""
+        rows, columns = weight.shape
+        padded = self._padded(columns)
+        stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8)
+        scale = torch.empty(rows)
+        key = trellis_key(self.seed)
+        step = max(1, WEIGHTS_AT_ONCE // columns)
+        for row in range(0, rows, step):
+            here = slice(row, min(rows, row + step))
+            rotated = rotate(weight[here].detach().cpu(), self.seed)
+            unit = rotated.square().mean(1).sqrt() * self._first_unit()
+            for _ in range(EFFORTS[self.effort].rounds):
+                values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
+                stream[here] = trellis_search(
+                    values, code_bits=self.code_bits, state_bits=self.state_bits, key=key,
+                    survivors=self.survivors, columns=columns, backend=backend,
+                )  # fmt: skip
+                found = self._values(stream[here], columns, backend).float()
+                unit = (rotated * found).sum(1) / found.square().sum(1)
+            scale[here] = unit / VALUE_UNIT
+            if progress:
+                progress((here.stop - row) * columns)
+        exponent = self._exponent(scale)
+        return {
+            "weight": stream,
+            "scales": torch.ldexp(scale, torch.tensor(-exponent)).to(torch.float16).view(torch.int16),
+            "exponent": torch.tensor([exponent], dtype=torch.int8),
+        }
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back."""
+        return unrotate(self._rotated(parts, shape, backend), self.seed).to(dtype)
+
+    def matmul(
+        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
+        """Rotates the activations instead of the weight."""
+        weight = self._rotated(parts, shape, backend).to(x.dtype)
+        return torch.nn.functional.linear(rotate(x, self.seed).to(x.dtype), weight, bias)
+
+    def rows(self, parts: Parts, index: Tensor) -> Parts:
+        """Streams and scales of some rows, the exponent of all."""
+        return {**parts, "weight": parts["weight"][index], "scales": parts["scales"][index]}
+
+    def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
+        """Beside the parts' form: scales are finite, and the exponent is in range."""
+        super().check(parts, shape)
+        if parts["weight"].device.type == "meta":
+            return
+        if not EXPONENT_MIN <= int(parts["exponent"]) <= EXPONENT_MAX:
+            raise CodecError(f"{self.id}: exponent {int(parts['exponent'])} is not in {EXPONENT_MIN} … {EXPONENT_MAX}")
+        if not torch.isfinite(parts["scales"].view(torch.float16)).all():
+            raise CodecError(f"{self.id}: a scale is not finite; the file is corrupt")
+
+    def _first_unit(self) -> float:
+        """The code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
+        return math.sqrt(1 - 4.0**-self.code_bits) * STRETCH[self.effort][self.code_bits - 1] / CODE_DEVIATION
+
+    def _values(self, stream: Tensor, columns: int, backend: Backend) -> Tensor:
+        return trellis_decode(
+            stream, code_bits=self.code_bits, state_bits=self.state_bits, key=trellis_key(self.seed),
+            columns=columns, backend=backend,
+        )  # fmt: skip
+
+    def _rotated(self, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        """The weight in the rotated basis, float32 [out, in]."""
+        scale = parts["scales"].view(torch.float16).float()
+        scale = torch.ldexp(scale, parts["exponent"].to(torch.int32)) * VALUE_UNIT
+        return self._values(parts["weight"], shape[1], backend).float() * scale[:, None]
+
+    @staticmethod
+    def _exponent(scale: Tensor) -> int:
+        """Puts the largest scale into [1, 2)."""
+        top = float(scale.abs().max())
+        return min(max(math.frexp(top)[1] - 1, EXPONENT_MIN), EXPONENT_MAX) if top > 0 else 0

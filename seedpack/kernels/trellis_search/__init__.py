@@ -1,0 +1,28 @@
+"""The trellis's search: for each row the circular bit stream whose integers come nearest to the row's values."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from seedpack.kernels.dispatch import Backend, choose
+from seedpack.kernels.trellis_search import reference
+
+BACKENDS = ("cpu", "reference")
+
+
+def trellis_search(
+    values: Tensor,
+    *,
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    survivors: int,
+    columns: int,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The stream, packed as in `kernels.bits`,, of values [rows, a multiple of 8]; see `reference.search`."""
+    if choose("trellis_search", backend, values.device, BACKENDS) == "cpu":
+        from seedpack.kernels.trellis_search import cpu
+
+        return cpu.search(values, code_bits, state_bits, key, survivors, columns)
+    return reference.search(values, code_bits, state_bits, key, survivors, columns)
