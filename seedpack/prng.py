@@ -175,10 +175,17 @@ def squirrel5(position: Words, seed: int) -> Words:
     return x ^ (x >> 17)
 
 
-# Multiplier of the trellis's code at k bits a weight: found by search, docs/codecs/trellis.md tells how.
-TRELLIS_MULTIPLIERS: dict[int, int] = {
-    1: 0x21736DEF, 2: 0x4F5CCF1B, 3: 0x136D564B, 4: 0x562D310F, 5: 0x05953E3F, 6: 0x562D310F, 7: 0x562D310F, 8: 0x562D310F,
+# Multipliers of the trellis's code at k bits a weight, for windows of up to 16 bits and for longer ones: found by
+# search, docs/codecs/trellis.md tells how.
+TRELLIS_MULTIPLIERS: dict[int, tuple[int, int]] = {
+    1: (0x6565AC69, 0x6565AC69), 2: (0x214F47D1, 0x7821BD73), 3: (0x65605D9D, 0x136D564B), 4: (0x5168A857, 0xD216B473),
+    5: (0x06D54E13, 0x0F6338E9), 6: (0xCBC21A49, 0xEA2A86E9), 7: (0x456737C5, 0x74102017), 8: (0x91E125C5, 0xCBF07ED5),
 }  # fmt: skip
+
+
+def trellis_multiplier(code_bits: int, state_bits: int) -> int:
+    """a, of the trellis's code."""
+    return TRELLIS_MULTIPLIERS[code_bits][state_bits > 16]
 
 
 def trellis_key(seed: int) -> int:
@@ -186,15 +193,15 @@ def trellis_key(seed: int) -> int:
     return int(philox_words(seed, 1))
 
 
-def trellis_values(window: Words, code_bits: int, key: int) -> Words:
+def trellis_values(window: Words, multiplier: int, key: int) -> Words:
     """The value of each window: the sum of the four bytes of a·window + c mod 2^32, less 510.
 
     The bytes' sum is nearly normal, of mean 0 and standard deviation 147.8, and never beyond ±510.
 
     Args:
         window: int64, below 2^20; a torch tensor or a NumPy array, the result is of its kind.
-        code_bits: k, which chooses the multiplier a.
+        multiplier: a, from `trellis_multiplier`.
         key: c, from `trellis_key`.
     """
-    h = (window * TRELLIS_MULTIPLIERS[code_bits] + key) & MASK32
+    h = (window * multiplier + key) & MASK32
     return (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24) - 510

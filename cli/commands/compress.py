@@ -35,8 +35,17 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     help="File to write, or folder for a Hugging Face model.",
 )
-@click.option("--codec", default="seedlm", show_default=True, help="seedlm, svd, svd+seedlm, raw, or a plug-in's id.")
-@click.option("--bits", type=float, help="Bits a weight; default 4. seedlm: 3 or 4. svd: any.")
+@click.option(
+    "--codec", default="trellis", show_default=True, help="trellis, seedlm, svd, svd+seedlm, raw, or a plug-in's id."
+)
+@click.option(
+    "--bits",
+    type=float,
+    help="Bits a weight; default 4. trellis: 1 to 8; a fraction is a budget that the plan spreads over the tensors. "
+    "seedlm: 3 or 4. svd: any.",
+)
+@click.option("--effort", help="trellis: fast, default or best: how long to search.")
+@click.option("--head-bits", type=int, help="trellis: of a language model's output head and the embedding tied to it.")
 @click.option(
     "--set",
     "settings",
@@ -70,6 +79,8 @@ def command(
     out: Path | None,
     codec: str,
     bits: float | None,
+    effort: str | None,
+    head_bits: int | None,
     settings: tuple[str, ...],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -92,8 +103,8 @@ def command(
 
     output.quiet_transformers()
     choice: dict[str, Any] = {
-        "codec": codec, "bits": bits, "settings": parse_settings(settings), "include": include, "exclude": exclude,
-        "dtype": dtype, "plan": plan,
+        "codec": codec, "bits": bits, "settings": parse_settings(settings) | ({"effort": effort} if effort else {}),
+        "include": include, "exclude": exclude, "dtype": dtype, "plan": plan, "head_bits": head_bits,
     }  # fmt: skip
     source = open_source(model)
     chosen = api.plan_for(source, **choice)

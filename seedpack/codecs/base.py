@@ -52,6 +52,7 @@ class Codec:
 
     id: ClassVar[str]
     version: ClassVar[int]
+    guesses: ClassVar[bool] = False  # whether importance guessed without data serves it
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """(dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
@@ -89,6 +90,14 @@ class Codec:
         """x [..., in] @ weight.T + bias [out] -> [..., out]."""
         return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
 
+    def variants(self) -> list[Codec]:
+        """This codec at every rate it has, by bits, for plans with a budget; empty if it has one rate alone."""
+        return []
+
+    def expected_error(self) -> float:
+        """The relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1); of variants."""
+        raise NotImplementedError
+
     def bits_per_weight(self, shape: Shape) -> float:
         """Bits stored for each weight, scales and padding counted."""
         stored = sum(nbytes(dtype, part) for dtype, part in self.parts(shape).values())
@@ -125,6 +134,23 @@ class Codec:
             odd = sorted(config.keys() ^ fields.keys())
             raise CodecError(f"{cls.id}: hyperparameters {sorted(fields)} expected; missing or unknown: {odd[:4]}")
         return cls(**config)
+
+
+def guessed_importance(weight: Tensor, power: Tensor | None) -> Tensor:
+    """Importance of each input channel without data: its power, where known, over the norm of its weights [in].
+
+    Trained weights are smaller where the input is stronger; the exponent is measured (docs/codecs/trellis.md).
+
+    Args:
+        weight: [out, in].
+        power: of each input channel [in], as after a norm; None is all ones.
+    """
+    norm = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.detach().cpu().split(max(1, (1 << 20) // weight.shape[1])):
+        norm += rows.double().square().sum(0)
+    norm = norm.sqrt()
+    guess = 1 / norm.clamp_min(1e-3 * norm.mean()) if norm.any() else torch.ones_like(norm)
+    return guess if power is None else guess * power.double().clamp_min(1e-6 * power.mean().clamp_min(1e-30))
 
 
 def require_whole(codec: str, name: str, value: object, low: int, high: int) -> None:

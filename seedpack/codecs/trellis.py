@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, guessed_importance, require_importance, require_whole
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.bits import packed_shape
+from seedpack.kernels.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import rotate, unrotate
 from seedpack.kernels.trellis_decode import trellis_decode
@@ -49,10 +49,15 @@ EFFORTS = {"fast": Effort(11, 1, 16), "default": Effort(13, 1, 16), "best": Effo
 
 # The code's standard deviation in units of the weights', least distortion measured on N(0, 1), for k = 1 … 8.
 STRETCH = {
-    "fast": (1.00, 1.08, 1.10, 1.18, 1.18, 1.22, 1.24, 1.26),
-    "default": (1.00, 1.08, 1.07, 1.14, 1.17, 1.20, 1.24, 1.26),
-    "best": (1.02, 1.04, 1.05, 1.10, 1.14, 1.16, 1.19, 1.26),
+    "fast": (1.00, 1.06, 1.12, 1.20, 1.25, 1.22, 1.24, 1.26),
+    "default": (1.00, 1.06, 1.08, 1.14, 1.18, 1.20, 1.24, 1.26),
+    "best": (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26),
 }
+GAP = (0.35, 0.58, 0.79, 0.92, 1.22, 1.30, 1.28, 1.05)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
+
+LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
+BALANCE_ROWS = 128  # from so many rows on, 4 bits an input channel are cheap enough to pay
+BALANCE_BITS = 4
 CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 
 
@@ -60,21 +65,24 @@ CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 class TrellisCodec(Codec):
     """Weight t of a row is value(bits [k·t, k·t + L) of the row's circular stream)·scale, in the rotated basis.
 
-    k bits a weight, and 16 a row. Parts:
+    k bits a weight, 16 a row, and for weights of 128 rows or more 4 an input channel. Parts:
 
     - weight: the streams, k bits a weight, uint8 [out, groups, bytes] (bit fields; rows padded to whole bytes).
     - scales: float16 bit patterns, int16 [out].
     - exponent: one int8 for the tensor, a power of two on all scales, so that small and large tensors fit float16.
+    - balance: with 128 rows or more. Four bits q an input channel, uint8 [1, groups, bytes]: the channel's weights are
+      multiplied by 2^((q - 8) / 4) before the rotation, so that the error falls where it costs least.
 
     Attributes:
         code_bits: k, 1 … 8.
-        state_bits: L, k … 20; default 16, for effort "best" 18.
+        state_bits: L, k + 4 … 20; default 16, for effort "best" 18.
         seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
         effort: "fast", "default" or "best", for the encoder alone.
     """
 
     id: ClassVar[str] = "trellis"
     version: ClassVar[int] = 0
+    guesses: ClassVar[bool] = True
     code_bits: int = 4
     state_bits: int = 0
     seed: int = 0
@@ -86,20 +94,31 @@ class TrellisCodec(Codec):
         require_whole(self.id, "code_bits", self.code_bits, 1, 8)
         if type(self.state_bits) is int and self.state_bits == 0:
             object.__setattr__(self, "state_bits", EFFORTS[self.effort].state_bits)
-        require_whole(self.id, "state_bits", self.state_bits, 2 * self.code_bits, 20)
+        require_whole(self.id, "state_bits", self.state_bits, self.code_bits + LEAST_MEMORY, 20)
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
-        """The codec of a whole number of code bits."""
-        if bits not in range(1, 9):
-            raise CodecError(f"{cls.id}: {bits} bits for one tensor; code_bits are whole, 1 to 8")
+        """The codec of the whole bits; a fraction beyond is for a plan to distribute over tensors."""
+        if not 1 <= bits <= 8:
+            raise CodecError(f"{cls.id}: {bits} bits: must be from 1 to 8")
         return cls(**{"code_bits": int(bits)} | settings)
+
+    def variants(self) -> list[Codec]:
+        """1 to 8 code bits."""
+        state_bits = self.state_bits
+        return [replace(self, code_bits=k, state_bits=max(state_bits, k + LEAST_MEMORY)) for k in range(1, 9)]
+
+    def expected_error(self) -> float:
+        """The gap to the rate–distortion limit 4^-k, as measured with the default effort."""
+        return 10 ** (GAP[self.code_bits - 1] / 10) * 4.0**-self.code_bits
 
     @property
     def survivors(self) -> int:
         """m: the search keeps 2^m paths."""
-        return min(self.state_bits - self.code_bits, max(self.code_bits, EFFORTS[self.effort].edges - self.code_bits))
+        memory = self.state_bits - self.code_bits
+        wanted = max(self.code_bits, LEAST_MEMORY, memory - 8, EFFORTS[self.effort].edges - self.code_bits)
+        return min(memory, wanted)
 
     def _padded(self, columns: int) -> int:
         """Weights of a row's stream: whole bytes, and no window longer than the stream."""
@@ -108,11 +127,14 @@ class TrellisCodec(Codec):
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Streams, scales, exponent."""
         rows, columns = shape
-        return {
+        parts: dict[str, PartSpec] = {
             "weight": ("U8", packed_shape(rows, self._padded(columns), self.code_bits)),
             "scales": ("I16", (rows,)),
             "exponent": ("I8", (1,)),
         }
+        if rows >= BALANCE_ROWS:
+            parts["balance"] = ("U8", packed_shape(1, columns, BALANCE_BITS))
+        return parts
 
     def encode(
         self,
@@ -122,8 +144,16 @@ class TrellisCodec(Codec):
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """Rotate, search each row's stream, and fit its scale by least squares."""
+        """Balance, rotate, search each row's stream, and fit its scale by least squares.
+
+        With error power D the same in every rotated channel, Σ_c h[c]·‖error of channel c‖² is least if channel c is
+        multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or a guess.
+        """
         rows, columns = weight.shape
+        parts: Parts = {}
+        if rows >= BALANCE_ROWS:
+            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS)
+        balance = self._input_scales(parts, columns, torch.device("cpu"))
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8)
         scale = torch.empty(rows)
@@ -131,8 +161,8 @@ class TrellisCodec(Codec):
         step = max(1, WEIGHTS_AT_ONCE // columns)
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
-            rotated = rotate(weight[here].detach().cpu(), self.seed)
-            unit = rotated.square().mean(1).sqrt() * self._first_unit()
+            rotated = rotate(weight[here].detach().cpu().float() * balance, self.seed)
+            unit = (rotated.double().square().mean(1).sqrt() * self._first_unit()).float()
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
                 stream[here] = trellis_search(
@@ -140,27 +170,29 @@ class TrellisCodec(Codec):
                     survivors=self.survivors, columns=columns, backend=backend,
                 )  # fmt: skip
                 found = self._values(stream[here], columns, backend).float()
-                unit = (rotated * found).sum(1) / found.square().sum(1)
+                unit = (rotated * found).sum(1) / found.square().sum(1).clamp_min(1)
             scale[here] = unit / VALUE_UNIT
             if progress:
                 progress((here.stop - row) * columns)
         exponent = self._exponent(scale)
-        return {
+        return parts | {
             "weight": stream,
             "scales": torch.ldexp(scale, torch.tensor(-exponent)).to(torch.float16).view(torch.int16),
             "exponent": torch.tensor([exponent], dtype=torch.int8),
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back."""
-        return unrotate(self._rotated(parts, shape, backend), self.seed).to(dtype)
+        """float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back and unbalanced."""
+        weight = unrotate(self._rotated(parts, shape, backend), self.seed)
+        return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
     def matmul(
         self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
     ) -> Tensor:
         """Rotates the activations instead of the weight."""
         weight = self._rotated(parts, shape, backend).to(x.dtype)
-        return torch.nn.functional.linear(rotate(x, self.seed).to(x.dtype), weight, bias)
+        rotated = rotate(x.float() / self._input_scales(parts, shape[1], x.device), self.seed)
+        return torch.nn.functional.linear(rotated.to(x.dtype), weight, bias)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Streams and scales of some rows, the exponent of all."""
@@ -175,6 +207,27 @@ class TrellisCodec(Codec):
             raise CodecError(f"{self.id}: exponent {int(parts['exponent'])} is not in {EXPONENT_MIN} … {EXPONENT_MAX}")
         if not torch.isfinite(parts["scales"].view(torch.float16)).all():
             raise CodecError(f"{self.id}: a scale is not finite; the file is corrupt")
+
+    def _balance(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+        """The four bits of each input channel: the nearest quarter octave to the best factor, of geometric mean 1."""
+        columns = weight.shape[1]
+        power = torch.zeros(columns, dtype=torch.float64)
+        for some in weight.split(max(1, WEIGHTS_AT_ONCE // columns)):
+            power += some.detach().cpu().double().square().sum(0)
+        h = guessed_importance(weight, None) if importance is None else importance
+        h = require_importance(self.id, h, columns)
+        if not power.sum():
+            return torch.full((columns,), 8)
+        octaves = (h / power.clamp_min(1e-6 * power.mean())).log2() / 4
+        return ((octaves - octaves.mean()) * 4).round().clamp(-8, 7).long() + 8
+
+    @staticmethod
+    def _input_scales(parts: Parts, columns: int, device: torch.device) -> Tensor:
+        """What each input channel of the weight was multiplied by: float32 [in], or [1] for all ones."""
+        if "balance" not in parts:
+            return torch.ones(1, device=device)
+        factors = torch.tensor([2 ** ((q - 8) / 4) for q in range(1 << BALANCE_BITS)], device=device)
+        return factors[unpack(parts["balance"], columns, BALANCE_BITS)[0]]
 
     def _first_unit(self) -> float:
         """The code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""

@@ -28,7 +28,7 @@ class SourceTensor:
     """A tensor as a source has it.
 
     Attributes:
-        kind: what a model uses it for: linear, embedding, conv, expert, or "" (raw).
+        kind: what a model uses it for: linear, embedding, head (the output head, or an embedding tied to it), conv, expert, or "" (raw).
         transposed: stored [in, out].
         group: for experts, the parameter that all of the group become parts of in memory.
     """
@@ -251,8 +251,7 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
             if bits is not None and builder is None:
                 raise CodecError(f"codec {outer!r} has no bits to choose")
             if builder is not None:
-                base = builder(4.0 if bits is None else bits)
-                config = base.spec().config | config
+                return builder(4.0 if bits is None else bits, **config)
         return cls(**config)  # type: ignore[no-any-return]
     except TypeError as error:
         raise CodecError(f"codec {outer!r}: {str(error).partition('() ')[2] or error}") from None

@@ -8,15 +8,17 @@ agree with it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from seedpack.errors import ModelError
+from seedpack.model.gains import followers, output_power
 from seedpack.model.sources.base import Kind, first_line
 from seedpack.model.sources.live import module_kind
 
@@ -77,6 +79,26 @@ class Skeleton:
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
     @cached_property
+    def _followers(self) -> dict[str, str]:
+        return followers(self.model)
+
+    def power(self, name: str, stored: Mapping[str, str], read: Callable[[str], Tensor]) -> Tensor | None:
+        """The power of each input channel of a checkpoint tensor's layer [in], if it takes the output of a norm.
+
+        Args:
+            name: the tensor's.
+            stored: names of the checkpoint by those of the model.
+            read: gives a tensor of the checkpoint.
+        """
+        target = self.parameter(name)[0]
+        layers = {target, *(tied for tied, origin in self.tied.items() if origin == target)}
+        for layer in sorted(layer.rpartition(".")[0] for layer in layers):
+            norm = self._followers.get(layer)
+            if norm is not None and all(f"{norm}.{leaf}" in stored for leaf, _ in self._modules[norm].named_parameters()):
+                return output_power(self._modules[norm], lambda leaf: read(stored[f"{norm}.{leaf}"]))
+        return None
+
+    @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
@@ -130,4 +152,14 @@ class Skeleton:
         module, _, leaf = target.rpartition(".")
         if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
             return "", False, ""
+        if module_kind(self._modules.get(module), leaf)[0] and self._is_head(module):
+            return "head", module_kind(self._modules[module], leaf)[1], ""
         return module_kind(self._modules.get(module), leaf)
+
+    def _is_head(self, module: str) -> bool:
+        """Whether a module is the output projection of a language model, or the embedding that is tied to it."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Module) or not hasattr(head, "weight"):
+            return False
+        name = next((name for name, found in self._modules.items() if found is head), "")
+        return module == name or self.tied.get(f"{name}.weight") == f"{module}.weight"

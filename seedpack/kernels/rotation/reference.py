@@ -68,7 +68,7 @@ def _mix(x: Tensor) -> Tensor:
     rows = x.numel() // max(1, x.shape[-1])
     y = x
     for order in factors(x.shape[-1]):  # the first axis is mixed and becomes the last; after all they stand as before
-        y = y.reshape(rows, abs(order), -1).mT
+        y = y.reshape(rows, abs(order), x.shape[-1] // abs(order)).mT
         y = y @ _matrix(order, x.device) if order > 0 else y
     return y.reshape(x.shape)
 

@@ -9,7 +9,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
-from seedpack.prng import TRELLIS_MULTIPLIERS
+from seedpack.prng import trellis_multiplier
 
 MARGIN = 8  # bytes of a row's beginning repeated behind its end: a 64-bit word starts in every byte
 
@@ -42,7 +42,7 @@ def _decode(stream: Any, code_bits: int, state_bits: int, multiplier: Any, key: 
 def decode(stream: Tensor, code_bits: int, state_bits: int, key: int, columns: int) -> Tensor:
     """As `reference.decode`, bit for bit."""
     out = torch.empty(stream.shape[0], columns, dtype=torch.int16)
-    multiplier = np.uint32(TRELLIS_MULTIPLIERS[code_bits])
+    multiplier = np.uint32(trellis_multiplier(code_bits, state_bits))
     rows = stream.contiguous().flatten(1).numpy()
     _decode(rows, code_bits, state_bits, multiplier, np.uint32(key), out.numpy())
     return out

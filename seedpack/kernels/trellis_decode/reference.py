@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Int, UInt8
-from seedpack.prng import trellis_values
+from seedpack.prng import trellis_multiplier, trellis_values
 
 WEIGHTS_AT_ONCE = 1 << 20
 
@@ -39,8 +39,9 @@ def decode(
         int16 [rows, columns].
     """
     step = max(1, WEIGHTS_AT_ONCE // max(1, columns))
+    multiplier = trellis_multiplier(code_bits, state_bits)
     parts = [
-        trellis_values(windows(rows, code_bits, state_bits, columns), code_bits, key).to(torch.int16)
+        trellis_values(windows(rows, code_bits, state_bits, columns), multiplier, key).to(torch.int16)
         for rows in stream.split(step)
     ]
     return torch.cat(parts) if parts else torch.empty(0, columns, dtype=torch.int16, device=stream.device)

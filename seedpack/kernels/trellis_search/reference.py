@@ -7,7 +7,7 @@ from torch import Tensor
 
 from seedpack._shapes import Float, Int, UInt8
 from seedpack.kernels.bits import pack
-from seedpack.prng import trellis_values
+from seedpack.prng import trellis_multiplier, trellis_values
 
 LIMIT = 600  # values beyond are no nearer to any code, and would spoil the exactness of the metrics
 CLOSED, CEILING = 15 << 20, 16_000_000  # metric of a state that a walk cannot start from; that no metric exceeds
@@ -26,7 +26,8 @@ def seam_symbols(code_bits: int, state_bits: int) -> int:
 
 def table(code_bits: int, state_bits: int, key: int, tag: int) -> Int[Tensor, " states"]:
     """The value of every window, times 2^⌈tag / 2⌉, so that squares leave `tag` low bits free: int64 [2^L]."""
-    return trellis_values(torch.arange(1 << state_bits), code_bits, key) << -(-tag // 2)
+    values = trellis_values(torch.arange(1 << state_bits), trellis_multiplier(code_bits, state_bits), key)
+    return values << -(-tag // 2)
 
 
 def units(values: Float[Tensor, "rows columns"], tag: int) -> Float[Tensor, "rows columns"]:

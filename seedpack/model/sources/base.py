@@ -27,6 +27,7 @@ class Source:
         config: the Hugging Face config.json, or None for anything else.
         files: further files of a Hugging Face folder to be copied (tokenizer, licence, …).
         dropped: what the file held beside tensors, for a note.
+        power: the power of each input channel of a layer, by its weight's name, where a norm before it tells [in].
     """
 
     name: str
@@ -36,6 +37,7 @@ class Source:
     config: dict[str, Any] | None = None
     files: list[Path] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
+    power: Callable[[str], Tensor | None] = lambda name: None
 
     def __post_init__(self) -> None:
         if not self.tensors:

@@ -79,6 +79,7 @@ def resolve_ties(source: Source, skeleton: Skeleton) -> Source:
             )
         del source.tensors[name]
     source.read = lambda name: read(renamed.get(name, name))
+    source.power = lambda name: skeleton.power(name, stored, source.read)
     return source
 
 

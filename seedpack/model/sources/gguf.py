@@ -43,5 +43,8 @@ def open_gguf(path: Path) -> Source:
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in skeleton.tied}
     files = sorted(file for file in folder.iterdir() if file.name != "config.json")
     source = StateDictSource.from_tensors(str(path), state, skeleton.kind, config=config, files=files, dropped=dropped)
+    with torch.device("meta"):
+        outline = Skeleton(type(model)(model.config))
+    source.power = lambda name: outline.power(name, {key: key for key in state}, source.read)
     weakref.finalize(source, holder.cleanup)
     return source

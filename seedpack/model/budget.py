@@ -1,0 +1,105 @@
+"""Give tensors different bits, so that all together meet a budget at the least estimated loss."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+from seedpack.codecs.base import Codec
+from seedpack.errors import CodecError, ModelError
+from seedpack.model.plan import Plan, TensorPlan
+
+# How much more a relative error costs in a language model's output head than in as many other weights: measured as KL
+# divergence with one kind of tensor packed at a time (docs/benchmarks/bits.md).
+HEAD_SENSITIVITY = 4.0
+HEAD_EXTRA_BITS = 1  # the rate at which the head's error costs as much for a bit as the others': log2(sensitivity) / 2
+
+
+def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
+    """The plan with the output head at its own code bits; None is the others' and `HEAD_EXTRA_BITS`, where there are variants.
+
+    Raises:
+        CodecError: `head_bits` is no variant's.
+    """
+
+    def choose(tensor: TensorPlan) -> TensorPlan:
+        variants = tensor.codec.variants() if tensor.packed and tensor.kind == "head" else []
+        if not variants:
+            return tensor
+        index = variants.index(tensor.codec) + HEAD_EXTRA_BITS if head_bits is None else head_bits - 1
+        if not 0 <= index < len(variants) and head_bits is not None:
+            raise CodecError(f"head_bits must be from 1 to {len(variants)}, got {head_bits}")
+        return replace(tensor, codec=variants[min(index, len(variants) - 1)])
+
+    return replace(plan, tensors=tuple(choose(tensor) for tensor in plan.tensors))
+
+
+def allocate(plan: Plan, bits: float, head_bits: int | None = None) -> Plan:
+    """The plan with its packed tensors' codecs replaced by variants that take at most `bits` bits a weight together.
+
+    Minimises Σ sensitivity·weights·expected error over the tensors subject to Σ stored bits ≤ bits·weights: from the
+    cheapest variants on, always the step of most loss avoided for a bit (the Lagrangian's solution, Everett 1963), as
+    long as one fits. Experts of one parameter are one choice. The head takes part unless `head_bits` is given.
+
+    Raises:
+        ModelError: even the cheapest variants exceed the budget.
+    """
+    if head_bits is not None:
+        plan = with_head_bits(plan, head_bits)
+    packed = [tensor for tensor in plan.tensors if tensor.packed]
+    units: dict[str, list[TensorPlan]] = {}
+    for tensor in packed:
+        units.setdefault(tensor.group or tensor.name, []).append(tensor)
+    budget = bits * plan.packed_weights
+    options = {unit: _options(tensors, head_bits) for unit, tensors in units.items()}
+    spent = sum(steps[0][0] for steps in options.values())
+    if spent > budget:
+        raise ModelError(
+            f"{bits} bits a weight: the cheapest plan takes {spent / max(1, plan.packed_weights):.3f}; ask for more bits"
+        )
+    chosen = dict.fromkeys(units, 0)
+    steps = [_step(unit, options[unit], 0) for unit in units if len(options[unit]) > 1]
+    heapq.heapify(steps)
+    while steps:
+        _, unit, cost = heapq.heappop(steps)
+        if spent + cost > budget:
+            continue  # later steps of this tensor cost no less; others may still fit
+        spent += cost
+        chosen[unit] += 1
+        if chosen[unit] + 1 < len(options[unit]):
+            heapq.heappush(steps, _step(unit, options[unit], chosen[unit]))
+    codecs = {t.name: options[unit][chosen[unit]][2] for unit, tensors in units.items() for t in tensors}
+    return replace(
+        plan, tensors=tuple(replace(t, codec=codecs[t.name]) if t.name in codecs else t for t in plan.tensors)
+    )
+
+
+Option = tuple[float, float, Codec]
+
+
+def _options(tensors: list[TensorPlan], head_bits: int | None) -> list[Option]:
+    """(stored bits, loss, codec) of each variant, by bits; those that no price of a bit would choose are left out."""
+    codec = tensors[0].codec
+    head = tensors[0].kind == "head"
+    variants = [codec] if head and head_bits is not None else codec.variants()
+    weights = sum(math.prod(t.shape) for t in tensors) * (HEAD_SENSITIVITY if head else 1.0)
+    hull: list[Option] = []
+    for variant in variants:
+        stored = sum(8 * replace(t, codec=variant).stored_bytes for t in tensors)
+        option = (float(stored), weights * variant.expected_error(), variant)
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return [hull[0], *(after for before, after in pairwise(hull) if after[1] < before[1])]
+
+
+def _slope(before: Option, after: Option) -> float:
+    """Loss avoided for a bit."""
+    return (before[1] - after[1]) / (after[0] - before[0])
+
+
+def _step(unit: str, options: list[Option], index: int) -> tuple[float, str, float]:
+    before, after = options[index], options[index + 1]
+    return -_slope(before, after), unit, after[0] - before[0]

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from seedpack.codecs.base import guessed_importance
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.errors import CodecError
+from tests.codecs.common import check_config, check_contract, check_refusals
+
+CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast")]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+@pytest.mark.parametrize("shape", [(3, 40), (5, 3), (1, 8), (130, 37), (200, 96)], ids=str)
+def test_contract(codec: TrellisCodec, shape: tuple[int, int]) -> None:
+    check_contract(codec, torch.randn(shape))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_config_and_refusals(codec: TrellisCodec) -> None:
+    check_config(codec)
+    check_refusals(codec, torch.randn(32, 48))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-5, 1.0, 1e4, 1e30])
+def test_any_scale(scale: float) -> None:
+    weight = torch.randn(16, 256)
+    codec = TrellisCodec(4, effort="fast")
+    shape = (16, 256)
+    plain = codec.decode(codec.encode(weight), shape, torch.float32)
+    scaled = codec.decode(codec.encode(weight * scale), shape, torch.float32)
+    error = float((scaled / scale - weight).norm() / (plain - weight).norm())
+    assert error == pytest.approx(1, abs=0.01)
+
+
+def test_zero_rows_and_zero_weights() -> None:
+    weight = torch.randn(130, 64)
+    weight[3] = 0
+    codec = TrellisCodec(4, effort="fast")
+    decoded = codec.decode(codec.encode(weight), (130, 64), torch.float32)
+    assert not decoded[3].any() and float((decoded - weight).norm() / weight.norm()) < 0.12
+    assert not codec.decode(codec.encode(weight * 0), (130, 64), torch.float32).any()
+
+
+def test_importance_moves_the_error() -> None:
+    weight, importance = torch.randn(256, 64), torch.rand(64) ** 4 + 1e-3
+    codec = TrellisCodec(3, effort="fast")
+
+    def loss(h: torch.Tensor | None) -> float:
+        decoded = codec.decode(codec.encode(weight, h), (256, 64), torch.float32)
+        return float((importance * (decoded - weight) ** 2).sum())
+
+    assert loss(importance) < 0.8 * loss(torch.ones(64))
+    with pytest.raises(CodecError, match="one value for each of 64 input channels"):
+        codec.encode(weight, torch.ones(3))
+
+
+def test_guess() -> None:
+    weight = torch.randn(32, 8) * torch.logspace(-2, 2, 8)
+    guess = guessed_importance(weight, None)
+    assert bool((guess[:-1] > guess[1:]).all())
+    assert torch.equal(guessed_importance(weight, torch.full((8,), 2.0)), 2 * guess)
+    assert torch.equal(guessed_importance(weight * 0, None), torch.ones(8, dtype=torch.float64))
+
+
+def test_balance_is_stored_where_it_is_cheap() -> None:
+    codec = TrellisCodec(4)
+    assert "balance" not in codec.parts((127, 64)) and codec.parts((128, 64))["balance"] == ("U8", (1, 32, 1))
+    assert codec.bits_per_weight((4096, 4096)) == 4 + 16 / 4096 + 4 / 4096 + 8 / 4096**2
+
+
+@pytest.mark.parametrize("code_bits", range(1, 9))
+def test_error_falls_by_six_decibels_a_bit(code_bits: int) -> None:
+    codec = TrellisCodec(code_bits, effort="fast")
+    weight = torch.randn(8, 512)
+    decoded = codec.decode(codec.encode(weight), (8, 512), torch.float32)
+    error = float((decoded - weight).square().sum() / weight.square().sum())
+    gap = 10 * math.log10(error * 4**code_bits)
+    expected = 10 * math.log10(codec.expected_error() * 4**code_bits)  # with the default effort
+    assert 0 < gap < 3.2 and -0.3 < gap - expected < 2
+
+
+def test_efforts() -> None:
+    assert [TrellisCodec(4, effort=e).survivors for e in ("fast", "default", "best")] == [7, 9, 14]
+    assert TrellisCodec(4, effort="best").state_bits == 18 and TrellisCodec(4, 16, effort="best").survivors == 12
+    assert TrellisCodec(8).survivors == 8 and TrellisCodec(1, 20, effort="fast").survivors == 11
+    weight = torch.randn(6, 512)
+    errors = []
+    for effort in ("fast", "default"):
+        codec = TrellisCodec(4, effort=effort)
+        errors.append(float((codec.decode(codec.encode(weight), (6, 512), torch.float32) - weight).norm()))
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"code_bits": 0}, "code_bits must be a whole number from 1 to 8"),
+        ({"code_bits": 9}, "code_bits must be a whole number from 1 to 8"),
+        ({"code_bits": True}, "code_bits must be a whole number"),
+        ({"state_bits": 7}, "state_bits must be a whole number from 8 to 20"),
+        ({"state_bits": 21}, "state_bits must be a whole number from 8 to 20"),
+        ({"state_bits": False}, "state_bits must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"effort": "most"}, "effort must be one of fast, default, best, got 'most'"),
+    ],
+)
+def test_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(CodecError, match=message):
+        TrellisCodec(**settings)
+
+
+def test_bits() -> None:
+    assert TrellisCodec.from_bits(3.0) == TrellisCodec(3) and TrellisCodec.from_bits(3.5) == TrellisCodec(3)
+    assert TrellisCodec.from_bits(2.0, effort="best") == TrellisCodec(2, 18, effort="best")
+    assert [codec.bits_per_weight((64, 64)) for codec in TrellisCodec(4).variants()] == [
+        k + 16 / 64 + 8 / 64**2 for k in range(1, 9)
+    ]
+    for bits in (0.5, 8.5, 0.0, math.inf):
+        with pytest.raises(CodecError, match="must be from 1 to 8"):
+            TrellisCodec.from_bits(bits)
+
+
+def test_corrupt_parts_are_refused() -> None:
+    codec = TrellisCodec(4, effort="fast")
+    parts = codec.encode(torch.randn(4, 32))
+    nan = torch.tensor([0x7E00, 0, 0, 0], dtype=torch.int16)
+    with pytest.raises(CodecError, match="a scale is not finite"):
+        codec.check({**parts, "scales": nan}, (4, 32))
+    with pytest.raises(CodecError, match=r"exponent 120 is not in -100 … 100"):
+        codec.check({**parts, "exponent": torch.tensor([120], dtype=torch.int8)}, (4, 32))

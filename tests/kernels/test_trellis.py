@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from seedpack.errors import BackendError
+from seedpack.kernels.bits import pack, packed_shape
+from seedpack.kernels.trellis_decode import trellis_decode
+from seedpack.kernels.trellis_decode.reference import windows
+from seedpack.kernels.trellis_search import trellis_search
+from seedpack.prng import trellis_key, trellis_multiplier, trellis_values
+
+# (code bits, state bits, survivors): survivors below, at and far below L - k; tags wider than a symbol; two vectors
+SEARCHES = [(1, 10, 5), (2, 12, 6), (2, 16, 9), (3, 16, 9), (4, 16, 8), (4, 9, 5), (4, 18, 7), (8, 16, 8)]
+
+
+@pytest.mark.parametrize("code_bits", range(1, 9))
+@pytest.mark.parametrize("state_bits", [12, 16, 20])
+def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int) -> None:
+    rng = np.random.default_rng(code_bits)
+    rows, columns, padded = 3, 37, 40
+    octets = rng.integers(0, 256, packed_shape(rows, padded, code_bits), dtype=np.uint8)
+    key = trellis_key(code_bits)
+    expected = np.empty((rows, columns), np.int16)
+    for r in range(rows):
+        bits = np.unpackbits(octets[r].reshape(-1), bitorder="little")
+        for t in range(columns):
+            window = sum(int(bits[(code_bits * t + i) % len(bits)]) << i for i in range(state_bits))
+            h = (window * trellis_multiplier(code_bits, state_bits) + key) % 2**32
+            expected[r, t] = sum(h.to_bytes(4, "little")) - 510
+    for backend in ("reference", "cpu"):
+        found = trellis_decode(
+            torch.from_numpy(octets), code_bits=code_bits, state_bits=state_bits, key=key, columns=columns,
+            backend=backend,  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert found.dtype == torch.int16
+        np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_values_are_nearly_normal() -> None:
+    values = trellis_values(torch.arange(1 << 16), trellis_multiplier(4, 16), trellis_key(0)).double()
+    assert abs(float(values.mean())) < 1 and abs(float(values.std()) - 147.8) < 1
+    assert int(values.abs().max()) <= 510
+    assert trellis_key(0) != trellis_key(1)
+
+
+def test_decode_of_other_memory() -> None:
+    stream = torch.randint(0, 256, (6, 8, 2), dtype=torch.uint8)[::2].transpose(0, 0)
+    options = {"code_bits": 4, "state_bits": 16, "key": 5, "columns": 30}
+    assert torch.equal(trellis_decode(stream, **options), trellis_decode(stream, **options, backend="reference"))  # type: ignore[arg-type]
+    assert trellis_decode(stream[:0], **options).shape == (0, 30)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="has no backend 'triton'"):
+        trellis_decode(stream, **options, backend="triton")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), SEARCHES)
+@pytest.mark.parametrize(("columns", "padded"), [(37, 40), (200, 200)])
+def test_backends_find_the_same_stream(
+    code_bits: int, state_bits: int, survivors: int, columns: int, padded: int
+) -> None:
+    if 1 << code_bits + survivors > 1 << 14:
+        columns, padded = min(columns, 20), 24
+    values = torch.randn(3, padded) * 150
+    values[1] *= 10  # beyond the code's reach
+    values[:, columns:] = torch.inf  # not to be looked at
+    options = {
+        "code_bits": code_bits, "state_bits": state_bits, "key": trellis_key(7), "survivors": survivors,
+        "columns": columns,
+    }  # fmt: skip
+    found = [trellis_search(values, **options, backend=backend) for backend in ("cpu", "reference")]  # type: ignore[arg-type]
+    assert found[0].shape == packed_shape(3, padded, code_bits)
+    assert torch.equal(*found)
+
+
+def test_search_against_all_streams() -> None:
+    """With every state kept the error stays near the least of all 2^16 streams, which the seam alone keeps it from."""
+    code_bits, state_bits, columns, key = 1, 5, 16, trellis_key(0)
+    values = torch.randn(24, columns) * 140
+    every = torch.tensor(list(itertools.product((0, 1), repeat=columns)))
+    codes = trellis_decode(
+        pack(every, 1), code_bits=code_bits, state_bits=state_bits, key=key, columns=columns
+    ).double()
+    rounded = values.round().double()
+    least = ((rounded[:, None] - codes) ** 2).sum(2).amin(1)
+    stream = trellis_search(
+        values, code_bits=code_bits, state_bits=state_bits, key=key, survivors=4, columns=columns
+    )
+    found = trellis_decode(stream, code_bits=code_bits, state_bits=state_bits, key=key, columns=columns)
+    error = ((rounded - found) ** 2).sum(1)
+    assert bool((error >= least).all())
+    assert float(error.sum() / least.sum()) < 1.1
+    assert bool((error == least).any())
+
+
+@pytest.mark.parametrize(("code_bits", "survivors", "stretch", "gap"), [(2, 11, 1.06, 0.75), (4, 9, 1.14, 1.1)])
+def test_distortion(code_bits: int, survivors: int, stretch: float, gap: float) -> None:
+    values = torch.randn(24, 1024)
+    unit = math.sqrt(1 - 4.0**-code_bits) * stretch / 147.8
+    options = {"code_bits": code_bits, "state_bits": 16, "key": trellis_key(0), "columns": 1024}
+    stream = trellis_search(values / unit, survivors=survivors, **options)  # type: ignore[arg-type]
+    found = trellis_decode(stream, **options).float() * unit  # type: ignore[arg-type]
+    error = float((values - found).square().mean() / values.square().mean())
+    assert 10 * math.log10(error * 4**code_bits) < gap
+
+
+def test_windows_overlap() -> None:
+    stream = torch.randint(0, 256, packed_shape(2, 24, 3), dtype=torch.uint8)
+    window = windows(stream, 3, 16, 24)
+    assert torch.equal(window[:, :-1] >> 3, window[:, 1:] & (1 << 13) - 1)
+    assert torch.equal(window[:, -1] >> 3, window[:, 0] & (1 << 13) - 1)
