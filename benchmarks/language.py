@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import models
 import peers
+import plots
 import report
 import torch
+from torch import Tensor
 
 import seedpack
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 CONTEXT, TOKENS = 1024, 16384
-PACKED = [("seedlm", 4.0), ("seedlm", 3.0), ("svd", 4.0), ("svd+seedlm", 4.0)]
+PACKED = [("trellis", 4), ("trellis", 3), ("trellis", 2), ("trellis", 3.5), ("seedlm", 4), ("seedlm", 3), ("svd", 4)]
+ROWS = models.CACHE / "language-rows"
+
+
+class Recorded:
+    """A model that has been run on the windows once: gives its logits again without running."""
+
+    def __init__(self, model: Any, ids: Tensor):
+        self.device, self.ids = torch.device("cpu"), ids
+        with torch.inference_mode():
+            self.logits = [model(window[None]).logits for window in ids]
+
+    def eval(self) -> Recorded:
+        return self
+
+    def __call__(self, window: Tensor) -> Any:
+        index = next(i for i, known in enumerate(self.ids) if torch.equal(known, window[0]))
+        return type("Output", (), {"logits": self.logits[index]})
 
 
 def measure(result: report.Result) -> None:
@@ -21,57 +44,85 @@ def measure(result: report.Result) -> None:
     name, text = models.text()
     model, tokenizer = load_language_model(folder)
     ids = windows(tokenizer, text, CONTEXT, TOKENS)
-    rows = []
+    original = Recorded(model, ids)
+    methods: dict[str, tuple[str, Any]] = {}
     for codec, bits in PACKED:
-        out = models.CACHE / f"language-{codec}-{bits:.0f}"
-        shutil.rmtree(out, ignore_errors=True)
-        packed = seedpack.compress(folder, out, codec=codec, bits=bits)
-        other, _ = load_language_model(out)
-        found = compare_language_models(model, other, ids)
-        rows.append(row(f"{codec}", packed.plan.totals()["bits_per_packed_weight"], packed.error_db, found))
-        print(rows[-1], flush=True)
-        del other
-    for label, quantise in {
-        "NF4, double quantisation (bitsandbytes' grid)": lambda w: peers.nf4(w),
-        "round to nearest, min/max, g64": lambda w: peers.rtn(w, 4, 64),
-        "round to nearest, min/max, g64 (3 bits)": lambda w: peers.rtn(w, 3, 64),
-    }.items():
-        other, _ = load_language_model(folder)
-        error = energy = stored = weights = 0.0
-        with torch.no_grad():
-            for module in {m for m in other.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Embedding))} - {
-                other.lm_head
-            }:
-                rounded, bits = quantise(module.weight)
-                error += float((rounded - module.weight).double().square().sum())
-                energy += float(module.weight.double().square().sum())
-                stored, weights = stored + bits * rounded.numel(), weights + rounded.numel()
-                module.weight.copy_(rounded)
-        rows.append(
-            row(
-                label,
-                stored / weights,
-                10 * torch.tensor(error / energy).log10().item(),
-                compare_language_models(model, other, ids),
-            )
-        )
-        print(rows[-1], flush=True)
-    first = found
+        methods[f"{codec}, {bits:g} bits"] = (codec, lambda c=codec, b=bits: packed(folder, c, b, original, ids))
+    for label, (family, quantise) in peers.data_free().items():
+        methods[label] = (family, lambda q=quantise: rounded(folder, q, original, ids))
+    rows = [row(label, *methods[label]) for label in methods if result.wanted(label)]
+    found = rows[0]
     result.say(
-        f"SmolLM2-135M-Instruct in float32, all linear layers and the (tied) embedding, on {name}: {first.tokens:,} tokens "
-        f"scored, context {first.context}, windows without overlap; perplexity unpacked {first.perplexity_original:.3f}. "
-        "The model is the shipped one (Q4_1 in a GGUF file) with fixed random factors moved between neighbouring channels, "
-        "which leaves its function as it is and takes the old grid away (`benchmarks/models.py`). Peers are their rounding "
-        "grids, not their kernels. No calibration data anywhere."
+        f"SmolLM2-135M-Instruct in float32, all linear layers and the (tied) embedding, on {name}: {found['tokens']:,} "
+        f"tokens scored, context {found['context']}, windows without overlap; perplexity unpacked "
+        f"{found['perplexity_original']:.3f}. The model is the shipped one (Q4_1 in a GGUF file) with fixed random factors "
+        "moved between neighbouring channels, which leaves its function as it is and takes the old grid away "
+        "(`benchmarks/models.py`). No calibration data anywhere. Peers are their own quantisers (their weights rebuilt "
+        "and run densely), all linear layers and the embedding in one type; GGUF types are pure, over blocks of 256 of "
+        "the flattened weight, without importance matrix. `trellis` rows give the output head, which is the embedding "
+        "here, one bit more; the bits a weight count it."
     )
-    result.table(["method", "bits a weight", "relative error", "perplexity", "KL mean", "KL p99", "top-1"], rows)
-
-
-def row(label: str, bits: float, db: float, found: LanguageReport) -> tuple[object, ...]:
-    return (
-        label, f"{bits:.3f}", f"{db:.2f} dB", f"{found.perplexity_packed:,.2f}", f"{found.kl_mean:.4f}",
-        f"{found.kl_p99:.3f}", f"{100 * found.top1_agreement:.1f}%",
+    rows.sort(key=lambda r: r["bits"])
+    result.table(
+        ["method", "bits a weight", "relative error", "perplexity", "KL mean", "KL p99", "top-1"],
+        [
+            (r["label"], f"{r['bits']:.3f}", f"{r['error_db']:.2f} dB", f"{r['perplexity_packed']:,.2f}",
+             f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}", f"{100 * r['top1_agreement']:.1f}%")
+            for r in rows
+        ],
     )  # fmt: skip
+    compare(result, rows, "kl_mean", "KL")
+    plots.curves(
+        result, rows, "kl_mean", "KL divergence to the original (nats a token)",
+        "SmolLM2-135M on WikiText-2: divergence against bits, no calibration data", limit=(2, 6),
+    )  # fmt: skip
+
+
+def compare(result: report.Result, rows: list[dict[str, Any]], key: str, what: str) -> None:
+    """Beside each trellis row, the best that any peer has at its bits, interpolated in log(value) along its family."""
+    table = []
+    for ours in (r for r in rows if r["family"] == "trellis"):
+        others = {
+            family: value
+            for family in {r["family"] for r in rows} - {"trellis"}
+            if (value := plots.interpolated([r for r in rows if r["family"] == family], key, ours["bits"])) is not None
+        }
+        best = min(others, key=lambda family: others[family], default=None)
+        table.append(
+            (ours["label"], f"{ours['bits']:.3f}", f"{ours[key]:.4f}", "none reaches these bits" if best is None
+             else f"{others[best]:.4f} ({best})")
+        )  # fmt: skip
+    result.say(f"At the same bits, the best peer (a family's values are interpolated in log {what} between its members):")
+    result.table(["", "bits a weight", what, "best peer"], table)
+
+
+def row(label: str, family: str, run: Any) -> dict[str, Any]:
+    """One method's figures; kept, so that an interrupted run goes on where it was."""
+    file = ROWS / f"{label.replace('/', '-').replace(' ', '-')}.json"
+    if file.is_file() and (kept := json.loads(file.read_text()))["versions"] == models.versions():
+        return kept["row"]  # type: ignore[no-any-return]
+    bits, error_db, found = run()
+    values = {"label": label, "family": family, "bits": bits, "error_db": error_db, **asdict(found)}
+    ROWS.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"versions": models.versions(), "row": values}))
+    print(f"{label}: {bits:.3f} bits, {error_db:.2f} dB, KL {found.kl_mean:.4f}, ppl {found.perplexity_packed:.2f}", flush=True)
+    return values
+
+
+def packed(folder: Path, codec: str, bits: float, original: Any, ids: Tensor) -> tuple[float, float, LanguageReport]:
+    """Packed by seedpack, loaded and run as a user would."""
+    out = models.CACHE / f"language-{codec}-{bits:g}"
+    shutil.rmtree(out, ignore_errors=True)
+    done = seedpack.compress(folder, out, codec=codec, bits=bits)
+    other, _ = load_language_model(out)
+    return done.plan.totals()["bits_per_packed_weight"], done.error_db, compare_language_models(original, other, ids)
+
+
+def rounded(folder: Path, quantise: peers.Quantiser, original: Any, ids: Tensor) -> tuple[float, float, LanguageReport]:
+    """Every matrix replaced by what the peer would rebuild."""
+    other, _ = load_language_model(folder)
+    bits, error_db = peers.replace_weights(other, quantise)
+    return bits, error_db, compare_language_models(original, other, ids)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fnmatch
 import sys
 from collections.abc import Callable, Sequence
 
@@ -13,13 +14,17 @@ import models
 class Result:
     """Lines of Markdown."""
 
-    def __init__(self, name: str, title: str, command: str):
-        self.name = name
+    def __init__(self, name: str, title: str, command: str, only: str = "*"):
+        self.name, self.only = name, only
         self.lines = [f"# {title}", ""]
         self.say(
             f"Measured {datetime.date.today().isoformat()} on {models.machine()}, {models.versions()}. "
             f"Again: `{command}`."
         )
+
+    def wanted(self, method: str) -> bool:
+        """Whether --only asks for a method, where a benchmark has many."""
+        return any(fnmatch.fnmatch(method, pattern) for pattern in self.only.split("|"))
 
     def say(self, text: str) -> None:
         self.lines += [text, ""]
@@ -46,8 +51,9 @@ def run(name: str, title: str, measure: Callable[[Result], None]) -> None:
     """Measure, print, and write the result where asked to."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{name}.md")
+    parser.add_argument("--only", default="*", help="methods to measure, patterns with | between them")
     arguments = parser.parse_args()
-    result = Result(name, title, f"python benchmarks/{name}.py --write")
+    result = Result(name, title, f"python benchmarks/{name}.py --write", arguments.only)
     measure(result)
     if arguments.write:
         result.write()

@@ -23,7 +23,7 @@ from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.kernels.dispatch import Backend
-from seedpack.model.budget import allocate, with_head_bits
+from seedpack.model.budget import with_bits
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, TensorPlan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
@@ -133,10 +133,8 @@ def plan_for(
     chosen = codec if isinstance(codec, Codec) else codec_for(codec, bits, settings or {})
     target = dtype_name(_float_dtype(dtype)) if dtype else None
     result = make_plan(source.tensors, source.shared, chosen, include=include, exclude=exclude, dtype=target)
-    if isinstance(codec, str) and bits is not None and bits % 1:
-        result = allocate(result, bits, head_bits) if chosen.variants() else result
-    elif isinstance(codec, str) or head_bits is not None:
-        result = with_head_bits(result, head_bits)
+    if isinstance(codec, str) or head_bits is not None:
+        result = with_bits(result, bits, head_bits)
     if plan is not None:
         result = result.edited_by_file(plan) if isinstance(plan, (str, Path)) else result.edited(plan)
     result.check_experts()
@@ -193,16 +191,9 @@ def compress(
     output = Path(output)
     _require_apart(output, Path(source.name))
     chosen = plan_for(
-        source,
-        codec=codec,
-        bits=bits,
-        settings=settings,
-        include=include,
-        exclude=exclude,
-        dtype=dtype,
-        plan=plan,
+        source, codec=codec, bits=bits, settings=settings, include=include, exclude=exclude, dtype=dtype, plan=plan,
         head_bits=head_bits,
-    )
+    )  # fmt: skip
     if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
         raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
     folder = source.config is not None

@@ -122,10 +122,15 @@ def command(
     output.show_json(report.to_json()) if as_json else show_report(report)
 
 
+def codec_label(codec: Any) -> str:
+    """A codec's id, with its code bits where tensors may differ in them."""
+    return f"{codec.id} {codec.code_bits}" if hasattr(codec, "code_bits") else str(codec.id)
+
+
 def show_plan(model: str, plan: Any) -> None:
     """The plan as a table: per tensor codec, bits, bytes before and after."""
     rows = [
-        (t.name, "×".join(map(str, t.shape)), t.codec.id if t.packed else "raw", f"{t.bits_per_weight:.3f}",
+        (t.name, "×".join(map(str, t.shape)), codec_label(t.codec) if t.packed else "raw", f"{t.bits_per_weight:.3f}",
          output.size(t.source_bytes), output.size(t.stored_bytes))
         for t in plan.tensors
     ]  # fmt: skip
@@ -139,7 +144,8 @@ def show_plan(model: str, plan: Any) -> None:
     )  # fmt: skip
     notes = Counter(t.note for t in plan.tensors if t.note)
     lines = [
-        f"{totals['packed_tensors']} of {totals['tensors']} tensors packed",
+        f"{totals['packed_tensors']} of {totals['tensors']} tensors packed, "
+        f"{totals['bits_per_packed_weight']:.3f} bits for each of their weights",
         *(f"{n} tensors raw: {note}" for note, n in notes.items()),
     ]
     click.echo("\n".join(lines))

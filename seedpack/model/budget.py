@@ -17,6 +17,12 @@ HEAD_SENSITIVITY = 4.0
 HEAD_EXTRA_BITS = 1  # the rate at which the head's error costs as much for a bit as the others': log2(sensitivity) / 2
 
 
+def with_bits(plan: Plan, bits: float | None, head_bits: int | None) -> Plan:
+    """The plan of the bits asked for: a fraction is a budget for all tensors, a whole number theirs but for the head."""
+    fraction = bits is not None and bits % 1 and any(tensor.codec.variants() for tensor in plan.tensors)
+    return allocate(plan, bits, head_bits) if bits is not None and fraction else with_head_bits(plan, head_bits)
+
+
 def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
     """The plan with the output head at its own code bits; None is the others' and `HEAD_EXTRA_BITS`, where there are variants.
 

@@ -19,7 +19,7 @@ from seedpack.cli.output import db, duration, parse_size, size
 from tests.conftest import Net
 from tests.hf.models import CODEC, Folders, llama
 
-SET = [f"--set={key}={value}" for key, value in CODEC.spec().config.items()]
+SET = ["--codec=seedlm", *(f"--set={key}={value}" for key, value in CODEC.spec().config.items())]
 
 
 def run(*arguments: object, code: int = 0) -> Result:
@@ -60,6 +60,22 @@ def test_compress_prints_a_summary(model: Path) -> None:
     run("compress", model, "-o", model.parent / "a", *SET, "--force")
 
 
+def test_trellis_is_the_default(model: Path) -> None:
+    report = json.loads(run("compress", model, "-o", model.parent / "a", "--effort", "fast", "--json").stdout)
+    codecs = [tensor["codec"] for tensor in report["tensors_packed"].values()]
+    assert all(codec["id"] == "trellis" and codec["config"]["effort"] == "fast" for codec in codecs)
+    assert {codec["config"]["code_bits"] for codec in codecs} == {4}
+    assert report["error_db"] < -17
+
+
+def test_fractions_are_a_budget(model: Path) -> None:
+    budget = 6.3
+    text = run("compress", model, "--dry-run", "--bits", budget).output
+    document = json.loads(run("compress", model, "--dry-run", "--bits", budget, "--json").stdout)
+    bits = {t["config"]["code_bits"] for t in document["tensors"].values() if t["codec"] == "trellis"}
+    assert len(bits) > 1 and all(f"trellis {k}" in text for k in bits)
+
+
 def test_dry_run_and_plan_file(model: Path) -> None:
     text = run("compress", model, "--dry-run", *SET).output
     assert "fc.weight" in text and "33×20" in text and "5 tensors raw: not the weight matrix" in text
@@ -89,11 +105,16 @@ def test_options_reach_the_library(model: Path) -> None:
     [
         (["compress", "MODEL"], 2, "name an output with -o"),
         (["compress", "MODEL", "-o", "x", "--set", "rank"], 2, "'rank' is not KEY=VALUE"),
-        (["compress", "MODEL", "-o", "x", "--bits", "5"], 1, "configurations for 3 and 4"),
+        (["compress", "MODEL", "-o", "x", "--codec", "seedlm", "--bits", "5"], 1, "configurations for 3 and 4"),
+        (["compress", "MODEL", "-o", "x", "--bits", "9"], 1, "9.0 bits: must be from 1 to 8"),
+        (["compress", "MODEL", "-o", "x", "--bits", "nan"], 1, "nan bits: must be from 1 to 8"),
+        (["compress", "MODEL", "-o", "x", "--bits", "1.2"], 1, "the cheapest plan takes"),
+        (["compress", "MODEL", "-o", "x", "--effort", "most"], 1, "effort must be one of fast, default, best"),
+        (["compress", "MODEL", "-o", "x", "--codec", "seedlm", "--effort", "best"], 1, "has no setting 'effort'"),
         (
             ["compress", "MODEL", "-o", "x", "--codec", "zip"],
             1,
-            "unknown codec 'zip'; known: raw, seedlm, svd",
+            "unknown codec 'zip'; known: raw, seedlm, svd, trellis",
         ),
         (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
         (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "dtype 'int3': choose float32, float16"),

@@ -193,18 +193,22 @@ def _search(bits: Any, x: Any, table: Any, state_bits: int, survivors: int, tag:
         for i in range(padded - seam):
             t = padded - 1 - i
             _step(bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask)
-        state, least = 0, np.int64(1) << 62
+        state, oldest, least = 0, 0, np.int64(1) << 62
+        below = state_bits - k * seam  # bits of the oldest given symbol that others' windows see
         for i in range(states):  # every survivor goes on with the given symbols
-            memory, cost = np.int64(base[i]) >> k, (np.int64(metric[i]) >> tag) << tag
-            for j in range(seam):
-                t = seam - 1 - j
-                window = (memory << k) | np.int64(given[j])
-                memory = window & memory_mask
-                if t < columns:
-                    error = np.int64(x[r, t]) - np.int64(table[window])
-                    cost += error * error
-            if cost < least:
-                state, least = i, cost
+            for free in range(1 << (k - below)):
+                memory, cost = np.int64(base[i]) >> k, (np.int64(metric[i]) >> tag) << tag
+                first = (np.int64(given[0]) & ((1 << below) - 1)) | (free << below)
+                for j in range(seam):
+                    t = seam - 1 - j
+                    window = (memory << k) | (first if j == 0 else np.int64(given[j]))
+                    memory = window & memory_mask
+                    if t < columns:
+                        error = np.int64(x[r, t]) - np.int64(table[window])
+                        cost += error * error
+                if cost < least:
+                    state, oldest, least = i, first, cost
+        given[0] = np.uint8(oldest)
         _trace(history[: padded - seam], state, k, symbols)
         symbols[padded - seam : padded] = given
         bit = 0

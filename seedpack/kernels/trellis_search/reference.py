@@ -70,15 +70,16 @@ class _Walk:
         self.memory = ((tag << self.m) | self.state) & ((1 << self.memory_bits) - 1)
         self.history.append(tag & (symbols - 1))
 
-    def extend(self, x: Tensor | None, symbol: Tensor) -> None:
-        """One weight with a given symbol [rows]: every survivor goes on, none is weighed against another."""
-        window = (self.memory << self.k) | symbol[:, None]
-        self.metric = self.metric + self._error(window, x)
-        self.memory = window & ((1 << self.memory_bits) - 1)
+    def extend(self, x: Tensor | None, symbols: Tensor) -> None:
+        """One weight with each of some symbols [rows, options]: all go on, none is weighed against another."""
+        window = (self.memory[..., None] << self.k) | symbols[:, None]
+        self.metric = (self.metric[..., None] + self._error(window, x)).flatten(1)
+        self.memory = (window & ((1 << self.memory_bits) - 1)).flatten(1)
 
     def best(self) -> Tensor:
-        """The state of least metric, the first of several: [rows]."""
-        return ((self.metric << self.m) | self.state).amin(1) & ((1 << self.m) - 1)
+        """Which has the least metric, the first of several: [rows]."""
+        count = self.metric.shape[1]
+        return (self.metric * count + torch.arange(count)).amin(1) % count
 
     def _error(self, window: Tensor, x: Tensor | None) -> Tensor:
         if x is None:
@@ -128,16 +129,22 @@ def search(
     around = _Walk(len(values), code_bits, state_bits, key, survivors)
     for step in (*range(padded - near, padded), *range(near)):
         around.step(column(step))
-    given = around.trace(around.best(), 2 * near)[:, near - seam : near]
+    given = around.trace(around.best(), 2 * near)[:, near - seam : near].clone()
     memory = torch.zeros(len(values), dtype=torch.int64)
     for i in range(seam):
         memory = ((memory << code_bits) | given[:, i]) & ((1 << state_bits - code_bits) - 1)
+
+    below = state_bits - code_bits - code_bits * (seam - 1)  # bits of the oldest given symbol that others' windows see
+    free = torch.arange(1 << (code_bits - below)) << below
+    oldest = (given[:, :1] & ((1 << below) - 1)) | free
 
     walk = _Walk(len(values), code_bits, state_bits, key, survivors)
     walk.close_but(memory)
     for step in range(padded - seam):
         walk.step(column(step))
     for i in range(seam):
-        walk.extend(column(padded - seam + i), given[:, i])
-    symbols = torch.cat((walk.trace(walk.best(), padded - seam), given), 1)
+        walk.extend(column(padded - seam + i), given[:, i : i + 1] if i else oldest)
+    found = walk.best()
+    given[:, 0] = oldest.gather(1, found[:, None] % len(free))[:, 0]
+    symbols = torch.cat((walk.trace(found // len(free), padded - seam), given), 1)
     return pack(symbols.flip(1), code_bits)

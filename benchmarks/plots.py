@@ -1,0 +1,49 @@
+"""Plots beside the results: docs/benchmarks/NAME.png."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import models
+import report
+
+OURS = {"trellis": "#c0392b", "seedlm": "#8e44ad", "svd": "#555555"}
+
+
+def interpolated(rows: list[dict[str, Any]], key: str, bits: float) -> float | None:
+    """A family's value at some bits, linear in its logarithm between the members around; None outside."""
+    rows = sorted(rows, key=lambda r: r["bits"])
+    for before, after in itertools.pairwise(rows):
+        if before["bits"] <= bits <= after["bits"]:
+            share = (bits - before["bits"]) / max(1e-9, after["bits"] - before["bits"])
+            return math.exp((1 - share) * math.log(before[key]) + share * math.log(after[key]))
+    return min((r[key] for r in rows if abs(r["bits"] - bits) < 0.13), default=None)
+
+
+def curves(
+    result: report.Result, rows: list[dict[str, Any]], key: str, label: str, title: str, limit: tuple[float, float]
+) -> None:
+    """One line a family: a value (logarithmic) against bits a weight."""
+    try:
+        import matplotlib
+    except ImportError:
+        result.say("(no plot: matplotlib is not installed)")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    markers = itertools.cycle("osv^Dd<>P*X")
+    for family in sorted({r["family"] for r in rows}, key=lambda f: (f not in OURS, f)):
+        members = sorted((r["bits"], r[key]) for r in rows if r["family"] == family)
+        style = {"color": OURS[family], "linewidth": 2.5} if family in OURS else {"linewidth": 1, "alpha": 0.8}
+        axes.plot(*zip(*members, strict=True), marker=next(markers), label=family, **style)
+    axes.set(yscale="log", xlim=limit, xlabel="bits a weight, all that is stored", ylabel=label, title=title)
+    axes.grid(which="both", alpha=0.25)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(models.ROOT / "docs" / "benchmarks" / f"{result.name}.png")
+    pyplot.close(figure)
+    result.say(f"![{title}]({result.name}.png)")
