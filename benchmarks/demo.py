@@ -20,7 +20,7 @@ from seedpack.model.sources import open_source
 
 PROMPT = "The capital of France is"
 CONTEXT, TOKENS = 1024, 4096
-CODECS = {"seedlm": "SeedLM, 4 bits", "svd": "SVD, the same bytes"}
+CODECS = {"trellis": "trellis, 4 bits", "svd": "SVD, 4 bits"}
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
     console.print(
         f"[dim]{name}, {found.tokens:,} tokens scored, context {CONTEXT}; KL to the original's next-token distribution. The "
         "weights are the shipped ones with channels rescaled, so that their old 4-bit grid helps no method; the function is "
-        "the same. SeedLM is the paper's method: at 4 bits a plain 4-bit grid with group scales is closer to the original "
-        "(docs/benchmarks/language.md).[/dim]\n"
+        "the same. The trellis gives the embedding, which is the output head too, 5 bits. SVD is the baseline "
+        "(docs/benchmarks/language.md has more).[/dim]\n"
     )
     for label, sentence in sentences.items():
         console.print(f"[bold]{label}[/bold]: {sentence[:240]}", highlight=False)

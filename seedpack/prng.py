@@ -204,4 +204,5 @@ def trellis_values(window: Words, multiplier: int, key: int) -> Words:
         key: c, from `trellis_key`.
     """
     h = (window * multiplier + key) & MASK32
-    return (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24) - 510
+    total: Words = (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24) - 510
+    return total

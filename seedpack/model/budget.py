@@ -58,6 +58,8 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None) -> Plan:
     units: dict[str, list[TensorPlan]] = {}
     for tensor in packed:
         units.setdefault(tensor.group or tensor.name, []).append(tensor)
+    if stiff := [tensor for tensor in packed if not tensor.codec.variants()]:
+        raise CodecError(f"codec {stiff[0].codec.id!r} has no variants to meet a budget of bits with; use trellis")
     budget = bits * plan.packed_weights
     options = {unit: _options(tensors, head_bits) for unit, tensors in units.items()}
     spent = sum(steps[0][0] for steps in options.values())

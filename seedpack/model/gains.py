@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,8 +37,10 @@ def followers(model: nn.Module) -> dict[str, str]:
     def layer_called(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             if args and isinstance(args[0], Tensor):
-                taken = [args[0], args[0]._base]
-                found.update({name: norm for output, norm in outputs if any(output is tensor for tensor in taken)})
+                taken = (args[0], args[0]._base)
+                for output, norm in outputs:
+                    if output is taken[0] or output is taken[1]:
+                        found[name] = norm
 
         return hook
 
@@ -48,12 +51,10 @@ def followers(model: nn.Module) -> dict[str, str]:
         elif packed_class(module) is not None and not isinstance(module, nn.Embedding):
             hooks.append(module.register_forward_pre_hook(layer_called(name)))
     training = model.training
-    try:
-        with torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+    try:  # foreign code in conditions it was not made for: whatever it raises, what it reached so far stands
+        with suppress(Exception), torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    except Exception:  # foreign code in conditions it was not made for; what it reached so far stands
-        pass
     finally:
         model.train(training)
         for hook in hooks:
@@ -61,16 +62,17 @@ def followers(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def output_power(norm: nn.Module, read: Callable[[str], Tensor]) -> Tensor:
-    """gain² + bias² of each channel of a norm [width], float64; `read` gives its parameters by their own names.
+def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
+    """gain² + bias² of each channel of a norm [width], float64; `values` are its parameters.
 
     The gain is how far the output goes for ±1 from where it is for 0: so it is right for norms that add 1 to it.
     """
     norm = copy.deepcopy(norm).to_empty(device="cpu").double()
     with torch.no_grad():
         for name, parameter in norm.named_parameters():
-            parameter.copy_(read(name))
+            parameter.copy_(values[name])
         width = norm.get_parameter("weight").shape[0]
         ones = 1.0 - 2.0 * (torch.arange(width, dtype=torch.float64) % 2)
         rest = norm(torch.zeros(1, width, dtype=torch.float64))[0]
-        return (norm(ones[None])[0] - rest).double().square() + rest.double().square()
+        power: Tensor = (norm(ones[None])[0] - rest).square() + rest.square()
+    return power.double()

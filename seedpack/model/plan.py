@@ -226,8 +226,8 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
     """The codec of the command line: an id, or `svd+ID` for an SVD whose factors are packed by another codec.
 
     Args:
-        name: as "seedlm", "svd", "svd+seedlm".
-        bits: bits a weight; None is the codec's default (4 for seedlm and svd).
+        name: as "trellis", "svd", "svd+trellis".
+        bits: bits a weight; None is the codec's default, 4.
         settings: hyperparameters by name, which win.
     """
     outer, plus, inner = name.partition("+")
@@ -235,7 +235,7 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
     config = dict(settings)
     if plus:
         if outer != "svd":
-            raise CodecError(f"codec {name!r}: only svd takes another codec for its factors, as svd+seedlm")
+            raise CodecError(f"codec {name!r}: only svd takes another codec for its factors, as svd+trellis")
         factor = codec_for(inner, None, {}).spec()
         config["factors"] = factor.to_json()
     known = [field.name for field in dataclasses.fields(cls)]

@@ -94,8 +94,11 @@ class Skeleton:
         layers = {target, *(tied for tied, origin in self.tied.items() if origin == target)}
         for layer in sorted(layer.rpartition(".")[0] for layer in layers):
             norm = self._followers.get(layer)
-            if norm is not None and all(f"{norm}.{leaf}" in stored for leaf, _ in self._modules[norm].named_parameters()):
-                return output_power(self._modules[norm], lambda leaf: read(stored[f"{norm}.{leaf}"]))
+            if norm is None:
+                continue
+            names = {leaf: stored.get(f"{norm}.{leaf}") for leaf, _ in self._modules[norm].named_parameters()}
+            if None not in names.values():
+                return output_power(self._modules[norm], {leaf: read(str(name)) for leaf, name in names.items()})
         return None
 
     @cached_property

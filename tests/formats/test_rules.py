@@ -27,7 +27,17 @@ from seedpack.formats.header import DTYPE_BYTES
 from seedpack.formats.manifest import loads_manifest
 from seedpack.kernels.bits import pack, unpack
 from seedpack.model.stored import stored_dense
-from seedpack.prng import LFSR_TAPS, lfsr_matrix, philox_words, rademacher, squirrel5
+from seedpack.prng import (
+    LFSR_TAPS,
+    TRELLIS_MULTIPLIERS,
+    lfsr_matrix,
+    philox_words,
+    rademacher,
+    squirrel5,
+    trellis_key,
+    trellis_multiplier,
+    trellis_values,
+)
 from tests.formats import make
 
 SPEC = (Path(__file__).resolve().parent.parent.parent / "docs" / "format.md").read_text()
@@ -353,6 +363,15 @@ def test_m23_squirrel5() -> None:
         assert constant in SPEC
     inverse = pow(0xD2A80A3F, -1, 2**32)
     assert squirrel5(torch.tensor([5]), 3) == squirrel5(torch.tensor([(5 + 3 * inverse) % 2**32]), 0)
+
+
+def test_m24_trellis() -> None:
+    found = re.findall(r"\| (\d) \| ([0-9A-F]{8}) \| ([0-9A-F]{8}) (?=\|)", SPEC)
+    assert {int(k): (int(a, 16), int(b, 16)) for k, a, b in found} == TRELLIS_MULTIPLIERS
+    assert trellis_key(0) == 0x6627E8D5 == philox_words(0, 1)[0]
+    h = (0xBEEF * trellis_multiplier(4, 16) + 0x6627E8D5) % 2**32
+    expected = sum(h.to_bytes(4, "little")) - 510
+    assert trellis_values(torch.tensor([0xBEEF]), trellis_multiplier(4, 16), trellis_key(0)).tolist() == [expected]
 
 
 def test_schema_describes_real_manifests(file: Path) -> None:

@@ -19,6 +19,7 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.prng import philox_words
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +31,10 @@ CASES: dict[str, Codec] = {
     "wide-seeds": SeedLMCodec(seed_bits=18, block=6, rank=2, exponents=1),
     "fp16-factors": SVDCodec(rank=3),
     "seedlm-factors": SVDCodec.over(SeedLMCodec(seed_bits=10), rank=5),
+    "four-bits": TrellisCodec(4, effort="fast"),
+    "two-bits": TrellisCodec(2, seed=7),
+    "odd-windows": TrellisCodec(3, 13, seed=2**40, effort="fast"),
+    "long-windows": TrellisCodec(5, 18, effort="fast"),
     "plain": RawCodec("BF16"),
 }
 

@@ -86,9 +86,7 @@ def test_search_against_all_streams() -> None:
     ).double()
     rounded = values.round().double()
     least = ((rounded[:, None] - codes) ** 2).sum(2).amin(1)
-    stream = trellis_search(
-        values, code_bits=code_bits, state_bits=state_bits, key=key, survivors=4, columns=columns
-    )
+    stream = trellis_search(values, code_bits=code_bits, state_bits=state_bits, key=key, survivors=4, columns=columns)
     found = trellis_decode(stream, code_bits=code_bits, state_bits=state_bits, key=key, columns=columns)
     error = ((rounded - found) ** 2).sum(1)
     assert bool((error >= least).all())

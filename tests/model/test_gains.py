@@ -36,7 +36,9 @@ def test_power_is_the_gain_squared(tmp_path: Path) -> None:
     gain = model.model.layers[1].post_attention_layernorm.weight.detach().double()
     torch.testing.assert_close(power, gain.square(), rtol=1e-4, atol=1e-6)
     head = next(name for name, tensor in source.tensors.items() if tensor.kind == "head")
-    torch.testing.assert_close(source.power(head), model.model.norm.weight.detach().double().square(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        source.power(head), model.model.norm.weight.detach().double().square(), rtol=1e-4, atol=1e-6
+    )
     assert source.power("model.layers.0.self_attn.o_proj.weight") is None
 
 
@@ -44,7 +46,7 @@ def test_power_of_other_norms() -> None:
     norm = nn.LayerNorm(6)
     values = {"weight": torch.tensor([1.0, -2, 3, 0.5, 0, 1]), "bias": torch.arange(6.0)}
     torch.testing.assert_close(
-        output_power(norm.to("meta"), values.__getitem__),
+        output_power(norm.to("meta"), values),
         values["weight"].double() ** 2 + values["bias"].double() ** 2,
         rtol=1e-3, atol=1e-3,
     )  # fmt: skip
@@ -73,7 +75,9 @@ def test_compress_uses_it(tmp_path: Path, given: bool) -> None:
     with torch.no_grad():
         gain = torch.logspace(-1, 1, model.config.hidden_size)
         model.model.layers[0].post_attention_layernorm.weight.copy_(gain)
-        model.model.layers[0].mlp.up_proj = nn.Linear(model.config.hidden_size, model.config.intermediate_size, bias=False)
+        model.model.layers[0].mlp.up_proj = nn.Linear(
+            model.config.hidden_size, model.config.intermediate_size, bias=False
+        )
     weight = torch.randn(model.config.intermediate_size, model.config.hidden_size)
     model.model.layers[0].mlp.up_proj.weight.data.copy_(weight)
     model.save_pretrained(tmp_path / "dense")

@@ -25,6 +25,7 @@ from torch import Tensor
 from seedpack.kernels.bits import packed_shape
 from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, WRAP, seam_symbols, table, tag_bits, units
 
+_intrinsic: Any = intrinsic  # its callers leave the first argument out
 LANES, UNROLLED = 16, 16
 LINE = 64
 CEILING_BITS = np.float32(CEILING).view(np.int32)
@@ -37,7 +38,7 @@ def _spread(builder: Any, scalar: Any, vector: Any) -> Any:
     return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(index, vector.count), [0] * vector.count))
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: Any, q: Any, x: Any) -> Any:
     """best[q·2^k …] = min over the 2^k predecessors p = j·2^(m-k) + q of metric[p] + (x - table[base[p] …])²."""
     k = bits.count  # a tuple's length is part of its type: a constant here
@@ -70,7 +71,9 @@ def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: An
                     square = builder.fmul(error, error, flags=("contract",))
                     so_far = _spread(builder, builder.load(builder.gep(metric_at, [p])), vector)
                     cost = builder.fadd(square, so_far, flags=("contract",))
-                    least = cost if least is None else builder.select(builder.fcmp_ordered("<", cost, least), cost, least)
+                    least = (
+                        cost if least is None else builder.select(builder.fcmp_ordered("<", cost, least), cost, least)
+                    )
                 if unrolled < symbols:
                     before = builder.load(place, align=4)
                     least = builder.select(builder.fcmp_ordered("<", least, before), least, before)
@@ -80,7 +83,7 @@ def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: An
     return signature, codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@_intrinsic
 def _settle(
     context: Any, best: Any, metric: Any, base: Any, history: Any, first: Any, floor: Any, k: Any, m: Any, tags: Any,
     memory: Any,
@@ -148,7 +151,7 @@ def _step(
 
 
 @njit(cache=True, nogil=True)
-def _trace(history: Any, state: int, k: int, symbols: Any) -> None:
+def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
     """The symbols on the way to a state: symbols[i] led to the state after step i."""
     states = history.shape[1]
     shift = 0
@@ -160,7 +163,18 @@ def _trace(history: Any, state: int, k: int, symbols: Any) -> None:
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _search(bits: Any, x: Any, table: Any, state_bits: int, survivors: int, tag: int, columns: int, near: int, seam: int, out: Any) -> None:
+def _search(
+    bits: Any,
+    x: Any,
+    table: Any,
+    state_bits: int,
+    survivors: int,
+    tag: int,
+    columns: int,
+    near: int,
+    seam: int,
+    out: Any,
+) -> None:
     rows, padded = x.shape
     k = len(bits)
     states, tags, memory_mask = 1 << survivors, (1 << tag) - 1, (1 << (state_bits - k)) - 1
@@ -174,14 +188,27 @@ def _search(bits: Any, x: Any, table: Any, state_bits: int, survivors: int, tag:
         _open(metric, base, k)
         for i in range(2 * near):
             t = near - 1 - i if i < near else padded - 1 - (i - near)
-            _step(bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask)
+            _step(
+                bits,
+                table,
+                base,
+                metric,
+                best,
+                as_bits,
+                history[i],
+                x[r, t],
+                t >= columns,
+                survivors,
+                tags,
+                memory_mask,
+            )
         state = 0
         for i in range(states):
             if np.int32(metric[i]) >> tag < np.int32(metric[state]) >> tag:
                 state = i
         _trace(history[: 2 * near], state, k, symbols)
         given = symbols[near - seam : near].copy()
-        memory = 0
+        memory: Any = 0
         for i in range(seam):
             memory = ((memory << k) | np.int64(given[i])) & memory_mask
 
@@ -192,8 +219,22 @@ def _search(bits: Any, x: Any, table: Any, state_bits: int, survivors: int, tag:
         base[start] = memory << k
         for i in range(padded - seam):
             t = padded - 1 - i
-            _step(bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask)
-        state, oldest, least = 0, 0, np.int64(1) << 62
+            _step(
+                bits,
+                table,
+                base,
+                metric,
+                best,
+                as_bits,
+                history[i],
+                x[r, t],
+                t >= columns,
+                survivors,
+                tags,
+                memory_mask,
+            )
+        oldest: Any = 0
+        state, least = 0, np.int64(1) << 62
         below = state_bits - k * seam  # bits of the oldest given symbol that others' windows see
         for i in range(states):  # every survivor goes on with the given symbols
             for free in range(1 << (k - below)):

@@ -1,0 +1,66 @@
+"""CIFAR-10 ResNets packed: accuracy on the test images, beside what a user would pick instead."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import models
+import peers
+import report
+import torch
+
+import seedpack
+
+IMAGES_AT_ONCE = 500
+
+
+@torch.inference_mode()
+def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+    """Per cent."""
+    right = [
+        int((model(some).argmax(1) == truth).sum())
+        for some, truth in zip(images.split(IMAGES_AT_ONCE), labels.split(IMAGES_AT_ONCE), strict=True)
+    ]
+    return 100 * sum(right) / len(labels)
+
+
+def measure(result: report.Result) -> None:
+    if not models.resnets():
+        raise SystemExit(f"needs the pretrained ResNets and the test images in {models.DATA}")
+    images, labels = models.cifar10_test()
+    for name, file in models.resnets().items():
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        original = models.resnet(name, state)
+        rows = [("original", "32", "", f"{accuracy(original, images, labels):.2f}%")]
+        for codec, bits in [("trellis", 4.0), ("trellis", 3.0), ("trellis", 2.0), ("seedlm", 4.0), ("seedlm", 3.0)]:
+            out = models.CACHE / f"{name}-{codec}-{bits:g}.safetensors"
+            done = seedpack.compress(file, out, codec=codec, bits=bits, force=True)
+            packed = seedpack.load(out, model=models.resnet(name))
+            stored = done.plan.totals()["bits_per_packed_weight"]
+            rows.append(
+                (
+                    f"{codec}, {bits:g} bits",
+                    f"{stored:.3f}",
+                    f"{done.error_db:.2f} dB",
+                    f"{accuracy(packed, images, labels):.2f}%",
+                )
+            )
+            print(rows[-1], flush=True)
+        for label, (_, quantise) in peers.data_free().items():
+            other = copy.deepcopy(original)
+            try:
+                stored, error_db = peers.replace_weights(other, quantise)
+            except RuntimeError:  # groups of 64 or 128 do not divide the first layers of so small a network
+                continue
+            rows.append((label, f"{stored:.3f}", f"{error_db:.2f} dB", f"{accuracy(other, images, labels):.2f}%"))
+            print(rows[-1], flush=True)
+        result.say(
+            f"## {name}\nAll convolutions and the linear head packed, batch norms as they are; the 10,000 CIFAR-10 test images. "
+            "Peers are left out where their groups do not divide the weights."
+        )
+        result.table(["method", "bits a weight", "relative error", "accuracy"], rows)
+
+
+if __name__ == "__main__":
+    report.run("images", "CIFAR-10 ResNets, packed", measure)
