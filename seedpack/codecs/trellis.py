@@ -146,6 +146,8 @@ class TrellisCodec(Codec):
     ) -> Parts:
         """Balance, rotate, search each row's stream, and fit its scale by least squares.
 
+        In float64 up to the search, which is exact: so machines that sum in another order find the same stream.
+
         With error power D the same in every rotated channel, Σ_c h[c]·‖error of channel c‖² is least if channel c is
         multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or a guess.
         """
@@ -156,20 +158,20 @@ class TrellisCodec(Codec):
         balance = self._input_scales(parts, columns, torch.device("cpu"))
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8)
-        scale = torch.empty(rows)
+        scale = torch.empty(rows, dtype=torch.float64)
         key = trellis_key(self.seed)
         step = max(1, WEIGHTS_AT_ONCE // columns)
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
-            rotated = rotate(weight[here].detach().cpu().float() * balance, self.seed)
-            unit = (rotated.double().square().mean(1).sqrt() * self._first_unit()).float()
+            rotated = rotate(weight[here].detach().cpu().double() * balance, self.seed)
+            unit = rotated.square().mean(1).sqrt() * self._first_unit()
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
                 stream[here] = trellis_search(
                     values, code_bits=self.code_bits, state_bits=self.state_bits, key=key,
                     survivors=self.survivors, columns=columns, backend=backend,
                 )  # fmt: skip
-                found = self._values(stream[here], columns, backend).float()
+                found = self._values(stream[here], columns, backend).double()
                 unit = (rotated * found).sum(1) / found.square().sum(1).clamp_min(1)
             scale[here] = unit / VALUE_UNIT
             if progress:

@@ -42,8 +42,8 @@ def factors(width: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _matrix(order: int, device: torch.device) -> Tensor:
-    """Symmetric and orthogonal, float32: Sylvester's Hadamard matrix for a power of two, else the discrete Hartley
+def _matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Symmetric and orthogonal: Sylvester's Hadamard matrix for a power of two, else the discrete Hartley
     transform cas(2π·i·j / n) / √n (Bracewell, 1983), whose entries are nearly as even."""
     index = torch.arange(order, dtype=torch.int64)
     product = index[:, None] * index
@@ -56,7 +56,7 @@ def _matrix(order: int, device: torch.device) -> Tensor:
     else:
         angle = (product % order).to(torch.float64) * (2 * math.pi / order)
         matrix = angle.cos() + angle.sin()
-    return (matrix / math.sqrt(order)).to(torch.float32).to(device)
+    return (matrix / math.sqrt(order)).to(device, dtype)
 
 
 @lru_cache(maxsize=64)
@@ -69,15 +69,19 @@ def _mix(x: Tensor) -> Tensor:
     y = x
     for order in factors(x.shape[-1]):  # the first axis is mixed and becomes the last; after all they stand as before
         y = y.reshape(rows, abs(order), x.shape[-1] // abs(order)).mT
-        y = y @ _matrix(order, x.device) if order > 0 else y
+        y = y @ _matrix(order, x.device, x.dtype) if order > 0 else y
     return y.reshape(x.shape)
 
 
+def _working(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def rotate(x: Tensor, seed: int) -> Tensor:
-    """x [..., n] times the rotation, in float32: n·(64 + 64 + … + odd order) multiply-adds a row."""
-    return _mix(x.float() * _signs(seed, x.shape[-1], x.device))
+    """x [..., n] times the rotation: n·(64 + 64 + … + odd order) multiply-adds a row. float64 stays so, else float32."""
+    return _mix(_working(x) * _signs(seed, x.shape[-1], x.device))
 
 
 def unrotate(x: Tensor, seed: int) -> Tensor:
     """The inverse of `rotate`."""
-    return _mix(x.float()) * _signs(seed, x.shape[-1], x.device)
+    return _mix(_working(x)) * _signs(seed, x.shape[-1], x.device)

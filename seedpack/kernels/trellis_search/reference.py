@@ -32,7 +32,7 @@ def table(code_bits: int, state_bits: int, key: int, tag: int) -> Int[Tensor, " 
 
 def units(values: Float[Tensor, "rows columns"], tag: int) -> Float[Tensor, "rows columns"]:
     """Values rounded to the code's unit, limited, times the table's factor: whole numbers in float32."""
-    return values.float().round().clamp(-LIMIT, LIMIT) * (1 << -(-tag // 2))
+    return values.round().clamp(-LIMIT, LIMIT).float() * (1 << -(-tag // 2))
 
 
 class _Walk:
