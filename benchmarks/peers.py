@@ -5,6 +5,7 @@ Each takes a weight [out, in] and gives it back as the peer would rebuild it, an
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -167,6 +168,17 @@ def data_free() -> dict[str, tuple[str, Quantiser]]:
             )
             found[f"GGUF {kind}"] = (family, functools.partial(ggml, kind=kind))
     return found
+
+
+def versions() -> str:
+    """Of the peers' packages that are installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for name in ("bitsandbytes", "hqq", "torchao", "xllamacpp"):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found) or "none installed"
 
 
 @torch.no_grad()

@@ -78,6 +78,7 @@ class TrellisCodec(Codec):
         state_bits: L, k + 4 … 20; default 16, for effort "best" 18.
         seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
         effort: "fast", "default" or "best", for the encoder alone.
+        balance: whether weights of 128 rows or more have that part; it pays where input channels differ.
     """
 
     id: ClassVar[str] = "trellis"
@@ -87,6 +88,7 @@ class TrellisCodec(Codec):
     state_bits: int = 0
     seed: int = 0
     effort: str = "default"
+    balance: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.effort, str) or self.effort not in EFFORTS:
@@ -95,6 +97,8 @@ class TrellisCodec(Codec):
         if type(self.state_bits) is int and self.state_bits == 0:
             object.__setattr__(self, "state_bits", EFFORTS[self.effort].state_bits)
         require_whole(self.id, "state_bits", self.state_bits, self.code_bits + LEAST_MEMORY, 20)
+        if type(self.balance) is not bool:
+            raise CodecError(f"{self.id}: balance must be true or false, got {self.balance!r}")
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
 
     @classmethod
@@ -132,7 +136,7 @@ class TrellisCodec(Codec):
             "scales": ("I16", (rows,)),
             "exponent": ("I8", (1,)),
         }
-        if rows >= BALANCE_ROWS:
+        if self.balance and rows >= BALANCE_ROWS:
             parts["balance"] = ("U8", packed_shape(1, columns, BALANCE_BITS))
         return parts
 
@@ -153,7 +157,7 @@ class TrellisCodec(Codec):
         """
         rows, columns = weight.shape
         parts: Parts = {}
-        if rows >= BALANCE_ROWS:
+        if "balance" in self.parts((rows, columns)):
             parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS)
         balance = self._input_scales(parts, columns, torch.device("cpu"))
         padded = self._padded(columns)

@@ -69,6 +69,7 @@ def test_guess() -> None:
 
 def test_balance_is_stored_where_it_is_cheap() -> None:
     codec = TrellisCodec(4)
+    assert "balance" not in TrellisCodec(4, balance=False).parts((4096, 64))
     assert "balance" not in codec.parts((127, 64)) and codec.parts((128, 64))["balance"] == ("U8", (1, 32, 1))
     assert codec.bits_per_weight((4096, 4096)) == 4 + 16 / 4096 + 4 / 4096 + 8 / 4096**2
 
@@ -106,6 +107,7 @@ def test_efforts() -> None:
         ({"state_bits": 21}, "state_bits must be a whole number from 8 to 20"),
         ({"state_bits": False}, "state_bits must be a whole number"),
         ({"seed": -1}, "seed must be a whole number"),
+        ({"balance": 1}, "balance must be true or false, got 1"),
         ({"effort": "most"}, "effort must be one of fast, default, best, got 'most'"),
     ],
 )
