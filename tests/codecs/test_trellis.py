@@ -107,7 +107,6 @@ def test_efforts() -> None:
         ({"state_bits": 21}, "state_bits must be a whole number from 8 to 20"),
         ({"state_bits": False}, "state_bits must be a whole number"),
         ({"seed": -1}, "seed must be a whole number"),
-        ({"balance": 1}, "balance must be true or false, got 1"),
         ({"effort": "most"}, "effort must be one of fast, default, best, got 'most'"),
     ],
 )
