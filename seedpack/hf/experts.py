@@ -66,7 +66,7 @@ class ExpertView:
         return torch.stack([self[i] for i in range(self.shape[0])])
 
     def _decode(self, group: ExpertGroup, index: int) -> Tensor:
-        parts = [self._module.get_parameter(group.leaf(part))[index] for part in group.part_names]
+        parts = {part: self._module.get_parameter(group.leaf(part))[index] for part in group.part_names}
         return ops.decode(parts, codec_to_json(group.codec), group.shape, self.dtype)
 
 

@@ -35,11 +35,11 @@ class PackedModule(nn.Module):
 
     def packed_parts(self) -> dict[str, Tensor]:
         """The parts, by name."""
-        return dict(zip(self.part_names, self._ordered(), strict=True))
+        return {name: self.get_parameter(name) for name in self.part_names}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight rebuilt, in the dense layer's shape."""
-        weight = ops.decode(self._ordered(), self.codec_text, self.matrix, dtype or self.compute_dtype)
+        weight = ops.decode(self.packed_parts(), self.codec_text, self.matrix, dtype or self.compute_dtype)
         return weight.mT.contiguous() if self.transposed else weight.view(self.weight_shape)
 
     def _require_float(self, x: Tensor) -> None:
@@ -49,9 +49,6 @@ class PackedModule(nn.Module):
                 f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "
                 "weight, which is packed here; leave this layer raw (--exclude)"
             )
-
-    def _ordered(self) -> list[Tensor]:
-        return [self.get_parameter(name) for name in self.part_names]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
@@ -68,7 +65,7 @@ class PackedLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         self._require_float(input)
-        return ops.linear(input, self._ordered(), self.codec_text, self.matrix, self.bias)
+        return ops.linear(input, self.packed_parts(), self.codec_text, self.matrix, self.bias)
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -82,7 +79,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             raise IndexError(f"embedding index {int(input.min())} is out of range")
         parts = self.codec.rows(self.packed_parts(), input.flatten())
         shape = (input.numel(), self.embedding_dim)
-        rows = ops.decode(list(parts.values()), self.codec_text, shape, self.compute_dtype)
+        rows = ops.decode(parts, self.codec_text, shape, self.compute_dtype)
         result = rows.view(*input.shape, self.embedding_dim)
         if self.embed_scale_value is not None:
             result = result * torch.tensor(self.embed_scale_value, dtype=self.compute_dtype, device=result.device)

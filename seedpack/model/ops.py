@@ -1,11 +1,12 @@
 """The packed product as torch operators: opaque to the compiler, with a gradient to the input.
 
 Opaque, because Inductor may compile the wrapping integers of a generator wrongly. The codec travels as its JSON text,
-its parts in the order of `Codec.parts`. The backward pass decodes again; no dense weight lives between the two.
+its parts as a list with their names (which rows of an embedding keep, where few rows alone would have others). The backward pass decodes again; no dense weight lives between the two.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,52 +15,52 @@ from torch import Tensor
 from seedpack.codecs.registry import codec_from_json
 
 
+def _named(parts: list[Tensor], names: str) -> dict[str, Tensor]:
+    return dict(zip(names.split(","), parts, strict=True))
+
+
 @torch.library.custom_op("seedpack::decode", mutates_args=())
-def _decode(parts: list[Tensor], codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _decode(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     decoder = codec_from_json(codec)
-    matrix = (shape[0], shape[1])
-    named = dict(zip(decoder.parts(matrix), parts, strict=True))
-    return decoder.decode(named, matrix, dtype).contiguous()
+    return decoder.decode(_named(parts, names), (shape[0], shape[1]), dtype).contiguous()
 
 
 @_decode.register_fake
-def _(parts: list[Tensor], codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=parts[0].device)
 
 
 @torch.library.custom_op("seedpack::linear", mutates_args=())
-def _linear(x: Tensor, parts: list[Tensor], bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
+def _linear(x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
     decoder = codec_from_json(codec)
-    matrix = (shape[0], shape[1])
-    named = dict(zip(decoder.parts(matrix), parts, strict=True))
-    return decoder.matmul(x, named, matrix, bias).contiguous()
+    return decoder.matmul(x, _named(parts, names), (shape[0], shape[1]), bias).contiguous()
 
 
 @_linear.register_fake
-def _(x: Tensor, parts: list[Tensor], bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
+def _(x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, parts, _, ctx.codec, ctx.shape = inputs
+    _, parts, ctx.names, _, ctx.codec, ctx.shape = inputs
     ctx.save_for_backward(*parts)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = list(ctx.saved_tensors)
-    grad_x = grad @ _decode(parts, ctx.codec, ctx.shape, grad.dtype) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-    return grad_x, [None] * len(parts), grad_bias, None, None
+    grad_x = grad @ _decode(parts, ctx.names, ctx.codec, ctx.shape, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
+    return grad_x, [None] * len(parts), None, grad_bias, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def decode(parts: list[Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The dense weight [out, in]."""
-    return _decode(parts, codec, list(shape), dtype)  # type: ignore[no-any-return]
+    return _decode(list(parts.values()), ",".join(parts), codec, list(shape), dtype)  # type: ignore[no-any-return]
 
 
-def linear(x: Tensor, parts: list[Tensor], codec: str, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
     """x [..., in] times the packed weight [out, in] transposed, plus bias [out]; differentiable in x and bias."""
-    return _linear(x, parts, bias, codec, list(shape))  # type: ignore[no-any-return]
+    return _linear(x, list(parts.values()), ",".join(parts), bias, codec, list(shape))  # type: ignore[no-any-return]

@@ -133,10 +133,10 @@ def test_operator_is_registered_properly() -> None:
     parts = CODEC.encode(torch.randn(6, 10))
     from seedpack.codecs.registry import codec_to_json
 
-    arguments = ([parts[n] for n in CODEC.parts((6, 10))], codec_to_json(CODEC), [6, 10], torch.float32)
+    arguments = (list(parts.values()), ",".join(parts), codec_to_json(CODEC), [6, 10], torch.float32)
     torch.library.opcheck(torch.ops.seedpack.decode.default, arguments)
     x = torch.randn(3, 10, requires_grad=True)
     torch.library.opcheck(
         torch.ops.seedpack.linear.default,
-        (x, arguments[0], torch.randn(6, requires_grad=True), *arguments[1:3]),
+        (x, *arguments[:2], torch.randn(6, requires_grad=True), *arguments[2:4]),
     )
