@@ -53,7 +53,7 @@ STRETCH = {
     "default": (1.00, 1.06, 1.08, 1.14, 1.18, 1.20, 1.24, 1.26),
     "best": (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26),
 }
-GAP = (0.35, 0.58, 0.79, 0.92, 1.22, 1.30, 1.28, 1.05)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
+GAP = (0.41, 0.58, 0.79, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
 BALANCE_ROWS = 128  # from so many rows on, 4 bits an input channel are cheap enough to pay
