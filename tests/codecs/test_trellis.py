@@ -82,7 +82,7 @@ def test_error_falls_by_six_decibels_a_bit(code_bits: int) -> None:
     error = float((decoded - weight).square().sum() / weight.square().sum())
     gap = 10 * math.log10(error * 4**code_bits)
     expected = 10 * math.log10(codec.expected_error() * 4**code_bits)  # with the default effort
-    assert -0.3 < gap - expected < 2.5
+    assert -1.5 < gap - expected < 2.5  # at high rates rare large values decide
 
 
 def test_efforts() -> None:
