@@ -136,6 +136,14 @@ class Codec:
         return cls(**config)
 
 
+def column_power(weight: Tensor) -> Tensor:
+    """The sum of squares of each column of a weight [out, in], float64 [in], some rows at a time."""
+    power = torch.zeros(weight.shape[1], dtype=torch.float64)
+    for rows in weight.detach().cpu().split(max(1, (1 << 20) // weight.shape[1])):
+        power += rows.double().square().sum(0)
+    return power
+
+
 def guessed_importance(weight: Tensor, power: Tensor | None) -> Tensor:
     """Importance of each input channel without data: its power, where known, over the norm of its weights [in].
 
@@ -145,10 +153,7 @@ def guessed_importance(weight: Tensor, power: Tensor | None) -> Tensor:
         weight: [out, in].
         power: of each input channel [in], as after a norm; None is all ones.
     """
-    norm = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for rows in weight.detach().cpu().split(max(1, (1 << 20) // weight.shape[1])):
-        norm += rows.double().square().sum(0)
-    norm = norm.sqrt()
+    norm = column_power(weight).sqrt()
     guess = 1 / norm.clamp_min(1e-3 * norm.mean()) if norm.any() else torch.ones_like(norm)
     return guess if power is None else guess * power.double().clamp_min(1e-6 * power.mean().clamp_min(1e-30))
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, guessed_importance, require_importance, require_whole
+from seedpack.codecs.base import (
+    Codec,
+    Parts,
+    Progress,
+    Shape,
+    column_power,
+    guessed_importance,
+    require_importance,
+    require_whole,
+)
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.bits import pack, packed_shape, unpack
@@ -217,9 +226,7 @@ class TrellisCodec(Codec):
     def _balance(self, weight: Tensor, importance: Tensor | None) -> Tensor:
         """The four bits of each input channel: the nearest quarter octave to the best factor, of geometric mean 1."""
         columns = weight.shape[1]
-        power = torch.zeros(columns, dtype=torch.float64)
-        for some in weight.split(max(1, WEIGHTS_AT_ONCE // columns)):
-            power += some.detach().cpu().double().square().sum(0)
+        power = column_power(weight)
         h = guessed_importance(weight, None) if importance is None else importance
         h = require_importance(self.id, h, columns)
         if not power.sum():

@@ -12,7 +12,7 @@ from seedpack.errors import CodecError, ModelError
 from seedpack.model.plan import Plan, TensorPlan
 
 # How much more a relative error costs in a language model's output head than in as many other weights: measured as KL
-# divergence with one kind of tensor packed at a time (docs/benchmarks/bits.md).
+# divergence with one kind of tensor packed at a time (docs/codecs/trellis.md).
 HEAD_SENSITIVITY = 4.0
 HEAD_EXTRA_BITS = 1  # the rate at which the head's error costs as much for a bit as the others': log2(sensitivity) / 2
 

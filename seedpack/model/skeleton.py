@@ -155,14 +155,13 @@ class Skeleton:
         module, _, leaf = target.rpartition(".")
         if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
             return "", False, ""
-        if module_kind(self._modules.get(module), leaf)[0] and self._is_head(module):
-            return "head", module_kind(self._modules[module], leaf)[1], ""
-        return module_kind(self._modules.get(module), leaf)
+        kind, transposed, group = module_kind(self._modules.get(module), leaf)
+        return "head" if kind and module in self._heads else kind, transposed, group
 
-    def _is_head(self, module: str) -> bool:
-        """Whether a module is the output projection of a language model, or the embedding that is tied to it."""
+    @cached_property
+    def _heads(self) -> set[str]:
+        """Modules that are a language model's output projection, or the embedding that is tied to it."""
         head = self.model.get_output_embeddings()
-        if not isinstance(head, nn.Module) or not hasattr(head, "weight"):
-            return False
-        name = next((name for name, found in self._modules.items() if found is head), "")
-        return module == name or self.tied.get(f"{name}.weight") == f"{module}.weight"
+        names = {name for name, module in self._modules.items() if module is head and hasattr(head, "weight")}
+        tied = {self.tied.get(f"{name}.weight", "").rpartition(".")[0] for name in names}
+        return names | tied - {""}

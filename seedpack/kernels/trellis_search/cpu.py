@@ -189,19 +189,8 @@ def _search(
         for i in range(2 * near):
             t = near - 1 - i if i < near else padded - 1 - (i - near)
             _step(
-                bits,
-                table,
-                base,
-                metric,
-                best,
-                as_bits,
-                history[i],
-                x[r, t],
-                t >= columns,
-                survivors,
-                tags,
-                memory_mask,
-            )
+                bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask
+            )  # fmt: skip
         state = 0
         for i in range(states):
             if np.int32(metric[i]) >> tag < np.int32(metric[state]) >> tag:
@@ -220,19 +209,8 @@ def _search(
         for i in range(padded - seam):
             t = padded - 1 - i
             _step(
-                bits,
-                table,
-                base,
-                metric,
-                best,
-                as_bits,
-                history[i],
-                x[r, t],
-                t >= columns,
-                survivors,
-                tags,
-                memory_mask,
-            )
+                bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask
+            )  # fmt: skip
         oldest: Any = 0
         state, least = 0, np.int64(1) << 62
         below = state_bits - k * seam  # bits of the oldest given symbol that others' windows see
