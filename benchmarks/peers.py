@@ -68,11 +68,14 @@ def rtn_clipped(weight: Tensor, bits: int, group: int) -> tuple[Tensor, float]:
 
 
 def bitsandbytes_nf4(weight: Tensor) -> tuple[Tensor, float]:
-    """bitsandbytes' own NF4, blocks of 64 with double quantisation."""
+    """bitsandbytes' own NF4, blocks of 64 of the flattened weight with double quantisation.
+
+    (Its CPU code rebuilds matrices wrongly whose rows are no multiple of 64.)
+    """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    codes, state = quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4", compress_statistics=True)
-    return dequantize_4bit(codes, state).to(weight.dtype), 4 + 8 / 64 + 32 / (64 * 256)
+    codes, state = quantize_4bit(weight.flatten(), blocksize=64, quant_type="nf4", compress_statistics=True)
+    return dequantize_4bit(codes, state).view(weight.shape).to(weight.dtype), 4 + 8 / 64 + 32 / (64 * 256)
 
 
 def hqq(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor, float]:
@@ -185,13 +188,18 @@ def versions() -> str:
 def replace_weights(model: torch.nn.Module, quantise: Quantiser) -> tuple[float, float]:
     """Every linear, convolution and embedding weight of a model replaced by its rebuilt form; shared ones once.
 
+    A weight that the peer's groups do not divide stays as it is, and counts 16 bits.
+
     Returns:
         Bits a weight, and the relative error in dB.
     """
     error = energy = stored = weights = 0.0
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d)
     for weight in {id(m.weight): m.weight for m in model.modules() if isinstance(m, kinds)}.values():
-        rebuilt, bits = quantise(weight.flatten(1).float())
+        try:
+            rebuilt, bits = quantise(weight.flatten(1).float())
+        except (RuntimeError, AssertionError):
+            rebuilt, bits = weight, 16.0
         rebuilt = rebuilt.view(weight.shape)
         error += float((rebuilt - weight).double().square().sum())
         energy += float(weight.double().square().sum())

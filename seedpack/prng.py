@@ -188,6 +188,7 @@ def trellis_multiplier(code_bits: int, state_bits: int) -> int:
     return TRELLIS_MULTIPLIERS[code_bits][state_bits > 16]
 
 
+@functools.lru_cache(maxsize=256)
 def trellis_key(seed: int) -> int:
     """The 32-bit constant c of the trellis's code: word 0 of the Philox stream of a seed."""
     return int(philox_words(seed, 1))

@@ -9,6 +9,7 @@ integer tensors, its *parts*, laid out [out_features, groups along the input, â€
     decode(parts, shape, dtype)      parts -> weight; the definition
     rows(parts, index)               the parts of some rows, for embeddings
     matmul(x, parts, shape, bias)    x @ weight.T + bias
+    matmul_transposed(grad, â€¦)       grad @ weight, for the backward pass
 
 `docs/adding-a-codec.md` shows a whole one.
 """
@@ -89,6 +90,10 @@ class Codec:
     ) -> Tensor:
         """x [..., in] @ weight.T + bias [out] -> [..., out]."""
         return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
+
+    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
+        """grad [..., out] @ weight -> [..., in]: the gradient of `matmul` to x."""
+        return grad @ self.decode(parts, shape, grad.dtype, backend)
 
     def variants(self) -> list[Codec]:
         """This codec at every rate it has, by bits, for plans with a budget; empty if it has one rate alone."""

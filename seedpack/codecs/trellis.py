@@ -25,12 +25,14 @@ from seedpack.codecs.base import (
     require_importance,
     require_whole,
 )
+from seedpack.codecs.derived import derived
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
-from seedpack.kernels.rotation import rotate, unrotate
-from seedpack.kernels.trellis_decode import trellis_decode
+from seedpack.kernels.rotation import mix, rotate, signs, unrotate
+from seedpack.kernels.trellis_decode import trellis_decode, trellis_dense
+from seedpack.kernels.trellis_matmul import trellis_matmul, trellis_matmul_transposed
 from seedpack.kernels.trellis_search import trellis_search
 from seedpack.prng import trellis_key
 
@@ -172,7 +174,6 @@ class TrellisCodec(Codec):
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8)
         scale = torch.empty(rows, dtype=torch.float64)
-        key = trellis_key(self.seed)
         step = max(1, WEIGHTS_AT_ONCE // columns)
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
@@ -181,10 +182,9 @@ class TrellisCodec(Codec):
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
                 stream[here] = trellis_search(
-                    values, code_bits=self.code_bits, state_bits=self.state_bits, key=key,
-                    survivors=self.survivors, columns=columns, backend=backend,
-                )  # fmt: skip
-                found = self._values(stream[here], columns, backend).double()
+                    values, survivors=self.survivors, columns=columns, backend=backend, **self._code()
+                )
+                found = trellis_decode(stream[here], columns=columns, backend=backend, **self._code()).double()
                 unit = (rotated * found).sum(1) / found.square().sum(1).clamp_min(1)
             scale[here] = unit / VALUE_UNIT
             if progress:
@@ -198,16 +198,32 @@ class TrellisCodec(Codec):
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back and unbalanced."""
-        weight = unrotate(self._rotated(parts, shape, backend), self.seed)
+        weight = trellis_dense(parts["weight"], self._scale(parts), columns=shape[1], backend=backend, **self._code())
+        weight = unrotate(weight, self.seed)
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
     def matmul(
         self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
     ) -> Tensor:
-        """Rotates the activations instead of the weight."""
-        weight = self._rotated(parts, shape, backend).to(x.dtype)
-        rotated = rotate(x.float() / self._input_scales(parts, shape[1], x.device), self.seed)
-        return torch.nn.functional.linear(rotated.to(x.dtype), weight, bias)
+        """Rotates the activations instead of the weight, and multiplies by the stream."""
+        scale, factor = self._ready(parts, shape[1])
+        rotated = mix(x.reshape(-1, shape[1]), factor, backend)
+        y = trellis_matmul(rotated, parts["weight"], scale, backend=backend, **self._code())
+        y = y.to(x.dtype) if bias is None else (y + bias).to(x.dtype)
+        return y.view(*x.shape[:-1], shape[0])
+
+    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
+        """The stream's gradient to the rotated activations, rotated back."""
+        scale, factor = self._ready(parts, shape[1])
+        rotated = trellis_matmul_transposed(
+            grad.reshape(-1, shape[0]).float(),
+            parts["weight"],
+            scale,
+            columns=shape[1],
+            backend=backend,
+            **self._code(),
+        )
+        return (mix(rotated, None, backend) * factor).to(grad.dtype).view(*grad.shape[:-1], shape[1])
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Streams and scales of some rows, the exponent of all."""
@@ -246,17 +262,23 @@ class TrellisCodec(Codec):
         """The code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
         return math.sqrt(1 - 4.0**-self.code_bits) * STRETCH[self.effort][self.code_bits - 1] / CODE_DEVIATION
 
-    def _values(self, stream: Tensor, columns: int, backend: Backend) -> Tensor:
-        return trellis_decode(
-            stream, code_bits=self.code_bits, state_bits=self.state_bits, key=trellis_key(self.seed),
-            columns=columns, backend=backend,
-        )  # fmt: skip
+    def _code(self) -> dict[str, int]:
+        return {"code_bits": self.code_bits, "state_bits": self.state_bits, "key": trellis_key(self.seed)}
 
-    def _rotated(self, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
-        """The weight in the rotated basis, float32 [out, in]."""
+    @staticmethod
+    def _scale(parts: Parts) -> Tensor:
+        """Of the integers, float32 [out]."""
         scale = parts["scales"].view(torch.float16).float()
-        scale = torch.ldexp(scale, parts["exponent"].to(torch.int32)) * VALUE_UNIT
-        return self._values(parts["weight"], shape[1], backend).float() * scale[:, None]
+        return torch.ldexp(scale, parts["exponent"].to(torch.int32)) * VALUE_UNIT
+
+    def _ready(self, parts: Parts, columns: int) -> tuple[Tensor, Tensor]:
+        """The scale of the integers, and what activations are multiplied by before they are mixed; kept."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            device = parts["scales"].device
+            return self._scale(parts), signs(self.seed, columns, device) / self._input_scales(parts, columns, device)
+
+        return derived(parts["scales"], (self, columns), make)
 
     @staticmethod
     def _exponent(scale: Tensor) -> int:

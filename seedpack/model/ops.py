@@ -1,7 +1,7 @@
 """The packed product as torch operators: opaque to the compiler, with a gradient to the input.
 
 Opaque, because Inductor may compile the wrapping integers of a generator wrongly. The codec travels as its JSON text,
-its parts as a list with their names (which rows of an embedding keep, where few rows alone would have others). The backward pass decodes again; no dense weight lives between the two.
+its parts as a list with their names (which rows of an embedding keep, where few rows alone would have others).
 """
 
 from __future__ import annotations
@@ -41,6 +41,17 @@ def _(x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: st
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
+@torch.library.custom_op("seedpack::linear_transposed", mutates_args=())
+def _linear_transposed(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int]) -> Tensor:
+    decoder = codec_from_json(codec)
+    return decoder.matmul_transposed(grad, _named(parts, names), (shape[0], shape[1])).contiguous()
+
+
+@_linear_transposed.register_fake
+def _(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int]) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], shape[1]))
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, parts, ctx.names, _, ctx.codec, ctx.shape = inputs
     ctx.save_for_backward(*parts)
@@ -48,7 +59,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = list(ctx.saved_tensors)
-    grad_x = grad @ _decode(parts, ctx.names, ctx.codec, ctx.shape, grad.dtype) if ctx.needs_input_grad[0] else None
+    grad_x = _linear_transposed(grad, parts, ctx.names, ctx.codec, ctx.shape) if ctx.needs_input_grad[0] else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
     return grad_x, [None] * len(parts), None, grad_bias, None, None
 

@@ -42,7 +42,7 @@ def factors(width: int) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Symmetric and orthogonal: Sylvester's Hadamard matrix for a power of two, else the discrete Hartley
     transform cas(2π·i·j / n) / √n (Bracewell, 1983), whose entries are nearly as even."""
     index = torch.arange(order, dtype=torch.int64)
@@ -52,25 +52,32 @@ def _matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         both = index[:, None] & index
         for bit in range(order.bit_length()):
             ones ^= both >> bit & 1
-        matrix = (1 - 2 * ones).to(torch.float64)
+        out = (1 - 2 * ones).to(torch.float64)
     else:
         angle = (product % order).to(torch.float64) * (2 * math.pi / order)
-        matrix = angle.cos() + angle.sin()
-    return (matrix / math.sqrt(order)).to(device, dtype)
+        out = angle.cos() + angle.sin()
+    return (out / math.sqrt(order)).to(device, dtype)
 
 
 @lru_cache(maxsize=64)
-def _signs(seed: int, width: int, device: torch.device) -> Tensor:
+def signs(seed: int, width: int, device: torch.device) -> Tensor:
+    """The ±1 of a seed, float32 [width]."""
     return rademacher(seed, 1, width, device=device)[0]
 
 
-def _mix(x: Tensor) -> Tensor:
+def mix_factors(x: Tensor, orders: list[int]) -> Tensor:
+    """x [..., n] times the Kronecker product of the matrices of some orders, whose product is n."""
     rows = x.numel() // max(1, x.shape[-1])
     y = x
-    for order in factors(x.shape[-1]):  # the first axis is mixed and becomes the last; after all they stand as before
+    for order in orders:  # the first axis is mixed and becomes the last; after all they stand as before
         y = y.reshape(rows, abs(order), x.shape[-1] // abs(order)).mT
-        y = y @ _matrix(order, x.device, x.dtype) if order > 0 else y
+        y = y @ matrix(order, x.device, x.dtype) if order > 0 else y
     return y.reshape(x.shape)
+
+
+def mix(x: Tensor) -> Tensor:
+    """x [..., n] times K; float64 stays so, else float32."""
+    return mix_factors(_working(x), factors(x.shape[-1]))
 
 
 def _working(x: Tensor) -> Tensor:
@@ -79,9 +86,9 @@ def _working(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, seed: int) -> Tensor:
     """x [..., n] times the rotation: n·(64 + 64 + … + odd order) multiply-adds a row. float64 stays so, else float32."""
-    return _mix(_working(x) * _signs(seed, x.shape[-1], x.device))
+    return mix(_working(x) * signs(seed, x.shape[-1], x.device))
 
 
 def unrotate(x: Tensor, seed: int) -> Tensor:
     """The inverse of `rotate`."""
-    return _mix(_working(x)) * _signs(seed, x.shape[-1], x.device)
+    return mix(x) * signs(seed, x.shape[-1], x.device)

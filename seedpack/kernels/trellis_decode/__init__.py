@@ -19,3 +19,14 @@ def trellis_decode(
 
         return cpu.decode(stream, code_bits, state_bits, key, columns)
     return reference.decode(stream, code_bits, state_bits, key, columns)
+
+
+def trellis_dense(
+    stream: Tensor, scale: Tensor, *, code_bits: int, state_bits: int, key: int, columns: int, backend: Backend = "auto"
+) -> Tensor:
+    """float32 [rows, columns], each integer times its row's scale (float32 [rows]), rounded once."""
+    if choose("trellis_dense", backend, stream.device, BACKENDS) == "cpu":
+        from seedpack.kernels.trellis_decode import cpu
+
+        return cpu.dense(stream, scale, code_bits, state_bits, key, columns)
+    return reference.dense(stream, scale, code_bits, state_bits, key, columns)

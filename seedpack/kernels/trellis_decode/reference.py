@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seedpack._shapes import Int, UInt8
+from seedpack._shapes import Float, Int, UInt8
 from seedpack.prng import trellis_multiplier, trellis_values
 
 WEIGHTS_AT_ONCE = 1 << 20
@@ -45,3 +45,15 @@ def decode(
         for rows in stream.split(step)
     ]
     return torch.cat(parts) if parts else torch.empty(0, columns, dtype=torch.int16, device=stream.device)
+
+
+def dense(
+    stream: UInt8[Tensor, "rows groups bytes"],
+    scale: Float[Tensor, " rows"],
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    columns: int,
+) -> Float[Tensor, "rows columns"]:
+    """The weight in its rotated basis, float32 [rows, columns]: float32(integer)·scale, rounded once."""
+    return decode(stream, code_bits, state_bits, key, columns).to(torch.float32) * scale[:, None]

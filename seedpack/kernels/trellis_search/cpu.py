@@ -19,26 +19,18 @@ import torch
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 from torch import Tensor
 
 from seedpack.kernels.bits import packed_shape
 from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, WRAP, seam_symbols, table, tag_bits, units
+from seedpack.kernels.vectors import LANES, intrinsic, spread
 
-_intrinsic: Any = intrinsic  # its callers leave the first argument out
-LANES, UNROLLED = 16, 16
+UNROLLED = 16
 LINE = 64
 CEILING_BITS = np.float32(CEILING).view(np.int32)
 
 
-def _spread(builder: Any, scalar: Any, vector: Any) -> Any:
-    """A vector of one scalar."""
-    nothing, index = ir.Constant(vector, ir.Undefined), ir.IntType(32)
-    one = builder.insert_element(nothing, scalar, ir.Constant(index, 0))
-    return builder.shuffle_vector(one, nothing, ir.Constant(ir.VectorType(index, vector.count), [0] * vector.count))
-
-
-@_intrinsic
+@intrinsic
 def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: Any, q: Any, x: Any) -> Any:
     """best[q·2^k …] = min over the 2^k predecessors p = j·2^(m-k) + q of metric[p] + (x - table[base[p] …])²."""
     k = bits.count  # a tuple's length is part of its type: a constant here
@@ -58,7 +50,7 @@ def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: An
 
         states = builder.extract_value(arrays[2].shape, 0)
         stride = builder.lshr(states, number(k))
-        wanted = _spread(builder, args[6], vector)
+        wanted = spread(builder, args[6], vector)
         for lane in range(0, symbols, lanes):
             place = vector_at(best_at, builder.add(builder.mul(args[5], number(symbols)), number(lane)))
             with cgutils.for_range_slice(builder, number(0), number(symbols), number(unrolled), i64) as (first, _):
@@ -69,7 +61,7 @@ def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: An
                     value = builder.load(vector_at(table_at, builder.add(start, number(lane))), align=4)
                     error = builder.fsub(wanted, value)
                     square = builder.fmul(error, error, flags=("contract",))
-                    so_far = _spread(builder, builder.load(builder.gep(metric_at, [p])), vector)
+                    so_far = spread(builder, builder.load(builder.gep(metric_at, [p])), vector)
                     cost = builder.fadd(square, so_far, flags=("contract",))
                     least = (
                         cost if least is None else builder.select(builder.fcmp_ordered("<", cost, least), cost, least)
@@ -83,7 +75,7 @@ def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: An
     return signature, codegen
 
 
-@_intrinsic
+@intrinsic
 def _settle(
     context: Any, best: Any, metric: Any, base: Any, history: Any, first: Any, floor: Any, k: Any, m: Any, tags: Any,
     memory: Any,
@@ -99,7 +91,7 @@ def _settle(
         def at(array: Any, kind: Any) -> Any:
             return builder.bitcast(builder.gep(array.data, [args[4]]), ir.VectorType(kind, LANES).as_pointer())
 
-        first, floor, k, m, tags, memory = (_spread(builder, builder.trunc(arg, i32), whole) for arg in args[4:])
+        first, floor, k, m, tags, memory = (spread(builder, builder.trunc(arg, i32), whole) for arg in args[4:])
         state = builder.add(first, ir.Constant(whole, list(range(LANES))))
         cost = builder.fptosi(builder.load(at(arrays[0], f32), align=4), whole)
         tag = builder.and_(cost, tags)

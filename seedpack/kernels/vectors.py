@@ -1,0 +1,87 @@
+"""Vectors for Numba's compiled code, written as LLVM IR: loops over packed bits that Numba would not vectorise.
+
+LLVM compiles them for whatever width the machine has; only sums of bytes are given x86's own instructions.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import llvmlite.binding
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic as _intrinsic
+
+intrinsic: Any = _intrinsic  # callers of an intrinsic leave its first argument out
+LANES = 16
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
+
+
+@cache
+def host_has(feature: str) -> bool:
+    """Whether this machine's processor has a feature, by LLVM's name."""
+    return bool(llvmlite.binding.get_host_cpu_features().get(feature))
+
+
+def data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Pointer to an array's first element."""
+    return cgutils.create_struct_proxy(kind)(context, builder, value=array).data
+
+
+def splat(vector: Any, value: int | float) -> Any:
+    """A constant vector of one number."""
+    return ir.Constant(vector, [value] * vector.count)
+
+
+def spread(builder: Any, scalar: Any, vector: Any) -> Any:
+    """A vector of one scalar."""
+    nothing = ir.Constant(vector, ir.Undefined)
+    one = builder.insert_element(nothing, scalar, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, nothing, splat(ir.VectorType(I32, vector.count), 0))
+
+
+def load(builder: Any, pointer: Any, vector: Any) -> Any:
+    """An unaligned vector."""
+    return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
+
+
+def store(builder: Any, value: Any, pointer: Any) -> None:
+    """An unaligned vector."""
+    builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
+
+
+def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
+    """x·y + z, fused where the machine can."""
+    return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+
+def total(builder: Any, vector: Any) -> Any:
+    """The sum of a vector of floats, by halves."""
+    count = vector.type.count
+    while count > 1:
+        count //= 2
+        index = ir.VectorType(I32, count)
+        low = builder.shuffle_vector(vector, vector, ir.Constant(index, list(range(count))))
+        high = builder.shuffle_vector(vector, vector, ir.Constant(index, list(range(count, 2 * count))))
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def byte_sums(builder: Any, words: Any, start: int) -> Any:
+    """`start` and the sum of the four bytes of each of 16 words."""
+    if host_has("avx512bw"):
+        octets, pairs = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
+        by_two = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(pairs, [octets, octets]), "llvm.x86.avx512.pmaddubs.w.512"
+        )
+        by_four = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(INTS, [pairs, pairs]), "llvm.x86.avx512.pmaddw.d.512"
+        )
+        sums = builder.call(by_two, [builder.bitcast(words, octets), splat(octets, 1)])
+        return builder.add(builder.call(by_four, [sums, splat(pairs, 1)]), splat(INTS, start))
+    low = splat(INTS, 0x00FF00FF)
+    sums = builder.add(builder.and_(words, low), builder.and_(builder.lshr(words, splat(INTS, 8)), low))
+    sums = builder.lshr(builder.mul(sums, splat(INTS, 0x00010001)), splat(INTS, 16))
+    return builder.add(sums, splat(INTS, start))
