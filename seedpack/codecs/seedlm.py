@@ -18,6 +18,7 @@ from seedpack.kernels.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.seedlm_decode import seedlm_decode
 from seedpack.kernels.seedlm_decode.reference import CODE_BITS
+from seedpack.kernels.seedlm_matmul import seedlm_matmul, seedlm_matmul_transposed
 from seedpack.kernels.seedlm_search import seedlm_search
 
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
@@ -129,6 +130,25 @@ class SeedLMCodec(Codec):
             parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
         )  # fmt: skip
+
+    def matmul(
+        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
+        """Straight from seeds and codes."""
+        y = seedlm_matmul(
+            x.reshape(-1, shape[1]), parts["weight"], parts["codes"], parts["exponent_bias"],
+            seed_bits=self.seed_bits, block=self.block, rank=self.rank, backend=backend,
+        )  # fmt: skip
+        y = y if bias is None else (y + bias).to(x.dtype)
+        return y.view(*x.shape[:-1], shape[0])
+
+    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
+        """Straight from seeds and codes."""
+        grad_x = seedlm_matmul_transposed(
+            grad.reshape(-1, shape[0]), parts["weight"], parts["codes"], parts["exponent_bias"],
+            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], backend=backend,
+        )  # fmt: skip
+        return grad_x.view(*grad.shape[:-1], shape[1])
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Seeds and codes of some rows, the bias of all."""

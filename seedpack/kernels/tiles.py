@@ -1,4 +1,5 @@
-"""Products with a weight that is rebuilt some rows at a time: no more than a tile of it is ever dense."""
+"""What the fused products share: tokens padded to what code is compiled for, and products with a weight that is rebuilt
+some rows at a time, so that no more than a tile of it is ever dense."""
 
 from __future__ import annotations
 
@@ -8,7 +9,15 @@ import torch
 from torch import Tensor
 
 TILE_WEIGHTS = 1 << 21  # float32 of a tile: 8 MB, measured best; smaller ones change between thread pools too often
+FEW_TOKENS = 8  # up to so many the weights are regenerated inside the product, beyond it tile by tile
+AT_ONCE = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled for each
 Tile = Callable[[slice], Tensor]  # some rows of the weight, float32 [rows, columns]
+
+
+def padded_tokens(x: Tensor, columns: int) -> Tensor:
+    """x [tokens, n] in float32 with zeros for further columns, and for further tokens up to the next of `AT_ONCE`."""
+    at_once = next(count for count in AT_ONCE if count >= x.shape[0])
+    return torch.nn.functional.pad(x.float(), (0, columns, 0, at_once - x.shape[0])).contiguous()
 
 
 def _slices(rows: int, columns: int) -> list[slice]:

@@ -85,3 +85,18 @@ def byte_sums(builder: Any, words: Any, start: int) -> Any:
     sums = builder.add(builder.and_(words, low), builder.and_(builder.lshr(words, splat(INTS, 8)), low))
     sums = builder.lshr(builder.mul(sums, splat(INTS, 0x00010001)), splat(INTS, 16))
     return builder.add(sums, splat(INTS, start))
+
+
+def words_at(builder: Any, pointer: Any, stride: int, window: int, offset: int = 0) -> Any:
+    """16 words, lane i holding the bits from bit stride·i + offset on of the bytes at a pointer, `window` of them at
+    least (at most 25).
+
+    A load, a shuffle that gives each lane its four bytes, a shift.
+    """
+    starts = [stride * lane + offset for lane in range(LANES)]
+    width = 16 * -(-(max(start >> 3 for start in starts) + -(-(7 + window) // 8)) // 16)
+    octets = load(builder, pointer, ir.VectorType(I8, width))
+    places = [min((start >> 3) + byte, width - 1) for start in starts for byte in range(4)]
+    shuffle = ir.Constant(ir.VectorType(I32, 4 * LANES), places)
+    words = builder.bitcast(builder.shuffle_vector(octets, ir.Constant(octets.type, ir.Undefined), shuffle), INTS)
+    return builder.lshr(words, ir.Constant(INTS, [start & 7 for start in starts]))

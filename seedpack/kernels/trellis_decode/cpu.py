@@ -14,20 +14,7 @@ from llvmlite import ir
 from numba import njit, prange, types
 from torch import Tensor
 
-from seedpack.kernels.vectors import (
-    FLOATS,
-    I8,
-    I32,
-    I64,
-    INTS,
-    LANES,
-    byte_sums,
-    data,
-    intrinsic,
-    load,
-    spread,
-    store,
-)  # fmt: skip
+from seedpack.kernels.vectors import FLOATS, I64, INTS, LANES, byte_sums, data, intrinsic, spread, store, words_at
 from seedpack.prng import trellis_multiplier
 
 MARGIN = 32  # the most bytes that a group's load takes
@@ -35,14 +22,8 @@ MARGIN = 32  # the most bytes that a group's load takes
 
 def values16(builder: Any, row: Any, group: Any, code_bits: int, mask: Any, multiplier: Any, key: Any) -> Any:
     """IR for the values of weights 16·group … 16·group + 15 of a row, as floats."""
-    width = 16 if code_bits <= 6 else 32
-    octets = load(
-        builder, builder.gep(row, [builder.mul(group, ir.Constant(I64, 2 * code_bits))]), ir.VectorType(I8, width)
-    )
-    places = [min((code_bits * lane >> 3) + byte, width - 1) for lane in range(LANES) for byte in range(4)]
-    shuffle = ir.Constant(ir.VectorType(I32, 64), places)
-    words = builder.bitcast(builder.shuffle_vector(octets, ir.Constant(octets.type, ir.Undefined), shuffle), INTS)
-    words = builder.lshr(words, ir.Constant(INTS, [code_bits * lane & 7 for lane in range(LANES)]))
+    start = builder.gep(row, [builder.mul(group, ir.Constant(I64, 2 * code_bits))])
+    words = words_at(builder, start, code_bits, 20)
     window = builder.and_(words, spread(builder, mask, INTS))
     mixed = builder.add(builder.mul(window, spread(builder, multiplier, INTS)), spread(builder, key, INTS))
     return builder.sitofp(byte_sums(builder, mixed, -510), FLOATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from seedpack.kernels import tiles
@@ -9,41 +10,71 @@ from seedpack.kernels.dispatch import Backend, choose
 from seedpack.kernels.trellis_decode import trellis_dense
 from seedpack.kernels.trellis_matmul import reference
 
-BACKENDS = ("cpu", "reference")
-FEW_TOKENS = 8  # up to so many the weights are regenerated inside the product, beyond it tile by tile
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def trellis_matmul(
-    x: Tensor, stream: Tensor, scale: Tensor, *, code_bits: int, state_bits: int, key: int, backend: Backend = "auto"
+    x: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    *,
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    dtype: torch.dtype = torch.float32,
+    int8: bool = False,
+    backend: Backend = "auto",
 ) -> Tensor:
-    """x [tokens, columns] times the weight [rows, columns] transposed, in the dtype of x.
+    """x [tokens, columns] times the weight [rows, columns] transposed.
 
     Args:
-        x: activations in the rotated basis.
+        x: activations in the rotated basis, float32.
         stream: the weight's, as for `trellis_decode`.
         scale: float32 [rows], of the integers.
         code_bits: k.
         state_bits: L.
         key: c.
+        dtype: of the result. Where it has 16 bits, products for many tokens may be made of float16.
+        int8: round activations to 8 bits in groups of 256; faster on GPUs.
         backend: which kernels to use.
     """
-    if choose("trellis_matmul", backend, x.device, BACKENDS) == "cpu":
-        if x.shape[0] <= FEW_TOKENS:
-            from seedpack.kernels.trellis_matmul import cpu
+    chosen = choose("trellis_matmul", backend, x.device, BACKENDS)
+    if chosen == "triton":
+        from seedpack.kernels.trellis_matmul import triton
 
-            return cpu.matmul(x, stream, scale, code_bits, state_bits, key)
-        return tiles.matmul(x, len(scale), _tiles(stream, scale, code_bits, state_bits, key, x.shape[1]))
-    return reference.matmul(x, stream, scale, code_bits, state_bits, key)
+        return triton.matmul(x, stream, scale, code_bits, state_bits, key, dtype, int8)
+    x = reference.rounded(x) if int8 else x
+    if chosen == "reference":
+        return reference.matmul(x, stream, scale, code_bits, state_bits, key).to(dtype)
+    if x.shape[0] <= tiles.FEW_TOKENS:
+        from seedpack.kernels.trellis_matmul import cpu
+
+        return cpu.matmul(x, stream, scale, code_bits, state_bits, key).to(dtype)
+    return tiles.matmul(x, len(scale), _tiles(stream, scale, code_bits, state_bits, key, x.shape[1])).to(dtype)
 
 
 def trellis_matmul_transposed(
-    grad: Tensor, stream: Tensor, scale: Tensor, *, code_bits: int, state_bits: int, key: int, columns: int,
+    grad: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    *,
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
-) -> Tensor:  # fmt: skip
-    """grad [tokens, rows] times the weight [rows, columns]: the gradient to x, in the rotated basis."""
-    if choose("trellis_matmul", backend, grad.device, BACKENDS) == "cpu":
-        return tiles.matmul_transposed(grad, columns, _tiles(stream, scale, code_bits, state_bits, key, columns))
-    return reference.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, columns)
+) -> Tensor:
+    """grad [tokens, rows], float32, times the weight [rows, columns]: the gradient to x, in the rotated basis."""
+    chosen = choose("trellis_matmul", backend, grad.device, BACKENDS)
+    if chosen == "triton":
+        from seedpack.kernels.trellis_matmul import triton
+
+        return triton.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, columns, dtype)
+    if chosen == "reference":
+        return reference.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, columns).to(dtype)
+    tile = _tiles(stream, scale, code_bits, state_bits, key, columns)
+    return tiles.matmul_transposed(grad, columns, tile).to(dtype)
 
 
 def _tiles(stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, columns: int) -> tiles.Tile:

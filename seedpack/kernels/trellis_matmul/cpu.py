@@ -13,10 +13,9 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from torch import Tensor
 
+from seedpack.kernels.tiles import padded_tokens
 from seedpack.kernels.trellis_decode.cpu import constants, tail, values16, whole_groups
 from seedpack.kernels.vectors import FLOATS, I64, LANES, data, intrinsic, load, multiply_add, splat, total
-
-AT_ONCE = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled for each
 
 
 @intrinsic
@@ -76,11 +75,11 @@ def _matmul(
 
 def matmul(x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int) -> Tensor:
     """As `reference.matmul`, summed in another order; at most 8 tokens."""
-    tokens, columns = x.shape
-    at_once = next(count for count in AT_ONCE if count >= tokens)
-    padded = torch.nn.functional.pad(x.float(), (0, -columns % LANES, 0, at_once - tokens)).contiguous()
-    out = torch.empty(at_once, stream.shape[0], dtype=torch.float32)
+    padded = padded_tokens(x, -x.shape[1] % LANES)
+    out = torch.empty(len(padded), stream.shape[0], dtype=torch.float32)
     bits, mask, multiplier, c = constants(code_bits, state_bits, key)
     rows = stream.contiguous().flatten(1).numpy()
-    _matmul(bits, rows, mask, multiplier, c, scale.contiguous().numpy(), padded.numpy(), (0,) * at_once, out.numpy())
-    return out[:tokens].to(x.dtype)
+    _matmul(
+        bits, rows, mask, multiplier, c, scale.contiguous().numpy(), padded.numpy(), (0,) * len(padded), out.numpy()
+    )
+    return out[: len(x)].to(x.dtype)

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from seedpack._shapes import Float, UInt8
 from seedpack.kernels.trellis_decode.reference import dense
+
+ACTIVATION_GROUP = 256  # activations that share a scale when they have 8 bits
+
+
+def eight_bit_scale(groups: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens groups"]:
+    """The step of 8-bit activations: the largest of a group is 127 of them."""
+    return groups.abs().amax(2).clamp_min(1e-30) / 127
+
+
+def rounded(x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
+    """Activations rounded to 8 bits in groups of 256 along the input, float32."""
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % ACTIVATION_GROUP))
+    groups = padded.unflatten(1, (-1, ACTIVATION_GROUP))
+    step = eight_bit_scale(groups)[..., None]
+    return ((groups / step).round() * step).flatten(1)[:, : x.shape[1]]
 
 
 def matmul(

@@ -1,0 +1,27 @@
+"""Block sizes and warps of each kernel: chosen from compiled code's registers where no GPU was at hand to measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DENSE: dict[str, Any] = {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}
+FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4}
+HALF: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+SINGLE: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+TRELLIS_FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 32, "num_warps": 4}
+ENOUGH_PROGRAMS = (
+    528  # a product for few tokens is split along the input into so many, four for each of an H100's cores
+)
+
+
+def has_dp4a(device: torch.device) -> bool:
+    """Whether a device has NVIDIA's dot product of four bytes."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def matmul(operand: Tensor) -> dict[str, Any]:
+    """For products on tensor cores, by the operand's dtype."""
+    return HALF if operand.dtype == torch.float16 else SINGLE

@@ -1,0 +1,141 @@
+"""The trellis's product in Triton: `gpu.tiles` for many tokens; for few a kernel that expands words in registers.
+
+A lane takes `PER` weights from `WORDS` words of a row's stream, as many as whole words hold. A weight costs a shift of two
+words, a mask, a multiply–add, the bytes' sum (one dp4a on NVIDIA), a conversion by the bits of a float, and for each
+token a multiply–add. With activations of 8 bits the sum of the bytes is their product at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seedpack.kernels.gpu import configs, launch
+from seedpack.kernels.tiles import FEW_TOKENS, padded_tokens
+from seedpack.kernels.trellis_decode.triton import byte_sum, regenerated, stream_word
+from seedpack.kernels.trellis_matmul import reference
+from seedpack.kernels.trellis_matmul.reference import ACTIVATION_GROUP, eight_bit_scale
+from seedpack.prng import trellis_multiplier
+
+
+@triton.jit
+def _byte_dot(word, activation, start, DP4A: tl.constexpr):
+    """start + Σ over the four bytes of a uint32 times a signed 8-bit activation, which stands in each byte of an int32."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, activation, start], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return start + byte_sum(word) * ((activation << 24) >> 24)
+
+
+@triton.jit
+def few_tokens_kernel(
+    x_ptr, x_scale_ptr, out_ptr, scale_ptr, stream_ptr, words, size, multiplier, key, rows, blocks, per_program,
+    CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
+    TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """out [parts, TOKENS, rows], to be summed over parts, = x · weight.T; a part is `per_program` blocks of the input.
+
+    x is [TOKENS, blocks, PER, BLOCK_G]: the j-th activations of a block's groups lie together. It is float32, or with
+    INT8 an 8-bit activation in each byte of an int32, with a scale [TOKENS, blocks], and behind those 510 times the sum
+    of each token's activations.
+    """
+    i_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row = i_row < rows
+    i_row = tl.where(m_row, i_row, 0)
+    i_token, i_lane = tl.arange(0, TOKENS), tl.arange(0, BLOCK_G)
+    b_sum = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.float32)
+    b_ones = tl.full((BLOCK_N, BLOCK_G), 0x01010101, tl.int32)
+    b_float = tl.full((BLOCK_N, BLOCK_G), 0x4B000000, tl.int32)  # the bits of 2^23
+    first = tl.program_id(1) * per_program
+    for block in range(first, tl.minimum(first + per_program, blocks)):
+        i_word = (block * BLOCK_G + i_lane) * WORDS
+        p_x = x_ptr + (i_token[None, None, :] * blocks + block) * (PER * BLOCK_G) + i_lane[None, :, None]
+        b_dot = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.int32)
+        high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED)
+        for i in tl.static_range(WORDS):
+            low = high
+            high = stream_word(stream_ptr, i_row, i_word + (i + 1), words, size, ALIGNED)
+            for j in tl.static_range(PER):
+                if j * CODE_BITS // 32 == i:
+                    window = low >> (j * CODE_BITS % 32)
+                    if j * CODE_BITS % 32 + STATE_BITS > 32:
+                        window |= high << (32 - j * CODE_BITS % 32)
+                    mixed = (window & ((1 << STATE_BITS) - 1)) * multiplier.to(tl.uint32) + key.to(tl.uint32)
+                    b_x = tl.load(p_x + j * BLOCK_G)
+                    if INT8:
+                        words_of_all = tl.broadcast_to(mixed[:, :, None], b_dot.shape)
+                        b_dot = _byte_dot(words_of_all, tl.broadcast_to(b_x, b_dot.shape), b_dot, DP4A)
+                    else:
+                        bits = _byte_dot(mixed, b_ones, b_float, DP4A)  # of the float 2^23 + sum
+                        value = bits.to(tl.float32, bitcast=True) - 8389118.0  # 2^23 + 510
+                        b_sum += value[:, :, None] * b_x
+        if INT8:
+            b_sum += b_dot.to(tl.float32) * tl.load(x_scale_ptr + i_token * blocks + block)[None, None, :]
+    b_out = tl.sum(b_sum, 1)
+    if INT8 and tl.program_id(1) == 0:  # the bytes' sums are 510 too high
+        b_out -= tl.load(x_scale_ptr + TOKENS * blocks + i_token)[None, :]
+    b_out *= tl.load(scale_ptr + i_row)[:, None]
+    p_out = out_ptr + (tl.program_id(1) * TOKENS + i_token[None, :]) * rows.to(tl.int64) + i_row[:, None]
+    tl.store(p_out, b_out, m_row[:, None])
+
+
+def few_tokens(
+    x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, int8: bool = False
+) -> Tensor:
+    """float32 [tokens, rows] for at most 8 tokens; x in float32, or rounded to 8 bits (see `reference.rounded`)."""
+    stream, rows = stream.contiguous().flatten(1), len(scale)
+    per = 32 // math.gcd(code_bits, 32)
+    block_g = ACTIVATION_GROUP // per
+    padded = padded_tokens(x, -x.shape[1] % ACTIVATION_GROUP).view(
+        -1, triton.cdiv(x.shape[1], ACTIVATION_GROUP), ACTIVATION_GROUP
+    )
+    tokens, blocks, _ = padded.shape
+    x_scale = padded[:0]
+    if int8:
+        x_scale, padded = _eight_bits(padded)
+    lanes = padded.view(tokens, blocks, block_g, per).transpose(2, 3).contiguous()
+    config = configs.TRELLIS_FEW_TOKENS
+    programs = triton.cdiv(rows, config["BLOCK_N"])
+    parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // programs))
+    per_program = triton.cdiv(blocks, parts)
+    parts = triton.cdiv(blocks, per_program)
+    out = torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
+    few_tokens_kernel[(programs, parts)](
+        lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
+        trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
+        CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
+        ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.has_dp4a(x.device), BLOCK_G=block_g,
+        **config,
+    )  # fmt: skip
+    return (out[0] if parts == 1 else out.sum(0))[: len(x)]
+
+
+def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and what corrects the bytes' offset, and each activation in four bytes, of x [tokens, blocks, group]."""
+    scale = eight_bit_scale(x)
+    codes = (x / scale[..., None]).round().to(torch.int32)
+    offset = 510 * (codes.sum(2) * scale).sum(1)
+    return torch.cat((scale.flatten(), offset)), (codes & 255) * 0x01010101
+
+
+def matmul(
+    x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, dtype: torch.dtype, int8: bool
+) -> Tensor:
+    """As `reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of a 16-bit dtype."""
+    if len(x) <= FEW_TOKENS:
+        return few_tokens(x, stream, scale, code_bits, state_bits, key, int8).to(dtype)
+    weight = regenerated(stream, scale, code_bits, state_bits, key, x.shape[1])
+    return launch.matmul(reference.rounded(x) if int8 else x, weight, dtype)
+
+
+def matmul_transposed(
+    grad: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, columns: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As `reference.matmul_transposed`, exact as `matmul` is."""
+    return launch.matmul_transposed(grad, regenerated(stream, scale, code_bits, state_bits, key, columns), dtype)
