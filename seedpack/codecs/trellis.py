@@ -208,8 +208,8 @@ class TrellisCodec(Codec):
         """Rotates the activations instead of the weight, and multiplies by the stream."""
         scale, factor = self._ready(parts, shape[1])
         rotated = mix(x.reshape(-1, shape[1]), factor, backend)
-        y = trellis_matmul(rotated, parts["weight"], scale, backend=backend, **self._code())
-        y = y.to(x.dtype) if bias is None else (y + bias).to(x.dtype)
+        y = trellis_matmul(rotated, parts["weight"], scale, dtype=x.dtype, backend=backend, **self._code())
+        y = y if bias is None else (y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], shape[0])
 
     def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
@@ -262,7 +262,7 @@ class TrellisCodec(Codec):
         """The code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
         return math.sqrt(1 - 4.0**-self.code_bits) * STRETCH[self.effort][self.code_bits - 1] / CODE_DEVIATION
 
-    def _code(self) -> dict[str, int]:
+    def _code(self) -> dict[str, Any]:
         return {"code_bits": self.code_bits, "state_bits": self.state_bits, "key": trellis_key(self.seed)}
 
     @staticmethod

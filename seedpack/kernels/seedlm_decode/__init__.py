@@ -7,8 +7,18 @@ from torch import Tensor
 
 from seedpack.kernels.dispatch import Backend, choose
 from seedpack.kernels.seedlm_decode import reference
+from seedpack.kernels.seedlm_decode.reference import CODE_BITS
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
+UNROLLED = 128  # states of a block up to which the CPU's kernels unroll their shifts
+SEQUENCE, CODES = 64, 24  # bits of a block's sequence and of its codes that the GPU's kernels hold in an integer
+
+
+def unable(seed_bits: int, block: int, rank: int) -> dict[str, str | None]:
+    """Which backends do not take a codec's sizes, and why."""
+    states = f"blocks of {block}×{rank} states of {seed_bits} bits are too large for it"
+    fits = seed_bits + block * rank <= SEQUENCE and CODE_BITS * (rank + 1) <= CODES
+    return {"cpu": None if block * rank <= UNROLLED else states, "triton": None if fits else states}
 
 
 def seedlm_decode(
@@ -24,8 +34,14 @@ def seedlm_decode(
     backend: Backend = "auto",
 ) -> Tensor:
     """The dense matrix [rows, columns] of the parts; see `reference.decode` for their form and the arithmetic."""
-    if choose("seedlm_decode", backend, seeds.device, BACKENDS) == "cpu":
+    sizes = (seed_bits, block, rank)
+    chosen = choose("seedlm_decode", backend, seeds.device, BACKENDS, unable(*sizes))
+    if chosen == "triton":
+        from seedpack.kernels.seedlm_decode import triton
+
+        return triton.decode(seeds, codes, exponent_bias, *sizes, columns, dtype)
+    if chosen == "cpu":
         from seedpack.kernels.seedlm_decode import cpu
 
-        return cpu.decode(seeds, codes, exponent_bias, seed_bits, block, rank, columns).to(dtype)
-    return reference.decode(seeds, codes, exponent_bias, seed_bits, block, rank, columns).to(dtype)
+        return cpu.decode(seeds, codes, exponent_bias, *sizes, columns).to(dtype)
+    return reference.decode(seeds, codes, exponent_bias, *sizes, columns).to(dtype)

@@ -16,13 +16,11 @@ from numba import njit, prange, types
 from torch import Tensor
 
 from seedpack.errors import CodecError
-from seedpack.kernels.seedlm_decode import reference
 from seedpack.kernels.seedlm_decode.reference import CODE_BITS
 from seedpack.kernels.vectors import FLOATS, I64, INTS, LANES, data, intrinsic, splat, spread, store, words_at
 from seedpack.prng import LFSR_TAPS
 
 MARGIN = 64  # bytes behind a row's tail that a whole load may take
-LARGEST = 128  # states of a block up to which their shifts are unrolled; larger blocks are left to the reference
 
 
 def _extracted(builder: Any, words: list[Any], start: int, bits: int) -> Any:
@@ -153,10 +151,8 @@ def decode(
     seeds: Tensor, codes: Tensor, exponent_bias: Tensor, seed_bits: int, block: int, rank: int, columns: int
 ) -> Tensor:
     """As `reference.decode`, bit for bit."""
-    if block * rank > LARGEST:
-        return reference.decode(seeds, codes, exponent_bias, seed_bits, block, rank, columns)
-    sizes, bias, unit = constants(seed_bits, block, rank, exponent_bias)
+    (k, c, p), bias, unit = constants(seed_bits, block, rank, exponent_bias)
     out = torch.empty(seeds.shape[0], columns, dtype=torch.float32)
     rows, fields = (part.contiguous().flatten(1).numpy() for part in (seeds, codes))
-    _dense(*sizes, rows, fields, bias, unit, out.numpy())
+    _dense(k, c, p, rows, fields, bias, unit, out.numpy())
     return out

@@ -11,10 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seedpack.errors import BackendError
 from seedpack.kernels.gpu import launch
 from seedpack.kernels.gpu.launch import Regenerated
-from seedpack.kernels.seedlm_decode.reference import CODE_BITS
 from seedpack.prng import LFSR_TAPS
 
 
@@ -64,19 +62,10 @@ def seedlm_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
     return i_column, tl.reshape(b_weight, (i_row.shape[0], BLOCK_K))
 
 
-def obstacle(seed_bits: int, block: int, rank: int) -> str | None:
-    """Why the kernels do not take a codec's sizes, or None."""
-    if seed_bits + block * rank > 64 or CODE_BITS * (rank + 1) > 24:
-        return f"blocks of {block}×{rank} states of {seed_bits} bits are too large for it"
-    return None
-
-
 def regenerated(
     seeds: Tensor, codes: Tensor, exponent_bias: Tensor, seed_bits: int, block: int, rank: int, columns: int
 ) -> Regenerated:
     """A SeedLM weight for the kernels of `gpu.tiles`."""
-    if (reason := obstacle(seed_bits, block, rank)) is not None:
-        raise BackendError(f"seedlm: backend 'triton' cannot run: {reason}")
     seeds, codes = seeds.contiguous().flatten(1), codes.contiguous().flatten(1)
     places = triton.next_power_of_2(block)
     taps = LFSR_TAPS[seed_bits]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from seedpack.kernels import tiles
 from seedpack.kernels.dispatch import Backend, choose
-from seedpack.kernels.seedlm_decode import seedlm_decode
-from seedpack.kernels.seedlm_matmul import reference
+from seedpack.kernels.seedlm_decode import seedlm_decode, unable
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def seedlm_matmul(
@@ -19,15 +21,10 @@ def seedlm_matmul(
 ) -> Tensor:  # fmt: skip
     """x [tokens, columns] times the weight [rows, columns] transposed, in the dtype of x; parts as for `seedlm_decode`."""
     sizes = (seed_bits, block, rank)
-    if choose("seedlm_matmul", backend, x.device, BACKENDS) == "cpu":
-        from seedpack.kernels.seedlm_decode.cpu import LARGEST
-
-        if x.shape[0] <= tiles.FEW_TOKENS and block * rank <= LARGEST:
-            from seedpack.kernels.seedlm_matmul import cpu
-
-            return cpu.matmul(x, seeds, codes, exponent_bias, *sizes)
+    chosen = choose("seedlm_matmul", backend, x.device, BACKENDS, unable(*sizes))
+    if chosen == "cpu" and x.shape[0] > tiles.FEW_TOKENS:
         return tiles.matmul(x, seeds.shape[0], _tiles(seeds, codes, exponent_bias, *sizes, x.shape[1]))
-    return reference.matmul(x, seeds, codes, exponent_bias, *sizes)
+    return _kernels(chosen).matmul(x, seeds, codes, exponent_bias, *sizes)  # type: ignore[no-any-return]
 
 
 def seedlm_matmul_transposed(
@@ -35,10 +32,15 @@ def seedlm_matmul_transposed(
     columns: int, backend: Backend = "auto",
 ) -> Tensor:  # fmt: skip
     """grad [tokens, rows] times the weight [rows, columns]: the gradient to x."""
-    sizes = (seed_bits, block, rank, columns)
-    if choose("seedlm_matmul", backend, grad.device, BACKENDS) == "cpu":
-        return tiles.matmul_transposed(grad, columns, _tiles(seeds, codes, exponent_bias, *sizes))
-    return reference.matmul_transposed(grad, seeds, codes, exponent_bias, *sizes)
+    sizes = (seed_bits, block, rank)
+    chosen = choose("seedlm_matmul", backend, grad.device, BACKENDS, unable(*sizes))
+    if chosen == "cpu":
+        return tiles.matmul_transposed(grad, columns, _tiles(seeds, codes, exponent_bias, *sizes, columns))
+    return _kernels(chosen).matmul_transposed(grad, seeds, codes, exponent_bias, *sizes, columns)  # type: ignore[no-any-return]
+
+
+def _kernels(chosen: str) -> Any:
+    return import_module(f"seedpack.kernels.seedlm_matmul.{chosen}")
 
 
 def _tiles(

@@ -80,8 +80,8 @@ def matmul(
     tokens, columns = x.shape
     padded = padded_tokens(x, -columns % (block * LANES))
     lanes = padded.view(len(padded), -1, LANES, block).transpose(2, 3).contiguous()
-    sizes, bias, unit = constants(seed_bits, block, rank, exponent_bias)
+    (k, c, p), bias, unit = constants(seed_bits, block, rank, exponent_bias)
     out = torch.empty(len(padded), seeds.shape[0], dtype=torch.float32)
     rows, fields = (part.contiguous().flatten(1).numpy() for part in (seeds, codes))
-    _matmul(*sizes, rows, fields, bias, unit, lanes.numpy(), (0,) * len(padded), out.numpy())
+    _matmul(k, c, p, rows, fields, bias, unit, lanes.numpy(), (0,) * len(padded), out.numpy())
     return out[:tokens].to(x.dtype)

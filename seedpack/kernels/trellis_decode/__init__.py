@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from torch import Tensor
 
 from seedpack.kernels.dispatch import Backend, choose
-from seedpack.kernels.trellis_decode import reference
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def trellis_decode(
     stream: Tensor, *, code_bits: int, state_bits: int, key: int, columns: int, backend: Backend = "auto"
 ) -> Tensor:
     """int16 [rows, columns], each in ±510; see `reference.decode` for the form of the stream."""
-    if choose("trellis_decode", backend, stream.device, BACKENDS) == "cpu":
-        from seedpack.kernels.trellis_decode import cpu
-
-        return cpu.decode(stream, code_bits, state_bits, key, columns)
-    return reference.decode(stream, code_bits, state_bits, key, columns)
+    kernels = _kernels(choose("trellis_decode", backend, stream.device, BACKENDS))
+    return kernels.decode(stream, code_bits, state_bits, key, columns)  # type: ignore[no-any-return]
 
 
 def trellis_dense(
     stream: Tensor, scale: Tensor, *, code_bits: int, state_bits: int, key: int, columns: int, backend: Backend = "auto"
 ) -> Tensor:
     """float32 [rows, columns], each integer times its row's scale (float32 [rows]), rounded once."""
-    if choose("trellis_dense", backend, stream.device, BACKENDS) == "cpu":
-        from seedpack.kernels.trellis_decode import cpu
+    kernels = _kernels(choose("trellis_dense", backend, stream.device, BACKENDS))
+    return kernels.dense(stream, scale, code_bits, state_bits, key, columns)  # type: ignore[no-any-return]
 
-        return cpu.dense(stream, scale, code_bits, state_bits, key, columns)
-    return reference.dense(stream, scale, code_bits, state_bits, key, columns)
+
+def _kernels(chosen: str) -> Any:
+    return import_module(f"seedpack.kernels.trellis_decode.{chosen}")

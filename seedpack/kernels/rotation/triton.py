@@ -1,0 +1,79 @@
+"""The rotation's mixing in Triton, for few tokens: all factors in one launch, a token a program.
+
+Each factor is a product with a small matrix along one axis, from one buffer into another; what a program writes it alone
+reads again, behind a barrier.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seedpack.kernels.gpu import configs
+from seedpack.kernels.rotation.reference import factors, matrix
+
+LEAST = 16  # the least side of a product on tensor cores
+
+
+@triton.jit
+def mix_kernel(
+    x_ptr, factor_ptr, out_ptr, scratch_ptr, matrices, n,
+    ORDERS: tl.constexpr, AFTER: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [tokens, n] = (x·factor) K, all float32; ORDERS and AFTER: each factor's order, and the product of those behind."""
+    i_start = tl.program_id(0).to(tl.int64) * n
+    for f in tl.static_range(len(ORDERS)):
+        i_side = tl.arange(0, PADDED[f])
+        m_side = i_side < ORDERS[f]
+        p_matrix = matrices[f] + i_side[:, None] * ORDERS[f] + i_side[None, :]
+        b_matrix = tl.load(p_matrix, m_side[:, None] & m_side[None, :], other=0.0)
+        for first in range(0, n // ORDERS[f], BLOCK):
+            i_rest = first + tl.arange(0, BLOCK)
+            m = m_side[:, None] & (i_rest < n // ORDERS[f])[None, :]
+            i = (i_rest // AFTER[f] * (ORDERS[f] * AFTER[f]) + i_rest % AFTER[f])[None, :] + i_side[:, None] * AFTER[f]
+            if f == 0:
+                b = tl.load(x_ptr + i_start + i, m, other=0.0) * tl.load(factor_ptr + i, m, other=0.0)
+            elif (len(ORDERS) - f) % 2 == 0:
+                b = tl.load(out_ptr + i_start + i, m, other=0.0)
+            else:
+                b = tl.load(scratch_ptr + i_start + i, m, other=0.0)
+            b = tl.dot(b_matrix, b, input_precision="ieee")
+            if (len(ORDERS) - f) % 2 == 1:
+                tl.store(out_ptr + i_start + i, b, m)
+            else:
+                tl.store(scratch_ptr + i_start + i, b, m)
+        tl.debug_barrier()
+
+
+@lru_cache(maxsize=64)
+def _steps(width: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Order of each factor that is mixed, the product of the factors behind it, and the order rounded to a power of two."""
+    orders = factors(width)
+    behind = [math.prod(map(abs, orders[i + 1 :])) for i in range(len(orders))]
+    mixed = [(order, after) for order, after in zip(orders, behind, strict=True) if order > 1]
+    return (
+        tuple(order for order, _ in mixed),
+        tuple(after for _, after in mixed),
+        tuple(max(LEAST, triton.next_power_of_2(order)) for order, _ in mixed),
+    )
+
+
+def mix(x: Tensor, factor: Tensor | None) -> Tensor:
+    """As `reference.mix(x·factor)`, summed in another order; float32."""
+    x = x.float().contiguous()
+    factor = torch.ones(x.shape[-1], device=x.device) if factor is None else factor.contiguous()
+    orders, after, padded = _steps(x.shape[-1])
+    if not orders or not x.numel():
+        return x * factor
+    out, scratch = torch.empty_like(x), torch.empty_like(x)
+    matrices = tuple(matrix(order, x.device, torch.float32) for order in orders)
+    mix_kernel[(x.numel() // x.shape[-1],)](
+        x, factor, out, scratch, matrices, x.shape[-1],
+        ORDERS=orders, AFTER=after, PADDED=padded, **configs.MIX,
+    )  # fmt: skip
+    return out
