@@ -9,18 +9,27 @@ from torch import Tensor
 
 DENSE: dict[str, Any] = {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}
 FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4}
-HALF: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
-SINGLE: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-TRELLIS_FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 32, "num_warps": 4}
-MIX: dict[str, Any] = {"BLOCK": 64, "num_warps": 4}
+HALF: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+SINGLE: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+MIX: dict[str, Any] = {"BLOCK": 32, "num_warps": 8}
 ENOUGH_PROGRAMS = (
     528  # a product for few tokens is split along the input into so many, four for each of an H100's cores
 )
 
 
-def has_dp4a(device: torch.device) -> bool:
-    """Whether a device has NVIDIA's dot product of four bytes."""
+def is_nvidia(device: torch.device) -> bool:
+    """Whether a device has NVIDIA's own instructions."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def precision(device: torch.device) -> str:
+    """How float32 is multiplied on tensor cores without loss: in three parts where that is faster."""
+    return "tf32x3" if is_nvidia(device) else "ieee"
+
+
+def trellis_few_tokens(tokens: int) -> dict[str, Any]:
+    """For the trellis's kernel for few tokens."""
+    return {"BLOCK_N": 32 if tokens <= 2 else 16, "num_warps": 4}
 
 
 def matmul(operand: Tensor) -> dict[str, Any]:

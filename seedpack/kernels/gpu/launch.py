@@ -73,7 +73,8 @@ def matmul(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(x.shape[0], block["BLOCK_M"]), triton.cdiv(weight.rows, block["BLOCK_N"]))
     tiles.matmul_kernel[grid](
         operand, x_scale, out, weight.scale, weight.parts, x.shape[0], weight.rows, weight.columns,
-        weight.stride_scale, TILE=weight.tile, SIZES=weight.sizes, STEP=weight.step(block["BLOCK_K"]), **block,
+        weight.stride_scale, TILE=weight.tile, SIZES=weight.sizes, STEP=weight.step(block["BLOCK_K"]),
+        PRECISION=configs.precision(x.device), **block,
     )  # fmt: skip
     return out
 
@@ -99,7 +100,7 @@ def matmul_transposed(grad: Tensor, weight: Regenerated, dtype: torch.dtype) -> 
     if grad.shape[0]:
         tiles.transposed_kernel[grid](
             operand, grad_scale, out, weight.parts, grad.shape[0], weight.rows, weight.columns,
-            TILE=weight.tile, SIZES=weight.sizes, **block,
+            TILE=weight.tile, SIZES=weight.sizes, PRECISION=configs.precision(grad.device), **block,
         )  # fmt: skip
     return out
 
@@ -110,4 +111,4 @@ def tensor_core_operand(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     if dtype == torch.float32:
         return x.contiguous(), torch.ones(x.shape[0], device=x.device)
     scale = x.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
-    return (x / scale[:, None]).half(), scale
+    return (x / scale[:, None]).half().contiguous(), scale

@@ -55,7 +55,7 @@ def few_tokens_kernel(
 @triton.jit
 def matmul_kernel(
     x_ptr, x_scale_ptr, out_ptr, scale_ptr, parts, tokens, rows, columns, stride_scale,
-    TILE: tl.constexpr, SIZES: tl.constexpr, STEP: tl.constexpr,
+    TILE: tl.constexpr, SIZES: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, rows] = x_scale [tokens] · x [tokens, columns] · weight.T on tensor cores, in the dtype of x.
@@ -71,7 +71,7 @@ def matmul_kernel(
         i_column, b_weight = TILE(parts, i_row, step, SIZES, BLOCK_K)
         p_x = x_ptr + i_token[None, :].to(tl.int64) * columns + i_column[:, None]
         b_x = tl.load(p_x, (i_column < columns)[:, None] & m_token[None, :], other=0.0)
-        b_sum = tl.dot(b_weight.to(b_x.dtype), b_x, b_sum, input_precision="ieee")
+        b_sum = tl.dot(b_weight.to(b_x.dtype), b_x, b_sum, input_precision=PRECISION)
     b_sum *= tl.load(scale_ptr + i_row * stride_scale)[:, None]
     b_sum *= tl.load(x_scale_ptr + i_token, m_token, other=0.0)[None, :]
     p_out = out_ptr + i_token[None, :].to(tl.int64) * rows + i_row[:, None]
@@ -81,7 +81,8 @@ def matmul_kernel(
 @triton.jit
 def transposed_kernel(
     grad_ptr, grad_scale_ptr, out_ptr, parts, tokens, rows, columns,
-    TILE: tl.constexpr, SIZES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE: tl.constexpr, SIZES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, columns] = grad_scale [tokens] · grad [tokens, rows] · weight; rows' scales are in grad already."""
     i_token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -94,7 +95,7 @@ def transposed_kernel(
         i_column, b_weight = TILE(parts, tl.where(m_row, i_row, 0), tl.program_id(1), SIZES, BLOCK_K)
         p_grad = grad_ptr + i_token[:, None].to(tl.int64) * rows + i_row[None, :]
         b_grad = tl.load(p_grad, m_token[:, None] & m_row[None, :], other=0.0)
-        b_sum = tl.dot(b_grad, b_weight.to(b_grad.dtype), b_sum, input_precision="ieee")
+        b_sum = tl.dot(b_grad, b_weight.to(b_grad.dtype), b_sum, input_precision=PRECISION)
     b_sum *= tl.load(grad_scale_ptr + i_token, m_token, other=0.0)[:, None]
     p_out = out_ptr + i_token[:, None].to(tl.int64) * columns + i_column[None, :]
     tl.store(p_out, b_sum.to(out_ptr.dtype.element_ty), m_token[:, None] & (i_column < columns)[None, :])

@@ -65,7 +65,7 @@ def mix(x: Tensor, factor: Tensor | None) -> Tensor:
     width = x.shape[-1]
     orders, odd = _odd_orders(width)
     norm = math.sqrt(odd / width)
-    y = x.float() * (norm if factor is None else factor * norm)
+    y = x.float().contiguous() * (norm if factor is None else factor * norm)
     _butterflies(y.view(-1, width).numpy(), odd)
     if len(orders) == 1 and 1 < orders[0] <= SMALL:
         _small_products(y.view(-1, odd).numpy(), _small(odd))

@@ -23,7 +23,7 @@ LEAST = 16  # the least side of a product on tensor cores
 @triton.jit
 def mix_kernel(
     x_ptr, factor_ptr, out_ptr, scratch_ptr, matrices, n,
-    ORDERS: tl.constexpr, AFTER: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    ORDERS: tl.constexpr, AFTER: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, n] = (x·factor) K, all float32; ORDERS and AFTER: each factor's order, and the product of those behind."""
     i_start = tl.program_id(0).to(tl.int64) * n
@@ -42,7 +42,7 @@ def mix_kernel(
                 b = tl.load(out_ptr + i_start + i, m, other=0.0)
             else:
                 b = tl.load(scratch_ptr + i_start + i, m, other=0.0)
-            b = tl.dot(b_matrix, b, input_precision="ieee")
+            b = tl.dot(b_matrix, b, input_precision=PRECISION)
             if (len(ORDERS) - f) % 2 == 1:
                 tl.store(out_ptr + i_start + i, b, m)
             else:
@@ -74,6 +74,6 @@ def mix(x: Tensor, factor: Tensor | None) -> Tensor:
     matrices = tuple(matrix(order, x.device, torch.float32) for order in orders)
     mix_kernel[(x.numel() // x.shape[-1],)](
         x, factor, out, scratch, matrices, x.shape[-1],
-        ORDERS=orders, AFTER=after, PADDED=padded, **configs.MIX,
+        ORDERS=orders, AFTER=after, PADDED=padded, PRECISION=configs.precision(x.device), **configs.MIX,
     )  # fmt: skip
     return out

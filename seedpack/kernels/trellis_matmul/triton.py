@@ -99,7 +99,7 @@ def few_tokens(
     if int8:
         x_scale, padded = _eight_bits(padded)
     lanes = padded.view(tokens, blocks, block_g, per).transpose(2, 3).contiguous()
-    config = configs.TRELLIS_FEW_TOKENS
+    config = configs.trellis_few_tokens(tokens)
     programs = triton.cdiv(rows, config["BLOCK_N"])
     parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // programs))
     per_program = triton.cdiv(blocks, parts)
@@ -109,7 +109,7 @@ def few_tokens(
         lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
         trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
         CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
-        ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.has_dp4a(x.device), BLOCK_G=block_g,
+        ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(x.device), BLOCK_G=block_g,
         **config,
     )  # fmt: skip
     return (out[0] if parts == 1 else out.sum(0))[: len(x)]

@@ -1,0 +1,168 @@
+"""Compile every Triton kernel for a target without a GPU, and read what came out: `python -m tests.kernels.compiled cuda 90`.
+
+The wrappers run as ever, but launches are recorded instead of made; each kernel is compiled with the types of what it was
+given. One JSON line a kernel.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from seedpack.kernels.gpu import configs, launch
+from seedpack.kernels.rotation import triton as rotation
+from seedpack.kernels.seedlm_decode import triton as seedlm
+from seedpack.kernels.trellis_decode import triton as trellis
+from seedpack.kernels.trellis_matmul import triton as trellis_matmul
+
+OPTIONS = ("num_warps", "num_stages")
+POINTERS = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+COLUMNS, ROWS = 1536, 128
+
+
+def trellis_parts(code_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(ROWS, 1, COLUMNS * code_bits // 8, dtype=torch.uint8), torch.ones(ROWS)
+
+
+def seedlm_weight(block: int, rank: int) -> Any:
+    blocks = -(-COLUMNS // block)
+    seeds = torch.zeros(ROWS, blocks, 2, dtype=torch.uint8)
+    codes = torch.zeros(ROWS, 1, -(-blocks * 4 * (rank + 1) // 8), dtype=torch.uint8)
+    return seedlm.regenerated(seeds, codes, torch.zeros(1, dtype=torch.int8), 16, block, rank, COLUMNS)
+
+
+def launches() -> dict[str, Callable[[], object]]:
+    """A name for each kernel in each form that matters."""
+    found: dict[str, Callable[[], object]] = {"rotation": lambda: rotation.mix(torch.zeros(2, COLUMNS), None)}
+    weights: dict[str, Callable[[], Any]] = {
+        f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), k, 16, 5, COLUMNS) for k in (2, 3, 4)
+    }
+    weights |= {f"seedlm-{b}x{r}": lambda b=b, r=r: seedlm_weight(b, r) for b, r in ((8, 3), (12, 4))}
+    for name, weight in weights.items():
+        for dtype in (torch.float32, torch.float16):
+            kind = str(dtype).removeprefix("torch.")
+            found[f"{name} matmul {kind}"] = lambda w=weight, d=dtype: launch.matmul(torch.zeros(300, COLUMNS), w(), d)
+            found[f"{name} transposed {kind}"] = lambda w=weight, d=dtype: launch.matmul_transposed(
+                torch.zeros(300, ROWS), w(), d
+            )
+        found[f"{name} dense"] = lambda w=weight: launch.dense(w(), torch.float32)
+        found[f"{name} gather"] = lambda w=weight: launch.dense(w(), torch.bfloat16, torch.zeros(3, dtype=torch.int64))
+        if name.startswith("seedlm"):
+            for tokens in (1, 8):
+                found[f"{name} {tokens} tokens"] = lambda w=weight, t=tokens: launch.few_tokens(
+                    torch.zeros(t, COLUMNS), w(), torch.float16
+                )
+    for k in (2, 3, 4):
+        for int8 in (False, True):
+            for tokens in (1, 8):
+                found[f"trellis-{k} {tokens} tokens{' int8' if int8 else ''}"] = lambda k=k, i=int8, t=tokens: (
+                    trellis_matmul.few_tokens(torch.zeros(t, COLUMNS), *trellis_parts(k), k, 16, 5, i)
+                )
+    return found
+
+
+def signature(value: object) -> Any:
+    """Triton's type of a run-time argument."""
+    if isinstance(value, torch.Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(signature(item) for item in value)
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    assert isinstance(value, float)
+    return "fp32"
+
+
+def divisible(value: object, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Where arguments are pointers, aligned, or multiples of 16."""
+    if isinstance(value, tuple):
+        for i, item in enumerate(value):
+            yield from divisible(item, (*path, i))
+    elif isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0):
+        yield path
+
+
+def source_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
+    values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    types = {name: "constexpr" if name in constants else signature(values[name]) for name in kernel.arg_names}
+    places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
+    attributes = {
+        path: [["tt.divisibility", 16]]
+        for name in kernel.arg_names
+        if name not in constants
+        for path in divisible(values[name], places[name])
+    }
+    return ASTSource(kernel, types, {places[name]: value for name, value in constants.items()}, attributes)
+
+
+def main(backend: str, arch: str, only: str = "") -> None:
+    warnings.simplefilter("ignore")
+    target = GPUTarget(backend, int(arch) if arch.isdigit() else arch, 32 if backend == "cuda" else 64)
+    configs.is_nvidia = lambda device: backend == "cuda"
+    recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    JITFunction.__getitem__ = lambda kernel, grid: lambda *args, **kwargs: recorded.append((kernel, args, kwargs))
+    for name, run in launches().items():
+        if only not in name:
+            continue
+        recorded.clear()
+        run()
+        kernel, args, kwargs = recorded[-1]
+        options = {key: value for key, value in kwargs.items() if key in OPTIONS}
+        constants = {key: value for key, value in kwargs.items() if key not in OPTIONS}
+        built = triton.compile(source_of(kernel, args, constants), target=target, options=options)
+        found = {"name": name, "constants": {k: v for k, v in constants.items() if isinstance(v, int)}, **options}
+        print(json.dumps(found | (cuda_figures(built) if backend == "cuda" else amd_figures(built))), flush=True)
+
+
+def amd_figures(built: Any) -> dict[str, int]:
+    text = built.asm["amdgcn"]
+    spills = re.findall(r"\.(?:sgpr|vgpr)_spill_count:\s*(\d+)", text)
+    registers = re.search(r"\.vgpr_count:\s*(\d+)", text)
+    assert spills and registers
+    return {"registers": int(registers[1]), "spills": sum(map(int, spills))}
+
+
+def cuda_figures(built: Any) -> dict[str, int]:
+    """Registers, instructions that move spilled ones, instructions of the longest loop."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tools / tool, option, file.name], capture_output=True, text=True, check=True).stdout
+            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+        )
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers
+    labels, instructions = {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+([^/]*\S)", line):
+            instructions.append(instruction[1])
+    loop = 0
+    for i, text in enumerate(instructions):
+        if (to := re.search(r"\bBRA\b.*?(\.L\w+)", text)) and labels.get(to[1], i + 1) <= i:
+            loop = max(loop, i + 1 - labels[to[1]])
+    spills = sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in instructions)
+    return {"registers": int(registers[1]), "spills": spills, "instructions": len(instructions), "loop": loop}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

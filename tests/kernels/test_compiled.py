@@ -1,0 +1,54 @@
+"""Every Triton kernel compiles for real GPUs without one; registers, spills and instructions are held to budgets."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+TARGETS = [("cuda", "80"), ("cuda", "89"), ("cuda", "90"), ("cuda", "100"), ("hip", "gfx942")]
+# Instructions of the inner loop for each weight on sm_90, all counted: loads, addresses, the loop itself.
+BUDGETS = {
+    "trellis-4 1 tokens int8": 5.0,
+    "trellis-3 1 tokens int8": 5.5,
+    "trellis-2 1 tokens int8": 5.0,
+    "trellis-4 1 tokens": 7.0,
+    "trellis-3 1 tokens": 7.5,
+    "trellis-2 1 tokens": 7.0,
+}
+THREADS = 32
+
+
+@cache
+def compiled(backend: str, arch: str) -> dict[str, dict[str, Any]]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.kernels.compiled", backend, arch]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}
+
+
+def per_weight(found: dict[str, Any]) -> float:
+    """Of a kernel for few tokens: instructions of its loop over the weights that a thread takes in one round."""
+    constants = found["constants"]
+    weights = constants["BLOCK_N"] * constants["BLOCK_G"] * constants["PER"]
+    return found["loop"] * THREADS * found["num_warps"] / weights  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("backend", "arch"), TARGETS, ids=lambda value: value)
+def test_every_kernel_compiles_without_spills(backend: str, arch: str) -> None:
+    found = compiled(backend, arch)
+    assert len(found) > 40
+    assert {name: kernel["spills"] for name, kernel in found.items() if kernel["spills"]} == {}
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_instructions_a_weight(name: str) -> None:
+    assert 3 < per_weight(compiled("cuda", "90")[name]) <= BUDGETS[name]
