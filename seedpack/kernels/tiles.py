@@ -17,7 +17,10 @@ Tile = Callable[[slice], Tensor]  # some rows of the weight, float32 [rows, colu
 def padded_tokens(x: Tensor, columns: int) -> Tensor:
     """x [tokens, n] in float32 with zeros for further columns, and for further tokens up to the next of `AT_ONCE`."""
     at_once = next(count for count in AT_ONCE if count >= x.shape[0])
-    return torch.nn.functional.pad(x.float(), (0, columns, 0, at_once - x.shape[0])).contiguous()
+    x = x.float()
+    if columns or at_once > x.shape[0]:
+        x = torch.nn.functional.pad(x, (0, columns, 0, at_once - x.shape[0]))
+    return x.contiguous()
 
 
 def _slices(rows: int, columns: int) -> list[slice]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from seedpack.kernels.vectors import FLOATS, I64, INTS, LANES, byte_sums, data, intrinsic, spread, store, words_at
 from seedpack.prng import trellis_multiplier
 
-MARGIN = 32  # the most bytes that a group's load takes
+ROWS_AT_ONCE = 16  # what one task of a core takes
 
 
 def values16(builder: Any, row: Any, group: Any, code_bits: int, mask: Any, multiplier: Any, key: Any) -> Any:
@@ -47,36 +47,51 @@ def _decode16(
 
 
 @njit(cache=True, nogil=True)
-def whole_groups(size: int, code_bits: int) -> int:
-    """Groups of a row of `size` bytes whose load stays inside it."""
-    return max(0, (size - MARGIN) // (2 * code_bits) + 1)
+def load_bytes(code_bits: int) -> int:
+    """Bytes that a group's load takes: `words_at`'s, for windows of up to 20 bits."""
+    return 16 if code_bits <= 6 else 32
 
 
 @njit(cache=True, nogil=True)
-def tail(row: Any, first: int, code_bits: int) -> Any:
-    """A row's bytes from group `first` on, and its beginning behind its end, as far as loads go there."""
-    start = 2 * code_bits * first
-    out = np.empty(row.shape[0] - start + 2 * MARGIN, np.uint8)
+def whole_groups(size: int, code_bits: int) -> int:
+    """Groups of a row of `size` bytes whose load stays inside it."""
+    return max(0, (size - load_bytes(code_bits)) // (2 * code_bits) + 1)
+
+
+@njit(cache=True, nogil=True)
+def tail_buffer(size: int, inside: int, code_bits: int) -> Any:
+    """For the bytes behind a row's whole groups, and as many of its beginning as windows and loads run on to there."""
+    return np.empty(size - 2 * code_bits * inside + 2 * load_bytes(code_bits), np.uint8)
+
+
+@njit(cache=True, nogil=True)
+def fill_tail(out: Any, row: Any, inside: int, code_bits: int) -> None:
+    """The row's bytes from group `inside` on, then its beginning, as often as it takes."""
+    at = 2 * code_bits * inside
     for i in range(out.shape[0]):
-        out[i] = row[(start + i) % row.shape[0]]
-    return out
+        if at == row.shape[0]:
+            at = 0
+        out[i] = row[at]
+        at += 1
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _dense(bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, scale: Any, out: Any) -> None:
-    columns = out.shape[1]
+    rows, columns = out.shape
     groups = columns // LANES
     inside = min(groups, whole_groups(stream.shape[1], len(bits)))
-    for r in prange(stream.shape[0]):
-        for group in range(inside):
-            _decode16(bits, stream[r], group, mask, multiplier, key, scale[r], out[r], group * LANES)
-        last = tail(stream[r], inside, len(bits))
-        for group in range(groups - inside):
-            _decode16(bits, last, group, mask, multiplier, key, scale[r], out[r], (inside + group) * LANES)
-        if groups * LANES < columns:
-            rest = np.empty(LANES, np.float32)
-            _decode16(bits, last, groups - inside, mask, multiplier, key, scale[r], rest, 0)
-            out[r, groups * LANES :] = rest[: columns - groups * LANES]
+    for chunk in prange(-(-rows // ROWS_AT_ONCE)):
+        last = tail_buffer(stream.shape[1], inside, len(bits))
+        rest = np.empty(LANES, np.float32)
+        for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
+            for group in range(inside):
+                _decode16(bits, stream[r], group, mask, multiplier, key, scale[r], out[r], group * LANES)
+            fill_tail(last, stream[r], inside, len(bits))
+            for group in range(groups - inside):
+                _decode16(bits, last, group, mask, multiplier, key, scale[r], out[r], (inside + group) * LANES)
+            if groups * LANES < columns:
+                _decode16(bits, last, groups - inside, mask, multiplier, key, scale[r], rest, 0)
+                out[r, groups * LANES :] = rest[: columns - groups * LANES]
 
 
 def constants(code_bits: int, state_bits: int, key: int) -> tuple[Any, ...]:

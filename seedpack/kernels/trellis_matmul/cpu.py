@@ -14,7 +14,14 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.tiles import padded_tokens
-from seedpack.kernels.trellis_decode.cpu import constants, tail, values16, whole_groups
+from seedpack.kernels.trellis_decode.cpu import (
+    ROWS_AT_ONCE,
+    constants,
+    fill_tail,
+    tail_buffer,
+    values16,
+    whole_groups,
+)
 from seedpack.kernels.vectors import FLOATS, I64, LANES, data, intrinsic, load, multiply_add, splat, total
 
 
@@ -62,15 +69,16 @@ def _dots(
 def _matmul(
     bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, scale: Any, x: Any, tokens: Any, out: Any
 ) -> None:
-    groups = x.shape[1] // LANES
+    rows, groups = stream.shape[0], x.shape[1] // LANES
     inside = min(groups, whole_groups(stream.shape[1], len(bits)))
-    for r in prange(stream.shape[0]):
-        found = _dots(bits, stream[r], mask, multiplier, key, x, 0, inside, tokens)
-        rest = _dots(
-            bits, tail(stream[r], inside, len(bits)), mask, multiplier, key, x, inside, groups - inside, tokens
-        )
-        for t in range(len(tokens)):
-            out[t, r] = (found[t] + rest[t]) * scale[r]
+    for chunk in prange(-(-rows // ROWS_AT_ONCE)):
+        last = tail_buffer(stream.shape[1], inside, len(bits))
+        for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
+            found = _dots(bits, stream[r], mask, multiplier, key, x, 0, inside, tokens)
+            fill_tail(last, stream[r], inside, len(bits))
+            rest = _dots(bits, last, mask, multiplier, key, x, inside, groups - inside, tokens)
+            for t in range(len(tokens)):
+                out[t, r] = (found[t] + rest[t]) * scale[r]
 
 
 def matmul(x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int) -> Tensor:

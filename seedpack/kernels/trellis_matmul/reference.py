@@ -13,8 +13,7 @@ ACTIVATION_GROUP = 256  # activations that share a scale when they have 8 bits
 
 def eight_bit_scale(groups: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens groups"]:
     """The step of 8-bit activations: the largest of a group is 127 of them."""
-    step: Tensor = groups.abs().amax(2).clamp_min(1e-30) / 127
-    return step
+    return groups.abs().amax(2).clamp_min(1e-30).div(127)
 
 
 def rounded(x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
