@@ -13,7 +13,7 @@ ACTIVATION_GROUP = 256  # activations that share a scale when they have 8 bits
 
 def eight_bit_scale(groups: Float[Tensor, "tokens groups size"]) -> Float[Tensor, "tokens groups"]:
     """The step of 8-bit activations: the largest of a group is 127 of them."""
-    return groups.abs().amax(2).clamp_min(1e-30).div(127)
+    return groups.abs().amax(2).clamp_min(1e-30) / 127
 
 
 def rounded(x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns"]:
@@ -21,7 +21,8 @@ def rounded(x: Float[Tensor, "tokens columns"]) -> Float[Tensor, "tokens columns
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % ACTIVATION_GROUP))
     groups = padded.unflatten(1, (-1, ACTIVATION_GROUP))
     step = eight_bit_scale(groups)[..., None]
-    return ((groups / step).round() * step).flatten(1)[:, : x.shape[1]]
+    whole: Tensor = (groups / step).round() * step
+    return whole.flatten(1)[:, : x.shape[1]]
 
 
 def matmul(
