@@ -37,7 +37,10 @@ def test_dtypes(folders: Folders, dtype: torch.dtype) -> None:
     model = seedpack.load(folders.packed, dtype=dtype)
     assert model.dtype == dtype and model.model.layers[0].mlp.up_proj.dense_weight().dtype == dtype
     expected = output(folders.reference(dtype=dtype))
-    assert torch.equal(output(model), expected) and expected.dtype == dtype
+    found = output(model)
+    assert found.dtype == expected.dtype == dtype
+    difference = (found.double() - expected.double()).norm() / expected.double().norm()
+    assert difference < 4 * torch.finfo(dtype).eps  # packed products keep their weights in float32
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)

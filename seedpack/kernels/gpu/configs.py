@@ -11,7 +11,7 @@ DENSE: dict[str, Any] = {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}
 FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4}
 HALF: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 SINGLE: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-MIX: dict[str, Any] = {"BLOCK": 32, "num_warps": 8}
+MIX: dict[str, Any] = {"BLOCK": 16, "num_warps": 8}
 ENOUGH_PROGRAMS = (
     528  # a product for few tokens is split along the input into so many, four for each of an H100's cores
 )
