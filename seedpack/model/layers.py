@@ -35,7 +35,7 @@ class PackedModule(nn.Module):
 
     def packed_parts(self) -> dict[str, Tensor]:
         """The parts, by name."""
-        return {name: self.get_parameter(name) for name in self.part_names}
+        return {name: cast(Tensor, self._parameters[name]) for name in self.part_names}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight rebuilt, in the dense layer's shape."""

@@ -20,10 +20,15 @@ SMALL = 64  # an odd order up to which the compiled product is used; larger ones
 
 
 @njit(cache=True, nogil=True, fastmath=True)
-def _butterflies(rows: Any, odd: int) -> None:
-    """Each row times Sylvester's Hadamard matrix along the first axis of [2^p, odd], not normalised."""
-    for r in range(rows.shape[0]):
-        y = rows[r]
+def _mix(x: Any, factor: Any, norm: Any, odd: int, small: Any, out: Any) -> None:
+    """out = norm·(x·factor) times Sylvester's Hadamard matrix along the first axis of [2^p, odd], and, if `small` is not
+    empty, times it along the second."""
+    order = small.shape[0]
+    segment = np.empty(order, np.float32)
+    for r in range(x.shape[0]):
+        y = out[r]
+        for i in range(y.shape[0]):
+            y[i] = x[r, i] * factor[i] * norm
         width = odd
         while width < y.shape[0]:
             for start in range(0, y.shape[0], 2 * width):
@@ -32,42 +37,38 @@ def _butterflies(rows: Any, odd: int) -> None:
                     a, b = low[i], high[i]
                     low[i], high[i] = a + b, a - b
             width *= 2
-
-
-@njit(cache=True, nogil=True, fastmath=True)
-def _small_products(segments: Any, symmetric: Any) -> None:
-    """Each segment times a small symmetric matrix."""
-    order = symmetric.shape[0]
-    out = np.empty(order, np.float32)
-    for s in range(segments.shape[0]):
-        out[:] = 0
-        for j in range(order):
-            value = segments[s, j]
-            for i in range(order):
-                out[i] += value * symmetric[j, i]
-        segments[s] = out
+        if order:
+            for start in range(0, y.shape[0], order):
+                segment[:] = 0
+                for j in range(order):
+                    value = y[start + j]
+                    for i in range(order):
+                        segment[i] += value * small[j, i]
+                y[start : start + order] = segment
 
 
 @lru_cache(maxsize=64)
-def _odd_orders(width: int) -> tuple[list[int], int]:
-    """The factors that are no powers of two, and their product."""
+def _plan(width: int) -> tuple[np.float32, int, Any, list[int]]:
+    """Norm of the powers of two, product of the other factors, the matrix that the compiled code multiplies by, and the
+    orders that are left to torch."""
     orders = [order for order in factors(width) if order % 2 and order != 1]
-    return orders, math.prod(map(abs, orders))
+    odd = math.prod(map(abs, orders))
+    compiled = len(orders) == 1 and 1 < orders[0] <= SMALL
+    small = matrix(odd, torch.device("cpu"), torch.float32).numpy() if compiled else np.empty((0, 0), np.float32)
+    return np.float32(math.sqrt(odd / width)), odd, small, [] if compiled else orders
 
 
-@lru_cache(maxsize=64)
-def _small(order: int) -> Any:
-    return matrix(order, torch.device("cpu"), torch.float32).numpy()
+@lru_cache(maxsize=16)
+def _ones(width: int) -> Tensor:
+    return torch.ones(width)
 
 
 def mix(x: Tensor, factor: Tensor | None) -> Tensor:
     """As `reference.mix(x·factor)`, summed in another order; float32."""
     width = x.shape[-1]
-    orders, odd = _odd_orders(width)
-    norm = math.sqrt(odd / width)
-    y = x.float().contiguous() * (norm if factor is None else factor * norm)
-    _butterflies(y.view(-1, width).numpy(), odd)
-    if len(orders) == 1 and 1 < orders[0] <= SMALL:
-        _small_products(y.view(-1, odd).numpy(), _small(odd))
-        return y
-    return mix_factors(y.view(-1, odd), orders).view(x.shape) if odd > 1 else y
+    norm, odd, small, orders = _plan(width)
+    out = torch.empty(x.shape, dtype=torch.float32)
+    factor = _ones(width) if factor is None else factor
+    rows = x.float().contiguous().view(-1, width)
+    _mix(rows.numpy(), factor.numpy(), norm, odd, small, out.view(-1, width).numpy())
+    return mix_factors(out.view(-1, odd), orders).view(x.shape) if orders else out

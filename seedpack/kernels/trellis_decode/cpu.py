@@ -6,6 +6,7 @@ shift, a mask, a multiplication and an addition, the bytes' sum (3 instructions 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ def _dense(bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, scale: 
                 out[r, groups * LANES :] = rest[: columns - groups * LANES]
 
 
+@lru_cache(maxsize=64)
 def constants(code_bits: int, state_bits: int, key: int) -> tuple[Any, ...]:
     """What the compiled code is told of a code: k as a tuple's length (a constant there), the mask, a and c."""
     multiplier = trellis_multiplier(code_bits, state_bits)
