@@ -244,4 +244,6 @@ def test_resnet20(data: Any, tmp_path: Path) -> None:
     dense = resnet.resnet20().eval()
     dense.load_state_dict({n.removeprefix("module."): t for n, t in seedpack.load(tmp_path / "a", dense=True).items()})
     x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-4)  # the head's product is summed in another order
+    torch.testing.assert_close(
+        model(x), dense(x), rtol=1e-4, atol=1e-4
+    )  # the head's product is summed in another order

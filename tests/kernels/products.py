@@ -29,10 +29,10 @@ class Weight:
     transposed: Callable[[Tensor, torch.dtype, str], Tensor]
 
 
-def trellis(code_bits: int, state_bits: int, rows: int, columns: int) -> Weight:
+def trellis(code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu") -> Weight:
     padded = 8 * -(-max(columns, -(-state_bits // code_bits)) // 8)
-    stream = torch.randint(0, 256, packed_shape(rows, padded, code_bits), dtype=torch.uint8)
-    scale = torch.rand(rows) + 0.5
+    stream = torch.randint(0, 256, packed_shape(rows, padded, code_bits), dtype=torch.uint8).to(device)
+    scale = (torch.rand(rows) + 0.5).to(device)
     code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": 0xDEADBEEF}
     return Weight(
         rows, columns,
@@ -44,13 +44,11 @@ def trellis(code_bits: int, state_bits: int, rows: int, columns: int) -> Weight:
     )  # fmt: skip
 
 
-def seedlm(seed_bits: int, block: int, rank: int, rows: int, columns: int) -> Weight:
+def seedlm(seed_bits: int, block: int, rank: int, rows: int, columns: int, device: str = "cpu") -> Weight:
     blocks = -(-columns // block)
     codes = torch.randint(-8, 8, (rows, blocks * (rank + 1) + blocks * (rank + 1) % 2))
-    parts = (
-        pack(torch.randint(1, 2**seed_bits, (rows, blocks)), seed_bits), pack(codes, 4),
-        torch.tensor([-9], dtype=torch.int8),
-    )  # fmt: skip
+    seeds, bias = pack(torch.randint(1, 2**seed_bits, (rows, blocks)), seed_bits), torch.tensor([-9], dtype=torch.int8)
+    parts = (seeds.to(device), pack(codes, 4).to(device), bias.to(device))
     sizes: dict[str, Any] = {"seed_bits": seed_bits, "block": block, "rank": rank}
     return Weight(
         rows, columns,

@@ -1,0 +1,149 @@
+"""Fused products on a GPU beside cuBLAS, a memory copy and other 4-bit kernels; tokens a second of whole models."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import kernels
+import report
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import linear
+
+from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.model.layers import PackedModule, pack_module_
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
+TOKENS = (1, 2, 4, 8, 16, 256, 4096)
+CODECS = {"trellis, 2 bits": TrellisCodec(2), "trellis, 3 bits": TrellisCodec(3), "trellis, 4 bits": TrellisCodec(4),
+          "seedlm, 4 bits": SeedLMCodec()}  # fmt: skip
+CACHE_BYTES = 100 << 20  # inputs are taken in turn over more than any L2 cache holds
+MODELS = {
+    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+
+
+def microseconds(works: list[Callable[[], object]]) -> float:
+    """Median time of a piece of work, on other copies of its weight each time."""
+    turn = iter(range(1 << 30))
+    return 1e3 * float(triton.testing.do_bench(lambda: works[next(turn) % len(works)](), return_mode="median"))
+
+
+def copies(nbytes: int) -> int:
+    return max(1, min(16, 2 * CACHE_BYTES // nbytes))
+
+
+def on_device(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: part.cuda() for name, part in parts.items()}
+
+
+def bitsandbytes_layer(shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return None
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").cuda()
+    return layer  # type: ignore[no-any-return]
+
+
+def products(result: report.Result) -> None:
+    rows = []
+    for shape in SHAPES:
+        weights = [
+            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * shape[0] * shape[1]))
+        ]
+        target = torch.empty_like(weights[0])
+        copy = microseconds([lambda w=w: target.copy_(w) for w in weights])
+        nf4 = bitsandbytes_layer(shape)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+            dense = microseconds([lambda w=w, x=x: linear(x, w) for w in weights])
+            row: list[object] = [f"{shape[0]}×{shape[1]}", tokens, f"{copy:.1f}", f"{dense:.1f}"]
+            for codec in CODECS.values():
+                parts = kernels.random_parts(codec, shape)
+                some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
+                ours = microseconds([lambda p=p, c=codec, x=x: c.matmul(x, p, shape) for p in some])
+                row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
+            row.append("" if nf4 is None else f"{microseconds([lambda x=x: nf4(x)]):.1f}")
+            rows.append(row)
+            print(row, flush=True)
+        del weights, target
+    result.say(
+        f"{torch.cuda.get_device_name()}. Products in bfloat16, microseconds, medians; in brackets how much faster than cuBLAS. 'Copy' "
+        "reads and writes the bfloat16 weight. Each product takes another copy of its weight than the one before, so that "
+        "none is in the L2 cache; bitsandbytes' stays there."
+    )
+    result.table(["layer", "tokens", "copy", "cuBLAS", *CODECS, "bitsandbytes NF4"], rows)
+
+
+def graph_of(model: Any, ids: Tensor) -> Callable[[], None]:
+    """One forward pass of one token, captured."""
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                model(ids, use_cache=False)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model(ids, use_cache=False)
+    return graph.replay
+
+
+def whole_models(result: report.Result) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    rows = []
+    for size, shape in MODELS.items():
+        config = LlamaConfig(**shape, vocab_size=128256, tie_word_embeddings=False)  # type: ignore[arg-type]
+        ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+        with torch.device("cuda"):
+            model = LlamaForCausalLM(config).bfloat16().eval()
+        base = microseconds([graph_of(model, ids)])
+        rows.append((size, "bfloat16", f"{1e6 / base:.0f}", "1.00×", f"{model.get_memory_footprint() / 1e9:.2f} GB"))
+        for label in ("trellis, 4 bits", "trellis, 2 bits"):
+            for module in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
+                if isinstance(module, PackedModule):
+                    module.__class__ = torch.nn.Linear  # the weight's bits do not matter here
+                    for name in module.part_names:
+                        del module._parameters[name]
+                    module.weight = torch.nn.Parameter(
+                        torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16, device="cuda")
+                    )
+                pack_module_(
+                    module, CODECS[label], on_device(kernels.random_parts(CODECS[label], tuple(module.weight.shape)))
+                )
+            found = microseconds([graph_of(model, ids)])
+            rows.append(
+                (
+                    size,
+                    label,
+                    f"{1e6 / found:.0f}",
+                    f"{base / found:.2f}×",
+                    f"{model.get_memory_footprint() / 1e9:.2f} GB",
+                )
+            )
+            print(rows[-1], flush=True)
+        del model
+    result.say(
+        "Whole Llama-shaped models of random weights, one token in one CUDA graph (no key–value cache), the embedding dense:"
+    )
+    result.table(["model", "weights", "tokens/s", "of bfloat16", "memory"], rows)
+
+
+def measure(result: report.Result) -> None:
+    if not torch.cuda.is_available():
+        print("left out: there is no GPU here", file=sys.stderr)
+        raise SystemExit(0)
+    products(result)
+    whole_models(result)
+
+
+if __name__ == "__main__":
+    report.run("gpu", "Fused products on a GPU", measure)
