@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.model.layers import PackedModule, pack_module_
+from seedpack.model.layers import pack_module_
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 TOKENS = (1, 2, 4, 8, 16, 256, 4096)
@@ -48,8 +48,10 @@ def bitsandbytes_layer(shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | N
         return None
     from bitsandbytes.nn import Linear4bit
 
-    layer = Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4").cuda()
-    return layer  # type: ignore[no-any-return]
+    nf4: Callable[[Tensor], Tensor] = Linear4bit(
+        shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    ).cuda()
+    return nf4
 
 
 def products(result: report.Result) -> None:
@@ -59,7 +61,7 @@ def products(result: report.Result) -> None:
             torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * shape[0] * shape[1]))
         ]
         target = torch.empty_like(weights[0])
-        copy = microseconds([lambda w=w: target.copy_(w) for w in weights])
+        copy = microseconds([lambda w=w, t=target: t.copy_(w) for w in weights])
         nf4 = bitsandbytes_layer(shape)
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
@@ -68,9 +70,9 @@ def products(result: report.Result) -> None:
             for codec in CODECS.values():
                 parts = kernels.random_parts(codec, shape)
                 some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
-                ours = microseconds([lambda p=p, c=codec, x=x: c.matmul(x, p, shape) for p in some])
+                ours = microseconds([lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s) for p in some])
                 row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
-            row.append("" if nf4 is None else f"{microseconds([lambda x=x: nf4(x)]):.1f}")
+            row.append("" if nf4 is None else f"{microseconds([lambda x=x, layer=nf4: layer(x)]):.1f}")
             rows.append(row)
             print(row, flush=True)
         del weights, target
@@ -96,41 +98,31 @@ def graph_of(model: Any, ids: Tensor) -> Callable[[], None]:
     return graph.replay
 
 
-def whole_models(result: report.Result) -> None:
+def llama(shape: dict[str, int], codec: TrellisCodec | None) -> Any:
+    """A Llama of random weights in bfloat16, its linear layers packed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rows = []
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128256)).bfloat16().eval()  # type: ignore[arg-type]
+    for module in list(model.modules()) if codec is not None else []:
+        if isinstance(module, torch.nn.Linear):
+            pack_module_(module, codec, on_device(kernels.random_parts(codec, tuple(module.weight.shape))))
+    return model
+
+
+def whole_models(result: report.Result) -> None:
+    ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    rows, base = [], 0.0
     for size, shape in MODELS.items():
-        config = LlamaConfig(**shape, vocab_size=128256, tie_word_embeddings=False)  # type: ignore[arg-type]
-        ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
-        with torch.device("cuda"):
-            model = LlamaForCausalLM(config).bfloat16().eval()
-        base = microseconds([graph_of(model, ids)])
-        rows.append((size, "bfloat16", f"{1e6 / base:.0f}", "1.00×", f"{model.get_memory_footprint() / 1e9:.2f} GB"))
-        for label in ("trellis, 4 bits", "trellis, 2 bits"):
-            for module in [m for m in model.modules() if isinstance(m, torch.nn.Linear)]:
-                if isinstance(module, PackedModule):
-                    module.__class__ = torch.nn.Linear  # the weight's bits do not matter here
-                    for name in module.part_names:
-                        del module._parameters[name]
-                    module.weight = torch.nn.Parameter(
-                        torch.empty(module.out_features, module.in_features, dtype=torch.bfloat16, device="cuda")
-                    )
-                pack_module_(
-                    module, CODECS[label], on_device(kernels.random_parts(CODECS[label], tuple(module.weight.shape)))
-                )
+        for bits in (None, 4, 2):
+            model = llama(shape, None if bits is None else TrellisCodec(bits))
             found = microseconds([graph_of(model, ids)])
-            rows.append(
-                (
-                    size,
-                    label,
-                    f"{1e6 / found:.0f}",
-                    f"{base / found:.2f}×",
-                    f"{model.get_memory_footprint() / 1e9:.2f} GB",
-                )
-            )
+            base = found if bits is None else base
+            label = "bfloat16" if bits is None else f"trellis, {bits} bits"
+            memory = model.get_memory_footprint() / 1e9
+            rows.append((size, label, f"{1e6 / found:.0f}", f"{base / found:.2f}×", f"{memory:.2f} GB"))
             print(rows[-1], flush=True)
-        del model
+            del model
     result.say(
         "Whole Llama-shaped models of random weights, one token in one CUDA graph (no key–value cache), the embedding dense:"
     )

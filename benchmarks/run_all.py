@@ -6,6 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-for name in ("trellis", "multipliers", "choices", "seedlm", "svd", "footprint", "language", "sentences", "images"):
+for name in (
+    "trellis",
+    "multipliers",
+    "choices",
+    "seedlm",
+    "svd",
+    "footprint",
+    "language",
+    "sentences",
+    "images",
+    "kernels",
+):
     print(f"== {name}", flush=True)
     subprocess.run([sys.executable, str(Path(__file__).parent / f"{name}.py"), "--write"], check=True)
