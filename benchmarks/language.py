@@ -60,7 +60,7 @@ def measure(result: report.Result) -> None:
         "(`benchmarks/models.py`). No calibration data anywhere. Peers are their own quantisers (their weights rebuilt "
         "and run densely), all linear layers and the embedding in one type; GGUF types are pure, over blocks of 256 of "
         "the flattened weight, without importance matrix. `trellis` rows give the output head, which is the embedding "
-        "here, one bit more; the bits a weight count it. Peers' packages: {peers.versions()}."
+        f"here, one bit more; the bits a weight count it. Peers' packages: {peers.versions()}."
     )
     rows.sort(key=lambda r: r["bits"])
     result.table(

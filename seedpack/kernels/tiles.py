@@ -23,7 +23,8 @@ def padded_tokens(x: Tensor, columns: int) -> Tensor:
     return x.contiguous()
 
 
-def _slices(rows: int, columns: int) -> list[slice]:
+def row_slices(rows: int, columns: int) -> list[slice]:
+    """The rows of a weight, a tile at a time."""
     step = max(16, TILE_WEIGHTS // columns)
     return [slice(row, min(rows, row + step)) for row in range(0, rows, step)]
 
@@ -32,7 +33,7 @@ def matmul(x: Tensor, rows: int, tile: Tile) -> Tensor:
     """x [tokens, columns] times the weight [rows, columns] transposed; summed in float32, in the dtype of x."""
     columns = x.float().T.contiguous()
     out = torch.empty(rows, x.shape[0], dtype=torch.float32, device=x.device)
-    for some in _slices(rows, x.shape[1]):
+    for some in row_slices(rows, x.shape[1]):
         torch.mm(tile(some), columns, out=out[some])
     return out.T.to(x.dtype)
 
@@ -41,6 +42,6 @@ def matmul_transposed(grad: Tensor, columns: int, tile: Tile) -> Tensor:
     """grad [tokens, rows] times the weight [rows, columns]; summed in float32, in the dtype of grad."""
     grads = grad.float()
     out = torch.zeros(grad.shape[0], columns, dtype=torch.float32, device=grad.device)
-    for some in _slices(grad.shape[1], columns):
+    for some in row_slices(grad.shape[1], columns):
         out.addmm_(grads[:, some], tile(some))
     return out.to(grad.dtype)

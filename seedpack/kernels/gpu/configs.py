@@ -10,7 +10,10 @@ from torch import Tensor
 DENSE: dict[str, Any] = {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}
 FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4}
 HALF: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+HALF_HEAVY: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 SINGLE: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
+GRAD_COEFS: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
+GRAD_PARTS = 8  # parts of the columns whose sums stay apart
 MIX: dict[str, Any] = {"BLOCK": 16, "num_warps": 8}
 ENOUGH_PROGRAMS = (
     528  # a product for few tokens is split along the input into so many, four for each of an H100's cores
@@ -32,6 +35,6 @@ def trellis_few_tokens(tokens: int) -> dict[str, Any]:
     return {"BLOCK_N": 32 if tokens <= 2 else 16, "num_warps": 4}
 
 
-def matmul(operand: Tensor) -> dict[str, Any]:
-    """For products on tensor cores, by the operand's dtype."""
-    return HALF if operand.dtype == torch.float16 else SINGLE
+def matmul(operand: Tensor, heavy: bool) -> dict[str, Any]:
+    """For products on tensor cores, by the operand's dtype and by what a tile of the weight takes."""
+    return SINGLE if operand.dtype != torch.float16 else HALF_HEAVY if heavy else HALF

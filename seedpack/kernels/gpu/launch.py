@@ -24,6 +24,7 @@ class Regenerated:
         scale: float32 [rows], or [1] for all rows.
         rows: of the weight.
         columns: of the weight.
+        heavy: whether a tile takes many registers.
         dense_share: of the places of a tile, those that are columns of the weight: (numerator, denominator).
     """
 
@@ -34,6 +35,7 @@ class Regenerated:
     rows: int
     columns: int
     dense_share: tuple[int, int] = (1, 1)
+    heavy: bool = False
 
     def step(self, block_k: int) -> int:
         """Columns that BLOCK_K places of a tile cover."""
@@ -69,7 +71,7 @@ def matmul(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
         return few_tokens(x, weight, dtype)
     operand, x_scale = tensor_core_operand(x, dtype)
     out = torch.empty(x.shape[0], weight.rows, dtype=dtype, device=x.device)
-    block = configs.matmul(operand)
+    block = configs.matmul(operand, weight.heavy)
     grid = (triton.cdiv(x.shape[0], block["BLOCK_M"]), triton.cdiv(weight.rows, block["BLOCK_N"]))
     tiles.matmul_kernel[grid](
         operand, x_scale, out, weight.scale, weight.parts, x.shape[0], weight.rows, weight.columns,
@@ -95,7 +97,7 @@ def matmul_transposed(grad: Tensor, weight: Regenerated, dtype: torch.dtype) -> 
     """grad [tokens, rows] times the weight, in a dtype; exact as `matmul` is."""
     operand, grad_scale = tensor_core_operand(grad.float() * weight.scale, dtype)
     out = torch.empty(grad.shape[0], weight.columns, dtype=dtype, device=grad.device)
-    block = configs.matmul(operand)
+    block = configs.matmul(operand, weight.heavy)
     grid = (triton.cdiv(grad.shape[0], block["BLOCK_M"]), triton.cdiv(weight.columns, weight.step(block["BLOCK_K"])))
     if grad.shape[0]:
         tiles.transposed_kernel[grid](

@@ -1,0 +1,64 @@
+"""The definition of a basis weight: pseudorandom noise times a few coefficients, in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.prng import MASK32, philox, squirrel5
+
+SQUIRREL_STRIDE = 198491317  # between the rows of RANDUMB's two-dimensional noise
+UNIT = 2.0**-31  # a signed word as a number in [-1, 1)
+WORDS_AT_ONCE = 1 << 20
+GENERATORS = ("philox", "squirrel5")
+
+
+def noise(index: Tensor, count: int, seed: int, generator: str) -> Tensor:
+    """Noise of some weights, float32 [n, count]: word (n, m) as a signed integer, rounded to float32, times 2^-31.
+
+    - philox: word m mod 4 of the block of counter (n mod 2^32, n / 2^32, m / 4, 0), keyed by the 64-bit seed.
+    - squirrel5: at position 198491317·m + n mod 2^32 (RANDUMB's; a weak family, see `prng.squirrel5`).
+
+    Args:
+        index: n, the places of weights in the row-major weight, int64 [n].
+        count: M.
+        seed: 64 bits, of which squirrel5 uses 32.
+        generator: "philox" or "squirrel5".
+    """
+    if generator == "squirrel5":
+        position = (index[:, None] + SQUIRREL_STRIDE * torch.arange(count, device=index.device)) & MASK32
+        words = squirrel5(position, seed & MASK32)
+    else:
+        groups = torch.arange(-(-count // 4), device=index.device)
+        low, high = (index & MASK32)[:, None].expand(-1, len(groups)), (index >> 32)[:, None].expand(-1, len(groups))
+        counter = torch.stack((low, high, groups.expand_as(low), torch.zeros_like(low)), -1)
+        words = philox((seed & MASK32, seed >> 32 & MASK32), counter).flatten(1)[:, :count]
+    return ((words ^ 0x80000000) - 0x80000000).to(torch.float32) * UNIT
+
+
+def dense(
+    coefs: Float[Tensor, "blocks count"], seed: int, generator: str, rows: int, columns: int
+) -> Float[Tensor, "rows columns"]:
+    """W[r, c] = Σ_m noise(r·columns + c, m)·coefs[b, m] with b = r / (rows / blocks): RANDUMB's weight for one block.
+
+    Args:
+        coefs: float32 [blocks, M]; each block has ceil(rows / blocks) rows, the last what is left.
+        seed: of the noise.
+        generator: "philox" or "squirrel5".
+        rows: of the weight.
+        columns: of the weight.
+    """
+    count = coefs.shape[1]
+    block = torch.arange(rows, device=coefs.device) // rows_per_block(rows, len(coefs))
+    out = torch.empty(rows, columns, dtype=torch.float32, device=coefs.device)
+    for some in torch.arange(rows, device=coefs.device).split(max(1, WORDS_AT_ONCE // (columns * count))):
+        index = some[:, None] * columns + torch.arange(columns, device=coefs.device)
+        values = noise(index.flatten(), count, seed, generator).view(len(some), columns, count)
+        out[some] = (values @ coefs[block[some]].float()[..., None])[..., 0]
+    return out
+
+
+def rows_per_block(rows: int, blocks: int) -> int:
+    """Rows that share coefficients."""
+    return -(-rows // blocks)

@@ -1,0 +1,37 @@
+"""Products with a weight that is noise times coefficients, and the gradient to the coefficients; see `reference`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from seedpack.kernels.dispatch import Backend, choose
+
+BACKENDS = ("cpu", "triton", "reference")
+
+
+def basis_matmul(
+    x: Tensor, coefs: Tensor, *, seed: int, generator: str, rows: int, backend: Backend = "auto"
+) -> Tensor:
+    """x [tokens, columns] times the weight [rows, columns] transposed, in the dtype of x; coefs [blocks, M]."""
+    return _kernels(backend, x).matmul(x, coefs, seed, generator, rows)  # type: ignore[no-any-return]
+
+
+def basis_matmul_transposed(
+    grad: Tensor, coefs: Tensor, *, seed: int, generator: str, columns: int, backend: Backend = "auto"
+) -> Tensor:
+    """grad [tokens, rows] times the weight [rows, columns]: the gradient to x, in the dtype of grad."""
+    return _kernels(backend, grad).matmul_transposed(grad, coefs, seed, generator, columns)  # type: ignore[no-any-return]
+
+
+def basis_grad_coefs(
+    grad: Tensor, x: Tensor, *, blocks: int, count: int, seed: int, generator: str, backend: Backend = "auto"
+) -> Tensor:
+    """The gradient to the coefficients, float32 [blocks, count]; grad [tokens, rows], x [tokens, columns]."""
+    return _kernels(backend, x).grad_coefs(grad, x, blocks, count, seed, generator)  # type: ignore[no-any-return]
+
+
+def _kernels(backend: Backend, x: Tensor) -> Any:
+    return import_module(f"seedpack.kernels.basis_matmul.{choose('basis_matmul', backend, x.device, BACKENDS)}")

@@ -1,0 +1,81 @@
+"""Basis weights: noise against the generators' definitions, products and gradients of every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from seedpack.kernels.basis_decode import basis_dense
+from seedpack.kernels.basis_decode.reference import noise
+from seedpack.kernels.basis_matmul import basis_grad_coefs, basis_matmul, basis_matmul_transposed
+from seedpack.prng import philox_words, squirrel5
+from tests.kernels.products import LIMIT, error
+
+SIZES = [(1, 8, 5, 37, 7), (3, 13, 7, 150, 2**40 + 5), (2, 30, 33, 70, 2**64 - 3), (7, 1, 7, 41, 9)]
+IDS = [f"{blocks}x{count}-{rows}x{columns}" for blocks, count, rows, columns, _ in SIZES]
+
+
+def test_noise_of_squirrel5() -> None:
+    found = noise(torch.tensor([5, 2**32 + 1]), 3, 11, "squirrel5")
+    for i, n in enumerate((5, 2**32 + 1)):
+        for m in range(3):
+            word = int(squirrel5(torch.tensor((n + 198491317 * m) % 2**32), 11))
+            signed = word - 2**32 if word >= 2**31 else word
+            assert float(found[i, m]) == float(torch.tensor(signed).float() * 2.0**-31)
+
+
+def test_noise_of_philox() -> None:
+    """Base 0 … 3 of weight n are block n of the seed's stream (M22)."""
+    words = philox_words(2**40 + 3, 40).view(10, 4)
+    signed = torch.where(words >= 2**31, words - 2**32, words)
+    assert torch.equal(noise(torch.arange(10), 4, 2**40 + 3, "philox"), signed.float() * 2.0**-31)
+    assert torch.equal(noise(torch.arange(10), 9, 5, "philox")[:, :7], noise(torch.arange(10), 7, 5, "philox"))
+
+
+@pytest.mark.parametrize("generator", ["philox", "squirrel5"])
+def test_noise_is_even(generator: str) -> None:
+    values = noise(torch.arange(4000), 16, 3, generator).double()
+    assert abs(float(values.mean())) < 0.01 and abs(float(values.var()) - 1 / 3) < 0.01
+    assert float((torch.corrcoef(values.T) - torch.eye(16)).abs().max()) < 0.08
+
+
+@pytest.mark.parametrize("generator", ["philox", "squirrel5"])
+@pytest.mark.parametrize(("blocks", "count", "rows", "columns", "seed"), SIZES, ids=IDS)
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_backends(
+    backend: Any, blocks: int, count: int, rows: int, columns: int, seed: int, generator: str, poison: None
+) -> None:
+    coefs = torch.randn(count, blocks).T
+    options = {"seed": seed, "generator": generator, "backend": backend}
+    single = torch.zeros(blocks, count)
+    single[:, count // 2] = 1  # one base alone: no sum, so the words themselves are compared
+    for given, limit in ((coefs, 1e-6), (single, 0.0)):
+        exact = basis_dense(given, seed=seed, generator=generator, rows=rows, columns=columns, backend="reference")
+        assert error(basis_dense(given, rows=rows, columns=columns, **options), exact.double()) <= limit
+    weight = basis_dense(
+        coefs, seed=seed, generator=generator, rows=rows, columns=columns, backend="reference"
+    ).double()
+    for tokens in (1, 3, 8, 33):
+        for dtype, limit in LIMIT.items():
+            x, grad = torch.randn(columns, tokens).to(dtype).T, torch.randn(tokens, rows).to(dtype)
+            found = basis_matmul(x, coefs, rows=rows, **options)
+            assert found.dtype == dtype and error(found, x.double() @ weight.T) < limit
+            found = basis_matmul_transposed(grad, coefs, columns=columns, **options)
+            assert found.dtype == dtype and error(found, grad.double() @ weight) < limit
+        exact = basis_grad_coefs(
+            grad.float(), x.float(), blocks=blocks, count=count, seed=seed, generator=generator, backend="reference"
+        ).double()
+        assert error(basis_grad_coefs(grad, x, blocks=blocks, count=count, **options), exact) < 1e-5
+
+
+@pytest.mark.parametrize("generator", ["philox", "squirrel5"])
+def test_gradient_is_that_of_autograd(generator: str) -> None:
+    coefs, x, grad = torch.randn(2, 9, requires_grad=True), torch.randn(4, 21), torch.randn(4, 6)
+    index = torch.arange(6 * 21)
+    weight = (noise(index, 9, 5, generator).view(6, 21, 9) * coefs.repeat_interleave(3, 0)[:, None]).sum(2)
+    (x @ weight.T * grad).sum().backward()
+    assert coefs.grad is not None
+    found = basis_grad_coefs(grad, x, blocks=2, count=9, seed=5, generator=generator)
+    torch.testing.assert_close(found, coefs.grad, rtol=1e-4, atol=1e-5)
