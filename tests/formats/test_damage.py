@@ -15,7 +15,7 @@ from seedpack.formats.manifest import loads_manifest
 from seedpack.model.stored import stored_dense
 from tests.formats import make
 
-QUICK = settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(max_examples=300, deadline=30_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
