@@ -15,7 +15,7 @@ from seedpack.model.plan import Plan, TensorPlan
 # divergence with one kind of tensor packed at a time (docs/codecs/trellis.md).
 HEAD_SENSITIVITY = 4.0
 # What a relative error costs grows slower than the count of weights: small layers are as much in every signal's way as
-# large ones. Of 1, 0.75, 0.5 and 0 the best on a language model and two classifiers (docs/codecs/trellis.md).
+# large ones. Chosen in trials on one language model and one classifier (docs/codecs/trellis.md says what was tried).
 SIZE_EXPONENT = 0.75
 HEAD_EXTRA_BITS = 1  # the rate at which the head's error costs as much for a bit as the others': log2(sensitivity) / 2
 
