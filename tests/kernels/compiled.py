@@ -29,8 +29,10 @@ from seedpack.kernels.rotation import triton as rotation
 from seedpack.kernels.seedlm_decode import triton as seedlm
 from seedpack.kernels.trellis_decode import triton as trellis
 from seedpack.kernels.trellis_matmul import triton as trellis_matmul
+from seedpack.kernels.trellis_search import triton as trellis_search
+from seedpack.kernels.trellis_search.reference import Code, Seam, seam_symbols
 
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32", torch.int64: "*i64",
@@ -90,7 +92,16 @@ def launches() -> dict[str, Callable[[], object]]:
                 found[f"trellis-{k} {tokens} tokens{' int8' if int8 else ''}"] = lambda k=k, i=int8, t=tokens: (
                     trellis_matmul.few_tokens(torch.zeros(t, COLUMNS), *trellis_parts(k), k, 16, 5, i)
                 )
+    for k, state_bits, survivors in ((1, 16, 12), (2, 16, 11), (3, 16, 10), (4, 16, 9), (4, 16, 12), (4, 18, 14), (8, 16, 8)):
+        found[f"search {k} of {state_bits} keeping {survivors}"] = lambda k=k, s=state_bits, m=survivors: walk(k, s, m)
     return found
+
+
+def walk(code_bits: int, state_bits: int, survivors: int) -> torch.Tensor:
+    """A walk over rows, with a seam."""
+    symbols = torch.zeros(ROWS, seam_symbols(code_bits, state_bits), dtype=torch.int64)
+    seam = Seam(symbols[:, 0], symbols[:, :1], symbols)
+    return trellis_search.walk(torch.zeros(ROWS, COLUMNS), Code(code_bits, state_bits, 5, survivors), seam)
 
 
 def signature(value: object) -> Any:

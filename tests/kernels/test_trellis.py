@@ -73,6 +73,20 @@ def test_backends_find_the_same_stream(
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (3, 12, 5), (4, 16, 8), (4, 18, 7), (5, 13, 5)]
+)
+def test_search_in_triton(code_bits: int, state_bits: int, survivors: int, poison: None) -> None:
+    values = torch.randn(2, 24) * 150
+    values[1] *= 10
+    values[:, 19:] = torch.inf
+    options = {
+        "code_bits": code_bits, "state_bits": state_bits, "key": trellis_key(7), "survivors": survivors, "columns": 19,
+    }  # fmt: skip
+    found = [trellis_search(values, **options, backend=backend) for backend in ("triton", "cpu")]  # type: ignore[arg-type]
+    assert torch.equal(*found)
+
+
 def test_search_against_all_streams() -> None:
     """With every state kept the error stays near the least of all 2^16 streams, which the seam alone keeps it from."""
     code_bits, state_bits, columns, key = 1, 5, 16, trellis_key(0)

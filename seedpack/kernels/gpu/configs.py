@@ -38,3 +38,20 @@ def trellis_few_tokens(tokens: int) -> dict[str, Any]:
 def matmul(operand: Tensor, heavy: bool) -> dict[str, Any]:
     """For products on tensor cores, by the operand's dtype and by what a tile of the weight takes."""
     return SINGLE if operand.dtype != torch.float16 else HALF_HEAVY if heavy else HALF
+
+
+def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[str, Any]:
+    """For the trellis's search: states of a tile, predecessors in straight code, and registers that need no spilling."""
+    block = min(1 << survivors, 1 << 12)
+    return {
+        "BLOCK": block, "UNROLLED": min(1 << code_bits, 8), "num_warps": max(1, min(8, block // 512)), "num_stages": 1,
+    } | ({"maxnreg": 128} if is_nvidia(device) else {})  # fmt: skip
+
+
+def programs(device: torch.device, jobs: int, warps: int, scratch_bytes: int) -> int:
+    """How many programs share some jobs: as many as run at a time, if their scratch takes at most half of the free memory."""
+    if device.type != "cuda":
+        return min(jobs, 2)
+    cores = torch.cuda.get_device_properties(device).multi_processor_count
+    room = torch.cuda.mem_get_info(device)[0] // 2 // scratch_bytes
+    return max(1, min(jobs, cores * (16 // warps), room))

@@ -20,6 +20,16 @@ def byte_sum(word):
 
 
 @triton.jit
+def byte_dot(word, activation, start, DP4A: tl.constexpr):
+    """start + Σ over the four bytes of a uint32 times a signed 8-bit activation, which stands in each byte of an int32."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, activation, start], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return start + byte_sum(word) * ((activation << 24) >> 24)
+
+
+@triton.jit
 def stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED: tl.constexpr):
     """Word i_word [n] of each row [m] of a circular stream of `size` bytes, uint32 [m, n].
 

@@ -16,20 +16,10 @@ from torch import Tensor
 
 from seedpack.kernels.gpu import configs, launch
 from seedpack.kernels.tiles import FEW_TOKENS, padded_tokens
-from seedpack.kernels.trellis_decode.triton import byte_sum, regenerated, stream_word
+from seedpack.kernels.trellis_decode.triton import byte_dot, regenerated, stream_word
 from seedpack.kernels.trellis_matmul import reference
 from seedpack.kernels.trellis_matmul.reference import ACTIVATION_GROUP, eight_bit_scale
 from seedpack.prng import trellis_multiplier
-
-
-@triton.jit
-def _byte_dot(word, activation, start, DP4A: tl.constexpr):
-    """start + Σ over the four bytes of a uint32 times a signed 8-bit activation, which stands in each byte of an int32."""
-    if DP4A:
-        return tl.inline_asm_elementwise(
-            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, activation, start], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return start + byte_sum(word) * ((activation << 24) >> 24)
 
 
 @triton.jit
@@ -69,9 +59,9 @@ def few_tokens_kernel(
                     b_x = tl.load(p_x + j * BLOCK_G)
                     if INT8:
                         words_of_all = tl.broadcast_to(mixed[:, :, None], b_dot.shape)
-                        b_dot = _byte_dot(words_of_all, tl.broadcast_to(b_x, b_dot.shape), b_dot, DP4A)
+                        b_dot = byte_dot(words_of_all, tl.broadcast_to(b_x, b_dot.shape), b_dot, DP4A)
                     else:
-                        bits = _byte_dot(mixed, b_ones, b_float, DP4A)  # of the float 2^23 + sum
+                        bits = byte_dot(mixed, b_ones, b_float, DP4A)  # of the float 2^23 + sum
                         value = bits.to(tl.float32, bitcast=True) - 8389118.0  # 2^23 + 510
                         b_sum += value[:, :, None] * b_x
         if INT8:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import Tensor
 
 from seedpack.kernels.dispatch import Backend, choose
-from seedpack.kernels.trellis_search import reference
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def trellis_search(
@@ -20,9 +21,7 @@ def trellis_search(
     columns: int,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The stream, packed as in `kernels.bits`,, of values [rows, a multiple of 8]; see `reference.search`."""
-    if choose("trellis_search", backend, values.device, BACKENDS) == "cpu":
-        from seedpack.kernels.trellis_search import cpu
-
-        return cpu.search(values, code_bits, state_bits, key, survivors, columns)
-    return reference.search(values, code_bits, state_bits, key, survivors, columns)
+    """The stream, packed as in `kernels.bits`, of values [rows, a multiple of 8]; see `reference.search`."""
+    chosen = choose("trellis_search", backend, values.device, BACKENDS)
+    kernels = import_module(f"seedpack.kernels.trellis_search.{chosen}")
+    return kernels.search(values, code_bits, state_bits, key, survivors, columns)  # type: ignore[no-any-return]

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.bits import packed_shape
-from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, WRAP, seam_symbols, table, tag_bits, units
+from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, WRAP, seam_symbols, table, tag_bits, whole
 from seedpack.kernels.vectors import LANES, intrinsic, spread
 
 UNROLLED = 16
@@ -247,7 +247,7 @@ def search(values: Tensor, code_bits: int, state_bits: int, key: int, survivors:
     """As `reference.search`, bit for bit."""
     rows, padded = values.shape
     tag = tag_bits(code_bits, state_bits, survivors)
-    x = units(values, tag).contiguous().numpy()
+    x = (whole(values).float() * (1 << -(-tag // 2))).contiguous().numpy()  # whole numbers still
     out = torch.empty(packed_shape(rows, padded, code_bits), dtype=torch.uint8)
     near, seam = min(WRAP, padded), seam_symbols(code_bits, state_bits)
     _search(

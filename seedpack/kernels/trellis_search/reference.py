@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,7 @@ from seedpack._shapes import Float, Int, UInt8
 from seedpack.kernels.bits import pack
 from seedpack.prng import trellis_multiplier, trellis_values
 
+PADDING = 1 << 20  # stands for a value that no weight has
 LIMIT = 600  # values beyond are no nearer to any code, and would spoil the exactness of the metrics
 CLOSED, CEILING = 15 << 20, 16_000_000  # metric of a state that a walk cannot start from; that no metric exceeds
 WRAP = 32  # weights on either side of the seam that decide the state there
@@ -30,22 +34,53 @@ def table(code_bits: int, state_bits: int, key: int, tag: int) -> Int[Tensor, " 
     return values << -(-tag // 2)
 
 
-def units(values: Float[Tensor, "rows columns"], tag: int) -> Float[Tensor, "rows columns"]:
-    """Values rounded to the code's unit, limited, times the table's factor: whole numbers in float32."""
-    return values.round().clamp(-LIMIT, LIMIT).float() * (1 << -(-tag // 2))
+def whole(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
+    """Values rounded to the code's unit, and limited."""
+    return values.round().clamp(-LIMIT, LIMIT)
 
 
-class _Walk:
+class Code(NamedTuple):
+    """What a search is told of a code: k, L, its key c, and m, of 2^m survivors."""
+
+    code_bits: int
+    state_bits: int
+    key: int
+    survivors: int
+
+    @property
+    def tag(self) -> int:
+        """`tag_bits`."""
+        return tag_bits(self.code_bits, self.state_bits, self.survivors)
+
+    @property
+    def memory(self) -> int:
+        """Mask of the L - k bits that the next window takes over."""
+        return (1 << (self.state_bits - self.code_bits)) - 1
+
+
+class Seam(NamedTuple):
+    """What a walk over a whole row starts from and ends with.
+
+    `memory` int64 [rows] of the first window; `oldest` int64 [rows, options], what the first of the last symbols may be;
+    `given` int64 [rows, n], these symbols.
+    """
+
+    memory: Tensor
+    oldest: Tensor
+    given: Tensor
+
+
+class _Survivors:
     """The survivors of all rows: one for each value of the newest m bits, with its metric and its older bits.
 
     Metrics are whole numbers whose low bits, 0 in `metric`, carry a tag through the minimum: the bits that stand above
     the state's own in the new state's memory. The lowest k of them say which predecessor a survivor came from.
     """
 
-    def __init__(self, rows: int, code_bits: int, state_bits: int, key: int, survivors: int) -> None:
-        self.k, self.m, self.memory_bits = code_bits, survivors, state_bits - code_bits
-        self.tags = 1 << tag_bits(code_bits, state_bits, survivors)
-        self.table = table(code_bits, state_bits, key, self.tags.bit_length() - 1)
+    def __init__(self, rows: int, code: Code) -> None:
+        self.k, self.m, self.memory_mask = code.code_bits, code.survivors, code.memory
+        self.tags = 1 << code.tag
+        self.table = table(code.code_bits, code.state_bits, code.key, code.tag)
         self.state = torch.arange(1 << self.m)
         self.metric = torch.zeros(rows, 1 << self.m, dtype=torch.int64)
         self.memory = self.state.repeat(rows, 1)  # the L - k newest bits
@@ -58,8 +93,8 @@ class _Walk:
         self.metric.scatter_(1, newest[:, None], 0)
         self.memory.scatter_(1, newest[:, None], memory[:, None])
 
-    def step(self, x: Tensor | None) -> None:
-        """One weight; x [rows] is its value, None for padding."""
+    def step(self, x: Tensor) -> None:
+        """One weight; x [rows] is its value."""
         symbols = 1 << self.k
         window = (self.memory[..., None] << self.k) + torch.arange(symbols)  # [rows, states, new symbol]
         tag = (self.memory >> (self.m - self.k)) & (self.tags - 1)
@@ -67,37 +102,67 @@ class _Walk:
         best = cost.view(len(cost), symbols, -1).amin(1).clamp_max(CEILING)  # predecessors differ in their top k bits
         tag = best & (self.tags - 1)
         self.metric = (best - tag) - (best.amin(1, True) & -self.tags)
-        self.memory = ((tag << self.m) | self.state) & ((1 << self.memory_bits) - 1)
+        self.memory = ((tag << self.m) | self.state) & self.memory_mask
         self.history.append(tag & (symbols - 1))
 
-    def extend(self, x: Tensor | None, symbols: Tensor) -> None:
+    def extend(self, x: Tensor, symbols: Tensor) -> None:
         """One weight with each of some symbols [rows, options]: all go on, none is weighed against another."""
         window = (self.memory[..., None] << self.k) | symbols[:, None]
         self.metric = (self.metric[..., None] + self._error(window, x)).flatten(1)
-        self.memory = (window & ((1 << self.memory_bits) - 1)).flatten(1)
+        self.memory = (window & self.memory_mask).flatten(1)
 
     def best(self) -> Tensor:
         """Which has the least metric, the first of several: [rows]."""
         count = self.metric.shape[1]
         return (self.metric * count + torch.arange(count)).amin(1) % count
 
-    def _error(self, window: Tensor, x: Tensor | None) -> Tensor:
-        if x is None:
-            return torch.zeros_like(window)
-        return (x.to(torch.int64).view(-1, *[1] * (window.ndim - 1)) - self.table[window]).square()
+    def _error(self, window: Tensor, x: Tensor) -> Tensor:
+        scale = 1 << -(-(self.tags.bit_length() - 1) // 2)
+        x = x.view(-1, *[1] * (window.ndim - 1))
+        return torch.where(x == PADDING, 0, (x * scale - self.table[window]).square())
 
-    def trace(self, state: Tensor, steps: int) -> Tensor:
-        """The newest `steps` symbols on the way to a state [rows], oldest first."""
+    def trace(self, state: Tensor) -> Tensor:
+        """The symbols on the way to a state [rows], oldest first."""
         out = []
-        for symbols in reversed(self.history[-steps:]):
+        for symbols in reversed(self.history):
             out.append(state & ((1 << self.k) - 1))
             symbol = symbols.gather(1, state[:, None])[:, 0]
             state = (symbol << (self.m - self.k)) | (state >> self.k)
         return torch.stack(out[::-1], 1)
 
 
+def walk(x: Int[Tensor, "rows steps"], code: Code, seam: Seam | None = None) -> Int[Tensor, "rows steps"]:
+    """The symbols of least error over the steps, int64, oldest first; see `search`.
+
+    Args:
+        x: int64, whole values in the code's units, or `PADDING`.
+        code: what is searched, and how many survive a step.
+        seam: how the walk starts and ends; None: anyhow.
+    """
+    survivors = _Survivors(len(x), code)
+    if seam is None:
+        for step in range(x.shape[1]):
+            survivors.step(x[:, step])
+        return survivors.trace(survivors.best())
+    count = seam.given.shape[1]
+    survivors.close_but(seam.memory)
+    for step in range(x.shape[1] - count):
+        survivors.step(x[:, step])
+    for i in range(count):
+        survivors.extend(x[:, x.shape[1] - count + i], seam.given[:, i : i + 1] if i else seam.oldest)
+    found, options = survivors.best(), seam.oldest.shape[1]
+    oldest = seam.oldest.gather(1, found[:, None] % options)
+    return torch.cat((survivors.trace(found // options), oldest, seam.given[:, 1:]), 1)
+
+
 def search(
-    values: Float[Tensor, "rows padded"], code_bits: int, state_bits: int, key: int, survivors: int, columns: int
+    values: Float[Tensor, "rows padded"],
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    survivors: int,
+    columns: int,
+    walk: Callable[[Tensor, Code, Seam | None], Tensor] = walk,
 ) -> UInt8[Tensor, "rows groups bytes"]:
     """For each row a stream of little squared error Σ_t (values[t] - v_t)² over the first `columns` weights.
 
@@ -117,34 +182,22 @@ def search(
         key: c.
         survivors: m, from k to L - k, and not below L - k - 8.
         columns: weights of a row.
+        walk: what does the work; on a GPU another.
     """
+    code = Code(code_bits, state_bits, key, survivors)
     padded = values.shape[1]
-    x = units(values, tag_bits(code_bits, state_bits, survivors)).flip(1)
-    padding = padded - columns
-    near, seam = min(WRAP, padded), seam_symbols(code_bits, state_bits)
+    x = whole(values).to(torch.int64)
+    x[:, columns:] = PADDING
+    x = x.flip(1)
+    near, count = min(WRAP, padded), seam_symbols(code_bits, state_bits)
 
-    def column(step: int) -> Tensor | None:
-        return None if step < padding else x[:, step]
+    around = walk(torch.cat((x[:, padded - near :], x[:, :near]), 1), code, None)
+    given = around[:, near - count : near].to(torch.int64)
+    memory = torch.zeros_like(given[:, 0])
+    for symbol in given.unbind(1):
+        memory = ((memory << code_bits) | symbol) & code.memory
 
-    around = _Walk(len(values), code_bits, state_bits, key, survivors)
-    for step in (*range(padded - near, padded), *range(near)):
-        around.step(column(step))
-    given = around.trace(around.best(), 2 * near)[:, near - seam : near].clone()
-    memory = torch.zeros(len(values), dtype=torch.int64)
-    for i in range(seam):
-        memory = ((memory << code_bits) | given[:, i]) & ((1 << state_bits - code_bits) - 1)
-
-    below = state_bits - code_bits - code_bits * (seam - 1)  # bits of the oldest given symbol that others' windows see
-    free = torch.arange(1 << (code_bits - below)) << below
+    below = state_bits - code_bits - code_bits * (count - 1)  # bits of the oldest given symbol that others' windows see
+    free = torch.arange(1 << (code_bits - below), device=values.device) << below
     oldest = (given[:, :1] & ((1 << below) - 1)) | free
-
-    walk = _Walk(len(values), code_bits, state_bits, key, survivors)
-    walk.close_but(memory)
-    for step in range(padded - seam):
-        walk.step(column(step))
-    for i in range(seam):
-        walk.extend(column(padded - seam + i), given[:, i : i + 1] if i else oldest)
-    found = walk.best()
-    given[:, 0] = oldest.gather(1, found[:, None] % len(free))[:, 0]
-    symbols = torch.cat((walk.trace(found // len(free), padded - seam), given), 1)
-    return pack(symbols.flip(1), code_bits)
+    return pack(walk(x, code, Seam(memory, oldest, given)).flip(1), code_bits)
