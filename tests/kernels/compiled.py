@@ -27,6 +27,7 @@ from seedpack.kernels.basis_matmul import triton as basis_matmul
 from seedpack.kernels.gpu import configs, launch
 from seedpack.kernels.rotation import triton as rotation
 from seedpack.kernels.seedlm_decode import triton as seedlm
+from seedpack.kernels.seedlm_search import triton as seedlm_search
 from seedpack.kernels.trellis_decode import triton as trellis
 from seedpack.kernels.trellis_matmul import triton as trellis_matmul
 from seedpack.kernels.trellis_search import triton as trellis_search
@@ -94,6 +95,9 @@ def launches() -> dict[str, Callable[[], object]]:
                 )
     for k, state_bits, survivors in ((1, 16, 12), (2, 16, 11), (3, 16, 10), (4, 16, 9), (4, 16, 12), (4, 18, 14), (8, 16, 8)):
         found[f"search {k} of {state_bits} keeping {survivors}"] = lambda k=k, s=state_bits, m=survivors: walk(k, s, m)
+    for places, rank in ((8, 3), (12, 4), (256, 16)):
+        q = torch.zeros(rank, 1 << 12, max(16, places), dtype=torch.float16)
+        found[f"seedlm search {places}x{rank}"] = lambda q=q: seedlm_search.largest_energies(q, q[0, :100])
     return found
 
 

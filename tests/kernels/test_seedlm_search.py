@@ -6,6 +6,7 @@ import numba
 import pytest
 import torch
 
+from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.seedlm_search import Found, seedlm_search
 from seedpack.kernels.seedlm_search.reference import all_bases
 from seedpack.prng import lfsr_position
@@ -40,13 +41,16 @@ def reconstruct(found: Found, block: int, seed_bits: int, bias: int) -> torch.Te
     ],
 )
 @pytest.mark.parametrize("exponents", [1, 3])
-def test_exact(seed_bits: int, block: int, rank: int, count: int, exponents: int) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_exact(
+    seed_bits: int, block: int, rank: int, count: int, exponents: int, backend: Backend, poison: None
+) -> None:
     if exponents == 3:
         count //= 4
     settings = {"seed_bits": seed_bits, "rank": rank, "exponents": exponents}
     blocks = torch.randn(count, block) * torch.logspace(-4, 1, count)[:, None]
     expected = seedlm_search(blocks, None, -5, **settings, backend="reference")
-    found = seedlm_search(blocks, None, -5, **settings, backend="cpu")
+    found = seedlm_search(blocks, None, -5, **settings, backend=backend)
     same_error(found, expected)
     fitted = reconstruct(found, block, seed_bits, -5)
     torch.testing.assert_close((blocks.double() - fitted).square().sum(1), found.error, rtol=1e-9, atol=1e-13)
@@ -56,22 +60,25 @@ def test_exact(seed_bits: int, block: int, rank: int, count: int, exponents: int
 
 
 @pytest.mark.parametrize("importance", ["mild", "wild"])
-def test_exact_with_importance(importance: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_exact_with_importance(importance: str, backend: Backend) -> None:
     h = torch.rand(8) + 0.2 if importance == "mild" else torch.logspace(-6, 2, 8)[torch.randperm(8)]
     blocks = torch.randn(60, 8)
     settings = {"seed_bits": 12, "rank": 3, "exponents": 3}
     same_error(
-        seedlm_search(blocks, h, -5, **settings, backend="cpu"),
+        seedlm_search(blocks, h, -5, **settings, backend=backend),
         seedlm_search(blocks, h, -5, **settings, backend="reference"),
     )
 
 
-def test_real_weights_and_extremes() -> None:
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_real_weights_and_extremes(backend: Backend) -> None:
     blocks = torch.cat(
-        (torch.eye(8), torch.ones(2, 8), torch.zeros(3, 8), 1e6 * torch.randn(5, 8), torch.randn(5, 8) ** 5)
-    )
+        (torch.eye(8), torch.ones(2, 8), torch.zeros(3, 8), 1e6 * torch.randn(5, 8), torch.randn(5, 8) ** 5,
+         1e-7 * torch.randn(5, 8), 1e-30 * torch.randn(2, 8))
+    )  # fmt: skip
     settings = {"seed_bits": 14, "rank": 3, "exponents": 1}
-    found = seedlm_search(blocks, None, 2, **settings, backend="cpu")
+    found = seedlm_search(blocks, None, 2, **settings, backend=backend)
     same_error(found, seedlm_search(blocks, None, 2, **settings, backend="reference"))
     assert torch.all(found.error[10:13] == 0) and torch.all(found.mantissa[10:13] == 0)
 

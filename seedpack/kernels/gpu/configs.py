@@ -48,6 +48,12 @@ def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[s
     } | ({"maxnreg": 128} if is_nvidia(device) else {})  # fmt: skip
 
 
+def seedlm_energies(block: int) -> dict[str, Any]:
+    """For the bound of SeedLM's search: places of a block padded for tensor cores, seeds and blocks of a tile."""
+    places = max(16, 1 << (block - 1).bit_length())
+    return {"PLACES": places, "BLOCK_S": 128 if places <= 64 else 64, "BLOCK_B": 64, "num_warps": 4}
+
+
 def programs(device: torch.device, jobs: int, warps: int, scratch_bytes: int) -> int:
     """How many programs share some jobs: as many as run at a time, if their scratch takes at most half of the free memory."""
     if device.type != "cuda":

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from torch import Tensor
 
 from seedpack.kernels.dispatch import Backend, choose
-from seedpack.kernels.seedlm_search import reference
 from seedpack.kernels.seedlm_search.reference import Found as Found
 
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 
 
 def seedlm_search(
@@ -22,8 +23,6 @@ def seedlm_search(
     backend: Backend = "auto",
 ) -> Found:
     """The exact argmin of the quantised error for each block; see `reference.search` for what that is."""
-    if choose("seedlm_search", backend, blocks.device, BACKENDS) == "cpu":
-        from seedpack.kernels.seedlm_search import cpu
-
-        return cpu.search(blocks, importance, exponent_bias, seed_bits, rank, exponents)
-    return reference.search(blocks, importance, exponent_bias, seed_bits, rank, exponents)
+    chosen = choose("seedlm_search", backend, blocks.device, BACKENDS)
+    kernels = import_module(f"seedpack.kernels.seedlm_search.{chosen}")
+    return kernels.search(blocks, importance, exponent_bias, seed_bits, rank, exponents)  # type: ignore[no-any-return]

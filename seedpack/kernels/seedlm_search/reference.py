@@ -24,13 +24,48 @@ class Found(NamedTuple):
     error: Tensor
 
 
-def all_bases(seed_bits: int, block: int, rank: int) -> Float[Tensor, "seeds block rank"]:
-    """U(s) for each seed, in the order of `lfsr_cycle`, float64: (V - 2^(K-1)) / (2^(K-1) - 1)."""
-    cycle = torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(torch.float64)
+def basis_values(seed_bits: int) -> Float[Tensor, " seeds"]:
+    """(V - 2^(K-1)) / (2^(K-1) - 1) for each state V of the register, in the order of `lfsr_cycle`, float64."""
     half = 1 << (seed_bits - 1)
-    values = (cycle - half) / (half - 1)
-    index = torch.arange(1, len(values) + 1)[:, None] + torch.arange(block * rank)
+    return (torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(torch.float64) - half) / (half - 1)
+
+
+def bases(values: Float[Tensor, " seeds"], position: Tensor, block: int, rank: int) -> Float[Tensor, "n block rank"]:
+    """U of the seeds at some positions [n] of `basis_values`."""
+    index = position[:, None] + 1 + torch.arange(block * rank, device=values.device)
     return values[index % len(values)].view(-1, block, rank)
+
+
+def all_bases(seed_bits: int, block: int, rank: int) -> Float[Tensor, "seeds block rank"]:
+    """U(s) for each seed, in the order of `lfsr_cycle`, float64."""
+    values = basis_values(seed_bits)
+    return bases(values, torch.arange(len(values)), block, rank)
+
+
+def quantised(
+    t: Tensor, u: Tensor, w: Tensor, h: Tensor, exponent_bias: int, exponents: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of the exponents for coefficients t [..., P] of blocks w [..., C]: see `search`.
+
+    Returns:
+        Σ_c h[c]·(error of c)² [...]; the exponent with the bias taken off [...]; the mantissas [..., P].
+    """
+    mantissa, power = torch.frexp(t.abs().amax(-1) / 7.5)
+    rule = torch.where(mantissa > 0.5, power, power - 1).to(torch.int64)
+    rule = torch.where(mantissa == 0, EXPONENT_MIN + exponent_bias, rule)
+    best: tuple[Tensor, Tensor, Tensor] | None = None
+    for shift in (0,) if exponents == 1 else (-1, 0, 1):
+        e = (rule + shift).clamp(EXPONENT_MIN + exponent_bias, EXPONENT_MAX + exponent_bias)
+        scale = torch.ldexp(torch.ones_like(t[..., 0]), e)[..., None]
+        q = (t / scale).round().clamp(MANTISSA_MIN, MANTISSA_MAX)
+        error = (h * (w - torch.einsum("...cp,...p->...c", u, q * scale)).square()).sum(-1)
+        if best is not None:
+            better = error < best[0]
+            error, e = torch.where(better, error, best[0]), torch.where(better, e, best[1])
+            q = torch.where(better[..., None], q, best[2])
+        best = error, e, q
+    assert best is not None
+    return best[0], best[1] - exponent_bias, best[2].to(torch.int64)
 
 
 def search(
@@ -57,7 +92,7 @@ def search(
     n, block = w.shape
     h = torch.ones(block, dtype=torch.float64) if importance is None else importance.double()
     root = h.sqrt()
-    bases = all_bases(seed_bits, block, rank)
+    every = all_bases(seed_bits, block, rank)
     cycle = torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(torch.int64)
     best = Found(
         torch.ones(n, dtype=torch.int64),
@@ -65,25 +100,17 @@ def search(
         torch.zeros(n, rank, dtype=torch.int64),
         (h * w.square()).sum(-1),
     )
-    for first in range(0, len(bases), CHUNK_SEEDS):
-        u = bases[first : first + CHUNK_SEEDS]
-        inverse = torch.linalg.pinv(root[:, None] * u)
-        t = torch.einsum("spc,nc->nsp", inverse, root * w)
-        mantissa_max, power = torch.frexp(t.abs().amax(-1) / 7.5)
-        rule = torch.where(mantissa_max > 0.5, power, power - 1).to(torch.int64)
-        rule = torch.where(mantissa_max == 0, EXPONENT_MIN + exponent_bias, rule)
-        for shift in (0,) if exponents == 1 else (-1, 0, 1):
-            e = (rule + shift).clamp(EXPONENT_MIN + exponent_bias, EXPONENT_MAX + exponent_bias)
-            scale = torch.ldexp(torch.ones_like(t[..., 0]), e)[..., None]
-            q = (t / scale).round().clamp(MANTISSA_MIN, MANTISSA_MAX)
-            residual = w[:, None] - torch.einsum("scp,nsp->nsc", u, q * scale)
-            error, at = (h * residual.square()).sum(-1).min(1)
-            better = error < best.error
-            row = torch.arange(n)
-            best = Found(
-                torch.where(better, cycle[first + at], best.seed),
-                torch.where(better, e[row, at] - exponent_bias, best.exponent),
-                torch.where(better[:, None], q[row, at].to(torch.int64), best.mantissa),
-                torch.where(better, error, best.error),
-            )
+    row = torch.arange(n)
+    for first in range(0, len(every), CHUNK_SEEDS):
+        u = every[first : first + CHUNK_SEEDS]
+        t = torch.einsum("spc,nc->nsp", torch.linalg.pinv(root[:, None] * u), root * w)
+        errors, e, q = quantised(t, u, w[:, None], h, exponent_bias, exponents)
+        error, at = errors.min(1)
+        better = error < best.error
+        best = Found(
+            torch.where(better, cycle[first + at], best.seed),
+            torch.where(better, e[row, at], best.exponent),
+            torch.where(better[:, None], q[row, at], best.mantissa),
+            torch.where(better, error, best.error),
+        )
     return best
