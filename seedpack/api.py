@@ -99,6 +99,27 @@ def _float_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def fitting_device(device: str | torch.device) -> torch.device:
+    """The device to fit on.
+
+    Raises:
+        ModelError: it is unknown, or not here.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {str(device)!r}: fitting runs on cpu, cuda, or cuda:N")
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise ModelError(
+            f"device {str(device)!r}: torch sees {count} CUDA devices here; choose another, leave --device out to fit on "
+            "the CPU, or install torch with CUDA"
+        )
+    return found
+
+
 def _require_apart(output: Path, source: Path) -> None:
     """Refuse an output that would take the place of the source, or of a folder that holds it."""
     target, origin = output.resolve(), source.resolve()
@@ -157,6 +178,7 @@ def compress(
     force: bool = False,
     allow_nonfinite: bool = False,
     shard_bytes: int | None = None,
+    device: str | torch.device = "cpu",
     backend: Backend = "auto",
     watch: Watch | None = None,
 ) -> Report:
@@ -179,6 +201,7 @@ def compress(
         force: replace an existing output.
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
         shard_bytes: in a folder, start a new file before one exceeds this.
+        device: where tensors are fitted, one at a time: "cpu", "cuda" or "cuda:1".
         backend: which kernels to use.
         watch: called with (tensor name, weights fitted since the last call).
 
@@ -187,6 +210,7 @@ def compress(
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
     started = time.perf_counter()
+    place = fitting_device(device)
     source = model if isinstance(model, Source) else open_source(model)
     output = Path(output)
     _require_apart(output, Path(source.name))
@@ -210,7 +234,7 @@ def compress(
         writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, folder=folder, shard_bytes=shard_bytes)
         with writer:
             for tensor in chosen.tensors:
-                parts, report = _fit(source, tensor, (importance or {}).get(tensor.name), backend, watch)
+                parts, report = _fit(source, tensor, (importance or {}).get(tensor.name), place, backend, watch)
                 writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
                 if tensor.packed:
                     reports.append(report)
@@ -345,12 +369,18 @@ def _usable(weight: Tensor) -> bool:
 
 
 def _fit(
-    source: Source, tensor: TensorPlan, importance: Tensor | None, backend: Backend, watch: Watch | None
+    source: Source,
+    tensor: TensorPlan,
+    importance: Tensor | None,
+    device: torch.device,
+    backend: Backend,
+    watch: Watch | None,
 ) -> tuple[dict[str, Tensor], TensorReport]:
     started = time.perf_counter()
     weight = source.read(tensor.name)
     if not tensor.packed:
         return tensor.codec.encode(weight), TensorReport(tensor, 0.0, 0.0, 0.0)
+    weight = weight.to(device)
     matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
     del weight
     progress = (lambda count: watch(tensor.name, count)) if watch else None

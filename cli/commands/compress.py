@@ -69,6 +69,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     help="Plan file whose choices win; --dry-run --json writes one.",
 )
+@click.option("--device", default="cpu", show_default=True, help="Where to fit: cpu, cuda, or cuda:N.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -86,6 +87,7 @@ def command(
     exclude: tuple[str, ...],
     dtype: str | None,
     plan: Path | None,
+    device: str,
     shard_size: str | None,
     dry_run: bool,
     force: bool,
@@ -116,7 +118,7 @@ def command(
     assert out is not None
     with output.progress("Fitting", chosen.packed_weights, "weights") as watch:
         report = api.compress(
-            source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, watch=watch,
+            source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, watch=watch,
             shard_bytes=None if shard_size is None else output.parse_size(shard_size),
         )  # fmt: skip
     output.show_json(report.to_json()) if as_json else show_report(report)

@@ -67,7 +67,7 @@ class Codec:
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """Fit the weight.
+        """Fit the weight, on its device, where the parts are then.
 
         Args:
             weight: float [out, in], finite.

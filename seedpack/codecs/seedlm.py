@@ -89,15 +89,15 @@ class SeedLMCodec(Codec):
         backend: Backend = "auto",
     ) -> Parts:
         """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`)."""
-        rows, columns = weight.shape
+        (rows, columns), device = weight.shape, weight.device
         blocks = -(-columns // self.block)
-        padded = weight.detach().to("cpu", torch.float32)
+        padded = weight.detach().float()
         if columns % self.block:
             padded = torch.nn.functional.pad(padded, (0, blocks * self.block - columns))
         padded = padded.reshape(rows, blocks, self.block)
         bias = self._exponent_bias(padded)
-        seeds = torch.empty(rows, blocks, dtype=torch.int32)
-        codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8)
+        seeds = torch.empty(rows, blocks, dtype=torch.int32, device=device)
+        codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8, device=device)
 
         def fit(where: tuple[slice, slice], h: Tensor | None) -> None:
             part = padded[where]
@@ -121,7 +121,7 @@ class SeedLMCodec(Codec):
         return {
             "weight": pack(seeds, self.seed_bits),
             "codes": self._pack_codes(codes),
-            "exponent_bias": torch.tensor([bias], dtype=torch.int8),
+            "exponent_bias": torch.tensor([bias], dtype=torch.int8, device=device),
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
@@ -172,7 +172,7 @@ class SeedLMCodec(Codec):
         """[rows, blocks, P + 1] to bytes, whole groups of blocks."""
         rows, blocks, width = codes.shape
         shape = packed_shape(rows, blocks, CODE_BITS * width)
-        nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int8)
+        nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int8, device=codes.device)
         nibbles[:, : blocks * width] = codes.flatten(1)
         return pack(nibbles, CODE_BITS).reshape(shape)
 

@@ -110,9 +110,9 @@ class SVDCodec(Codec):
     ) -> Parts:
         """The SVD of W·√h, its right factor divided by √h again: the best of its rank under the weighted error."""
         rows, columns = weight.shape
-        root = torch.ones(columns)
+        root = torch.ones(columns, device=weight.device)
         if importance is not None:
-            root = require_importance(self.id, importance, columns).sqrt().float()
+            root = require_importance(self.id, importance, columns).sqrt().float().to(weight.device)
         u, s, vh = randomized_svd(
             weight.float() * root,
             self.rank_of((rows, columns)),

@@ -36,7 +36,7 @@ from seedpack.kernels.trellis_matmul import trellis_matmul, trellis_matmul_trans
 from seedpack.kernels.trellis_search import trellis_search
 from seedpack.prng import trellis_key
 
-WEIGHTS_AT_ONCE = 1 << 19
+WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}  # a GPU searches hundreds of rows side by side
 VALUE_UNIT = 1 / 128  # a value of the code in units of the scale: a power of two, so it rounds nothing
 EXPONENT_MIN, EXPONENT_MAX = -100, 100
 
@@ -166,18 +166,18 @@ class TrellisCodec(Codec):
         With error power D the same in every rotated channel, Σ_c h[c]·‖error of channel c‖² is least if channel c is
         multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or a guess.
         """
-        rows, columns = weight.shape
+        (rows, columns), device = weight.shape, weight.device
         parts: Parts = {}
         if "balance" in self.parts((rows, columns)):
-            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS)
-        balance = self._input_scales(parts, columns, torch.device("cpu"))
+            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
+        balance = self._input_scales(parts, columns, device)
         padded = self._padded(columns)
-        stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8)
-        scale = torch.empty(rows, dtype=torch.float64)
-        step = max(1, WEIGHTS_AT_ONCE // columns)
+        stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
+        scale = torch.empty(rows, dtype=torch.float64, device=device)
+        step = max(1, WEIGHTS_AT_ONCE[device.type] // columns)
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
-            rotated = rotate(weight[here].detach().cpu().double() * balance, self.seed)
+            rotated = rotate(weight[here].detach().double() * balance, self.seed)
             unit = rotated.square().mean(1).sqrt() * self._first_unit()
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
@@ -193,7 +193,7 @@ class TrellisCodec(Codec):
         return parts | {
             "weight": stream,
             "scales": torch.ldexp(scale, torch.tensor(-exponent)).to(torch.float16).view(torch.int16),
-            "exponent": torch.tensor([exponent], dtype=torch.int8),
+            "exponent": torch.tensor([exponent], dtype=torch.int8, device=device),
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:

@@ -93,9 +93,17 @@ def launches() -> dict[str, Callable[[], object]]:
                 found[f"trellis-{k} {tokens} tokens{' int8' if int8 else ''}"] = lambda k=k, i=int8, t=tokens: (
                     trellis_matmul.few_tokens(torch.zeros(t, COLUMNS), *trellis_parts(k), k, 16, 5, i)
                 )
-    for k, state_bits, survivors in ((1, 16, 12), (2, 16, 11), (3, 16, 10), (4, 16, 9), (4, 16, 12), (4, 18, 14), (8, 16, 8)):
+    for k, state_bits, survivors in (
+        (1, 16, 12),
+        (2, 16, 11),
+        (3, 16, 10),
+        (4, 16, 9),
+        (4, 16, 12),
+        (4, 18, 14),
+        (8, 16, 8),
+    ):
         found[f"search {k} of {state_bits} keeping {survivors}"] = lambda k=k, s=state_bits, m=survivors: walk(k, s, m)
-    for places, rank in ((8, 3), (12, 4), (256, 16)):
+    for places, rank in ((8, 3), (12, 4), (64, 8)):
         q = torch.zeros(rank, 1 << 12, max(16, places), dtype=torch.float16)
         found[f"seedlm search {places}x{rank}"] = lambda q=q: seedlm_search.largest_energies(q, q[0, :100])
     return found

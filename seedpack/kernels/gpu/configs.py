@@ -51,7 +51,7 @@ def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[s
 def seedlm_energies(block: int) -> dict[str, Any]:
     """For the bound of SeedLM's search: places of a block padded for tensor cores, seeds and blocks of a tile."""
     places = max(16, 1 << (block - 1).bit_length())
-    return {"PLACES": places, "BLOCK_S": 128 if places <= 64 else 64, "BLOCK_B": 64, "num_warps": 4}
+    return {"PLACES": places, "BLOCK_S": 64, "BLOCK_B": 64 if places <= 64 else 16, "num_warps": 4}
 
 
 def programs(device: torch.device, jobs: int, warps: int, scratch_bytes: int) -> int:
