@@ -21,8 +21,8 @@ def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
     Relative error is ‖A-B‖²/‖A‖². The effective rank is the exponential of the entropy of the normalised singular
     values. For tensors packed by svd, the energy captured stands beside that of the best approximation of its rank.
     """
-    from seedpack.api import decibels
     from seedpack.eval.tensors import compare_tensors
+    from seedpack.model.fitting import decibels
 
     output.quiet_transformers()
     lone, count, comparisons = compare_tensors(a, b, ranks=ranks)

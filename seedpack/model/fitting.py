@@ -1,0 +1,157 @@
+"""Fitting one tensor of a plan on a device, and what is reported of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seedpack.codecs.base import Codec, guessed_importance
+from seedpack.errors import ModelError, NonfiniteError
+from seedpack.kernels.dispatch import Backend
+from seedpack.model.plan import Plan, TensorPlan
+from seedpack.model.sources import Source
+
+Watch = Callable[[str, int], None]
+WEIGHTS_AT_ONCE = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One fitted tensor: ‖W - Ŵ‖² and ‖W‖² (float64), and the seconds its fit took."""
+
+    plan: TensorPlan
+    error: float
+    energy: float
+    seconds: float
+
+    @property
+    def error_db(self) -> float:
+        """10·log10(‖W - Ŵ‖² / ‖W‖²)."""
+        return decibels(self.error, self.energy)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `compress` did."""
+
+    path: Path
+    plan: Plan
+    tensors: tuple[TensorReport, ...]
+    file_bytes: int
+    seconds: float
+
+    @property
+    def error_db(self) -> float:
+        """Relative error over all packed weights, in dB."""
+        return decibels(sum(t.error for t in self.tensors), sum(t.energy for t in self.tensors))
+
+    def to_json(self) -> dict[str, Any]:
+        """A document for machines."""
+        return {
+            "path": str(self.path),
+            "seconds": self.seconds,
+            "file_bytes": self.file_bytes,
+            "error_db": self.error_db,
+            **self.plan.totals(),
+            "tensors_packed": {
+                t.plan.name: {
+                    "codec": t.plan.codec.spec().to_json(),
+                    "shape": list(t.plan.shape),
+                    "bits_per_weight": t.plan.bits_per_weight,
+                    "error_db": t.error_db,
+                    "seconds": t.seconds,
+                }
+                for t in self.tensors
+            },
+        }
+
+
+def decibels(error: float, energy: float) -> float:
+    """10·log10(error / energy); -inf for no error, inf where it has no bound.
+
+    >>> decibels(1.0, 100.0)
+    -20.0
+    """
+    if error == 0:
+        return -math.inf
+    return 10 * math.log10(error / energy) if 0 < energy < math.inf and error < math.inf else math.inf
+
+
+def fitting_device(device: str | torch.device) -> torch.device:
+    """The device to fit on: "cpu", "cuda", "cuda:1".
+
+    Raises:
+        ModelError: it is unknown, or not here.
+    """
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {str(device)!r}: fitting runs on cpu, cuda, or cuda:N")
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise ModelError(
+            f"device {str(device)!r}: torch sees {count} CUDA devices here; choose another, leave --device out to fit on "
+            "the CPU, or install torch with CUDA"
+        )
+    return found
+
+
+def leave_nonfinite(source: Source, plan: Plan, allow: bool) -> Plan:
+    """Look at every tensor to be packed before the first is fitted."""
+    bad = [t.name for t in plan.tensors if t.packed and not _usable(source.read(t.name))]
+    if bad and not allow:
+        raise NonfiniteError(
+            f"{source.name}: {len(bad)} tensors hold NaN or Inf (or more than 1e33): {', '.join(bad[:4])}{' …' if len(bad) > 4 else ''}; "
+            "mend the model, or pass --allow-nonfinite (allow_nonfinite=True) to store them raw"
+        )
+    return plan.raw(bad, "holds NaN or Inf") if bad else plan
+
+
+def _usable(weight: Tensor) -> bool:
+    """Whether every value is finite and small enough for float32 arithmetic; looked at in pieces."""
+    return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
+
+
+def fit(
+    source: Source,
+    tensor: TensorPlan,
+    importance: Tensor | None,
+    device: torch.device,
+    backend: Backend,
+    watch: Watch | None,
+) -> tuple[dict[str, Tensor], TensorReport]:
+    """The parts of one tensor, on the device, and what is said of it; raw tensors are left where they are."""
+    started = time.perf_counter()
+    weight = source.read(tensor.name)
+    if not tensor.packed:
+        return tensor.codec.encode(weight), TensorReport(tensor, 0.0, 0.0, 0.0)
+    weight = weight.to(device)
+    matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
+    del weight
+    progress = (lambda count: watch(tensor.name, count)) if watch else None
+    if importance is None and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
+        importance = guessed_importance(matrix, power)
+    parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
+    error, energy = _error(tensor.codec, parts, matrix)
+    return parts, TensorReport(tensor, error, energy, time.perf_counter() - started)
+
+
+def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float]:
+    """‖W - Ŵ‖² and ‖W‖², some rows at a time."""
+    error = energy = 0.0
+    step = max(1, WEIGHTS_AT_ONCE // matrix.shape[1])
+    for index in torch.arange(len(matrix)).split(step):
+        rows = matrix[index].double()
+        decoded = codec.decode(codec.rows(parts, index), (len(index), matrix.shape[1]), torch.float32)
+        error += float((rows - decoded).square().sum())
+        energy += float(rows.square().sum())
+    return error, energy
