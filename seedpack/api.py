@@ -29,7 +29,7 @@ from seedpack.model.skeleton import architecture
 from seedpack.model.sources import Source, open_source
 from seedpack.model.sources.base import find_shared, first_line
 from seedpack.model.stored import dense_forms, dense_tensors
-from seedpack.model.surgery import fill_
+from seedpack.model.surgery import fill_, use_int8_activations_
 
 Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
 WRITER = f"seedpack {seedpack.__version__}"
@@ -170,6 +170,7 @@ def load(
     *,
     dense: bool = False,
     dtype: str | torch.dtype | None = None,
+    int8_activations: bool = False,
     **options: Any,
 ) -> Any:
     """Load a packed checkpoint.
@@ -180,6 +181,8 @@ def load(
             Face folder.
         dense: return a state dict of dense tensors instead.
         dtype: of dense tensors, or of a Hugging Face model's computation.
+        int8_activations: round the input of packed linear layers to 8 bits where their codec can: faster on GPUs, for
+            about 1% more error at 4 bits a weight.
         options: for a Hugging Face folder, passed on to transformers' `from_pretrained` (device_map, …).
 
     Returns:
@@ -187,6 +190,8 @@ def load(
     """
     wanted = _float_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if model is not None or dense:
+        if dense and int8_activations:
+            raise ModelError("dense tensors have no activations to round; leave int8_activations out")
         if options:
             raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")
         with Checkpoint(path) as checkpoint:
@@ -194,6 +199,8 @@ def load(
                 tensors = dense_tensors(checkpoint, wanted if isinstance(wanted, torch.dtype) else None)
                 return {name: tensor.clone() for name, tensor in tensors}
             fill_(model, checkpoint)
+            if int8_activations:
+                use_int8_activations_(model)
             return model
     config_file = Path(path) / "config.json"
     if not config_file.is_file():
@@ -209,11 +216,14 @@ def load(
 
     cls = architecture(config) or transformers.AutoModel
     try:
-        return cls.from_pretrained(path, dtype=wanted if wanted is not None else "auto", **options)
+        loaded = cls.from_pretrained(path, dtype=wanted if wanted is not None else "auto", **options)
     except (SeedpackError, OSError, MemoryError):
         raise
     except Exception as error:
         raise ModelError(f"{path}: transformers cannot load it ({first_line(error)})") from error
+    if int8_activations:
+        use_int8_activations_(loaded)
+    return loaded
 
 
 def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:

@@ -247,3 +247,12 @@ def test_resnet20(data: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(
         model(x), dense(x), rtol=1e-4, atol=1e-4
     )  # the head's product is summed in another order
+
+
+def test_activations_of_8_bits(net: Net, ids: torch.Tensor, tmp_path: Path) -> None:
+    seedpack.compress(net, tmp_path / "a", codec="trellis", settings={"effort": "fast"})
+    plain = seedpack.load(tmp_path / "a", model=type(net)()).eval()(ids)
+    rounded = seedpack.load(tmp_path / "a", model=type(net)(), int8_activations=True).eval()(ids)
+    assert 0 < float(((plain - rounded).norm() / plain.norm()).detach()) < 0.05
+    with pytest.raises(ModelError, match="dense tensors have no activations"):
+        seedpack.load(tmp_path / "a", dense=True, int8_activations=True)

@@ -54,6 +54,7 @@ class Codec:
     id: ClassVar[str]
     version: ClassVar[int]
     guesses: ClassVar[bool] = False  # whether importance guessed without data serves it
+    int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """(dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""

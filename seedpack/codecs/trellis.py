@@ -95,6 +95,7 @@ class TrellisCodec(Codec):
     id: ClassVar[str] = "trellis"
     version: ClassVar[int] = 0
     guesses: ClassVar[bool] = True
+    int8_activations: ClassVar[bool] = True
     code_bits: int = 4
     state_bits: int = 0
     seed: int = 0
@@ -203,12 +204,18 @@ class TrellisCodec(Codec):
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
     def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Shape,
+        bias: Tensor | None = None,
+        backend: Backend = "auto",
+        int8: bool = False,
     ) -> Tensor:
-        """Rotates the activations instead of the weight, and multiplies by the stream."""
+        """Rotates the activations instead of the weight, rounds them to 8 bits if asked, and multiplies by the stream."""
         scale, factor = self._ready(parts, shape[1])
         rotated = mix(x.reshape(-1, shape[1]), factor, backend)
-        y = trellis_matmul(rotated, parts["weight"], scale, dtype=x.dtype, backend=backend, **self._code())
+        y = trellis_matmul(rotated, parts["weight"], scale, dtype=x.dtype, int8=int8, backend=backend, **self._code())
         y = y if bias is None else (y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], shape[0])
 

@@ -62,10 +62,13 @@ class PackedModule(nn.Module):
 class PackedLinear(PackedModule, nn.Linear):
     """A packed nn.Linear, or a packed transformers Conv1D (then the codec saw it transposed)."""
 
+    int8_activations: bool = False  # set by `surgery.use_int8_activations_`
+
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         self._require_float(input)
-        return ops.linear(input, self.packed_parts(), self.codec_text, self.matrix, self.bias)
+        parts = self.packed_parts()
+        return ops.linear(input, parts, self.codec_text, self.matrix, self.bias, self.int8_activations)
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -187,6 +190,7 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
         scale = torch.tensor(module.__dict__.pop("embed_scale_value"), device=weight.device)
         module.register_buffer("embed_scale", scale, persistent=False)
     dense = cast(nn.Module, module)
+    module.__dict__.pop("int8_activations", None)
     for name in (
         "codec",
         "codec_text",

@@ -31,13 +31,18 @@ def _(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torc
 
 
 @torch.library.custom_op("seedpack::linear", mutates_args=())
-def _linear(x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
+def _linear(
+    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool
+) -> Tensor:
     decoder = codec_from_json(codec)
-    return decoder.matmul(x, _named(parts, names), (shape[0], shape[1]), bias).contiguous()
+    options: dict[str, Any] = {"int8": True} if int8 else {}
+    return decoder.matmul(x, _named(parts, names), (shape[0], shape[1]), bias, **options).contiguous()
 
 
 @_linear.register_fake
-def _(x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int]) -> Tensor:
+def _(
+    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
@@ -53,7 +58,7 @@ def _(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, parts, ctx.names, _, ctx.codec, ctx.shape = inputs
+    _, parts, ctx.names, _, ctx.codec, ctx.shape, _ = inputs
     ctx.save_for_backward(*parts)
 
 
@@ -61,7 +66,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     parts = list(ctx.saved_tensors)
     grad_x = _linear_transposed(grad, parts, ctx.names, ctx.codec, ctx.shape) if ctx.needs_input_grad[0] else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
-    return grad_x, [None] * len(parts), None, grad_bias, None, None
+    return grad_x, [None] * len(parts), None, grad_bias, None, None, None
 
 
 _linear.register_autograd(_backward, setup_context=_setup_context)
@@ -72,6 +77,16 @@ def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtyp
     return _decode(list(parts.values()), ",".join(parts), codec, list(shape), dtype)  # type: ignore[no-any-return]
 
 
-def linear(x: Tensor, parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], bias: Tensor | None) -> Tensor:
-    """x [..., in] times the packed weight [out, in] transposed, plus bias [out]; differentiable in x and bias."""
-    return _linear(x, list(parts.values()), ",".join(parts), bias, codec, list(shape))  # type: ignore[no-any-return]
+def linear(
+    x: Tensor,
+    parts: Mapping[str, Tensor],
+    codec: str,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    int8: bool = False,
+) -> Tensor:
+    """x [..., in] times the packed weight [out, in] transposed, plus bias [out]; differentiable in x and bias.
+
+    With `int8` x is rounded to 8 bits, which the gradient does not see.
+    """
+    return _linear(x, list(parts.values()), ",".join(parts), bias, codec, list(shape), int8)  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint
-from seedpack.model.layers import PackedModule, is_transposed, pack_module_, packed_class
+from seedpack.model.layers import PackedLinear, PackedModule, is_transposed, pack_module_, packed_class
 from seedpack.model.stored import stored_dense, stored_parts
 
 WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
@@ -63,6 +63,21 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
         with torch.no_grad():
             destination.copy_(stored_dense(checkpoint, stored))
     return loaded
+
+
+def use_int8_activations_(model: nn.Module) -> None:
+    """Have packed linear layers round their input to 8 bits in groups of 256, where their codec can.
+
+    Raises:
+        ModelError: no layer can.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    able = [layer for layer in layers if layer.codec.int8_activations]
+    if not able:
+        found = ", ".join(sorted({layer.codec.id for layer in layers})) or "none"
+        raise ModelError(f"activations of 8 bits: no packed linear layer's codec takes them (found: {found})")
+    for layer in able:
+        layer.int8_activations = True
 
 
 def _require_same(state: dict[str, Tensor], targets: dict[str, str], checkpoint: Checkpoint) -> None:

@@ -67,7 +67,6 @@ def launches() -> dict[str, Callable[[], object]]:
                 torch.zeros(300, ROWS), w(), d
             )
         found[f"{name} dense"] = lambda w=weight: launch.dense(w(), torch.float32)
-        found[f"{name} gather"] = lambda w=weight: launch.dense(w(), torch.bfloat16, torch.zeros(3, dtype=torch.int64))
         if name.startswith("seedlm"):
             for tokens in (1, 8):
                 found[f"{name} {tokens} tokens"] = lambda w=weight, t=tokens: launch.few_tokens(

@@ -9,6 +9,7 @@ from torch import nn
 from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError, ModelError
 from seedpack.model.layers import (
     PackedModule,
@@ -18,6 +19,7 @@ from seedpack.model.layers import (
     packed_class,
     unpack_module_,
 )
+from seedpack.model.surgery import use_int8_activations_
 
 CODEC = SeedLMCodec(9, 4, 2)
 
@@ -138,5 +140,23 @@ def test_operator_is_registered_properly() -> None:
     x = torch.randn(3, 10, requires_grad=True)
     torch.library.opcheck(
         torch.ops.seedpack.linear.default,
-        (x, *arguments[:2], torch.randn(6, requires_grad=True), *arguments[2:4]),
+        (x, *arguments[:2], torch.randn(6, requires_grad=True), *arguments[2:4], False),
     )
+
+
+def test_activations_of_8_bits_are_an_option() -> None:
+    codec = TrellisCodec(4, effort="fast")
+    layer, other = nn.Linear(256, 40), nn.Linear(256, 40)
+    parts = codec.encode(layer.weight.detach())
+    model = nn.Sequential(pack_module_(layer, codec, parts), nn.ReLU())
+    x = torch.randn(3, 256, requires_grad=True)
+    before = model(x)
+    use_int8_activations_(model)
+    (after := model(x)).sum().backward()
+    difference = float(((after - before).norm() / before.norm()).detach())
+    assert 1e-4 < difference < 2e-2 and x.grad is not None
+    unpack_module_(layer)
+    assert "int8_activations" not in layer.__dict__
+    pack_module_(other, CODEC)
+    with pytest.raises(ModelError, match=r"no packed linear layer's codec takes them \(found: seedlm\)"):
+        use_int8_activations_(other)

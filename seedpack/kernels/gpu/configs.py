@@ -1,4 +1,6 @@
-"""Block sizes and warps of each kernel: chosen from compiled code's registers where no GPU was at hand to measure."""
+"""Block sizes and warps of each kernel, by GPU architecture: measured ones in `TUNED`, for the rest `triton.autotune`
+chooses among `CANDIDATES`. The first candidate is chosen from the compiled code's registers, and used where nothing can be
+measured."""
 
 from __future__ import annotations
 
@@ -7,17 +9,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DENSE: dict[str, Any] = {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4}
-FEW_TOKENS: dict[str, Any] = {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4}
-HALF: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-HALF_HEAVY: dict[str, Any] = {"BLOCK_M": 128, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
-SINGLE: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}
-GRAD_COEFS: dict[str, Any] = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
+Config = dict[str, Any]
+
+# Architecture ("sm_90", "gfx942") -> kernel -> configuration. `make bench-gpu` prints what it found best. None has been
+# measured yet.
+TUNED: dict[str, dict[str, Config]] = {}
+
+
+def _tiles(*sizes: tuple[int, ...]) -> tuple[Config, ...]:
+    """Configurations of (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    return tuple(dict(zip(names, size, strict=True)) for size in sizes)
+
+
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "dense": (
+        {"BLOCK_N": 8, "BLOCK_K": 256, "num_warps": 4},
+        {"BLOCK_N": 4, "BLOCK_K": 256, "num_warps": 4},
+        {"BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 4},
+        {"BLOCK_N": 4, "BLOCK_K": 512, "num_warps": 8},
+    ),
+    "few_tokens": (
+        {"BLOCK_N": 4, "BLOCK_K": 128, "num_warps": 4},
+        {"BLOCK_N": 2, "BLOCK_K": 128, "num_warps": 4},
+        {"BLOCK_N": 4, "BLOCK_K": 256, "num_warps": 8},
+        {"BLOCK_N": 8, "BLOCK_K": 64, "num_warps": 4},
+    ),
+    "trellis_1_token": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((32, 4), (16, 4), (8, 4), (16, 2), (32, 8))),
+    "trellis_few_tokens": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((16, 4), (8, 4), (16, 8), (32, 8))),
+    "matmul_half": _tiles(
+        (128, 64, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (256, 64, 32, 8, 3),
+        (32, 64, 64, 4, 3),
+    ),
+    "matmul_heavy": _tiles((128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 32, 32, 4, 2), (32, 32, 64, 4, 2)),
+    "matmul_single": _tiles((32, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2)),
+}  # fmt: skip
+GRAD_COEFS: Config = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
 GRAD_PARTS = 8  # parts of the columns whose sums stay apart
-MIX: dict[str, Any] = {"BLOCK": 16, "num_warps": 8}
+MIX: Config = {"BLOCK": 16, "num_warps": 8}
 ENOUGH_PROGRAMS = (
     528  # a product for few tokens is split along the input into so many, four for each of an H100's cores
 )
+
+
+def architecture(device: torch.device) -> str:
+    """A GPU's, as compilers call it."""
+    properties = torch.cuda.get_device_properties(device)
+    if is_nvidia(device):
+        return f"sm_{properties.major}{properties.minor}"
+    return str(properties.gcnArchName).split(":")[0]
+
+
+def fixed(kernel: str, device: torch.device) -> Config | None:
+    """The configuration of a kernel where it needs no search."""
+    if device.type != "cuda":
+        return CANDIDATES[kernel][0]
+    return TUNED.get(architecture(device), {}).get(kernel)
+
+
+def tokens_bucket(tokens: int) -> int:
+    """Counts of tokens up to a power of two share a configuration; from 1024 on all do."""
+    return min(1024, 1 << (tokens - 1).bit_length())
 
 
 def is_nvidia(device: torch.device) -> bool:
@@ -30,14 +82,14 @@ def precision(device: torch.device) -> str:
     return "tf32x3" if is_nvidia(device) else "ieee"
 
 
-def trellis_few_tokens(tokens: int) -> dict[str, Any]:
-    """For the trellis's kernel for few tokens."""
-    return {"BLOCK_N": 32 if tokens <= 2 else 16, "num_warps": 4}
+def trellis_few_tokens(tokens: int) -> str:
+    """The kernel's name for the trellis and few tokens."""
+    return "trellis_1_token" if tokens <= 2 else "trellis_few_tokens"
 
 
-def matmul(operand: Tensor, heavy: bool) -> dict[str, Any]:
-    """For products on tensor cores, by the operand's dtype and by what a tile of the weight takes."""
-    return SINGLE if operand.dtype != torch.float16 else HALF_HEAVY if heavy else HALF
+def matmul(operand: Tensor, heavy: bool) -> str:
+    """The kernel's name for products on tensor cores, by the operand's dtype and by what a tile of the weight takes."""
+    return "matmul_single" if operand.dtype != torch.float16 else "matmul_heavy" if heavy else "matmul_half"
 
 
 def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[str, Any]:
@@ -51,7 +103,7 @@ def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[s
 def seedlm_energies(block: int) -> dict[str, Any]:
     """For the bound of SeedLM's search: places of a block padded for tensor cores, seeds and blocks of a tile."""
     places = max(16, 1 << (block - 1).bit_length())
-    return {"PLACES": places, "BLOCK_S": 64, "BLOCK_B": 64 if places <= 64 else 16, "num_warps": 4}
+    return {"PLACES": places, "BLOCK_S": 64, "BLOCK_B": 64 if places <= 32 else 16, "num_warps": 4}
 
 
 def programs(device: torch.device, jobs: int, warps: int, scratch_bytes: int) -> int:

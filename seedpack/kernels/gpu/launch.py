@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from seedpack.kernels.gpu import configs, tiles
 from seedpack.kernels.tiles import FEW_TOKENS, padded_tokens
+
+# The arguments, where a kernel has them, for whose values a configuration is searched.
+SEARCHED_FOR = ["rows", "columns", "blocks", "TOKENS", "BUCKET", "INT8", "TILE", "SIZES", "CODE_BITS"]
+tuners: dict[str, Any] = {}  # by the kernel's name; `tuner.cache` holds what each has found
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,9 @@ class Regenerated:
     dense_share: tuple[int, int] = (1, 1)
     heavy: bool = False
 
-    def step(self, block_k: int) -> int:
-        """Columns that BLOCK_K places of a tile cover."""
-        return block_k * self.dense_share[0] // self.dense_share[1]
+    def steps(self, block_k: int) -> int:
+        """Of BLOCK_K places of a tile, how many cover the columns."""
+        return int(triton.cdiv(self.columns, block_k * self.dense_share[0] // self.dense_share[1]))
 
     @property
     def stride_scale(self) -> int:
@@ -47,16 +52,51 @@ class Regenerated:
         return int(self.scale.numel() > 1)
 
 
-def dense(weight: Regenerated, dtype: torch.dtype, index: Tensor | None = None) -> Tensor:
-    """The weight, or those of its rows that `index` [n] names, in a dtype."""
-    rows = weight.rows if index is None else index.numel()
+def start(
+    kernel: Any,
+    name: str,
+    device: torch.device,
+    grid: Callable[[configs.Config], tuple[int, ...]],
+    *args: Any,
+    **constants: Any,
+) -> None:
+    """Launch a kernel in the configuration for a device: a fixed one, or the fastest of its candidates.
+
+    The candidates are measured at the first call with new sizes, and the result is kept on disk.
+    """
+    config = configs.fixed(name, device)
+    if config is None:
+        autotuned(kernel, name)[grid](*args, **constants)
+    else:
+        kernel[grid(config)](*args, **constants, **config)
+
+
+def autotuned(kernel: Any, name: str) -> Any:
+    """A kernel that measures its candidates."""
+    if name in tuners:
+        return tuners[name]
+    choices = [
+        triton.Config(
+            {key: value for key, value in config.items() if key.startswith("BLOCK")},
+            **{key: value for key, value in config.items() if key.startswith("num")},
+        )
+        for config in configs.CANDIDATES[name]
+    ]
+    key = [argument for argument in SEARCHED_FOR if argument in kernel.arg_names]
+    tuners[name] = triton.autotune(choices, key=key, cache_results=True)(kernel)
+    return tuners[name]
+
+
+def dense(weight: Regenerated, dtype: torch.dtype) -> Tensor:
+    """The weight, in a dtype."""
+    rows = weight.rows
     out = torch.empty(rows, weight.columns, dtype=dtype, device=weight.scale.device)
-    block = configs.DENSE
-    grid = (triton.cdiv(rows, block["BLOCK_N"]), triton.cdiv(weight.columns, weight.step(block["BLOCK_K"])))
     if rows:
-        tiles.dense_kernel[grid](
-            out, weight.scale if index is None else index, weight.scale, weight.parts, rows, weight.columns,
-            weight.stride_scale, INDEXED=index is not None, TILE=weight.tile, SIZES=weight.sizes, **block,
+        start(
+            tiles.dense_kernel, "dense", out.device,
+            lambda block: (triton.cdiv(rows, block["BLOCK_N"]), weight.steps(block["BLOCK_K"])),
+            out, weight.scale, weight.parts, rows, weight.columns, weight.stride_scale,
+            TILE=weight.tile, SIZES=weight.sizes,
         )  # fmt: skip
     return out
 
@@ -71,12 +111,12 @@ def matmul(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
         return few_tokens(x, weight, dtype)
     operand, x_scale = tensor_core_operand(x, dtype)
     out = torch.empty(x.shape[0], weight.rows, dtype=dtype, device=x.device)
-    block = configs.matmul(operand, weight.heavy)
-    grid = (triton.cdiv(x.shape[0], block["BLOCK_M"]), triton.cdiv(weight.rows, block["BLOCK_N"]))
-    tiles.matmul_kernel[grid](
-        operand, x_scale, out, weight.scale, weight.parts, x.shape[0], weight.rows, weight.columns,
-        weight.stride_scale, TILE=weight.tile, SIZES=weight.sizes, STEP=weight.step(block["BLOCK_K"]),
-        PRECISION=configs.precision(x.device), **block,
+    start(
+        tiles.matmul_kernel, configs.matmul(operand, weight.heavy), x.device,
+        lambda block: (triton.cdiv(len(x), block["BLOCK_M"]), triton.cdiv(weight.rows, block["BLOCK_N"])),
+        operand, x_scale, out, weight.scale, weight.parts, len(x), weight.rows, weight.columns, weight.stride_scale,
+        TILE=weight.tile, SIZES=weight.sizes, SHARE=weight.dense_share, PRECISION=configs.precision(x.device),
+        BUCKET=configs.tokens_bucket(len(x)),
     )  # fmt: skip
     return out
 
@@ -85,10 +125,10 @@ def few_tokens(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
     """`matmul` for at most 8 tokens."""
     padded = padded_tokens(x, 0)
     out = torch.empty(len(padded), weight.rows, dtype=dtype, device=x.device)
-    block = configs.FEW_TOKENS
-    tiles.few_tokens_kernel[(triton.cdiv(weight.rows, block["BLOCK_N"]),)](
+    start(
+        tiles.few_tokens_kernel, "few_tokens", x.device, lambda block: (triton.cdiv(weight.rows, block["BLOCK_N"]),),
         padded, out, weight.scale, weight.parts, weight.rows, weight.columns, weight.stride_scale,
-        TOKENS=len(padded), TILE=weight.tile, SIZES=weight.sizes, STEP=weight.step(block["BLOCK_K"]), **block,
+        TOKENS=len(padded), TILE=weight.tile, SIZES=weight.sizes, SHARE=weight.dense_share,
     )  # fmt: skip
     return out[: len(x)]
 
@@ -97,12 +137,13 @@ def matmul_transposed(grad: Tensor, weight: Regenerated, dtype: torch.dtype) -> 
     """grad [tokens, rows] times the weight, in a dtype; exact as `matmul` is."""
     operand, grad_scale = tensor_core_operand(grad.float() * weight.scale, dtype)
     out = torch.empty(grad.shape[0], weight.columns, dtype=dtype, device=grad.device)
-    block = configs.matmul(operand, weight.heavy)
-    grid = (triton.cdiv(grad.shape[0], block["BLOCK_M"]), triton.cdiv(weight.columns, weight.step(block["BLOCK_K"])))
-    if grad.shape[0]:
-        tiles.transposed_kernel[grid](
-            operand, grad_scale, out, weight.parts, grad.shape[0], weight.rows, weight.columns,
-            TILE=weight.tile, SIZES=weight.sizes, PRECISION=configs.precision(grad.device), **block,
+    if len(grad):
+        start(
+            tiles.transposed_kernel, configs.matmul(operand, weight.heavy), grad.device,
+            lambda block: (triton.cdiv(len(grad), block["BLOCK_M"]), weight.steps(block["BLOCK_K"])),
+            operand, grad_scale, out, weight.parts, len(grad), weight.rows, weight.columns,
+            TILE=weight.tile, SIZES=weight.sizes, PRECISION=configs.precision(grad.device),
+            BUCKET=configs.tokens_bucket(len(grad)),
         )  # fmt: skip
     return out
 

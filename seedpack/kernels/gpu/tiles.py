@@ -3,7 +3,7 @@
 A codec gives a function TILE(parts, i_row, step, SIZES, BLOCK_K) -> (i_column [BLOCK_K], b_weight [BLOCK_N, BLOCK_K]):
 the columns of a step along the input, and float32 weights there. `parts` is a tuple of pointers and numbers, SIZES one of
 constants. Columns beyond the weight's, where its geometry has such, are at least `columns`; what a tile holds there is
-finite. STEP is the number of columns of the weight that a step of BLOCK_K covers.
+finite. Of a tile's places SHARE = (numerator, denominator) are columns of the weight: so many a step of BLOCK_K covers.
 
 Rows have a scale in float32 by which sums are multiplied, so that a tile's values fit float16 (the trellis's integers
 exactly); `stride_scale` 0 is one scale for all.
@@ -17,13 +17,13 @@ import triton.language as tl
 
 @triton.jit
 def dense_kernel(
-    out_ptr, index_ptr, scale_ptr, parts, rows, columns, stride_scale,
-    INDEXED: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    out_ptr, scale_ptr, parts, rows, columns, stride_scale,
+    TILE: tl.constexpr, SIZES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns]: row i is the weight's row index[i], or i, times its scale."""
+    """out [rows, columns]: the weight times its rows' scales."""
     i_out = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_out = i_out < rows
-    i_row = tl.load(index_ptr + i_out, m_out, other=0).to(tl.int64) if INDEXED else tl.where(m_out, i_out, 0)
+    i_row = tl.where(m_out, i_out, 0)
     i_column, b_weight = TILE(parts, i_row, tl.program_id(1), SIZES, BLOCK_K)
     b_weight *= tl.load(scale_ptr + i_row * stride_scale)[:, None]
     p_out = out_ptr + i_out[:, None] * columns + i_column[None, :]
@@ -33,7 +33,7 @@ def dense_kernel(
 @triton.jit
 def few_tokens_kernel(
     x_ptr, out_ptr, scale_ptr, parts, rows, columns, stride_scale,
-    TOKENS: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr, STEP: tl.constexpr,
+    TOKENS: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr, SHARE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [TOKENS, rows] = x [TOKENS, columns] · weight.T by multiply–adds; x is float32."""
@@ -42,7 +42,7 @@ def few_tokens_kernel(
     i_row = tl.where(m_row, i_row, 0)
     i_token = tl.arange(0, TOKENS)
     b_sum = tl.zeros((BLOCK_N, BLOCK_K, TOKENS), tl.float32)
-    for step in range(tl.cdiv(columns, STEP)):
+    for step in range(tl.cdiv(columns, BLOCK_K * SHARE[0] // SHARE[1])):
         i_column, b_weight = TILE(parts, i_row, step, SIZES, BLOCK_K)
         p_x = x_ptr + i_token[None, :] * columns + i_column[:, None]
         b_x = tl.load(p_x, (i_column < columns)[:, None], other=0.0)
@@ -55,7 +55,7 @@ def few_tokens_kernel(
 @triton.jit
 def matmul_kernel(
     x_ptr, x_scale_ptr, out_ptr, scale_ptr, parts, tokens, rows, columns, stride_scale,
-    TILE: tl.constexpr, SIZES: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SIZES: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr, BUCKET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, rows] = x_scale [tokens] · x [tokens, columns] · weight.T on tensor cores, in the dtype of x.
@@ -67,7 +67,7 @@ def matmul_kernel(
     m_token, m_row = i_token < tokens, i_row < rows
     i_row = tl.where(m_row, i_row, 0)
     b_sum = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    for step in range(tl.cdiv(columns, STEP)):
+    for step in range(tl.cdiv(columns, BLOCK_K * SHARE[0] // SHARE[1])):
         i_column, b_weight = TILE(parts, i_row, step, SIZES, BLOCK_K)
         p_x = x_ptr + i_token[None, :].to(tl.int64) * columns + i_column[:, None]
         b_x = tl.load(p_x, (i_column < columns)[:, None] & m_token[None, :], other=0.0)
@@ -81,7 +81,7 @@ def matmul_kernel(
 @triton.jit
 def transposed_kernel(
     grad_ptr, grad_scale_ptr, out_ptr, parts, tokens, rows, columns,
-    TILE: tl.constexpr, SIZES: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, SIZES: tl.constexpr, PRECISION: tl.constexpr, BUCKET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [tokens, columns] = grad_scale [tokens] · grad [tokens, rows] · weight; rows' scales are in grad already."""

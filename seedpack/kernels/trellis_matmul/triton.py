@@ -21,6 +21,8 @@ from seedpack.kernels.trellis_matmul import reference
 from seedpack.kernels.trellis_matmul.reference import ACTIVATION_GROUP, eight_bit_scale
 from seedpack.prng import trellis_multiplier
 
+TYPICAL_ROWS = 16  # of a program
+
 
 @triton.jit
 def few_tokens_kernel(
@@ -89,18 +91,17 @@ def few_tokens(
     if int8:
         x_scale, padded = _eight_bits(padded)
     lanes = padded.view(tokens, blocks, block_g, per).transpose(2, 3).contiguous()
-    config = configs.trellis_few_tokens(tokens)
-    programs = triton.cdiv(rows, config["BLOCK_N"])
-    parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // programs))
+    parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // triton.cdiv(rows, TYPICAL_ROWS)))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
     out = torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
-    few_tokens_kernel[(programs, parts)](
+    launch.start(
+        few_tokens_kernel, configs.trellis_few_tokens(tokens), x.device,
+        lambda block: (triton.cdiv(rows, block["BLOCK_N"]), parts),
         lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
         trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
         CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
         ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(x.device), BLOCK_G=block_g,
-        **config,
     )  # fmt: skip
     return (out[0] if parts == 1 else out.sum(0))[: len(x)]
 
