@@ -14,8 +14,8 @@ from seedpack.kernels.gpu import configs, tiles
 from seedpack.kernels.tiles import FEW_TOKENS, padded_tokens
 
 # The arguments, where a kernel has them, for whose values a configuration is searched.
-SEARCHED_FOR = ["rows", "columns", "blocks", "TOKENS", "BUCKET", "INT8", "TILE", "SIZES", "CODE_BITS"]
-tuners: dict[str, Any] = {}  # by the kernel's name; `tuner.cache` holds what each has found
+SEARCHED_FOR = ["rows", "columns", "blocks", "TOKENS", "BUCKET", "INT8", "SIZES", "CODE_BITS"]
+tuners: dict[tuple[str, Any], Any] = {}  # by kernel and TILE; `tuner.cache` holds what each has found
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,15 @@ def start(
     """
     config = configs.fixed(name, device)
     if config is None:
-        autotuned(kernel, name)[grid](*args, **constants)
+        autotuned(kernel, name, constants.get("TILE"))[grid](*args, **constants)
     else:
         kernel[grid(config)](*args, **constants, **config)
 
 
-def autotuned(kernel: Any, name: str) -> Any:
-    """A kernel that measures its candidates."""
-    if name in tuners:
-        return tuners[name]
+def autotuned(kernel: Any, name: str, tile: Any) -> Any:
+    """A kernel, for a TILE, that measures its candidates."""
+    if (name, tile) in tuners:
+        return tuners[name, tile]
     choices = [
         triton.Config(
             {key: value for key, value in config.items() if key.startswith("BLOCK")},
@@ -83,8 +83,8 @@ def autotuned(kernel: Any, name: str) -> Any:
         for config in configs.CANDIDATES[name]
     ]
     key = [argument for argument in SEARCHED_FOR if argument in kernel.arg_names]
-    tuners[name] = triton.autotune(choices, key=key, cache_results=True)(kernel)
-    return tuners[name]
+    tuners[name, tile] = triton.autotune(choices, key=key, cache_results=True)(kernel)
+    return tuners[name, tile]
 
 
 def dense(weight: Regenerated, dtype: torch.dtype) -> Tensor:
