@@ -1,69 +1,142 @@
-"""Peak memory of compress, which must not grow with the number of layers, and the time of seedpack --help."""
+"""Peak memory of compress, which must not grow with the number of layers, and of load; the time of seedpack --help."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import models
 import report
+import torch
+from kernels import random_parts
 from models import CACHE
+from torch import Tensor
+
+import seedpack
+from seedpack.codecs.trellis import TrellisCodec
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 16384
+SHAPE = {
+    "hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "vocab_size": VOCABULARY, "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 
-PROBE = """
+WATCH = """
 import json, resource, sys, threading, time
 page = resource.getpagesize()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * page
-import seedpack, seedpack.api
+def watched(work):
+    before, peak, done = resident(), 0, False
+    def watch():
+        nonlocal peak
+        while not done:
+            peak = max(peak, resident())
+            time.sleep(0.002)
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = work()
+    done = True
+    thread.join()
+    return result, {"before": before, "peak": peak}
+import seedpack, seedpack.api, torch, transformers
+"""
+
+COMPRESS = (
+    WATCH
+    + """
 from seedpack.codecs.seedlm import SeedLMCodec
-import torch, transformers
 codec = SeedLMCodec(8, 8, 3)
 codec.decode(codec.encode(torch.randn(64, 64)), (64, 64), torch.float32)  # kernels compiled
 seedpack.compress({"w.weight": torch.randn(64, 64)}, sys.argv[2] + ".one", codec=codec, force=True)
 from transformers import LlamaForCausalLM
 from seedpack.model.skeleton import Skeleton
 Skeleton.of_folder(__import__("pathlib").Path(sys.argv[1]))
-before, peak, done = resident(), 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, resident())
-        time.sleep(0.002)
-thread = threading.Thread(target=watch)
-thread.start()
-report = seedpack.compress(sys.argv[1], sys.argv[2], codec=codec, force=True)
-done = True
-thread.join()
-print(json.dumps({"before": before, "peak": peak, "weights": report.plan.packed_weights}))
+report, found = watched(lambda: seedpack.compress(sys.argv[1], sys.argv[2], codec=codec, force=True))
+print(json.dumps(found | {"weights": report.plan.packed_weights}))
 """
+)
+
+LOAD = (
+    WATCH
+    + """
+def load_and_run(path):
+    model = seedpack.load(path).eval()
+    with torch.inference_mode():
+        model(torch.tensor([[1, 2, 3, 4]]))
+    return model
+load_and_run(sys.argv[2])  # what is imported and compiled
+model, found = watched(lambda: load_and_run(sys.argv[1]))
+print(json.dumps(found | {"model": model.get_memory_footprint()}))
+"""
+)
 
 
-def build(layers: int) -> Path:
-    """A Llama of random weights, float32, one shard a layer so that building it is cheap too."""
+class Unfitted(TrellisCodec):
+    """Streams at random: loading does not look at them."""
+
+    def encode(self, weight: Tensor, importance: Tensor | None = None, **options: object) -> dict[str, Tensor]:
+        return random_parts(self, (weight.shape[0], weight.shape[1]))
+
+
+def build(name: str, dtype: torch.dtype, **shape: Any) -> Path:
+    """A Llama of random weights, one shard a layer so that building it is cheap too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = CACHE / f"llama-{layers}-layers"
+    folder = CACHE / f"llama-{name}"
     if not (folder / "config.json").is_file():
-        config = LlamaConfig(
-            hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, num_hidden_layers=layers,
-            num_attention_heads=16, num_key_value_heads=4, tie_word_embeddings=True,
-        )  # fmt: skip
-        LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="100MB")
+        config = LlamaConfig(**shape, tie_word_embeddings=True)
+        LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="100MB")
     return folder
 
 
-def peak(layers: int) -> tuple[float, float, int, int]:
-    folder = build(layers)
-    command = [sys.executable, "-c", PROBE, str(folder), str(CACHE / "footprint-out")]
+def build_packed() -> Path:
+    """A Llama of half a billion weights, packed at 4 bits."""
+    packed = CACHE / "llama-half-a-billion-packed"
+    if not (packed / "config.json").is_file():
+        shape = {"hidden_size": 2048, "intermediate_size": 8192, "vocab_size": 32000, "num_hidden_layers": 8}
+        folder = build("half-a-billion", torch.bfloat16, **shape, num_attention_heads=16, num_key_value_heads=4)
+        seedpack.compress(folder, packed, codec=Unfitted(4), force=True)
+        shutil.rmtree(folder)
+    return packed
+
+
+def probe(script: str, *paths: Path) -> dict[str, int]:
+    """What a script prints, run in a process of its own."""
+    command = [sys.executable, "-c", script, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return found["before"] / 1e6, found["peak"] / 1e6, found["weights"], size
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def loading(result: report.Result) -> None:
+    """Peak memory of `seedpack.load` for Hugging Face folders."""
+    small = models.packed_smollm2("trellis", 4)
+    rows = []
+    for name, folder, other in (
+        ("SmolLM2-135M", small, small), ("Llama-shaped, 0.55 G weights", build_packed(), small)
+    ):  # fmt: skip
+        found = probe(LOAD, folder, other)
+        size, added = size_of(folder), found["peak"] - found["before"]
+        rows.append((
+            name, f"{size / 1e6:.0f} MB", f"{found['model'] / 1e6:.0f} MB", f"{added / 1e6:.0f} MB",
+            f"{(1.05 * size + 100e6) / 1e6:.0f} MB",
+        ))  # fmt: skip
+    result.say(
+        "## Loading\n\nPeak resident memory that `seedpack.load` and a first pass of four tokens add to a process that has loaded "
+        "and run a packed model before. (Files are mapped into memory: without the pass, hardly a page would be resident.) "
+        "Target: the packed size × 1.05 + 100 MB."
+    )
+    result.table(["model at 4 bits", "packed on disk", "model in memory", "peak added", "target"], rows)
 
 
 def measure(result: report.Result) -> None:
@@ -76,14 +149,17 @@ def measure(result: report.Result) -> None:
     )
     rows = []
     for layers in (3, 12):
-        before, top, weights, size = peak(layers)
+        folder = build(f"{layers}-layers", torch.float32, **SHAPE, num_hidden_layers=layers)
+        found = probe(COMPRESS, folder, CACHE / "footprint-out")
+        added = (found["peak"] - found["before"]) / 1e6
         rows.append((
-            layers, f"{weights / 1e6:.0f} M", f"{size / 1e6:.0f} MB", f"{before:.0f} MB", f"{top:.0f} MB",
-            f"{top - before:.0f} MB", f"{top - before - largest:.0f} MB",
+            layers, f"{found['weights'] / 1e6:.0f} M", f"{size_of(folder) / 1e6:.0f} MB", f"{found['before'] / 1e6:.0f} MB",
+            f"{found['peak'] / 1e6:.0f} MB", f"{added:.0f} MB", f"{added - largest:.0f} MB",
         ))  # fmt: skip
     result.table(
         ["layers", "weights", "model on disk", "before", "peak", "added by compress", "above the largest tensor"], rows
     )
+    loading(result)
 
     times = []
     for _ in range(15):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+import seedpack
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -63,6 +66,15 @@ def smollm2() -> Path:
         rescale_(model)
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    return folder
+
+
+def packed_smollm2(codec: str, bits: int) -> Path:
+    """`smollm2` packed with a codec's defaults; the file that the language benchmark makes, where it is there."""
+    folder = CACHE / f"language-{codec}-{bits}"
+    if not (folder / "config.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        seedpack.compress(smollm2(), folder, codec=codec, bits=bits)
     return folder
 
 
