@@ -17,10 +17,22 @@ from torch import Tensor
 
 from seedpack.errors import CodecError
 from seedpack.kernels.seedlm_decode.reference import CODE_BITS
-from seedpack.kernels.vectors import FLOATS, I64, INTS, LANES, data, intrinsic, splat, spread, store, words_at
+from seedpack.kernels.vectors import (
+    FLOATS,
+    I64,
+    INTS,
+    LANES,
+    ROWS_AT_ONCE,
+    data,
+    intrinsic,
+    splat,
+    spread,
+    store,
+    words_at,
+)
 from seedpack.prng import LFSR_TAPS
 
-MARGIN = 64  # bytes behind a row's tail that a whole load may take
+MARGIN = 20  # bytes behind a group that its loads may take
 
 
 def _extracted(builder: Any, words: list[Any], start: int, bits: int) -> Any:
@@ -107,15 +119,13 @@ def _decode16(
 @njit(cache=True, nogil=True)
 def whole_groups(size: int, group_bytes: int) -> int:
     """Groups of a row of `size` bytes whose loads stay inside it."""
-    return max(0, (size - MARGIN) // group_bytes + 1)
+    return max(0, (size - group_bytes - MARGIN) // group_bytes + 1)
 
 
 @njit(cache=True, nogil=True)
-def tail(row: Any, start: int) -> Any:
-    """A row's bytes from `start` on, and zeros behind them for whole loads."""
-    out = np.zeros(row.shape[0] - start + 2 * MARGIN, np.uint8)
-    out[: row.shape[0] - start] = row[start:]
-    return out
+def tail_buffer(size: int, group_bytes: int) -> Any:
+    """For the last bytes of a row, and zeros behind them for whole loads."""
+    return np.zeros(size + group_bytes + MARGIN, np.uint8)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -124,19 +134,24 @@ def _dense(bits: Any, block: Any, rank: Any, seeds: Any, codes: Any, bias: Any, 
     seed_bytes, code_bytes, c = 2 * len(bits), 8 * (len(rank) + 1), len(block)
     groups = -(-columns // (c * LANES))
     inside = min(groups, whole_groups(seeds.shape[1], seed_bytes), whole_groups(codes.shape[1], code_bytes))
-    for r in prange(seeds.shape[0]):
+    rows = seeds.shape[0]
+    rest_seeds, rest_codes = seeds.shape[1] - inside * seed_bytes, codes.shape[1] - inside * code_bytes
+    for chunk in prange(-(-rows // ROWS_AT_ONCE)):
         values = np.empty((c, LANES), np.float32)
-        last_seeds, last_codes = tail(seeds[r], inside * seed_bytes), tail(codes[r], inside * code_bytes)
-        for group in range(groups):
-            if group < inside:
-                _decode16(bits, block, rank, seeds[r], codes[r], group, bias, unit, values)
-            else:
-                _decode16(bits, block, rank, last_seeds, last_codes, group - inside, bias, unit, values)
-            to = out[r, group * LANES * c : (group + 1) * LANES * c]
-            for i in range(-(-to.shape[0] // c)):
-                here = to[i * c : (i + 1) * c]
-                for j in range(here.shape[0]):
-                    here[j] = values[j, i]
+        last_seeds, last_codes = tail_buffer(rest_seeds, seed_bytes), tail_buffer(rest_codes, code_bytes)
+        for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
+            last_seeds[:rest_seeds] = seeds[r, inside * seed_bytes :]
+            last_codes[:rest_codes] = codes[r, inside * code_bytes :]
+            for group in range(groups):
+                if group < inside:
+                    _decode16(bits, block, rank, seeds[r], codes[r], group, bias, unit, values)
+                else:
+                    _decode16(bits, block, rank, last_seeds, last_codes, group - inside, bias, unit, values)
+                to = out[r, group * LANES * c : (group + 1) * LANES * c]
+                for i in range(-(-to.shape[0] // c)):
+                    here = to[i * c : (i + 1) * c]
+                    for j in range(here.shape[0]):
+                        here[j] = values[j, i]
 
 
 def constants(seed_bits: int, block: int, rank: int, exponent_bias: Tensor) -> tuple[Any, Any, Any]:

@@ -14,9 +14,9 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from torch import Tensor
 
-from seedpack.kernels.seedlm_decode.cpu import blocks16, constants, tail, whole_groups
+from seedpack.kernels.seedlm_decode.cpu import blocks16, constants, tail_buffer, whole_groups
 from seedpack.kernels.tiles import padded_tokens
-from seedpack.kernels.vectors import FLOATS, I64, LANES, data, intrinsic, load, multiply_add, splat, total
+from seedpack.kernels.vectors import FLOATS, I64, LANES, ROWS_AT_ONCE, data, intrinsic, load, multiply_add, splat, total
 
 
 @intrinsic
@@ -65,12 +65,17 @@ def _matmul(
     groups = x.shape[1]
     seed_bytes, code_bytes = 2 * len(bits), 8 * (len(rank) + 1)
     inside = min(groups, whole_groups(seeds.shape[1], seed_bytes), whole_groups(codes.shape[1], code_bytes))
-    for r in prange(seeds.shape[0]):
-        found = _dots(bits, block, rank, seeds[r], codes[r], bias, x, 0, inside, tokens)
-        last_seeds, last_codes = tail(seeds[r], inside * seed_bytes), tail(codes[r], inside * code_bytes)
-        rest = _dots(bits, block, rank, last_seeds, last_codes, bias, x, inside, groups - inside, tokens)
-        for t in range(len(tokens)):
-            out[t, r] = (found[t] + rest[t]) * unit
+    rows = seeds.shape[0]
+    rest_seeds, rest_codes = seeds.shape[1] - inside * seed_bytes, codes.shape[1] - inside * code_bytes
+    for chunk in prange(-(-rows // ROWS_AT_ONCE)):
+        last_seeds, last_codes = tail_buffer(rest_seeds, seed_bytes), tail_buffer(rest_codes, code_bytes)
+        for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
+            last_seeds[:rest_seeds] = seeds[r, inside * seed_bytes :]
+            last_codes[:rest_codes] = codes[r, inside * code_bytes :]
+            found = _dots(bits, block, rank, seeds[r], codes[r], bias, x, 0, inside, tokens)
+            rest = _dots(bits, block, rank, last_seeds, last_codes, bias, x, inside, groups - inside, tokens)
+            for t in range(len(tokens)):
+                out[t, r] = (found[t] + rest[t]) * unit
 
 
 def matmul(

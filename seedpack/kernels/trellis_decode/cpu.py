@@ -15,10 +15,20 @@ from llvmlite import ir
 from numba import njit, prange, types
 from torch import Tensor
 
-from seedpack.kernels.vectors import FLOATS, I64, INTS, LANES, byte_sums, data, intrinsic, spread, store, words_at
+from seedpack.kernels.vectors import (
+    FLOATS,
+    I64,
+    INTS,
+    LANES,
+    ROWS_AT_ONCE,
+    byte_sums,
+    data,
+    intrinsic,
+    spread,
+    store,
+    words_at,
+)
 from seedpack.prng import trellis_multiplier
-
-ROWS_AT_ONCE = 16  # what one task of a core takes
 
 
 def values16(builder: Any, row: Any, group: Any, code_bits: int, mask: Any, multiplier: Any, key: Any) -> Any:

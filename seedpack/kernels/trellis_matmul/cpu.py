@@ -15,14 +15,13 @@ from torch import Tensor
 
 from seedpack.kernels.tiles import padded_tokens
 from seedpack.kernels.trellis_decode.cpu import (
-    ROWS_AT_ONCE,
     constants,
     fill_tail,
     tail_buffer,
     values16,
     whole_groups,
 )
-from seedpack.kernels.vectors import FLOATS, I64, LANES, data, intrinsic, load, multiply_add, splat, total
+from seedpack.kernels.vectors import FLOATS, I64, LANES, ROWS_AT_ONCE, data, intrinsic, load, multiply_add, splat, total
 
 
 @intrinsic
