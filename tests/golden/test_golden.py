@@ -53,7 +53,7 @@ def test_decoding(name: str) -> None:
         same(found[key], tensor, make.CASES[name])
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("name", [name for name, codec in make.CASES.items() if codec.id in ("seedlm", "trellis")])
 def test_every_backend_decodes_the_same(name: str, backend: Backend) -> None:
     with Checkpoint(make.folder(name) / "packed.safetensors") as checkpoint:

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from seedpack.errors import CodecError
 from seedpack.kernels.basis_decode import basis_dense
 from seedpack.kernels.basis_decode.reference import noise
 from seedpack.kernels.basis_matmul import basis_grad_coefs, basis_matmul, basis_matmul_transposed
+from seedpack.kernels.basis_matmul.linear import basis_linear
 from seedpack.prng import philox_words, squirrel5
 from tests.kernels.products import LIMIT, error
 
@@ -79,3 +81,30 @@ def test_gradient_is_that_of_autograd(generator: str) -> None:
     assert coefs.grad is not None
     found = basis_grad_coefs(grad, x, blocks=2, count=9, seed=5, generator=generator)
     torch.testing.assert_close(found, coefs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("generator", ["philox", "squirrel5"])
+def test_operator_is_registered_properly(generator: str) -> None:
+    x, coefs = torch.randn(2, 3, 21, requires_grad=True), torch.randn(2, 9, requires_grad=True)
+    torch.library.opcheck(torch.ops.seedpack.basis_linear.default, (x, coefs, 5, generator, 6))
+    weight = basis_dense(coefs.detach(), seed=5, generator=generator, rows=6, columns=21, backend="reference")
+    compiled = torch.compile(
+        lambda x, c: basis_linear(x, c, seed=5, generator=generator, rows=6).relu(), fullgraph=True, backend="aot_eager"
+    )
+    y = compiled(x, coefs)
+    torch.testing.assert_close(y, (x @ weight.T).relu(), rtol=1e-4, atol=1e-4)
+    grad_x, grad_coefs = torch.autograd.grad(y.sum(), (x, coefs))
+    active = (y > 0).float().view(6, 6)
+    torch.testing.assert_close(grad_x.view(6, 21), active @ weight, rtol=1e-4, atol=1e-4)
+    expected = basis_grad_coefs(active, x.detach().view(6, 21), blocks=2, count=9, seed=5, generator=generator)
+    torch.testing.assert_close(grad_coefs, expected)
+
+
+def test_refusals() -> None:
+    x = torch.randn(2, 8)
+    with pytest.raises(CodecError, match="generator must be one of philox, squirrel5, got 'sobol'"):
+        basis_matmul(x, torch.ones(1, 4), seed=1, generator="sobol", rows=3)
+    with pytest.raises(CodecError, match=r"weight of 3 rows must be \[1 to 3, 1 or more\], got \[4, 4\]"):
+        basis_dense(torch.ones(4, 4), seed=1, generator="philox", rows=3, columns=8)
+    with pytest.raises(CodecError, match="gradients of 5 tokens, activations of 2"):
+        basis_grad_coefs(torch.ones(5, 3), x, blocks=1, count=4, seed=1, generator="philox")

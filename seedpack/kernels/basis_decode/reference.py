@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from seedpack._shapes import Float
+from seedpack.errors import CodecError
 from seedpack.prng import MASK32, philox, squirrel5
 
 SQUIRREL_STRIDE = 198491317  # between the rows of RANDUMB's two-dimensional noise
@@ -57,6 +58,20 @@ def dense(
         values = noise(index.flatten(), count, seed, generator).view(len(some), columns, count)
         out[some] = (values @ coefs[block[some]].float()[..., None])[..., 0]
     return out
+
+
+def require_basis(generator: str, coefs: Size, rows: int) -> None:
+    """Refuse an unknown generator, and coefficients that are not [1 … rows, 1 …].
+
+    Raises:
+        CodecError: with what was found and what is expected.
+    """
+    if generator not in GENERATORS:
+        raise CodecError(f"basis: generator must be one of {', '.join(GENERATORS)}, got {generator!r}")
+    if len(coefs) != 2 or not 1 <= coefs[0] <= rows or coefs[1] < 1:
+        raise CodecError(
+            f"basis: coefficients of a weight of {rows} rows must be [1 to {rows}, 1 or more], got {list(coefs)}"
+        )
 
 
 def rows_per_block(rows: int, blocks: int) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from torch import Tensor
+from torch import Size, Tensor
 
+from seedpack.errors import CodecError
+from seedpack.kernels.basis_decode.reference import require_basis
 from seedpack.kernels.dispatch import Backend, choose
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -16,6 +18,7 @@ def basis_matmul(
     x: Tensor, coefs: Tensor, *, seed: int, generator: str, rows: int, backend: Backend = "auto"
 ) -> Tensor:
     """x [tokens, columns] times the weight [rows, columns] transposed, in the dtype of x; coefs [blocks, M]."""
+    require_basis(generator, coefs.shape, rows)
     return _kernels(backend, x).matmul(x, coefs, seed, generator, rows)  # type: ignore[no-any-return]
 
 
@@ -23,6 +26,7 @@ def basis_matmul_transposed(
     grad: Tensor, coefs: Tensor, *, seed: int, generator: str, columns: int, backend: Backend = "auto"
 ) -> Tensor:
     """grad [tokens, rows] times the weight [rows, columns]: the gradient to x, in the dtype of grad."""
+    require_basis(generator, coefs.shape, grad.shape[-1])
     return _kernels(backend, grad).matmul_transposed(grad, coefs, seed, generator, columns)  # type: ignore[no-any-return]
 
 
@@ -30,6 +34,9 @@ def basis_grad_coefs(
     grad: Tensor, x: Tensor, *, blocks: int, count: int, seed: int, generator: str, backend: Backend = "auto"
 ) -> Tensor:
     """The gradient to the coefficients, float32 [blocks, count]; grad [tokens, rows], x [tokens, columns]."""
+    require_basis(generator, Size((blocks, count)), grad.shape[-1])
+    if len(grad) != len(x):
+        raise CodecError(f"basis: gradients of {len(grad)} tokens, activations of {len(x)}: they must be of the same")
     return _kernels(backend, x).grad_coefs(grad, x, blocks, count, seed, generator)  # type: ignore[no-any-return]
 
 
