@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +16,21 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
+from seedpack.kernels.gpu import configs, launch
+from seedpack.kernels.tiles import FEW_TOKENS
 from seedpack.model.layers import pack_module_
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 TOKENS = (1, 2, 4, 8, 16, 256, 4096)
 CODECS = {"trellis, 2 bits": TrellisCodec(2), "trellis, 3 bits": TrellisCodec(3), "trellis, 4 bits": TrellisCodec(4),
           "seedlm, 4 bits": SeedLMCodec()}  # fmt: skip
+ENCODERS: dict[str, Codec] = {
+    "seedlm, 4 bits, paper's rule": SeedLMCodec(exponents=1), "seedlm, 4 bits": SeedLMCodec(), "trellis, 4 bits": TrellisCodec(4),
+    "trellis, 4 bits, best, L = 16": TrellisCodec(4, 16, effort="best"), "trellis, 2 bits, best": TrellisCodec(2, effort="best"),
+}  # fmt: skip
 CACHE_BYTES = 100 << 20  # inputs are taken in turn over more than any L2 cache holds
 MODELS = {
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8},
@@ -43,6 +52,21 @@ def on_device(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.cuda() for name, part in parts.items()}
 
 
+def torchao_layer(shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
+    if importlib.util.find_spec("torchao") is None:
+        return None
+    from torchao.quantization import Int4WeightOnlyConfig, quantize_
+
+    layer = torch.nn.Linear(shape[1], shape[0], bias=False, device="cuda", dtype=torch.bfloat16)
+    try:
+        quantize_(layer, Int4WeightOnlyConfig(group_size=128))
+        layer(torch.zeros(1, shape[1], device="cuda", dtype=torch.bfloat16))
+    except (ImportError, RuntimeError, NotImplementedError, AssertionError) as error:
+        print(f"torchao int4 does not run here: {error}", file=sys.stderr)
+        return None
+    return layer
+
+
 def bitsandbytes_layer(shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | None:
     if importlib.util.find_spec("bitsandbytes") is None:
         return None
@@ -62,7 +86,7 @@ def products(result: report.Result) -> None:
         ]
         target = torch.empty_like(weights[0])
         copy = microseconds([lambda w=w, t=target: t.copy_(w) for w in weights])
-        nf4 = bitsandbytes_layer(shape)
+        nf4, int4 = bitsandbytes_layer(shape), torchao_layer(shape)
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
             dense = microseconds([lambda w=w, x=x: linear(x, w) for w in weights])
@@ -72,16 +96,51 @@ def products(result: report.Result) -> None:
                 some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
                 ours = microseconds([lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s) for p in some])
                 row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
-            row.append("" if nf4 is None else f"{microseconds([lambda x=x, layer=nf4: layer(x)]):.1f}")
+                if codec.int8_activations and tokens <= FEW_TOKENS:
+                    rounded = microseconds(
+                        [lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s, int8=True) for p in some]
+                    )
+                    row[-1] = f"{row[-1]}, int8 {rounded:.1f} ({dense / rounded:.2f}×)"
+            for peer in (nf4, int4):
+                row.append("" if peer is None else f"{microseconds([lambda x=x, layer=peer: layer(x)]):.1f}")
             rows.append(row)
             print(row, flush=True)
         del weights, target
     result.say(
         f"{torch.cuda.get_device_name()}. Products in bfloat16, microseconds, medians; in brackets how much faster than cuBLAS. 'Copy' "
         "reads and writes the bfloat16 weight. Each product takes another copy of its weight than the one before, so that "
-        "none is in the L2 cache; bitsandbytes' stays there."
+        "none is in the L2 cache; the peers' stays there. 'int8': with activations rounded to 8 bits."
     )
-    result.table(["layer", "tokens", "copy", "cuBLAS", *CODECS, "bitsandbytes NF4"], rows)
+    result.table(["layer", "tokens", "copy", "cuBLAS", *CODECS, "bitsandbytes NF4", "torchao int4"], rows)
+
+
+def encoders(result: report.Result) -> None:
+    """Weights fitted a second."""
+    shape, rows = (2048, 4096), []
+    weight = torch.randn(shape, device="cuda")
+    for label, codec in ENCODERS.items():
+        codec.encode(weight[:64])  # compiles, and makes tables
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        parts = codec.encode(weight)
+        torch.cuda.synchronize()
+        rate = weight.numel() / (time.perf_counter() - started)
+        decoded = codec.decode(parts, shape, torch.float32)
+        error = 10 * math.log10(float((decoded - weight).square().sum() / weight.square().sum()))
+        rows.append((label, f"{rate / 1e6:.1f} M", f"{error:.3f} dB", f"{codec.bits_per_weight(shape):.3f}"))
+        print(rows[-1], flush=True)
+    result.say(f"Fitting N(0, 1), {list(shape)}, on the GPU:")
+    result.table(["codec", "weights/s", "relative error", "bits a weight"], rows)
+
+
+def configurations(result: report.Result) -> None:
+    """What `triton.autotune` chose, for `seedpack.kernels.gpu.configs.TUNED`."""
+    rows = [
+        (name, str(tile and tile.__name__), str(key), str(config))
+        for (name, tile), tuner in launch.tuners.items() for key, config in tuner.cache.items()
+    ]  # fmt: skip
+    result.say(f"Configurations found for {configs.architecture(torch.device('cuda'))}:")
+    result.table(["kernel", "weight", "sizes", "configuration"], rows)
 
 
 def graph_of(model: Any, ids: Tensor) -> Callable[[], None]:
@@ -133,8 +192,10 @@ def measure(result: report.Result) -> None:
     if not torch.cuda.is_available():
         print("left out: there is no GPU here", file=sys.stderr)
         raise SystemExit(0)
+    encoders(result)
     products(result)
     whole_models(result)
+    configurations(result)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from seedpack.kernels.gpu import configs
+
 CUDA = torch.device("cuda", 0)
 MAY_MIX = ("to", "copy_", "__getitem__", "__setitem__", "type_as")
 
@@ -48,11 +50,13 @@ class FakeCuda(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self.patches = ExitStack()
-        properties = SimpleNamespace(multi_processor_count=1)
+        properties = SimpleNamespace(multi_processor_count=1, gcnArchName="none")
         self.patches.enter_context(mock.patch("torch.cuda.get_device_properties", return_value=properties))
         self.patches.enter_context(mock.patch("torch.cuda.device_count", return_value=1))
         self.patches.enter_context(mock.patch("torch.cuda.mem_get_info", return_value=(1 << 30, 1 << 30)))
         self.patches.enter_context(mock.patch("seedpack.kernels.gpu.configs.is_nvidia", return_value=False))
+        tuned = {"none": {kernel: candidates[0] for kernel, candidates in configs.CANDIDATES.items()}}
+        self.patches.enter_context(mock.patch.dict(configs.TUNED, tuned))
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

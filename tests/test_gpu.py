@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,23 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
+from seedpack.kernels.basis_decode import basis_dense
+from seedpack.kernels.basis_matmul import basis_grad_coefs
+from seedpack.kernels.basis_matmul.linear import basis_linear
 from seedpack.kernels.rotation import mix
+from seedpack.kernels.seedlm_search import seedlm_search
 from seedpack.kernels.trellis_matmul import reference, trellis_matmul
+from seedpack.kernels.trellis_search import trellis_search
 from seedpack.model.layers import pack_module_
 from seedpack.prng import philox_words, rademacher, squirrel5
 from tests.conftest import Net
 from tests.kernels.products import LIMIT, error, seedlm, trellis
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.filterwarnings("ignore:.*passed over:RuntimeWarning"),  # machines with GPUs may lack Numba
+]
 CODEC = SeedLMCodec(10, 8, 3)
 CODECS = (TrellisCodec(4, effort="fast"), CODEC, SVDCodec(rank=3), SVDCodec.over(CODEC, rank=3))
 
@@ -59,6 +69,51 @@ def test_activations_of_8_bits(code_bits: int) -> None:
 def test_mixing(width: int) -> None:
     x, factor = torch.randn(3, width).cuda(), torch.randn(width).cuda()
     assert error(mix(x, factor, "triton"), mix(x.double(), factor.double(), "reference")) < 2e-6
+
+
+@pytest.mark.parametrize(("generator", "columns"), [("philox", 300), ("squirrel5", 4096)])
+@pytest.mark.parametrize("tokens", [1, 8, 33])
+def test_basis_products(tokens: int, generator: str, columns: int) -> None:
+    coefs, x = torch.randn(2, 9).cuda().requires_grad_(), torch.randn(tokens, columns).cuda().requires_grad_()
+    weight = basis_dense(coefs.detach(), seed=5, generator=generator, rows=70, columns=columns, backend="reference")
+    y = basis_linear(x, coefs, seed=5, generator=generator, rows=70)
+    assert error(y.detach(), x.detach().double() @ weight.double().T) < LIMIT[torch.float32]
+    grad = torch.randn(tokens, 70).cuda()
+    grad_x, grad_coefs = torch.autograd.grad(y, (x, coefs), grad)
+    assert error(grad_x, grad.double() @ weight.double()) < LIMIT[torch.float32]
+    options: dict[str, Any] = {"blocks": 2, "count": 9, "seed": 5, "generator": generator}
+    assert error(grad_coefs, basis_grad_coefs(grad, x.detach(), backend="reference", **options).double()) < 1e-5
+
+
+@pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (4, 16, 8), (4, 16, 12)])
+def test_trellis_search(code_bits: int, state_bits: int, survivors: int) -> None:
+    values = torch.randn(7, 64) * 150
+    options: dict[str, Any] = {
+        "code_bits": code_bits, "state_bits": state_bits, "key": 77, "survivors": survivors, "columns": 61,
+    }  # fmt: skip
+    expected = trellis_search(values, backend="reference", **options)
+    assert torch.equal(trellis_search(values.cuda(), **options).cpu(), expected)
+
+
+@pytest.mark.parametrize(("seed_bits", "block", "rank"), [(16, 8, 3), (16, 12, 4), (12, 8, 3), (7, 6, 6)])
+@pytest.mark.parametrize("exponents", [1, 3])
+def test_seedlm_search(seed_bits: int, block: int, rank: int, exponents: int) -> None:
+    blocks = torch.randn(60, block) * torch.logspace(-4, 1, 60)[:, None]
+    settings: dict[str, Any] = {"seed_bits": seed_bits, "rank": rank, "exponents": exponents}
+    expected = seedlm_search(blocks, None, -5, backend="reference", **settings).error
+    found = seedlm_search(blocks.cuda(), None, -5, **settings).error.cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.id)
+def test_fits_as_well_as_on_the_cpu(codec: Codec) -> None:
+    """Within 0.01 dB: sums are made in another order."""
+    weight = torch.randn(130, 96)
+    energy = [
+        float((codec.decode(codec.encode(w), (130, 96), torch.float32).cpu() - weight).square().sum())
+        for w in (weight, weight.cuda())
+    ]
+    assert abs(10 * math.log10(energy[0] / energy[1])) < 0.01
 
 
 def test_cuda_graph_of_a_packed_layer() -> None:

@@ -4,6 +4,7 @@ measured."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ ENOUGH_PROGRAMS = (
 )
 
 
+@cache
 def architecture(device: torch.device) -> str:
     """A GPU's, as compilers call it."""
     properties = torch.cuda.get_device_properties(device)
