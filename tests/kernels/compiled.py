@@ -177,7 +177,7 @@ def amd_figures(built: Any) -> dict[str, int]:
     return {"registers": int(registers[1]), "spills": sum(map(int, spills))}
 
 
-def cuda_figures(built: Any) -> dict[str, int]:
+def cuda_figures(built: Any) -> dict[str, float]:
     """Registers, instructions that move spilled ones, instructions of the longest loop."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -189,7 +189,7 @@ def cuda_figures(built: Any) -> dict[str, int]:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers
-    labels, instructions = {}, []
+    labels, instructions, an_edge = {}, [], 0.0
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
             labels[label[1]] = len(instructions)
@@ -198,9 +198,18 @@ def cuda_figures(built: Any) -> dict[str, int]:
     loop = 0
     for i, text in enumerate(instructions):
         if (to := re.search(r"\bBRA\b.*?(\.L\w+)", text)) and labels.get(to[1], i + 1) <= i:
-            loop = max(loop, i + 1 - labels[to[1]])
+            body = instructions[labels[to[1]] : i + 1]
+            loop = max(loop, len(body))
+            edges = sum("IDP" in instruction for instruction in body)  # the trellis's search has one product an edge
+            an_edge = min(an_edge or len(body), len(body) / edges) if edges >= 64 else an_edge
     spills = sum(bool(re.search(r"\b(STL|LDL)\b", text)) for text in instructions)
-    return {"registers": int(registers[1]), "spills": spills, "instructions": len(instructions), "loop": loop}
+    return {
+        "registers": int(registers[1]),
+        "spills": spills,
+        "instructions": len(instructions),
+        "loop": loop,
+        "an_edge": an_edge,
+    }
 
 
 if __name__ == "__main__":

@@ -52,3 +52,16 @@ def test_every_kernel_compiles_without_spills(backend: str, arch: str) -> None:
 @pytest.mark.parametrize("name", BUDGETS)
 def test_instructions_a_weight(name: str) -> None:
     assert 3 < per_weight(compiled("cuda", "90")[name]) <= BUDGETS[name]
+
+
+@pytest.mark.parametrize("survivors", [9, 12])
+def test_instructions_an_edge(survivors: int) -> None:
+    """Of the trellis's search, in the loop over predecessors: an addition, a dp4a, a multiply–add and a minimum."""
+    assert 3 < compiled("cuda", "90")[f"search 4 of 16 keeping {survivors}"]["an_edge"] <= 4
+
+
+def test_instructions_a_seed() -> None:
+    """Of SeedLM's bound, for each seed and block: P multiply–adds and a maximum; products, loads and the loop on top."""
+    found = compiled("cuda", "90")["seedlm search 8x3"]
+    pairs = found["constants"]["BLOCK_S"] * found["constants"]["BLOCK_B"]
+    assert 4 < found["loop"] * THREADS * found["num_warps"] / pairs <= 6.5
