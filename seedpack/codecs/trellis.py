@@ -32,7 +32,7 @@ from seedpack.kernels.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import mix, rotate, signs, unrotate
 from seedpack.kernels.trellis_decode import trellis_decode, trellis_dense
-from seedpack.kernels.trellis_matmul import trellis_matmul, trellis_matmul_transposed
+from seedpack.kernels.trellis_matmul import trellis_linear, trellis_matmul_transposed
 from seedpack.kernels.trellis_search import trellis_search
 from seedpack.prng import trellis_key
 
@@ -214,8 +214,8 @@ class TrellisCodec(Codec):
     ) -> Tensor:
         """Rotates the activations instead of the weight, rounds them to 8 bits if asked, and multiplies by the stream."""
         scale, factor = self._ready(parts, shape[1])
-        rotated = mix(x.reshape(-1, shape[1]), factor, backend)
-        y = trellis_matmul(rotated, parts["weight"], scale, dtype=x.dtype, int8=int8, backend=backend, **self._code())
+        tokens = x.reshape(-1, shape[1])
+        y = trellis_linear(tokens, factor, parts["weight"], scale, int8=int8, backend=backend, **self._code())
         y = y if bias is None else (y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], shape[0])
 

@@ -14,12 +14,17 @@ AT_ONCE = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled 
 Tile = Callable[[slice], Tensor]  # some rows of the weight, float32 [rows, columns]
 
 
+def at_once(tokens: int) -> int:
+    """For how many tokens code is run."""
+    return next(count for count in AT_ONCE if count >= tokens)
+
+
 def padded_tokens(x: Tensor, columns: int) -> Tensor:
     """x [tokens, n] in float32 with zeros for further columns, and for further tokens up to the next of `AT_ONCE`."""
-    at_once = next(count for count in AT_ONCE if count >= x.shape[0])
+    tokens = at_once(x.shape[0])
     x = x.float()
-    if columns or at_once > x.shape[0]:
-        x = torch.nn.functional.pad(x, (0, columns, 0, at_once - x.shape[0]))
+    if columns or tokens > x.shape[0]:
+        x = torch.nn.functional.pad(x, (0, columns, 0, tokens - x.shape[0]))
     return x.contiguous()
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,11 @@ def seedlm_weight(block: int, rank: int) -> Any:
 
 def launches() -> dict[str, Callable[[], object]]:
     """A name for each kernel in each form that matters."""
-    found: dict[str, Callable[[], object]] = {"rotation": lambda: rotation.mix(torch.zeros(2, COLUMNS), None)}
+    found: dict[str, Callable[[], object]] = {
+        "rotation": lambda: rotation.mix(torch.zeros(2, COLUMNS), None),
+        "rotation in lanes": lambda: trellis_matmul.mixed(torch.zeros(2, 4096).bfloat16(), torch.ones(4096), 4),
+        "activations of 8 bits": lambda: trellis_matmul.eight_bits(torch.zeros(2, COLUMNS // 256, 8, 32)),
+    }
     weights: dict[str, Callable[[], Any]] = {
         f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), k, 16, 5, COLUMNS) for k in (2, 3, 4)
     }
@@ -90,7 +95,16 @@ def launches() -> dict[str, Callable[[], object]]:
         for int8 in (False, True):
             for tokens in (1, 8):
                 found[f"trellis-{k} {tokens} tokens{' int8' if int8 else ''}"] = lambda k=k, i=int8, t=tokens: (
-                    trellis_matmul.few_tokens(torch.zeros(t, COLUMNS), *trellis_parts(k), k, 16, 5, i)
+                    trellis_matmul.few_tokens(
+                        torch.zeros(t, COLUMNS // 256, 32 // gcd(k, 32), 8 * gcd(k, 32)),
+                        t,
+                        *trellis_parts(k),
+                        k,
+                        16,
+                        5,
+                        torch.bfloat16,
+                        i,
+                    )
                 )
     for k, state_bits, survivors in (
         (1, 16, 12),

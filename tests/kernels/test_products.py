@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from seedpack.errors import BackendError
+from seedpack.kernels.bits import packed_shape
 from seedpack.kernels.rotation import mix
-from seedpack.kernels.trellis_matmul import reference, trellis_matmul
+from seedpack.kernels.trellis_matmul import reference, trellis_linear, trellis_matmul
 from tests.kernels.products import LIMIT, Weight, error, seedlm, trellis
 
 WEIGHTS: dict[str, Callable[[], Weight]] = {
@@ -82,6 +84,26 @@ def test_mixing(width: int, backend: str, poison: None) -> None:
         exact = mix(x.double(), None if given is None else given.double(), "reference")
         assert error(mix(x, given, backend), exact) < 1e-6  # type: ignore[arg-type]
     assert mix(x[:0], factor, backend).shape == (0, width)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+@pytest.mark.parametrize("columns", [40, 576, 768])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 33])
+def test_mixing_and_product_in_one(tokens: int, columns: int, int8: bool, poison: None) -> None:
+    for code_bits in (1, 3, 4, 6):
+        stream = torch.randint(0, 256, packed_shape(35, columns, code_bits), dtype=torch.uint8)
+        scale, factor = torch.rand(35), torch.randn(columns)
+        options: dict[str, Any] = {"code_bits": code_bits, "state_bits": 16, "key": 7}
+        for dtype, limit in LIMIT.items():
+            x = torch.randn(columns, tokens).to(dtype).T
+            rotated = mix(x.float(), factor, "reference")
+            rotated = reference.rounded(rotated) if int8 else rotated
+            exact = trellis_matmul(rotated.double(), stream, scale, backend="reference", **options).double()
+            for backend in BACKENDS:
+                found = trellis_linear(x, factor, stream, scale, int8=int8, backend=backend, **options)  # type: ignore[arg-type]
+                assert found.dtype == dtype and found.shape == (tokens, 35)
+                # sums in another order can round an activation the other way
+                assert not tokens or error(found, exact) < (max(limit, 2e-3) if int8 else limit)
 
 
 def test_what_a_backend_cannot_take() -> None:

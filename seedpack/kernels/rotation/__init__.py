@@ -18,14 +18,18 @@ FEW_TOKENS = 8  # up to so many the compiled transforms win over products in tor
 LARGEST = 128  # order of a matrix that the GPU's kernel holds in registers
 
 
+def unable(width: int) -> dict[str, str | None]:
+    """Backends that cannot mix a width, and why."""
+    large = max(factors(width))
+    return {"triton": None if large <= LARGEST else f"a factor of the width {width} is {large}"}
+
+
 def mix(x: Tensor, factor: Tensor | None = None, backend: Backend = "auto") -> Tensor:
     """(x·diag(factor)) K for activations x [tokens, n], float32; K is symmetric and its own inverse.
 
     With factor = signs that is `rotate`.
     """
-    large = max(factors(x.shape[-1]))
-    unable = {"triton": None if large <= LARGEST else f"a factor of the width {x.shape[-1]} is {large}"}
-    chosen = choose("rotation", backend, x.device, BACKENDS, unable)
+    chosen = choose("rotation", backend, x.device, BACKENDS, unable(x.shape[-1]))
     if chosen == "reference" or (backend == "auto" and x.shape[0] > FEW_TOKENS):
         return reference.mix(x if factor is None else x * factor)
     return import_module(f"seedpack.kernels.rotation.{chosen}").mix(x, factor)  # type: ignore[no-any-return]

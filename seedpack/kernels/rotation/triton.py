@@ -22,11 +22,16 @@ LEAST = 16  # the least side of a product on tensor cores
 
 @triton.jit
 def mix_kernel(
-    x_ptr, factor_ptr, out_ptr, scratch_ptr, matrices, n,
-    ORDERS: tl.constexpr, AFTER: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    x_ptr, factor_ptr, out_ptr, scratch_ptr, matrices, n, out_n,
+    ORDERS: tl.constexpr, AFTER: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, n] = (x·factor) K, all float32; ORDERS and AFTER: each factor's order, and the product of those behind."""
+    """out [tokens, out_n] = (x·factor) K in float32; ORDERS and AFTER: each factor's order, and the product of those behind.
+
+    In each GROUP of the result the first of every PER stand together, then the second, and so on. scratch [2, tokens, n].
+    """
     i_start = tl.program_id(0).to(tl.int64) * n
+    other = tl.num_programs(0).to(tl.int64) * n  # from one scratch to the other
     for f in tl.static_range(len(ORDERS)):
         i_side = tl.arange(0, PADDED[f])
         m_side = i_side < ORDERS[f]
@@ -37,16 +42,15 @@ def mix_kernel(
             m = m_side[:, None] & (i_rest < n // ORDERS[f])[None, :]
             i = (i_rest // AFTER[f] * (ORDERS[f] * AFTER[f]) + i_rest % AFTER[f])[None, :] + i_side[:, None] * AFTER[f]
             if f == 0:
-                b = tl.load(x_ptr + i_start + i, m, other=0.0) * tl.load(factor_ptr + i, m, other=0.0)
-            elif (len(ORDERS) - f) % 2 == 0:
-                b = tl.load(out_ptr + i_start + i, m, other=0.0)
+                b = tl.load(x_ptr + i_start + i, m, other=0.0).to(tl.float32) * tl.load(factor_ptr + i, m, other=0.0)
             else:
-                b = tl.load(scratch_ptr + i_start + i, m, other=0.0)
+                b = tl.load(scratch_ptr + (f - 1) % 2 * other + i_start + i, m, other=0.0)
             b = tl.dot(b_matrix, b, input_precision=PRECISION)
-            if (len(ORDERS) - f) % 2 == 1:
-                tl.store(out_ptr + i_start + i, b, m)
+            if f == len(ORDERS) - 1:
+                i_out = i // GROUP * GROUP + i % PER * (GROUP // PER) + i % GROUP // PER
+                tl.store(out_ptr + tl.program_id(0).to(tl.int64) * out_n + i_out, b, m)
             else:
-                tl.store(scratch_ptr + i_start + i, b, m)
+                tl.store(scratch_ptr + f % 2 * other + i_start + i, b, m)
         tl.debug_barrier()
 
 
@@ -55,7 +59,7 @@ def _steps(width: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
     """Order of each factor that is mixed, the product of the factors behind it, and the order rounded to a power of two."""
     orders = factors(width)
     behind = [math.prod(map(abs, orders[i + 1 :])) for i in range(len(orders))]
-    mixed = [(order, after) for order, after in zip(orders, behind, strict=True) if order > 1]
+    mixed = [(order, after) for order, after in zip(orders, behind, strict=True) if order > 1] or [(1, 1)]
     return (
         tuple(order for order, _ in mixed),
         tuple(after for _, after in mixed),
@@ -65,15 +69,21 @@ def _steps(width: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
 
 def mix(x: Tensor, factor: Tensor | None) -> Tensor:
     """As `reference.mix(x·factor)`, summed in another order; float32."""
-    x = x.float().contiguous()
-    factor = torch.ones(x.shape[-1], device=x.device) if factor is None else factor.contiguous()
-    orders, after, padded = _steps(x.shape[-1])
-    if not orders or not x.numel():
-        return x * factor
-    out, scratch = torch.empty_like(x), torch.empty_like(x)
+    return mix_lanes(x, factor, torch.empty(x.shape, dtype=torch.float32, device=x.device), 1, 1)
+
+
+def mix_lanes(x: Tensor, factor: Tensor | None, out: Tensor, group: int, per: int) -> Tensor:
+    """`mix` into out [tokens at least, n at least], float32, groups reordered as `mix_kernel` says; returns it."""
+    x, n = x.contiguous(), x.shape[-1]
+    factor = torch.ones(n, device=x.device) if factor is None else factor.contiguous()
+    orders, after, padded = _steps(n)
+    if not x.numel():
+        return out
     matrices = tuple(matrix(order, x.device, torch.float32) for order in orders)
-    mix_kernel[(x.numel() // x.shape[-1],)](
-        x, factor, out, scratch, matrices, x.shape[-1],
-        ORDERS=orders, AFTER=after, PADDED=padded, PRECISION=configs.precision(x.device), **configs.MIX,
+    tokens = x.numel() // n
+    scratch = torch.empty(2, tokens, n if len(orders) > 1 else 0, dtype=torch.float32, device=x.device)
+    mix_kernel[(tokens,)](
+        x, factor, out, scratch, matrices, n, out.shape[-1], ORDERS=orders, AFTER=after, PADDED=padded,
+        GROUP=group, PER=per, PRECISION=configs.precision(x.device), **configs.MIX,
     )  # fmt: skip
     return out

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from seedpack.kernels import tiles
 from seedpack.kernels.dispatch import Backend, choose
+from seedpack.kernels.rotation import mix, unable
 from seedpack.kernels.trellis_decode import trellis_dense
 from seedpack.kernels.trellis_matmul import reference
 
@@ -51,6 +54,34 @@ def trellis_matmul(
 
         return cpu.matmul(x, stream, scale, code_bits, state_bits, key).to(dtype)
     return tiles.matmul(x, len(scale), _tiles(stream, scale, code_bits, state_bits, key, x.shape[1])).to(dtype)
+
+
+def trellis_linear(
+    x: Tensor,
+    factor: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    *,
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    int8: bool = False,
+    backend: Backend = "auto",
+) -> Tensor:
+    """`mix(x, factor)` times the weight transposed, in the dtype of x: the whole product of a trellis layer.
+
+    On GPUs the mixing of few tokens writes what the product reads, and no launch lies between.
+    """
+    code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": key}
+    chosen = choose("trellis_matmul", backend, x.device, BACKENDS)
+    if chosen == "triton" and len(x) <= tiles.FEW_TOKENS and unable(x.shape[1])["triton"] is None:
+        from seedpack.kernels.trellis_matmul import triton
+
+        return triton.few_tokens(
+            triton.mixed(x, factor, code_bits), len(x), stream, scale, **code, dtype=x.dtype, int8=int8
+        )
+    rotated = mix(x, factor, backend)
+    return trellis_matmul(rotated, stream, scale, dtype=x.dtype, int8=int8, backend=backend, **code)
 
 
 def trellis_matmul_transposed(

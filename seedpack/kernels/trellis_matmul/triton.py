@@ -15,10 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from seedpack.kernels.gpu import configs, launch
-from seedpack.kernels.tiles import FEW_TOKENS, padded_tokens
+from seedpack.kernels.rotation.triton import mix_lanes
+from seedpack.kernels.tiles import FEW_TOKENS, at_once, padded_tokens
 from seedpack.kernels.trellis_decode.triton import byte_dot, regenerated, stream_word
 from seedpack.kernels.trellis_matmul import reference
-from seedpack.kernels.trellis_matmul.reference import ACTIVATION_GROUP, eight_bit_scale
+from seedpack.kernels.trellis_matmul.reference import ACTIVATION_GROUP
 from seedpack.prng import trellis_multiplier
 
 TYPICAL_ROWS = 16  # of a program
@@ -73,45 +74,81 @@ def few_tokens_kernel(
         b_out -= tl.load(x_scale_ptr + TOKENS * blocks + i_token)[None, :]
     b_out *= tl.load(scale_ptr + i_row)[:, None]
     p_out = out_ptr + (tl.program_id(1) * TOKENS + i_token[None, :]) * rows.to(tl.int64) + i_row[:, None]
-    tl.store(p_out, b_out, m_row[:, None])
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), m_row[:, None])
+
+
+@triton.jit
+def eight_bits_kernel(x_ptr, codes_ptr, scale_ptr, blocks, tokens, GROUP: tl.constexpr):
+    """Each of `blocks` groups of a program's token rounded to 8 bits: codes, each in all bytes of an int32; scales; and
+    behind these, for `few_tokens_kernel`, 510 times the sum of the token's activations."""
+    token = tl.program_id(0)
+    offset = 0.0
+    for block in range(blocks):
+        i = (token * blocks + block) * GROUP + tl.arange(0, GROUP)
+        b_x = tl.load(x_ptr + i)
+        step = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-30), 127.0)
+        b_code = (tl.div_rn(b_x, step) + 12582912.0) - 12582912.0  # 3·2^22: to the nearest whole number, ties to even
+        offset += tl.sum(b_code, 0) * step
+        tl.store(codes_ptr + i, (b_code.to(tl.int32) & 255) * 0x01010101)
+        tl.store(scale_ptr + token * blocks + block, step)
+    tl.store(scale_ptr + tokens * blocks + token, 510 * offset)
+
+
+def eight_bits(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of activations [tokens, blocks, …], see `eight_bits_kernel`; the definition is `reference.rounded`."""
+    tokens, blocks = lanes.shape[:2]
+    codes = torch.empty(lanes.shape, dtype=torch.int32, device=lanes.device)
+    scale = torch.empty(tokens * (blocks + 1), dtype=torch.float32, device=lanes.device)
+    eight_bits_kernel[(tokens,)](lanes, codes, scale, blocks, tokens, GROUP=ACTIVATION_GROUP, num_warps=2)
+    return codes, scale
+
+
+def _per(code_bits: int) -> int:
+    """Weights of a lane: as many as whole words hold."""
+    return 32 // math.gcd(code_bits, 32)
+
+
+def mixed(x: Tensor, factor: Tensor, code_bits: int) -> Tensor:
+    """`rotation.mix` of x [tokens, columns] as `few_tokens` takes it."""
+    per, (tokens, columns) = _per(code_bits), x.shape
+    shape = (at_once(tokens), triton.cdiv(columns, ACTIVATION_GROUP) * ACTIVATION_GROUP)
+    out = (torch.empty if shape == x.shape else torch.zeros)(shape, dtype=torch.float32, device=x.device)
+    return mix_lanes(x, factor, out, ACTIVATION_GROUP, per).view(shape[0], -1, per, ACTIVATION_GROUP // per)
+
+
+def in_lanes(x: Tensor, code_bits: int) -> Tensor:
+    """Rotated activations [tokens, columns] as `few_tokens` takes them."""
+    per = _per(code_bits)
+    padded = padded_tokens(x, -x.shape[1] % ACTIVATION_GROUP)
+    return padded.view(len(padded), -1, ACTIVATION_GROUP // per, per).transpose(2, 3).contiguous()
 
 
 def few_tokens(
-    x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, int8: bool = False
-) -> Tensor:
-    """float32 [tokens, rows] for at most 8 tokens; x in float32, or rounded to 8 bits (see `reference.rounded`)."""
+    lanes: Tensor, count: int, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int,
+    dtype: torch.dtype, int8: bool = False,
+) -> Tensor:  # fmt: skip
+    """The product of `count` tokens, at most 8, in a dtype.
+
+    `lanes` is float32 [tokens, blocks, PER, lanes of 256 / PER]: the j-th activations of a block's lanes lie together.
+    """
     stream, rows = stream.contiguous().flatten(1), len(scale)
-    per = 32 // math.gcd(code_bits, 32)
-    block_g = ACTIVATION_GROUP // per
-    padded = padded_tokens(x, -x.shape[1] % ACTIVATION_GROUP).view(
-        -1, triton.cdiv(x.shape[1], ACTIVATION_GROUP), ACTIVATION_GROUP
-    )
-    tokens, blocks, _ = padded.shape
-    x_scale = padded[:0]
+    tokens, blocks, per, block_g = lanes.shape
+    x_scale = lanes[:0]
     if int8:
-        x_scale, padded = _eight_bits(padded)
-    lanes = padded.view(tokens, blocks, block_g, per).transpose(2, 3).contiguous()
+        lanes, x_scale = eight_bits(lanes)
     parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // triton.cdiv(rows, TYPICAL_ROWS)))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
-    out = torch.empty(parts, tokens, rows, dtype=torch.float32, device=x.device)
+    out = torch.empty(parts, tokens, rows, dtype=dtype if parts == 1 else torch.float32, device=lanes.device)
     launch.start(
-        few_tokens_kernel, configs.trellis_few_tokens(tokens), x.device,
+        few_tokens_kernel, configs.trellis_few_tokens(tokens), lanes.device,
         lambda block: (triton.cdiv(rows, block["BLOCK_N"]), parts),
         lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
         trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
         CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
-        ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(x.device), BLOCK_G=block_g,
+        ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(lanes.device), BLOCK_G=block_g,
     )  # fmt: skip
-    return (out[0] if parts == 1 else out.sum(0))[: len(x)]
-
-
-def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and what corrects the bytes' offset, and each activation in four bytes, of x [tokens, blocks, group]."""
-    scale = eight_bit_scale(x)
-    codes = (x / scale[..., None]).round().to(torch.int32)
-    offset = 510 * (codes.sum(2) * scale).sum(1)
-    return torch.cat((scale.flatten(), offset)), (codes & 255) * 0x01010101
+    return (out[0] if parts == 1 else out.sum(0).to(dtype))[:count]
 
 
 def matmul(
@@ -119,7 +156,8 @@ def matmul(
 ) -> Tensor:
     """As `reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of a 16-bit dtype."""
     if len(x) <= FEW_TOKENS:
-        return few_tokens(x, stream, scale, code_bits, state_bits, key, int8).to(dtype)
+        lanes = in_lanes(x, code_bits)
+        return few_tokens(lanes, len(x), stream, scale, code_bits, state_bits, key, dtype, int8)
     weight = regenerated(stream, scale, code_bits, state_bits, key, x.shape[1])
     return launch.matmul(reference.rounded(x) if int8 else x, weight, dtype)
 
