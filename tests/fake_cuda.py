@@ -6,7 +6,7 @@ on a GPU; Triton's interpreter runs kernels on them.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -55,6 +55,7 @@ class FakeCuda(TorchFunctionMode):
         self.patches.enter_context(mock.patch("torch.cuda.device_count", return_value=1))
         self.patches.enter_context(mock.patch("torch.cuda.mem_get_info", return_value=(1 << 30, 1 << 30)))
         self.patches.enter_context(mock.patch("seedpack.kernels.gpu.configs.is_nvidia", return_value=False))
+        self.patches.enter_context(mock.patch("seedpack.kernels.gpu.configs.current", return_value=nullcontext()))
         tuned = {"none": {kernel: candidates[0] for kernel, candidates in configs.CANDIDATES.items()}}
         self.patches.enter_context(mock.patch.dict(configs.TUNED, tuned))
         return super().__enter__()

@@ -36,7 +36,8 @@ from seedpack.kernels.trellis_matmul import trellis_linear, trellis_matmul_trans
 from seedpack.kernels.trellis_search import trellis_search
 from seedpack.prng import trellis_key
 
-WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}  # a GPU searches hundreds of rows side by side
+WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
+ROWS_AT_ONCE = {"cpu": 1, "cuda": 2048}  # a GPU searches as many side by side
 VALUE_UNIT = 1 / 128  # a value of the code in units of the scale: a power of two, so it rounds nothing
 EXPONENT_MIN, EXPONENT_MAX = -100, 100
 
@@ -72,6 +73,11 @@ BALANCE_BITS = 4
 CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 
 
+def least_state_bits(code_bits: int) -> int:
+    """The least L for k bits: a step's symbol, and as much memory, fits a state."""
+    return code_bits + max(code_bits, LEAST_MEMORY)
+
+
 @dataclass(frozen=True)
 class TrellisCodec(Codec):
     """Weight t of a row is value(bits [k·t, k·t + L) of the row's circular stream)·scale, in the rotated basis.
@@ -86,7 +92,7 @@ class TrellisCodec(Codec):
 
     Attributes:
         code_bits: k, 1 … 8.
-        state_bits: L, k + 4 … 20; default 16, for effort "best" 18.
+        state_bits: L, from k + 4 and 2·k to 20; default 16, for effort "best" 18.
         seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
         effort: "fast", "default" or "best", for the encoder alone.
         balance: whether weights of 128 rows or more have that part; it pays where input channels differ.
@@ -108,7 +114,7 @@ class TrellisCodec(Codec):
         require_whole(self.id, "code_bits", self.code_bits, 1, 8)
         if type(self.state_bits) is int and self.state_bits == 0:
             object.__setattr__(self, "state_bits", EFFORTS[self.effort].state_bits)
-        require_whole(self.id, "state_bits", self.state_bits, self.code_bits + LEAST_MEMORY, 20)
+        require_whole(self.id, "state_bits", self.state_bits, least_state_bits(self.code_bits), 20)
         if type(self.balance) is not bool:
             raise CodecError(f"{self.id}: balance must be true or false, got {self.balance!r}")
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
@@ -123,7 +129,7 @@ class TrellisCodec(Codec):
     def variants(self) -> list[Codec]:
         """1 to 8 code bits."""
         state_bits = self.state_bits
-        return [replace(self, code_bits=k, state_bits=max(state_bits, k + LEAST_MEMORY)) for k in range(1, 9)]
+        return [replace(self, code_bits=k, state_bits=max(state_bits, least_state_bits(k))) for k in range(1, 9)]
 
     def expected_error(self) -> float:
         """The gap to the rate–distortion limit 4^-k, as measured with the default effort."""
@@ -175,7 +181,7 @@ class TrellisCodec(Codec):
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, dtype=torch.float64, device=device)
-        step = max(1, WEIGHTS_AT_ONCE[device.type] // columns)
+        step = max(ROWS_AT_ONCE[device.type], WEIGHTS_AT_ONCE[device.type] // columns)
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
             rotated = rotate(weight[here].detach().double() * balance, self.seed)

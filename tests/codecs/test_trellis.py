@@ -134,3 +134,10 @@ def test_corrupt_parts_are_refused() -> None:
         codec.check({**parts, "scales": nan}, (4, 32))
     with pytest.raises(CodecError, match=r"exponent 120 is not in -100 … 100"):
         codec.check({**parts, "exponent": torch.tensor([120], dtype=torch.int8)}, (4, 32))
+
+
+@pytest.mark.parametrize(("code_bits", "state_bits"), [(5, 9), (6, 11), (7, 13), (8, 15)])
+def test_states_hold_a_symbol_and_as_much_memory(code_bits: int, state_bits: int) -> None:
+    with pytest.raises(CodecError, match=f"state_bits must be a whole number from {2 * code_bits} to 20"):
+        TrellisCodec(code_bits, state_bits)
+    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]  # type: ignore[attr-defined]

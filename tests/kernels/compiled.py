@@ -39,17 +39,17 @@ POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
     torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-COLUMNS, ROWS = 1536, 128
+COLUMNS, ROWS, MANY_ROWS = 1536, 128, 16384
 
 
-def trellis_parts(code_bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(ROWS, 1, COLUMNS * code_bits // 8, dtype=torch.uint8), torch.ones(ROWS)
+def trellis_parts(code_bits: int, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, 1, COLUMNS * code_bits // 8, dtype=torch.uint8), torch.ones(rows)
 
 
-def seedlm_weight(block: int, rank: int) -> Any:
+def seedlm_weight(block: int, rank: int, rows: int = ROWS) -> Any:
     blocks = -(-COLUMNS // block)
-    seeds = torch.zeros(ROWS, blocks, 2, dtype=torch.uint8)
-    codes = torch.zeros(ROWS, 1, -(-blocks * 4 * (rank + 1) // 8), dtype=torch.uint8)
+    seeds = torch.zeros(rows, blocks, 2, dtype=torch.uint8)
+    codes = torch.zeros(rows, 1, -(-blocks * 4 * (rank + 1) // 8), dtype=torch.uint8)
     return seedlm.regenerated(seeds, codes, torch.zeros(1, dtype=torch.int8), 16, block, rank, COLUMNS)
 
 
@@ -98,7 +98,7 @@ def launches() -> dict[str, Callable[[], object]]:
                     trellis_matmul.few_tokens(
                         torch.zeros(t, COLUMNS // 256, 32 // gcd(k, 32), 8 * gcd(k, 32)),
                         t,
-                        *trellis_parts(k),
+                        *trellis_parts(k, MANY_ROWS),
                         k,
                         16,
                         5,
@@ -116,9 +116,30 @@ def launches() -> dict[str, Callable[[], object]]:
         (8, 16, 8),
     ):
         found[f"search {k} of {state_bits} keeping {survivors}"] = lambda k=k, s=state_bits, m=survivors: walk(k, s, m)
-    for places, rank in ((8, 3), (12, 4), (64, 8)):
+    for places, rank in ((8, 3), (12, 4), (64, 8), (256, 16)):
         q = torch.zeros(rank, 1 << 12, max(16, places), dtype=torch.float16)
         found[f"seedlm search {places}x{rank}"] = lambda q=q: seedlm_search.largest_energies(q, q[0, :100])
+    single = {
+        "trellis": lambda: trellis.regenerated(*trellis_parts(4, 1), 4, 16, 1, COLUMNS),
+        "seedlm": lambda: seedlm_weight(8, 3, 1),
+        "basis": lambda: basis_decode.regenerated(torch.ones(1, 4), 1, "squirrel5", 1, COLUMNS),
+    }
+    for name, weight in single.items():
+        for tokens in (1, 16):
+            found[f"{name} of one row {tokens} tokens"] = lambda w=weight, t=tokens: launch.matmul(
+                torch.zeros(t, COLUMNS), w(), torch.float16
+            )
+        found[f"{name} of one row transposed"] = lambda w=weight: launch.matmul_transposed(
+            torch.zeros(1, 1), w(), torch.float16
+        )
+        found[f"{name} of one row dense"] = lambda w=weight: launch.dense(w(), torch.float32)
+    lanes = torch.zeros(1, 1, 8, 32)
+    found["trellis few of one row"] = lambda: trellis_matmul.few_tokens(
+        lanes, 1, *trellis_parts(4, 1), 4, 16, 1, torch.float16
+    )
+    found["activations of 8 bits, one group"] = lambda: trellis_matmul.eight_bits(lanes)
+    found["search of one row"] = lambda: trellis_search.walk(torch.zeros(1, 40), Code(4, 16, 1, 9))
+    found["gradient of one"] = lambda: basis_matmul.grad_coefs(torch.zeros(1, 1), torch.zeros(1, 8), 1, 1, 1, "philox")
     return found
 
 
@@ -152,6 +173,9 @@ def divisible(value: object, path: tuple[int, ...]) -> Iterator[tuple[int, ...]]
 
 def source_of(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> ASTSource:
     values = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    constants = constants | {
+        name: 1 for name, value in values.items() if type(value) is int and value == 1
+    }  # as Triton does
     types = {name: "constexpr" if name in constants else signature(values[name]) for name in kernel.arg_names}
     places = {name: (i,) for i, name in enumerate(kernel.arg_names)}
     attributes = {
@@ -178,7 +202,12 @@ def main(backend: str, arch: str, only: str = "") -> None:
         options = {key: value for key, value in kwargs.items() if key in OPTIONS}
         constants = {key: value for key, value in kwargs.items() if key not in OPTIONS}
         built = triton.compile(source_of(kernel, args, constants), target=target, options=options)
-        found = {"name": name, "constants": {k: v for k, v in constants.items() if isinstance(v, int)}, **options}
+        found = {
+            "name": name,
+            "shared": built.metadata.shared,
+            "constants": {k: v for k, v in constants.items() if isinstance(v, int)},
+            **options,
+        }
         print(json.dumps(found | (cuda_figures(built) if backend == "cuda" else amd_figures(built))), flush=True)
 
 

@@ -87,10 +87,10 @@ def test_mixing(width: int, backend: str, poison: None) -> None:
 
 
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-@pytest.mark.parametrize("columns", [40, 576, 768])
+@pytest.mark.parametrize("columns", [40, 768])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 8, 33])
 def test_mixing_and_product_in_one(tokens: int, columns: int, int8: bool, poison: None) -> None:
-    for code_bits in (1, 3, 4, 6):
+    for code_bits in (3, 4):
         stream = torch.randint(0, 256, packed_shape(35, columns, code_bits), dtype=torch.uint8)
         scale, factor = torch.rand(35), torch.randn(columns)
         options: dict[str, Any] = {"code_bits": code_bits, "state_bits": 16, "key": 7}

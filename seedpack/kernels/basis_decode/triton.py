@@ -41,7 +41,7 @@ def four_numbers(i_weight, group, key, PHILOX: tl.constexpr, STRIDE: tl.constexp
         zero = tl.zeros_like(low)
         w0, w1, w2, w3 = tl.philox(key, low, high, zero + group.to(tl.uint32), zero)
         return number(w0), number(w1), number(w2), number(w3)
-    seed = key.to(tl.uint32)
+    seed = tl.cast(key, tl.uint32)
     first = i_weight.to(tl.uint32) + (group * 4).to(tl.uint32) * STRIDE
     return (
         number(squirrel5(first, seed)), number(squirrel5(first + STRIDE, seed)),

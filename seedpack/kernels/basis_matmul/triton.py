@@ -66,10 +66,11 @@ def grad_coefs(grad: Tensor, x: Tensor, blocks: int, count: int, seed: int, gene
     per_part = triton.cdiv(tiles, configs.GRAD_PARTS)
     parts = triton.cdiv(tiles, per_part)
     out = torch.zeros(parts, rows, 4 * groups, dtype=torch.float32, device=x.device)
-    grad_coefs_kernel[(triton.cdiv(rows, config["BLOCK_N"]), parts)](
-        grad.float().contiguous(), x.float().contiguous(), out, grad.shape[0], rows, columns, per_part, key_of(seed), groups,
-        PHILOX=generator == "philox", STRIDE=SQUIRREL_STRIDE, PRECISION=configs.precision(x.device), **config,
-    )  # fmt: skip
+    with configs.current(x.device):
+        grad_coefs_kernel[(triton.cdiv(rows, config["BLOCK_N"]), parts)](
+            grad.float().contiguous(), x.float().contiguous(), out, grad.shape[0], rows, columns, per_part, key_of(seed), groups,
+            PHILOX=generator == "philox", STRIDE=SQUIRREL_STRIDE, PRECISION=configs.precision(x.device), **config,
+        )  # fmt: skip
     block = torch.arange(rows, device=x.device) // rows_per_block(rows, blocks)
     zeros = torch.zeros(blocks, count, dtype=torch.float32, device=x.device)
     return zeros.index_add_(0, block, out.sum(0)[:, :count])

@@ -4,6 +4,7 @@ measured."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -37,9 +38,9 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
         {"BLOCK_N": 8, "BLOCK_K": 64, "num_warps": 4},
     ),
     "trellis_1_token": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((32, 4), (16, 4), (8, 4), (16, 2), (32, 8))),
-    "trellis_few_tokens": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((16, 4), (8, 4), (16, 8), (32, 8))),
+    "trellis_few_tokens": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((16, 8), (8, 4), (16, 4), (32, 8))),
     "matmul_half": _tiles(
-        (128, 64, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (256, 64, 32, 8, 3),
+        (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (256, 64, 32, 8, 3),
         (32, 64, 64, 4, 3),
     ),
     "matmul_heavy": _tiles((128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 32, 32, 4, 2), (32, 32, 64, 4, 2)),
@@ -67,6 +68,11 @@ def fixed(kernel: str, device: torch.device) -> Config | None:
     if device.type != "cuda":
         return CANDIDATES[kernel][0]
     return TUNED.get(architecture(device), {}).get(kernel)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Where kernels are to be launched: Triton takes the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def tokens_bucket(tokens: int) -> int:
@@ -102,16 +108,19 @@ def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[s
     } | ({"maxnreg": 128} if is_nvidia(device) else {})  # fmt: skip
 
 
-def seedlm_energies(block: int) -> dict[str, Any]:
+def seedlm_energies(block: int, rank: int) -> dict[str, Any]:
     """For the bound of SeedLM's search: places of a block padded for tensor cores, seeds and blocks of a tile."""
     places = max(16, 1 << (block - 1).bit_length())
-    return {"PLACES": places, "BLOCK_S": 64, "BLOCK_B": 64 if places <= 32 else 16, "num_warps": 4}
+    small = rank * places * 64 * 2 * 3 <= 48 << 10  # three stages of tables in shared memory
+    return {
+        "PLACES": places, "BLOCK_S": 64, "BLOCK_B": 64 if places <= 32 else 16, "num_warps": 4, "num_stages": 3 if small else 1,
+    }  # fmt: skip
 
 
 def programs(device: torch.device, jobs: int, warps: int, scratch_bytes: int) -> int:
-    """How many programs share some jobs: as many as run at a time, if their scratch takes at most half of the free memory."""
+    """How many programs share some jobs: as many as run at a time, if their scratch takes at most four fifths of the free memory."""
     if device.type != "cuda":
         return min(jobs, 2)
     cores = torch.cuda.get_device_properties(device).multi_processor_count
-    room = torch.cuda.mem_get_info(device)[0] // 2 // scratch_bytes
-    return max(1, min(jobs, cores * (16 // warps), room))
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(1, min(jobs, cores * (16 // warps), free * 4 // 5 // scratch_bytes))

@@ -65,10 +65,11 @@ def start(
     The candidates are measured at the first call with new sizes, and the result is kept on disk.
     """
     config = configs.fixed(name, device)
-    if config is None:
-        autotuned(kernel, name, constants.get("TILE"))[grid](*args, **constants)
-    else:
-        kernel[grid(config)](*args, **constants, **config)
+    with configs.current(device):
+        if config is None:
+            autotuned(kernel, name, constants.get("TILE"))[grid](*args, **constants)
+        else:
+            kernel[grid(config)](*args, **constants, **config)
 
 
 def autotuned(kernel: Any, name: str, tile: Any) -> Any:
@@ -83,6 +84,8 @@ def autotuned(kernel: Any, name: str, tile: Any) -> Any:
         for config in configs.CANDIDATES[name]
     ]
     key = [argument for argument in SEARCHED_FOR if argument in kernel.arg_names]
+    if name == "dense":  # as many rows as an embedding looks up
+        key.remove("rows")
     tuners[name, tile] = triton.autotune(choices, key=key, cache_results=True)(kernel)
     return tuners[name, tile]
 

@@ -48,7 +48,7 @@ def few_tokens_kernel(
         b_x = tl.load(p_x, (i_column < columns)[:, None], other=0.0)
         b_sum += b_weight[:, :, None] * b_x[None, :, :]
     b_out = tl.sum(b_sum, 1) * tl.load(scale_ptr + i_row * stride_scale)[:, None]
-    p_out = out_ptr + i_token[None, :] * rows.to(tl.int64) + i_row[:, None]
+    p_out = out_ptr + i_token[None, :] * tl.cast(rows, tl.int64) + i_row[:, None]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), m_row[:, None])
 
 

@@ -82,8 +82,9 @@ def mix_lanes(x: Tensor, factor: Tensor | None, out: Tensor, group: int, per: in
     matrices = tuple(matrix(order, x.device, torch.float32) for order in orders)
     tokens = x.numel() // n
     scratch = torch.empty(2, tokens, n if len(orders) > 1 else 0, dtype=torch.float32, device=x.device)
-    mix_kernel[(tokens,)](
-        x, factor, out, scratch, matrices, n, out.shape[-1], ORDERS=orders, AFTER=after, PADDED=padded,
-        GROUP=group, PER=per, PRECISION=configs.precision(x.device), **configs.MIX,
-    )  # fmt: skip
+    with configs.current(x.device):
+        mix_kernel[(tokens,)](
+            x, factor, out, scratch, matrices, n, out.shape[-1], ORDERS=orders, AFTER=after, PADDED=padded,
+            GROUP=group, PER=per, PRECISION=configs.precision(x.device), **configs.MIX,
+        )  # fmt: skip
     return out

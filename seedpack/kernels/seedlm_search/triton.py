@@ -25,7 +25,8 @@ from seedpack.prng import lfsr_cycle
 
 TILES = 16  # seeds of a class
 AT_ONCE = 1 << 27  # of the bound's numbers, and of those of the second
-SEEDS_AT_ONCE = 1 << 18
+NUMBERS_AT_ONCE = 1 << 24  # of bases in float64
+FIRST_FITS = 8  # seeds of greatest energy that are fitted before the bar is set: some of them are ill-conditioned
 LEAST_MANTISSA = 0.49**2 * 4.0**EXPONENT_MIN
 
 
@@ -44,7 +45,7 @@ def energies_kernel(
         i_seed = (tl.program_id(1).to(tl.int64) * TILES + tile) * BLOCK_S + i_lane
         b_energy = tl.zeros((BLOCK_S, BLOCK_B), tl.float32)
         for p in tl.static_range(RANK):
-            b_q = tl.load(q_ptr + (p * seeds.to(tl.int64) + i_seed)[:, None] * PLACES + i_place[None, :])
+            b_q = tl.load(q_ptr + (p * tl.cast(seeds, tl.int64) + i_seed)[:, None] * PLACES + i_place[None, :])
             b_z = tl.dot(b_q, b_w)
             b_energy += b_z * b_z
         b_top = tl.maximum(b_top, b_energy)
@@ -72,19 +73,29 @@ def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, r, full
 
 
+def back_substituted(r: Tensor, y: Tensor) -> Tensor:
+    """x of R x = y for upper triangular R [n, P, P] and y [n, P]."""
+    x = torch.zeros_like(y)
+    for p in range(y.shape[1] - 1, -1, -1):
+        x[:, p] = (y[:, p] - (r[:, p, p + 1 :] * x[:, p + 1 :]).sum(1)) / r[:, p, p]
+    return x
+
+
 def largest_energies(q: Tensor, w: Tensor) -> Tensor:
     """float32 [blocks, seeds / TILES], see `energies_kernel`; q float16 [P, seeds, places], w float16 [blocks, places]."""
     (rank, seeds, places), classes = q.shape, q.shape[1] // TILES
     tops = torch.empty(len(w), classes, dtype=torch.float32, device=w.device)
-    config = configs.seedlm_energies(places)
+    config = configs.seedlm_energies(places, rank)
     grid = (triton.cdiv(len(w), config["BLOCK_B"]), classes // config["BLOCK_S"])
-    energies_kernel[grid](q, w, tops, len(w), seeds, classes, RANK=rank, TILES=TILES, **config)
+    with configs.current(w.device):
+        energies_kernel[grid](q, w, tops, len(w), seeds, classes, RANK=rank, TILES=TILES, **config)
     return tops
 
 
-def _slack(rank: int) -> float:
-    """Bound on the error of ‖Qᵀw‖² for ‖w‖ = 1: of each of the P sums 2^-10 (two roundings to float16), and a little."""
-    each = 1.05 * 2.0**-10
+def _slack(block: int, rank: int) -> float:
+    """Bound on the error of ‖Qᵀw‖² for ‖w‖ = 1: of each of the P sums 2^-10 (two roundings to float16), a little, and what
+    some AMD processors lose by taking subnormal numbers for zero."""
+    each = 1.05 * 2.0**-10 + 2 * math.sqrt(block) * 2.0**-14
     return 2 * math.sqrt(rank) * each + rank * each**2
 
 
@@ -121,23 +132,21 @@ class _Tables:
 def _make_tables(seed_bits: int, block: int, rank: int, root: Tensor) -> _Tables:
     device = root.device
     values = basis_values(seed_bits).to(device)
-    pieces = torch.arange(len(values), device=device).split(SEEDS_AT_ONCE)
+    pieces = torch.arange(len(values), device=device).split(max(1, NUMBERS_AT_ONCE // (block * rank)))
     identity = torch.eye(rank, dtype=torch.float64, device=device)
 
-    def fitted(position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return orthonormal(root[:, None] * bases(values, position, block, rank))
-
-    spreads = []
+    spreads, columns = [], []
     for piece in pieces:
-        _, r, full = fitted(piece)
-        spread = torch.linalg.solve_triangular(r, identity.expand_as(r), upper=True).square().sum((-2, -1))
+        q, r, full = orthonormal(root[:, None] * bases(values, piece, block, rank))
+        inverse = [back_substituted(r, one.expand(len(piece), rank)) for one in identity]
+        spread = torch.stack([column.square().sum(-1) for column in inverse]).sum(0)
         spreads.append(torch.where(full, spread, torch.inf).float())
+        columns.append(q.half())
     spread, order = torch.cat(spreads).sort(stable=True)
-    config = configs.seedlm_energies(block)
+    config = configs.seedlm_energies(block, rank)
     padding = -len(values) % (TILES * config["BLOCK_S"])
     q = torch.zeros(rank, len(values) + padding, config["PLACES"], dtype=torch.float16, device=device)
-    for start, piece in zip(range(0, len(values), SEEDS_AT_ONCE), order.split(SEEDS_AT_ONCE), strict=True):
-        q[:, start : start + len(piece), :block] = fitted(piece)[0].permute(2, 0, 1).half()
+    q[:, : len(values), :block] = torch.cat(columns)[order].permute(2, 0, 1)
     pad = torch.nn.functional.pad
     return _Tables(values, root, q, pad(order, (0, padding)), pad(spread, (0, padding)), config["BLOCK_S"])
 
@@ -179,8 +188,8 @@ def _search(
     unit = tables.root * w[some] / total[some, None].sqrt()
     halves = torch.nn.functional.pad(unit, (0, places - unit.shape[1])).half()
     tops = largest_energies(tables.q, halves)
-    seeds_at_once = AT_ONCE // (rank * places)
-    slack = _slack(rank)
+    room = max(1, AT_ONCE // (TILES * rank * places))
+    slack = _slack(unit.shape[1], rank)
     least = LEAST_MANTISSA * 4.0**exponent_bias / total[some]  # mantissas of less all round to zero
     class_spread = tables.spread[tables.of_class(torch.arange(tables.classes, device=w.device))].amax(1)
 
@@ -190,18 +199,22 @@ def _search(
     def fit(row: Tensor, seed: Tensor) -> None:
         _fit(tables, w, some[row], tables.position[seed], exponent_bias, exponents, best)
 
-    every = torch.arange(len(some), device=w.device)
-    for rows in every.split(seeds_at_once // TILES):
-        seeds = tables.of_class(tops[rows].argmax(1))
+    every, first = torch.arange(len(some), device=w.device), min(FIRST_FITS, tables.classes)
+    lines = max(1, room // first)
+    for rows, greatest in zip(every.split(lines), tops.split(lines), strict=True):
+        seeds = tables.of_class(greatest.topk(first, 1).indices).view(-1, TILES)
+        rows = rows.repeat_interleave(first)
         found = energies(rows.repeat_interleave(TILES), seeds.flatten()).view(-1, TILES)
         fit(rows, seeds.gather(1, found.argmax(1, keepdim=True))[:, 0])
     bar = 1 - best.error[some] / total[some] - slack
-    row, top = ((tops >= bar[:, None]) & ((tops + slack) * class_spread >= least[:, None])).nonzero(as_tuple=True)
-    for pairs in torch.arange(len(row), device=w.device).split(seeds_at_once // TILES):
-        rows, seeds = row[pairs].repeat_interleave(TILES), tables.of_class(top[pairs]).flatten()
+    row, top = (tops >= bar.float()[:, None]).nonzero(as_tuple=True)
+    left = (tops[row, top] + slack) * class_spread[top] >= least[row]
+    for rows, classes in zip(row[left].split(room), top[left].split(room), strict=True):
+        rows, seeds = rows.repeat_interleave(TILES), tables.of_class(classes).flatten()
+        bar = 1 - best.error[some] / total[some] - slack  # lower than it was
         found = energies(rows, seeds)
-        left = (found >= bar[rows]) & ((found + slack) * tables.spread[seeds] >= least[rows])
-        fit(rows[left], seeds[left])
+        win = (found >= bar[rows]) & ((found + slack) * tables.spread[seeds] >= least[rows])
+        fit(rows[win], seeds[win])
 
 
 def _fit(
@@ -214,7 +227,7 @@ def _fit(
     u, rooted = bases(tables.values, position, block, rank), tables.root * w[index]
     weighted = tables.root[:, None] * u
     q, r, full = orthonormal(weighted)
-    t = torch.linalg.solve_triangular(r, (q * rooted[..., None]).sum(1)[..., None], upper=True)[..., 0]
+    t = back_substituted(r, (q * rooted[..., None]).sum(1))
     if not full.all():
         t[~full] = torch.einsum("npc,nc->np", torch.linalg.pinv(weighted[~full]), rooted[~full])
     error, exponent, mantissa = quantised(t, u, w[index], tables.root.square(), exponent_bias, exponents)

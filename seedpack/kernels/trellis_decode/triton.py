@@ -60,7 +60,7 @@ def trellis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr)
     high = stream_word(stream_ptr, i_row, (bit >> 5) + 1, words, size, SIZES[2])
     shift = (bit & 31).to(tl.uint32)[None, :]
     window = ((low >> shift) | ((high << 1) << (31 - shift))) & ((1 << STATE_BITS) - 1)
-    mixed = window * multiplier.to(tl.uint32) + key.to(tl.uint32)
+    mixed = window * tl.cast(multiplier, tl.uint32) + tl.cast(key, tl.uint32)
     return i_column, (byte_sum(mixed) - 510).to(tl.float32)
 
 

@@ -58,7 +58,9 @@ def few_tokens_kernel(
                     window = low >> (j * CODE_BITS % 32)
                     if j * CODE_BITS % 32 + STATE_BITS > 32:
                         window |= high << (32 - j * CODE_BITS % 32)
-                    mixed = (window & ((1 << STATE_BITS) - 1)) * multiplier.to(tl.uint32) + key.to(tl.uint32)
+                    mixed = (window & ((1 << STATE_BITS) - 1)) * tl.cast(multiplier, tl.uint32) + tl.cast(
+                        key, tl.uint32
+                    )
                     b_x = tl.load(p_x + j * BLOCK_G)
                     if INT8:
                         words_of_all = tl.broadcast_to(mixed[:, :, None], b_dot.shape)
@@ -73,7 +75,7 @@ def few_tokens_kernel(
     if INT8 and tl.program_id(1) == 0:  # the bytes' sums are 510 too high
         b_out -= tl.load(x_scale_ptr + TOKENS * blocks + i_token)[None, :]
     b_out *= tl.load(scale_ptr + i_row)[:, None]
-    p_out = out_ptr + (tl.program_id(1) * TOKENS + i_token[None, :]) * rows.to(tl.int64) + i_row[:, None]
+    p_out = out_ptr + (tl.program_id(1) * TOKENS + i_token[None, :]) * tl.cast(rows, tl.int64) + i_row[:, None]
     tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), m_row[:, None])
 
 
@@ -99,7 +101,8 @@ def eight_bits(lanes: Tensor) -> tuple[Tensor, Tensor]:
     tokens, blocks = lanes.shape[:2]
     codes = torch.empty(lanes.shape, dtype=torch.int32, device=lanes.device)
     scale = torch.empty(tokens * (blocks + 1), dtype=torch.float32, device=lanes.device)
-    eight_bits_kernel[(tokens,)](lanes, codes, scale, blocks, tokens, GROUP=ACTIVATION_GROUP, num_warps=2)
+    with configs.current(lanes.device):
+        eight_bits_kernel[(tokens,)](lanes, codes, scale, blocks, tokens, GROUP=ACTIVATION_GROUP, num_warps=2)
     return codes, scale
 
 

@@ -55,7 +55,7 @@ def walk_kernel(
     TAGS: tl.constexpr = (1 << TAG) - 1
     MEMORY: tl.constexpr = (1 << (STATE_BITS - CODE_BITS)) - 1
     UNIT: tl.constexpr = 1 << ((TAG + 1) // 2)
-    a, c = multiplier.to(tl.uint32), key.to(tl.uint32)
+    a, c = tl.cast(multiplier, tl.uint32), tl.cast(key, tl.uint32)
     program = tl.program_id(0).to(tl.int64)
     metric_ptr += program * STATES
     base_ptr += program * STATES
@@ -86,7 +86,10 @@ def walk_kernel(
                 for j in range(0, SYMBOLS, UNROLLED):
                     for more in tl.static_range(UNROLLED):
                         i_before = (j + more) * STRIDE + i_group
-                        b_base = tl.load(base_ptr + i_before).to(tl.uint32)
+                        if SURVIVORS == STATE_BITS - CODE_BITS:  # a state is its memory
+                            b_base = (i_before << CODE_BITS).to(tl.uint32) * a + c
+                        else:
+                            b_base = tl.load(base_ptr + i_before).to(tl.uint32)
                         b_metric = tl.load(metric_ptr + i_before)
                         mixed = b_base[None, :] + (i_symbol.to(tl.uint32) * a)[:, None]
                         error = byte_dot(mixed, b_unit, b_offset, DP4A)
@@ -102,7 +105,8 @@ def walk_kernel(
                 b_memory = ((b_tag << SURVIVORS) | i_state) & MEMORY
                 after = (b_memory >> (SURVIVORS - CODE_BITS)) & TAGS
                 tl.store(metric_ptr + i_state, b_best - b_tag - least + after)
-                tl.store(base_ptr + i_state, ((b_memory << CODE_BITS).to(tl.uint32) * a + c).to(tl.int32))
+                if SURVIVORS < STATE_BITS - CODE_BITS:
+                    tl.store(base_ptr + i_state, ((b_memory << CODE_BITS).to(tl.uint32) * a + c).to(tl.int32))
                 tl.store(history_ptr + tl.cast(step, tl.int64) * STATES + i_state, (b_tag & (SYMBOLS - 1)).to(tl.uint8))
             tl.debug_barrier()
 
@@ -144,16 +148,17 @@ def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
     history = torch.empty(programs, steps, states, dtype=torch.uint8, device=x.device)
     symbols = torch.empty(rows, steps, dtype=torch.uint8, device=x.device)
     count = 0 if seam is None else seam_symbols(code.code_bits, code.state_bits)
-    walk_kernel[(programs,)](
-        x.to(torch.int32).contiguous(),
-        symbols if seam is None else seam.memory.contiguous(),
-        symbols if seam is None else seam.given.to(torch.uint8).contiguous(),
-        symbols, scratch[0], scratch[1], scratch[2], history, rows, steps,
-        trellis_multiplier(code.code_bits, code.state_bits), code.key,
-        CODE_BITS=code.code_bits, STATE_BITS=code.state_bits, SURVIVORS=code.survivors, TAG=code.tag, SEAM=count,
-        BELOW=max(0, code.state_bits - code.code_bits * count), PADDING=PADDING, CLOSED=CLOSED, CEILING=CEILING,
-        DP4A=configs.is_nvidia(x.device), **config,
-    )  # fmt: skip
+    with configs.current(x.device):
+        walk_kernel[(programs,)](
+            x.to(torch.int32).contiguous(),
+            symbols if seam is None else seam.memory.contiguous(),
+            symbols if seam is None else seam.given.to(torch.uint8).contiguous(),
+            symbols, scratch[0], scratch[1], scratch[2], history, rows, steps,
+            trellis_multiplier(code.code_bits, code.state_bits), code.key,
+            CODE_BITS=code.code_bits, STATE_BITS=code.state_bits, SURVIVORS=code.survivors, TAG=code.tag, SEAM=count,
+            BELOW=max(0, code.state_bits - code.code_bits * count), PADDING=PADDING, CLOSED=CLOSED, CEILING=CEILING,
+            DP4A=configs.is_nvidia(x.device), **config,
+        )  # fmt: skip
     return symbols
 
 
