@@ -1,4 +1,4 @@
-"""The trellis's search in Triton: a program takes a row at a time, its survivors in memory that stays in the L1 cache.
+"""The trellis's search in Triton: a program takes a row at a time, its survivors in scratch memory of its own.
 
 A weight costs 2^(m + k) edges. An edge is an addition (the window's product with the multiplier), the sum of four bytes
 less the value (one dp4a on NVIDIA), a multiply–add and a minimum, in 32-bit integers: exact, so streams agree bit for
