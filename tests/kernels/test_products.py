@@ -56,6 +56,18 @@ def test_products(weight: Weight, backend: str, tokens: int, dtype: torch.dtype,
     assert error(found, grad.double() @ dense) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
+def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    monkeypatch.setattr("seedpack.kernels.gpu.configs.DENSE_WEIGHTS", rows_at_a_time * weight.columns)
+    # twice the limit: here the weight is rounded to bfloat16 too
+    dtype, dense = torch.bfloat16, weight.dense("reference").double()
+    x, grad = torch.randn(weight.columns, 256).to(dtype).T, torch.randn(256, weight.rows).to(dtype)
+    found = weight.matmul(x.float(), dtype, "triton")
+    assert found.dtype == dtype and error(found, x.double() @ dense.T) < 2 * LIMIT[dtype]
+    found = weight.transposed(grad.float(), dtype, "triton")
+    assert found.dtype == dtype and error(found, grad.double() @ dense) < 2 * LIMIT[dtype]
+
+
 @pytest.mark.parametrize("code_bits", [2, 3, 4])
 @pytest.mark.parametrize("tokens", [1, 3, 33])
 def test_activations_of_8_bits(code_bits: int, tokens: int, poison: None) -> None:

@@ -46,6 +46,10 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "matmul_heavy": _tiles((128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 32, 32, 4, 2), (32, 32, 64, 4, 2)),
     "matmul_single": _tiles((32, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2)),
 }  # fmt: skip
+MANY_TOKENS = (
+    256  # from so many on, bfloat16 layers are decoded for cuBLAS; by the count of instructions, not yet measured
+)
+DENSE_WEIGHTS = 1 << 26  # decoded at a time then: 128 MB
 GRAD_COEFS: Config = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
 GRAD_PARTS = 8  # parts of the columns whose sums stay apart
 MIX: Config = {"BLOCK": 16, "num_warps": 8}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,26 +90,38 @@ def autotuned(kernel: Any, name: str, tile: Any) -> Any:
     return tuners[name, tile]
 
 
-def dense(weight: Regenerated, dtype: torch.dtype) -> Tensor:
-    """The weight, in a dtype."""
-    rows = weight.rows
+def dense(weight: Regenerated, dtype: torch.dtype, first: int = 0, rows: int | None = None) -> Tensor:
+    """The weight, or so many of its rows from one on, in a dtype."""
+    rows = weight.rows if rows is None else rows
     out = torch.empty(rows, weight.columns, dtype=dtype, device=weight.scale.device)
     if rows:
         start(
             tiles.dense_kernel, "dense", out.device,
             lambda block: (triton.cdiv(rows, block["BLOCK_N"]), weight.steps(block["BLOCK_K"])),
-            out, weight.scale, weight.parts, rows, weight.columns, weight.stride_scale,
+            out, weight.scale, weight.parts, first, rows, weight.columns, weight.stride_scale,
             TILE=weight.tile, SIZES=weight.sizes,
         )  # fmt: skip
     return out
 
 
+def some_rows(weight: Regenerated, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """The weight in a dtype, as much at a time as `configs.DENSE_WEIGHTS` says, each with its first row."""
+    step = max(1, configs.DENSE_WEIGHTS // weight.columns)
+    for first in range(0, weight.rows, step):
+        yield first, dense(weight, dtype, first, min(step, weight.rows - first))
+
+
 def matmul(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
     """x [tokens, columns] times the weight transposed, in a dtype, which also says how exact the product must be.
 
-    Few tokens multiply in float32. For many, 16-bit dtypes allow float16 on tensor cores, each token of x scaled to its
-    largest value; float32 is kept exact.
+    Few tokens multiply in float32. For more, 16-bit dtypes allow float16 on tensor cores, each token of x scaled to its
+    largest value; float32 is kept exact. For hundreds in bfloat16 it costs less to decode the weight once, some rows at a
+    time, than for every tile of tokens again.
     """
+    if dtype == torch.bfloat16 and len(x) >= configs.MANY_TOKENS:
+        given = x.to(dtype)
+        pieces = [given @ tile.T for _, tile in some_rows(weight, dtype)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     if x.shape[0] <= FEW_TOKENS:
         return few_tokens(x, weight, dtype)
     operand, x_scale = tensor_core_operand(x, dtype)
@@ -138,6 +150,10 @@ def few_tokens(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
 
 def matmul_transposed(grad: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
     """grad [tokens, rows] times the weight, in a dtype; exact as `matmul` is."""
+    if dtype == torch.bfloat16 and len(grad) >= configs.MANY_TOKENS:
+        given = grad.to(dtype)
+        pieces = [given[:, first : first + len(tile)] @ tile for first, tile in some_rows(weight, dtype)]
+        return pieces[0] if len(pieces) == 1 else torch.stack(pieces).float().sum(0).to(dtype)
     operand, grad_scale = tensor_core_operand(grad.float() * weight.scale, dtype)
     out = torch.empty(grad.shape[0], weight.columns, dtype=dtype, device=grad.device)
     if len(grad):

@@ -17,13 +17,13 @@ import triton.language as tl
 
 @triton.jit
 def dense_kernel(
-    out_ptr, scale_ptr, parts, rows, columns, stride_scale,
+    out_ptr, scale_ptr, parts, first, rows, columns, stride_scale,
     TILE: tl.constexpr, SIZES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns]: the weight times its rows' scales."""
+    """out [rows, columns]: the weight's rows from `first` on times their scales."""
     i_out = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_out = i_out < rows
-    i_row = tl.where(m_out, i_out, 0)
+    i_row = first + tl.where(m_out, i_out, 0)
     i_column, b_weight = TILE(parts, i_row, tl.program_id(1), SIZES, BLOCK_K)
     b_weight *= tl.load(scale_ptr + i_row * stride_scale)[:, None]
     p_out = out_ptr + i_out[:, None] * columns + i_column[None, :]
