@@ -98,6 +98,17 @@ def test_mixing(width: int, backend: str, poison: None) -> None:
     assert mix(x[:0], factor, backend).shape == (0, width)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("columns", [96, 576])
+def test_mixing_and_product_of_hundreds(columns: int) -> None:
+    stream, scale = torch.randint(0, 256, packed_shape(17, columns, 4), dtype=torch.uint8), torch.rand(17)
+    options: dict[str, Any] = {"code_bits": 4, "state_bits": 16, "key": 7}
+    x, factor = torch.randn(columns, 256).bfloat16().T, torch.randn(columns)
+    rotated = mix(x.double(), factor.double(), "reference")
+    exact = trellis_matmul(rotated, stream, scale, backend="reference", **options).double()
+    found = trellis_linear(x, factor, stream, scale, backend="triton", **options)
+    assert found.dtype == x.dtype and error(found, exact) < 2 * LIMIT[torch.bfloat16]
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
 @pytest.mark.parametrize("columns", [40, 768])
 @pytest.mark.parametrize("tokens", [0, 1, 3, 8, 33])

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from seedpack.kernels import tiles
 from seedpack.kernels.dispatch import Backend, choose
+from seedpack.kernels.gpu.configs import MANY_TOKENS
 from seedpack.kernels.rotation import mix, unable
+from seedpack.kernels.rotation.reference import factors, mix_factors
 from seedpack.kernels.trellis_decode import trellis_dense
 from seedpack.kernels.trellis_matmul import reference
 
@@ -70,7 +72,8 @@ def trellis_linear(
 ) -> Tensor:
     """`mix(x, factor)` times the weight transposed, in the dtype of x: the whole product of a trellis layer.
 
-    On GPUs the mixing of few tokens writes what the product reads, and no launch lies between.
+    On GPUs the mixing of few tokens writes what the product reads, and no launch lies between; hundreds in bfloat16 are
+    mixed in bfloat16.
     """
     code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": key}
     chosen = choose("trellis_matmul", backend, x.device, BACKENDS)
@@ -80,7 +83,10 @@ def trellis_linear(
         return triton.few_tokens(
             triton.mixed(x, factor, code_bits), len(x), stream, scale, **code, dtype=x.dtype, int8=int8
         )
-    rotated = mix(x, factor, backend)
+    if chosen == "triton" and x.dtype == torch.bfloat16 and len(x) >= MANY_TOKENS:
+        rotated = mix_factors((x * factor).to(x.dtype), factors(x.shape[1]))
+    else:
+        rotated = mix(x, factor, backend)
     return trellis_matmul(rotated, stream, scale, dtype=x.dtype, int8=int8, backend=backend, **code)
 
 
