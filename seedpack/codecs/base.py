@@ -142,6 +142,9 @@ class Codec:
         return cls(**config)
 
 
+DAMPING = 0.01  # of a Hessian's mean diagonal, added to it: what no input moved must not be moved at will
+
+
 def column_power(weight: Tensor) -> Tensor:
     """The sum of squares of each column of a weight [out, in], float64 [in], some rows at a time."""
     power = torch.zeros(weight.shape[1], dtype=torch.float64)
@@ -186,3 +189,17 @@ def require_importance(codec: str, importance: Tensor, columns: int) -> Tensor:
         raise CodecError(f"{codec}: importance must be finite, not negative, and not all zero")
     h = h / h.mean()
     return h.clamp_min(1e-6)
+
+
+def require_hessian(codec: str, hessian: Tensor, columns: int) -> Tensor:
+    """A Hessian E[x·xᵀ] as float64 [in, in] of mean diagonal 1, damped; wrong shapes and values are refused."""
+    if tuple(hessian.shape) != (columns, columns):
+        raise CodecError(
+            f"{codec}: a Hessian of {columns} input channels has shape [{columns}, {columns}], got {list(hessian.shape)}"
+        )
+    h = hessian.double()
+    h = (h + h.mT) / 2
+    scale = h.diagonal().mean()
+    if not torch.isfinite(h).all() or scale <= 0:
+        raise CodecError(f"{codec}: a Hessian must be finite, and its diagonal positive")
+    return h / scale + DAMPING * torch.eye(columns, dtype=h.dtype, device=h.device)

@@ -22,6 +22,7 @@ from seedpack.codecs.base import (
     Shape,
     column_power,
     guessed_importance,
+    require_hessian,
     require_importance,
     require_whole,
 )
@@ -96,6 +97,8 @@ class TrellisCodec(Codec):
         seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
         effort: "fast", "default" or "best", for the encoder alone.
         balance: whether weights of 128 rows or more have that part; it pays where input channels differ.
+        circular: whether a stream runs on at its own beginning, or at zeros: then a row's first weights cost a little
+            more error, but its last ones can answer for the errors of all others, so that importance can be a Hessian.
     """
 
     id: ClassVar[str] = "trellis"
@@ -107,6 +110,7 @@ class TrellisCodec(Codec):
     seed: int = 0
     effort: str = "default"
     balance: bool = True
+    circular: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.effort, str) or self.effort not in EFFORTS:
@@ -115,8 +119,9 @@ class TrellisCodec(Codec):
         if type(self.state_bits) is int and self.state_bits == 0:
             object.__setattr__(self, "state_bits", EFFORTS[self.effort].state_bits)
         require_whole(self.id, "state_bits", self.state_bits, least_state_bits(self.code_bits), 20)
-        if type(self.balance) is not bool:
-            raise CodecError(f"{self.id}: balance must be true or false, got {self.balance!r}")
+        for name in ("balance", "circular"):
+            if type(getattr(self, name)) is not bool:
+                raise CodecError(f"{self.id}: {name} must be true or false, got {getattr(self, name)!r}")
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
 
     @classmethod
@@ -171,13 +176,24 @@ class TrellisCodec(Codec):
         In float64 up to the search, which is exact: so machines that sum in another order find the same stream.
 
         With error power D the same in every rotated channel, Σ_c h[c]·‖error of channel c‖² is least if channel c is
-        multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or a guess.
+        multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or a guess. With a Hessian
+        errors are answered for (`feedback.py`), and h counts less: its diagonal to the ⅛, the norm to the -¾.
         """
         (rows, columns), device = weight.shape, weight.device
+        hessian = None
+        if importance is not None and importance.dim() == 2:
+            if self.circular:
+                raise CodecError(
+                    f"{self.id}: a Hessian is for streams with circular=false; give its diagonal otherwise"
+                )
+            hessian = require_hessian(self.id, importance, columns).to(device)
         parts: Parts = {}
         if "balance" in self.parts((rows, columns)):
-            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
+            octaves = self._balance(weight, importance if hessian is None else hessian)
+            parts["balance"] = pack(octaves[None], BALANCE_BITS).to(device)
         balance = self._input_scales(parts, columns, device)
+        factor = None if hessian is None else self._factor(hessian, balance.double())
+        first_unit = self._first_unit() * (1.0 if factor is None else self._spread(factor))
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, dtype=torch.float64, device=device)
@@ -185,14 +201,17 @@ class TrellisCodec(Codec):
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
             rotated = rotate(weight[here].detach().double() * balance, self.seed)
-            unit = rotated.square().mean(1).sqrt() * self._first_unit()
+            unit = rotated.square().mean(1).sqrt() * first_unit
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
                 stream[here] = trellis_search(
-                    values, survivors=self.survivors, columns=columns, backend=backend, **self._code()
+                    values, survivors=self.survivors, columns=columns, factor=factor, backend=backend, **self._code()
                 )
                 found = trellis_decode(stream[here], columns=columns, backend=backend, **self._code()).double()
-                unit = (rotated * found).sum(1) / found.square().sum(1).clamp_min(1)
+                wanted = rotated
+                if factor is not None:
+                    found, wanted = found @ factor, rotated @ factor
+                unit = (wanted * found).sum(1) / found.square().sum(1).clamp_min(1e-30)
             scale[here] = unit / VALUE_UNIT
             if progress:
                 progress((here.stop - row) * columns)
@@ -256,12 +275,30 @@ class TrellisCodec(Codec):
         """The four bits of each input channel: the nearest quarter octave to the best factor, of geometric mean 1."""
         columns = weight.shape[1]
         power = column_power(weight)
-        h = guessed_importance(weight, None) if importance is None else importance
-        h = require_importance(self.id, h, columns)
         if not power.sum():
             return torch.full((columns,), 8)
-        octaves = (h / power.clamp_min(1e-6 * power.mean())).log2() / 4
+        power = power.clamp_min(1e-6 * power.mean())
+        if importance is not None and importance.dim() == 2:
+            octaves = importance.diagonal().cpu().log2() / 8 - power.log2() * 3 / 8
+        else:
+            h = guessed_importance(weight, None) if importance is None else importance
+            octaves = (require_importance(self.id, h, columns) / power).log2() / 4
         return ((octaves - octaves.mean()) * 4).round().clamp(-8, 7).long() + 8
+
+    def _factor(self, hessian: Tensor, balance: Tensor) -> Tensor:
+        """C of the Hessian's C·Cᵀ in the basis that is searched: balanced and rotated, lower triangular [in, in]."""
+        half = rotate(hessian / balance / balance.view(-1, 1), self.seed)
+        return torch.linalg.cholesky(rotate(half.mT.contiguous(), self.seed))
+
+    def _spread(self, factor: Tensor) -> float:
+        """How much wider than the weights what is searched is, as errors are answered for: column j of L⁻¹, with
+        C = L·diag(C), takes up the errors that a code of this rate leaves of unit variance."""
+        columns = len(factor)
+        inverse = torch.linalg.solve_triangular(
+            factor, torch.eye(columns, dtype=factor.dtype, device=factor.device), upper=False
+        )
+        taken = float((inverse * factor.diagonal()[:, None]).square().sum()) / columns - 1
+        return min(math.sqrt(1 + self.expected_error() * taken), 2.0)
 
     @staticmethod
     def _input_scales(parts: Parts, columns: int, device: torch.device) -> Tensor:
@@ -276,7 +313,12 @@ class TrellisCodec(Codec):
         return math.sqrt(1 - 4.0**-self.code_bits) * STRETCH[self.effort][self.code_bits - 1] / CODE_DEVIATION
 
     def _code(self) -> dict[str, Any]:
-        return {"code_bits": self.code_bits, "state_bits": self.state_bits, "key": trellis_key(self.seed)}
+        return {
+            "code_bits": self.code_bits,
+            "state_bits": self.state_bits,
+            "key": trellis_key(self.seed),
+            "circular": self.circular,
+        }
 
     @staticmethod
     def _scale(parts: Parts) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from math import gcd
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +34,10 @@ def pack(values: Int[Tensor, "rows fields"], bits: int) -> UInt8[Tensor, "rows g
     group = shape[2] * 8 // bits
     if bits == 16 and values.device.type == "cpu":
         return values.to(torch.int16).contiguous().view(torch.uint8).reshape(shape)
+    if values.dtype == torch.uint8 and values.device.type == "cpu":
+        octets = torch.nn.functional.pad(values, (0, shape[1] * group - fields)).numpy()
+        fields_of_bits = np.unpackbits(octets[..., None], axis=-1, count=bits, bitorder="little")
+        return torch.from_numpy(np.packbits(fields_of_bits.reshape(rows, -1), axis=-1, bitorder="little")).view(shape)
     out = torch.empty(shape, dtype=torch.uint8, device=values.device)
     place, weight = torch.arange(bits, device=values.device), 1 << torch.arange(8, device=values.device)
     step = max(1, BITS_AT_ONCE // (fields * bits))

@@ -35,6 +35,7 @@ CASES: dict[str, Codec] = {
     "two-bits": TrellisCodec(2, seed=7),
     "odd-windows": TrellisCodec(3, 13, seed=2**40, effort="fast"),
     "long-windows": TrellisCodec(5, 18, effort="fast"),
+    "ending-in-zeros": TrellisCodec(2, circular=False),
     "plain": RawCodec("BF16"),
 }
 

@@ -146,7 +146,7 @@ def launches() -> dict[str, Callable[[], object]]:
 def walk(code_bits: int, state_bits: int, survivors: int) -> torch.Tensor:
     """A walk over rows, with a seam."""
     symbols = torch.zeros(ROWS, seam_symbols(code_bits, state_bits), dtype=torch.int64)
-    seam = Seam(symbols[:, 0], symbols[:, :1], symbols)
+    seam = Seam(symbols[:, 0], symbols, symbols[:, :1])
     return trellis_search.walk(torch.zeros(ROWS, COLUMNS), Code(code_bits, state_bits, 5, survivors), seam)
 
 

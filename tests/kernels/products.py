@@ -29,11 +29,13 @@ class Weight:
     transposed: Callable[[Tensor, torch.dtype, str], Tensor]
 
 
-def trellis(code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu") -> Weight:
+def trellis(
+    code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu", circular: bool = True
+) -> Weight:
     padded = 8 * -(-max(columns, -(-state_bits // code_bits)) // 8)
     stream = torch.randint(0, 256, packed_shape(rows, padded, code_bits), dtype=torch.uint8).to(device)
     scale = (torch.rand(rows) + 0.5).to(device)
-    code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": 0xDEADBEEF}
+    code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": 0xDEADBEEF, "circular": circular}
     return Weight(
         rows, columns,
         lambda backend: trellis_dense(stream, scale, columns=columns, backend=backend, **code),  # type: ignore[arg-type]

@@ -21,6 +21,8 @@ WEIGHTS: dict[str, Callable[[], Weight]] = {
     "trellis-4-16-17x515": lambda: trellis(4, 16, 17, 515),
     "trellis-5-20-7x96": lambda: trellis(5, 20, 7, 96),
     "trellis-8-16-1x1": lambda: trellis(8, 16, 1, 1),
+    "trellis-2-16-9x520-zeros": lambda: trellis(2, 16, 9, 520, circular=False),
+    "trellis-3-18-9x515-zeros": lambda: trellis(3, 18, 9, 515, circular=False),
     "seedlm-16-8-3-33x300": lambda: seedlm(16, 8, 3, 33, 300),
     "seedlm-16-12-4-9x515": lambda: seedlm(16, 12, 4, 9, 515),
     "seedlm-13-7-4-35x37": lambda: seedlm(13, 7, 4, 35, 37),

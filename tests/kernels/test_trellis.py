@@ -19,7 +19,8 @@ SEARCHES = [(1, 10, 5), (2, 12, 6), (2, 16, 9), (3, 16, 9), (4, 16, 8), (4, 9, 5
 
 @pytest.mark.parametrize("code_bits", range(1, 9))
 @pytest.mark.parametrize("state_bits", [12, 16, 20])
-def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int) -> None:
+@pytest.mark.parametrize("circular", [True, False])
+def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int, circular: bool) -> None:
     rng = np.random.default_rng(code_bits)
     rows, columns, padded = 3, 37, 40
     octets = rng.integers(0, 256, packed_shape(rows, padded, code_bits), dtype=np.uint8)
@@ -28,13 +29,14 @@ def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int) -> N
     for r in range(rows):
         bits = np.unpackbits(octets[r].reshape(-1), bitorder="little")
         for t in range(columns):
-            window = sum(int(bits[(code_bits * t + i) % len(bits)]) << i for i in range(state_bits))
+            places = [code_bits * t + i for i in range(state_bits)]
+            window = sum(int(bits[p % len(bits)]) << i for i, p in enumerate(places) if circular or p < len(bits))
             h = (window * trellis_multiplier(code_bits, state_bits) + key) % 2**32
             expected[r, t] = sum(h.to_bytes(4, "little")) - 510
-    for backend in ("reference", "cpu"):
+    for backend in ("reference", "cpu", *(["triton"] if state_bits == 16 else [])):
         found = trellis_decode(
             torch.from_numpy(octets), code_bits=code_bits, state_bits=state_bits, key=key, columns=columns,
-            backend=backend,  # type: ignore[arg-type]
+            circular=circular, backend=backend,  # type: ignore[arg-type]
         )  # fmt: skip
         assert found.dtype == torch.int16
         np.testing.assert_array_equal(found.numpy(), expected)
@@ -87,6 +89,41 @@ def test_search_in_triton(code_bits: int, state_bits: int, survivors: int, poiso
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (4, 16, 8), (4, 18, 7)])
+@pytest.mark.parametrize("answered", [False, True], ids=["plain", "feedback"])
+def test_streams_that_end_in_zeros(
+    code_bits: int, state_bits: int, survivors: int, answered: bool, poison: None
+) -> None:
+    columns, padded = 61, 64
+    values = torch.randn(2, padded) * 150
+    values[:, columns:] = torch.inf
+    factor = torch.eye(columns, dtype=torch.float64) + torch.randn(columns, columns, dtype=torch.float64).tril(-1) / 8
+    options = {
+        "code_bits": code_bits, "state_bits": state_bits, "key": trellis_key(7), "survivors": survivors,
+        "columns": columns, "circular": False, "factor": factor if answered else None,
+    }  # fmt: skip
+    found = [trellis_search(values, **options, backend=backend) for backend in ("cpu", "reference", "triton")]  # type: ignore[arg-type]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("code_bits", "columns"), [(2, 300), (4, 1100)])
+def test_feedback_lowers_the_error_of_the_product(code_bits: int, columns: int) -> None:
+    """By nearly what the factor promises: the mean square of its diagonal over that of its rows."""
+    x = torch.randn(4 * columns, columns // 4).double() @ torch.randn(columns // 4, columns).double()
+    hessian = x.T @ x / len(x) + columns / 10 * torch.eye(columns)
+    factor = torch.linalg.cholesky(hessian)
+    values = torch.randn(16, -(-columns // 8) * 8) * 140
+    options = {"code_bits": code_bits, "state_bits": 16, "key": trellis_key(0), "columns": columns, "circular": False}
+    errors = []
+    for given in (None, factor):
+        stream = trellis_search(values, survivors=8, factor=given, **options)  # type: ignore[arg-type]
+        error = trellis_decode(stream, **options).double() - values[:, :columns]  # type: ignore[arg-type]
+        errors.append(float((error @ factor).square().sum()))
+    promised = float(factor.diagonal().square().sum() / factor.square().sum())
+    assert promised < 0.75
+    assert promised < errors[1] / errors[0] < 1.25 * promised
+
+
 def test_search_against_all_streams() -> None:
     """With every state kept the error stays near the least of all 2^16 streams, which the seam alone keeps it from."""
     code_bits, state_bits, columns, key = 1, 5, 16, trellis_key(0)
@@ -118,6 +155,6 @@ def test_distortion(code_bits: int, survivors: int, stretch: float, gap: float) 
 
 def test_windows_overlap() -> None:
     stream = torch.randint(0, 256, packed_shape(2, 24, 3), dtype=torch.uint8)
-    window = windows(stream, 3, 16, 24)
+    window = windows(stream, 3, 16, True, 24)
     assert torch.equal(window[:, :-1] >> 3, window[:, 1:] & (1 << 13) - 1)
     assert torch.equal(window[:, -1] >> 3, window[:, 0] & (1 << 13) - 1)

@@ -71,23 +71,21 @@ def whole_groups(size: int, code_bits: int) -> int:
 
 @njit(cache=True, nogil=True)
 def tail_buffer(size: int, inside: int, code_bits: int) -> Any:
-    """For the bytes behind a row's whole groups, and as many of its beginning as windows and loads run on to there."""
+    """For the bytes behind a row's whole groups, and as many more as windows and loads run on to there."""
     return np.empty(size - 2 * code_bits * inside + 2 * load_bytes(code_bits), np.uint8)
 
 
 @njit(cache=True, nogil=True)
-def fill_tail(out: Any, row: Any, inside: int, code_bits: int) -> None:
-    """The row's bytes from group `inside` on, then its beginning, as often as it takes."""
-    at = 2 * code_bits * inside
+def fill_tail(out: Any, row: Any, inside: int, code_bits: int, circular: bool) -> None:
+    """The row's bytes from group `inside` on, then its beginning, as often as it takes, or zeros."""
+    size, first = row.shape[0], 2 * code_bits * inside
     for i in range(out.shape[0]):
-        if at == row.shape[0]:
-            at = 0
-        out[i] = row[at]
-        at += 1
+        at = first + i
+        out[i] = row[at % size] if circular or at < size else 0
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _dense(bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, scale: Any, out: Any) -> None:
+def _dense(bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, circular: Any, scale: Any, out: Any) -> None:
     rows, columns = out.shape
     groups = columns // LANES
     inside = min(groups, whole_groups(stream.shape[1], len(bits)))
@@ -97,7 +95,7 @@ def _dense(bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, scale: 
         for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
             for group in range(inside):
                 _decode16(bits, stream[r], group, mask, multiplier, key, scale[r], out[r], group * LANES)
-            fill_tail(last, stream[r], inside, len(bits))
+            fill_tail(last, stream[r], inside, len(bits), circular)
             for group in range(groups - inside):
                 _decode16(bits, last, group, mask, multiplier, key, scale[r], out[r], (inside + group) * LANES)
             if groups * LANES < columns:
@@ -112,15 +110,17 @@ def constants(code_bits: int, state_bits: int, key: int) -> tuple[Any, ...]:
     return (0,) * code_bits, np.uint32((1 << state_bits) - 1), np.uint32(multiplier), np.uint32(key)
 
 
-def dense(stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, columns: int) -> Tensor:
+def dense(
+    stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int
+) -> Tensor:
     """As `reference.dense`, bit for bit."""
     out = torch.empty(stream.shape[0], columns, dtype=torch.float32)
     bits, mask, multiplier, c = constants(code_bits, state_bits, key)
     rows = stream.contiguous().flatten(1).numpy()
-    _dense(bits, rows, mask, multiplier, c, scale.contiguous().numpy(), out.numpy())
+    _dense(bits, rows, mask, multiplier, c, circular, scale.contiguous().numpy(), out.numpy())
     return out
 
 
-def decode(stream: Tensor, code_bits: int, state_bits: int, key: int, columns: int) -> Tensor:
+def decode(stream: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int) -> Tensor:
     """As `reference.decode`, bit for bit."""
-    return dense(stream, torch.ones(stream.shape[0]), code_bits, state_bits, key, columns).to(torch.int16)
+    return dense(stream, torch.ones(stream.shape[0]), code_bits, state_bits, key, circular, columns).to(torch.int16)

@@ -26,6 +26,7 @@ def trellis_matmul(
     code_bits: int,
     state_bits: int,
     key: int,
+    circular: bool = True,
     dtype: torch.dtype = torch.float32,
     int8: bool = False,
     backend: Backend = "auto",
@@ -39,6 +40,7 @@ def trellis_matmul(
         code_bits: k.
         state_bits: L.
         key: c.
+        circular: whether rows' streams run on at their own beginning.
         dtype: of the result. Where it has 16 bits, products for many tokens may be made of float16.
         int8: round activations to 8 bits in groups of 256; faster on GPUs.
         backend: which kernels to use.
@@ -47,15 +49,17 @@ def trellis_matmul(
     if chosen == "triton":
         from seedpack.kernels.trellis_matmul import triton
 
-        return triton.matmul(x, stream, scale, code_bits, state_bits, key, dtype, int8)
+        return triton.matmul(x, stream, scale, code_bits, state_bits, key, circular, dtype, int8)
     x = reference.rounded(x) if int8 else x
     if chosen == "reference":
-        return reference.matmul(x, stream, scale, code_bits, state_bits, key).to(dtype)
+        return reference.matmul(x, stream, scale, code_bits, state_bits, key, circular).to(dtype)
     if x.shape[0] <= tiles.FEW_TOKENS:
         from seedpack.kernels.trellis_matmul import cpu
 
-        return cpu.matmul(x, stream, scale, code_bits, state_bits, key).to(dtype)
-    return tiles.matmul(x, len(scale), _tiles(stream, scale, code_bits, state_bits, key, x.shape[1])).to(dtype)
+        return cpu.matmul(x, stream, scale, code_bits, state_bits, key, circular).to(dtype)
+    return tiles.matmul(x, len(scale), _tiles(stream, scale, code_bits, state_bits, key, circular, x.shape[1])).to(
+        dtype
+    )
 
 
 def trellis_linear(
@@ -67,6 +71,7 @@ def trellis_linear(
     code_bits: int,
     state_bits: int,
     key: int,
+    circular: bool = True,
     int8: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -75,7 +80,7 @@ def trellis_linear(
     On GPUs the mixing of few tokens writes what the product reads, and no launch lies between; hundreds in bfloat16 are
     mixed in bfloat16.
     """
-    code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": key}
+    code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": key, "circular": circular}
     chosen = choose("trellis_matmul", backend, x.device, BACKENDS)
     if chosen == "triton" and len(x) <= tiles.FEW_TOKENS and unable(x.shape[1])["triton"] is None:
         from seedpack.kernels.trellis_matmul import triton
@@ -98,6 +103,7 @@ def trellis_matmul_transposed(
     code_bits: int,
     state_bits: int,
     key: int,
+    circular: bool = True,
     columns: int,
     dtype: torch.dtype = torch.float32,
     backend: Backend = "auto",
@@ -107,14 +113,23 @@ def trellis_matmul_transposed(
     if chosen == "triton":
         from seedpack.kernels.trellis_matmul import triton
 
-        return triton.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, columns, dtype)
+        return triton.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, circular, columns, dtype)
     if chosen == "reference":
-        return reference.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, columns).to(dtype)
-    tile = _tiles(stream, scale, code_bits, state_bits, key, columns)
+        return reference.matmul_transposed(grad, stream, scale, code_bits, state_bits, key, circular, columns).to(dtype)
+    tile = _tiles(stream, scale, code_bits, state_bits, key, circular, columns)
     return tiles.matmul_transposed(grad, columns, tile).to(dtype)
 
 
-def _tiles(stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, columns: int) -> tiles.Tile:
+def _tiles(
+    stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int
+) -> tiles.Tile:
     return lambda rows: trellis_dense(
-        stream[rows], scale[rows], code_bits=code_bits, state_bits=state_bits, key=key, columns=columns, backend="cpu"
+        stream[rows],
+        scale[rows],
+        code_bits=code_bits,
+        state_bits=state_bits,
+        key=key,
+        columns=columns,
+        circular=circular,
+        backend="cpu",
     )

@@ -66,7 +66,16 @@ def _dots(
 
 @njit(parallel=True, cache=True, nogil=True)
 def _matmul(
-    bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, scale: Any, x: Any, tokens: Any, out: Any
+    bits: Any,
+    stream: Any,
+    mask: Any,
+    multiplier: Any,
+    key: Any,
+    circular: Any,
+    scale: Any,
+    x: Any,
+    tokens: Any,
+    out: Any,
 ) -> None:
     rows, groups = stream.shape[0], x.shape[1] // LANES
     inside = min(groups, whole_groups(stream.shape[1], len(bits)))
@@ -74,19 +83,30 @@ def _matmul(
         last = tail_buffer(stream.shape[1], inside, len(bits))
         for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
             found = _dots(bits, stream[r], mask, multiplier, key, x, 0, inside, tokens)
-            fill_tail(last, stream[r], inside, len(bits))
+            fill_tail(last, stream[r], inside, len(bits), circular)
             rest = _dots(bits, last, mask, multiplier, key, x, inside, groups - inside, tokens)
             for t in range(len(tokens)):
                 out[t, r] = (found[t] + rest[t]) * scale[r]
 
 
-def matmul(x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int) -> Tensor:
+def matmul(
+    x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool
+) -> Tensor:
     """As `reference.matmul`, summed in another order; at most 8 tokens."""
     padded = padded_tokens(x, -x.shape[1] % LANES)
     out = torch.empty(len(padded), stream.shape[0], dtype=torch.float32)
     bits, mask, multiplier, c = constants(code_bits, state_bits, key)
     rows = stream.contiguous().flatten(1).numpy()
     _matmul(
-        bits, rows, mask, multiplier, c, scale.contiguous().numpy(), padded.numpy(), (0,) * len(padded), out.numpy()
+        bits,
+        rows,
+        mask,
+        multiplier,
+        c,
+        circular,
+        scale.contiguous().numpy(),
+        padded.numpy(),
+        (0,) * len(padded),
+        out.numpy(),
     )
     return out[: len(x)].to(x.dtype)

@@ -32,9 +32,10 @@ def matmul(
     code_bits: int,
     state_bits: int,
     key: int,
+    circular: bool,
 ) -> Float[Tensor, "tokens rows"]:
     """x times the weight transposed, in the weight's rotated basis; summed in float32, in the dtype of x."""
-    weight = dense(stream, scale, code_bits, state_bits, key, x.shape[1])
+    weight = dense(stream, scale, code_bits, state_bits, key, circular, x.shape[1])
     return (x.float() @ weight.T).to(x.dtype)
 
 
@@ -45,8 +46,9 @@ def matmul_transposed(
     code_bits: int,
     state_bits: int,
     key: int,
+    circular: bool,
     columns: int,
 ) -> Float[Tensor, "tokens columns"]:
     """grad times the weight: the gradient of `matmul` to x; summed in float32, in the dtype of grad."""
-    weight = dense(stream, scale, code_bits, state_bits, key, columns)
+    weight = dense(stream, scale, code_bits, state_bits, key, circular, columns)
     return (grad.float() @ weight).to(grad.dtype)

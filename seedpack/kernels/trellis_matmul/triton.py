@@ -29,6 +29,7 @@ TYPICAL_ROWS = 16  # of a program
 def few_tokens_kernel(
     x_ptr, x_scale_ptr, out_ptr, scale_ptr, stream_ptr, words, size, multiplier, key, rows, blocks, per_program,
     CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
+    CIRCULAR: tl.constexpr,
     TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """out [parts, TOKENS, rows], to be summed over parts, = x · weight.T; a part is `per_program` blocks of the input.
@@ -49,10 +50,10 @@ def few_tokens_kernel(
         i_word = (block * BLOCK_G + i_lane) * WORDS
         p_x = x_ptr + (i_token[None, None, :] * blocks + block) * (PER * BLOCK_G) + i_lane[None, :, None]
         b_dot = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.int32)
-        high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED)
+        high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED, CIRCULAR)
         for i in tl.static_range(WORDS):
             low = high
-            high = stream_word(stream_ptr, i_row, i_word + (i + 1), words, size, ALIGNED)
+            high = stream_word(stream_ptr, i_row, i_word + (i + 1), words, size, ALIGNED, CIRCULAR)
             for j in tl.static_range(PER):
                 if j * CODE_BITS // 32 == i:
                     window = low >> (j * CODE_BITS % 32)
@@ -127,7 +128,7 @@ def in_lanes(x: Tensor, code_bits: int) -> Tensor:
 
 
 def few_tokens(
-    lanes: Tensor, count: int, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int,
+    lanes: Tensor, count: int, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool,
     dtype: torch.dtype, int8: bool = False,
 ) -> Tensor:  # fmt: skip
     """The product of `count` tokens, at most 8, in a dtype.
@@ -149,25 +150,35 @@ def few_tokens(
         lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
         trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
         CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
-        ALIGNED=stream.shape[1] % 4 == 0, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(lanes.device), BLOCK_G=block_g,
+        ALIGNED=stream.shape[1] % 4 == 0, CIRCULAR=circular, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(lanes.device), BLOCK_G=block_g,
     )  # fmt: skip
     return (out[0] if parts == 1 else out.sum(0).to(dtype))[:count]
 
 
 def matmul(
-    x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, dtype: torch.dtype, int8: bool
+    x: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    circular: bool,
+    dtype: torch.dtype,
+    int8: bool,
 ) -> Tensor:
     """As `reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of a 16-bit dtype."""
     if len(x) <= FEW_TOKENS:
         lanes = in_lanes(x, code_bits)
-        return few_tokens(lanes, len(x), stream, scale, code_bits, state_bits, key, dtype, int8)
-    weight = regenerated(stream, scale, code_bits, state_bits, key, x.shape[1])
+        return few_tokens(lanes, len(x), stream, scale, code_bits, state_bits, key, circular, dtype, int8)
+    weight = regenerated(stream, scale, code_bits, state_bits, key, circular, x.shape[1])
     return launch.matmul(reference.rounded(x) if int8 else x, weight, dtype)
 
 
 def matmul_transposed(
-    grad: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, columns: int,
+    grad: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """As `reference.matmul_transposed`, exact as `matmul` is."""
-    return launch.matmul_transposed(grad, regenerated(stream, scale, code_bits, state_bits, key, columns), dtype)
+    return launch.matmul_transposed(
+        grad, regenerated(stream, scale, code_bits, state_bits, key, circular, columns), dtype
+    )

@@ -1,4 +1,4 @@
-"""The trellis's search: for each row the circular bit stream whose integers come nearest to the row's values."""
+"""The trellis's search: for each row the bit stream whose integers come nearest to the row's values."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from importlib import import_module
 from torch import Tensor
 
 from seedpack.kernels.dispatch import Backend, choose
+from seedpack.kernels.trellis_search.feedback import search_with_feedback
+from seedpack.kernels.trellis_search.reference import Code, search
 
 BACKENDS = ("cpu", "triton", "reference")
 
@@ -19,9 +21,18 @@ def trellis_search(
     key: int,
     survivors: int,
     columns: int,
+    circular: bool = True,
+    factor: Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
-    """The stream, packed as in `kernels.bits`, of values [rows, a multiple of 8]; see `reference.search`."""
+    """The stream, packed as in `kernels.bits`, of values [rows, a multiple of 8]; see `reference.search`.
+
+    With `factor` [columns, columns], of least error of the product with inputs, for streams that are not circular; see
+    `feedback.search_with_feedback`.
+    """
     chosen = choose("trellis_search", backend, values.device, BACKENDS)
-    kernels = import_module(f"seedpack.kernels.trellis_search.{chosen}")
-    return kernels.search(values, code_bits, state_bits, key, survivors, columns)  # type: ignore[no-any-return]
+    walk = import_module(f"seedpack.kernels.trellis_search.{chosen}").walk
+    code = Code(code_bits, state_bits, key, survivors)
+    if factor is None:
+        return search(values, code, columns, circular, walk)
+    return search_with_feedback(values, factor, code, columns, walk)

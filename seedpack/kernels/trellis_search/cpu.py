@@ -21,8 +21,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from torch import Tensor
 
-from seedpack.kernels.bits import packed_shape
-from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, WRAP, seam_symbols, table, tag_bits, whole
+from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, PADDING, Code, Seam, table
 from seedpack.kernels.vectors import LANES, intrinsic, spread
 
 UNROLLED = 16
@@ -155,80 +154,50 @@ def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _search(
-    bits: Any,
-    x: Any,
-    table: Any,
-    state_bits: int,
-    survivors: int,
-    tag: int,
-    columns: int,
-    near: int,
-    seam: int,
-    out: Any,
-) -> None:
-    rows, padded = x.shape
-    k = len(bits)
+def _walk(
+    bits: Any, x: Any, table: Any, state_bits: int, survivors: int, tag: int, start: Any, given: Any, unreal: Any, out: Any
+) -> None:  # fmt: skip
+    """`walk` for x [rows, steps]; `start` [rows] is empty for any, `given` [rows, n] has no columns for any."""
+    rows, steps = x.shape
+    k, seam = len(bits), given.shape[1]
     states, tags, memory_mask = 1 << survivors, (1 << tag) - 1, (1 << (state_bits - k)) - 1
     for r in prange(rows):
         metric, best = np.empty(states, np.float32), np.empty(states, np.float32)
         base = np.empty(states, np.int32)
         as_bits = best.view(np.int32)
-        history = np.empty((max(padded, 2 * near), states), np.uint8)
-        symbols = np.empty(history.shape[0], np.uint8)
-
-        _open(metric, base, k)
-        for i in range(2 * near):
-            t = near - 1 - i if i < near else padded - 1 - (i - near)
-            _step(
-                bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask
-            )  # fmt: skip
-        state = 0
-        for i in range(states):
-            if np.int32(metric[i]) >> tag < np.int32(metric[state]) >> tag:
-                state = i
-        _trace(history[: 2 * near], state, k, symbols)
-        given = symbols[near - seam : near].copy()
+        history = np.empty((steps - seam, states), np.uint8)
         memory: Any = 0
-        for i in range(seam):
-            memory = ((memory << k) | np.int64(given[i])) & memory_mask
-
         _open(metric, base, k)
-        start = memory & (states - 1)
-        metric += np.float32(CLOSED)
-        metric[start] = np.float32((memory >> (survivors - k)) & tags)
-        base[start] = memory << k
-        for i in range(padded - seam):
-            t = padded - 1 - i
+        if start.shape[0]:
+            memory = start[r]
+            first = memory & (states - 1)
+            metric += np.float32(CLOSED)
+            metric[first] = np.float32((memory >> (survivors - k)) & tags)
+            base[first] = memory << k
+        for i in range(steps - seam):
             _step(
-                bits, table, base, metric, best, as_bits, history[i], x[r, t], t >= columns, survivors, tags, memory_mask
+                bits, table, base, metric, best, as_bits, history[i], x[r, i], x[r, i] >= unreal, survivors, tags,
+                memory_mask,
             )  # fmt: skip
         oldest: Any = 0
         state, least = 0, np.int64(1) << 62
         below = state_bits - k * seam  # bits of the oldest given symbol that others' windows see
+        options = 1 << (k - below) if seam else 1
         for i in range(states):  # every survivor goes on with the given symbols
-            for free in range(1 << (k - below)):
+            for free in range(options):
                 memory, cost = np.int64(base[i]) >> k, (np.int64(metric[i]) >> tag) << tag
-                first = (np.int64(given[0]) & ((1 << below) - 1)) | (free << below)
+                first = (np.int64(given[r, 0]) & ((1 << below) - 1)) | (free << below) if seam else 0
                 for j in range(seam):
-                    t = seam - 1 - j
-                    window = (memory << k) | (first if j == 0 else np.int64(given[j]))
+                    window = (memory << k) | (first if j == 0 else np.int64(given[r, j]))
                     memory = window & memory_mask
-                    if t < columns:
-                        error = np.int64(x[r, t]) - np.int64(table[window])
+                    if x[r, steps - seam + j] < unreal:
+                        error = np.int64(x[r, steps - seam + j]) - np.int64(table[window])
                         cost += error * error
                 if cost < least:
                     state, oldest, least = i, first, cost
-        given[0] = np.uint8(oldest)
-        _trace(history[: padded - seam], state, k, symbols)
-        symbols[padded - seam : padded] = given
-        bit = 0
-        for i in range(out.shape[1]):
-            out[r, i] = 0
-        for t in range(padded):
-            for b in range(k):
-                out[r, bit >> 3] |= ((symbols[padded - 1 - t] >> b) & 1) << (bit & 7)
-                bit += 1
+        for j in range(seam):
+            out[r, steps - seam + j] = oldest if j == 0 else given[r, j]
+        _trace(history, state, k, out[r])
 
 
 @lru_cache(maxsize=8)
@@ -243,15 +212,15 @@ def _table(code_bits: int, state_bits: int, key: int, tag: int) -> Any:
     return out
 
 
-def search(values: Tensor, code_bits: int, state_bits: int, key: int, survivors: int, columns: int) -> Tensor:
-    """As `reference.search`, bit for bit."""
-    rows, padded = values.shape
-    tag = tag_bits(code_bits, state_bits, survivors)
-    x = (whole(values).float() * (1 << -(-tag // 2))).contiguous().numpy()  # whole numbers still
-    out = torch.empty(packed_shape(rows, padded, code_bits), dtype=torch.uint8)
-    near, seam = min(WRAP, padded), seam_symbols(code_bits, state_bits)
-    _search(
-        (0,) * code_bits, x, _table(code_bits, state_bits, key, tag), state_bits, survivors, tag, columns, near, seam,
-        out.flatten(1).numpy(),
+def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
+    """As `reference.walk`, bit for bit."""
+    k, scale = code.code_bits, 1 << -(-code.tag // 2)
+    scaled = (x.float() * scale).contiguous().numpy()  # whole numbers still
+    nothing = torch.empty(0, dtype=torch.int64)
+    memory, given, _ = seam or Seam(nothing, nothing.expand(len(x), 0), nothing)
+    out = torch.empty(x.shape, dtype=torch.uint8)
+    _walk(
+        (0,) * k, scaled, _table(k, code.state_bits, code.key, code.tag), code.state_bits, code.survivors, code.tag,
+        memory.contiguous().numpy(), given.contiguous().numpy(), np.float32(PADDING * scale), out.numpy(),
     )  # fmt: skip
     return out

@@ -59,15 +59,15 @@ class Code(NamedTuple):
 
 
 class Seam(NamedTuple):
-    """What a walk over a whole row starts from and ends with.
+    """What a walk starts from and ends with.
 
-    `memory` int64 [rows] of the first window; `oldest` int64 [rows, options], what the first of the last symbols may be;
-    `given` int64 [rows, n], these symbols.
+    `memory` int64 [rows] of the first window; `given` int64 [rows, n], the last symbols, n = 0 for any; `oldest` int64
+    [rows, options], what the first of them may be.
     """
 
     memory: Tensor
-    oldest: Tensor
     given: Tensor
+    oldest: Tensor
 
 
 class _Survivors:
@@ -131,6 +131,9 @@ class _Survivors:
         return torch.stack(out[::-1], 1)
 
 
+Walk = Callable[[Tensor, Code, Seam | None], Tensor]
+
+
 def walk(x: Int[Tensor, "rows steps"], code: Code, seam: Seam | None = None) -> Int[Tensor, "rows steps"]:
     """The symbols of least error over the steps, int64, oldest first; see `search`.
 
@@ -140,14 +143,13 @@ def walk(x: Int[Tensor, "rows steps"], code: Code, seam: Seam | None = None) -> 
         seam: how the walk starts and ends; None: anyhow.
     """
     survivors = _Survivors(len(x), code)
-    if seam is None:
-        for step in range(x.shape[1]):
-            survivors.step(x[:, step])
-        return survivors.trace(survivors.best())
-    count = seam.given.shape[1]
-    survivors.close_but(seam.memory)
+    count = 0 if seam is None else seam.given.shape[1]
+    if seam is not None:
+        survivors.close_but(seam.memory)
     for step in range(x.shape[1] - count):
         survivors.step(x[:, step])
+    if seam is None or not count:
+        return survivors.trace(survivors.best())
     for i in range(count):
         survivors.extend(x[:, x.shape[1] - count + i], seam.given[:, i : i + 1] if i else seam.oldest)
     found, options = survivors.best(), seam.oldest.shape[1]
@@ -157,19 +159,17 @@ def walk(x: Int[Tensor, "rows steps"], code: Code, seam: Seam | None = None) -> 
 
 def search(
     values: Float[Tensor, "rows padded"],
-    code_bits: int,
-    state_bits: int,
-    key: int,
-    survivors: int,
+    code: Code,
     columns: int,
-    walk: Callable[[Tensor, Code, Seam | None], Tensor] = walk,
+    circular: bool,
+    walk: Walk = walk,
 ) -> UInt8[Tensor, "rows groups bytes"]:
     """For each row a stream of little squared error Σ_t (values[t] - v_t)² over the first `columns` weights.
 
     Viterbi's algorithm from the row's last weight to its first (a window's newest bits are its lowest) over the
     2^m values of the newest m bits, each survivor with the older bits of its own path: for m = L - k the
     exact minimum from a given start, for less a reduced-state search (Duel-Hallen and Heegard, 1989; Eyuboglu
-    and Qureshi, 1988) of the same code. A row's stream is circular: a walk over `WRAP` weights on either side of the
+    and Qureshi, 1988) of the same code. Where a row's stream is circular, a walk over `WRAP` weights on either side of the
     seam decides the symbols there, then a walk over the row starts from them and ends with them (QTIP, arXiv
     2406.11235, Alg. 4, walks twice over the whole sequence).
 
@@ -177,27 +177,45 @@ def search(
 
     Args:
         values: [rows, a multiple of 8], in units of the code's values; those beyond `columns` are not looked at.
-        code_bits: k.
-        state_bits: L.
-        key: c.
-        survivors: m, from k to L - k, and not below L - k - 8.
+        code: what is searched; m from k to L - k, and not below L - k - 8.
         columns: weights of a row.
-        walk: what does the work; on a GPU another.
+        circular: whether a stream runs on at its own beginning, or at zeros.
+        walk: what does the work.
     """
-    code = Code(code_bits, state_bits, key, survivors)
-    padded = values.shape[1]
+    x = in_walk_order(values, columns)
+    if not circular:
+        return pack(walk(x, code, from_zeros(x)).flip(1), code.code_bits)
+    near = min(WRAP, values.shape[1])
+    seam = closed(walk(torch.cat((x[:, -near:], x[:, :near]), 1), code, None)[:, :near], code)
+    return pack(walk(x, code, seam).flip(1), code.code_bits)
+
+
+def in_walk_order(values: Tensor, columns: int) -> Int[Tensor, "rows padded"]:
+    """`whole` values from the last of a row to its first, int64; those beyond `columns` are `PADDING`."""
     x = whole(values).to(torch.int64)
     x[:, columns:] = PADDING
-    x = x.flip(1)
-    near, count = min(WRAP, padded), seam_symbols(code_bits, state_bits)
+    return x.flip(1)
 
-    around = walk(torch.cat((x[:, padded - near :], x[:, :near]), 1), code, None)
-    given = around[:, near - count : near].to(torch.int64)
-    memory = torch.zeros_like(given[:, 0])
-    for symbol in given.unbind(1):
-        memory = ((memory << code_bits) | symbol) & code.memory
 
-    below = state_bits - code_bits - code_bits * (count - 1)  # bits of the oldest given symbol that others' windows see
-    free = torch.arange(1 << (code_bits - below), device=values.device) << below
-    oldest = (given[:, :1] & ((1 << below) - 1)) | free
-    return pack(walk(x, code, Seam(memory, oldest, given)).flip(1), code_bits)
+def from_zeros(rows: Tensor) -> Seam:
+    """The start of streams that run on at zeros, one for each of some rows; they end anyhow."""
+    memory = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+    return Seam(memory, memory[:, None][:, :0], memory[:, None])
+
+
+def closed(symbols: Tensor, code: Code) -> Seam:
+    """The seam of a circular stream whose walk ends (at the first weights of a row) with some symbols [rows, steps]."""
+    count = seam_symbols(code.code_bits, code.state_bits)
+    given = symbols[:, symbols.shape[1] - count :].to(torch.int64)
+    below = (
+        code.state_bits - code.code_bits - code.code_bits * (count - 1)
+    )  # bits of the oldest given symbol that others' windows see
+    free = torch.arange(1 << (code.code_bits - below), device=given.device) << below
+    return Seam(advance(torch.zeros_like(given[:, 0]), given, code), given, (given[:, :1] & ((1 << below) - 1)) | free)
+
+
+def advance(memory: Int[Tensor, " rows"], symbols: Int[Tensor, "rows steps"], code: Code) -> Int[Tensor, " rows"]:
+    """The memory after some more symbols, oldest first."""
+    for symbol in symbols.unbind(1):
+        memory = ((memory << code.code_bits) | symbol) & code.memory
+    return memory

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from seedpack.kernels.gpu import configs
 from seedpack.kernels.trellis_decode.triton import byte_dot
-from seedpack.kernels.trellis_search import reference
-from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, PADDING, Code, Seam, seam_symbols
+from seedpack.kernels.trellis_search.reference import CEILING, CLOSED, PADDING, Code, Seam
 from seedpack.prng import trellis_multiplier
 
 
@@ -39,13 +38,13 @@ def walk_kernel(
     x_ptr, memory_ptr, given_ptr, symbols_ptr, metric_ptr, base_ptr, best_ptr, history_ptr,
     rows, steps, multiplier, key,
     CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, SURVIVORS: tl.constexpr, TAG: tl.constexpr,
-    SEAM: tl.constexpr, BELOW: tl.constexpr, PADDING: tl.constexpr, CLOSED: tl.constexpr, CEILING: tl.constexpr,
+    START: tl.constexpr, SEAM: tl.constexpr, BELOW: tl.constexpr, PADDING: tl.constexpr, CLOSED: tl.constexpr, CEILING: tl.constexpr,
     DP4A: tl.constexpr, BLOCK: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
     """symbols [rows, steps] of least error for x [rows, steps], int32.
 
-    With SEAM symbols `given` [rows, SEAM] at the end, of whose first the bits from BELOW on are free, the walk starts from
-    `memory` [rows]; with none, anywhere. Scratch is each program's own: metric (with tags), base (the
+    START says whether the walk starts from `memory` [rows], or anywhere. It ends with SEAM symbols `given` [rows, SEAM],
+    of whose first the bits from BELOW on are free. Scratch is each program's own: metric (with tags), base (the
     window's older bits times the multiplier, plus the key), best [programs, 2^m]; history uint8 [programs, steps, 2^m].
     """
     STATES: tl.constexpr = 1 << SURVIVORS
@@ -64,13 +63,13 @@ def walk_kernel(
     i_symbol = tl.arange(0, SYMBOLS)
     for row in range(program, rows, tl.num_programs(0)):
         x_row, symbols_row = x_ptr + row * steps, symbols_ptr + row * steps
-        if SEAM > 0:
+        if START:
             start = tl.load(memory_ptr + row).to(tl.int32)
         for first in range(0, STATES, BLOCK):
             i_state = first + tl.arange(0, BLOCK)
             b_memory = i_state
             b_metric = tl.zeros((BLOCK,), tl.int32)
-            if SEAM > 0:
+            if START:
                 m_start = i_state == (start & (STATES - 1))
                 b_memory = tl.where(m_start, start, i_state)
                 b_metric = tl.where(m_start, 0, CLOSED)
@@ -147,7 +146,7 @@ def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
     scratch = torch.empty(3, programs, states, dtype=torch.int32, device=x.device)
     history = torch.empty(programs, steps, states, dtype=torch.uint8, device=x.device)
     symbols = torch.empty(rows, steps, dtype=torch.uint8, device=x.device)
-    count = 0 if seam is None else seam_symbols(code.code_bits, code.state_bits)
+    count = 0 if seam is None else seam.given.shape[1]
     with configs.current(x.device):
         walk_kernel[(programs,)](
             x.to(torch.int32).contiguous(),
@@ -155,13 +154,8 @@ def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
             symbols if seam is None else seam.given.to(torch.uint8).contiguous(),
             symbols, scratch[0], scratch[1], scratch[2], history, rows, steps,
             trellis_multiplier(code.code_bits, code.state_bits), code.key,
-            CODE_BITS=code.code_bits, STATE_BITS=code.state_bits, SURVIVORS=code.survivors, TAG=code.tag, SEAM=count,
-            BELOW=max(0, code.state_bits - code.code_bits * count), PADDING=PADDING, CLOSED=CLOSED, CEILING=CEILING,
+            CODE_BITS=code.code_bits, STATE_BITS=code.state_bits, SURVIVORS=code.survivors, TAG=code.tag,
+            START=seam is not None, SEAM=count, BELOW=max(0, code.state_bits - code.code_bits * count), PADDING=PADDING, CLOSED=CLOSED, CEILING=CEILING,
             DP4A=configs.is_nvidia(x.device), **config,
         )  # fmt: skip
     return symbols
-
-
-def search(values: Tensor, code_bits: int, state_bits: int, key: int, survivors: int, columns: int) -> Tensor:
-    """As `reference.search`, bit for bit."""
-    return reference.search(values, code_bits, state_bits, key, survivors, columns, walk)
