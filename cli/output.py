@@ -129,6 +129,25 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int],
 
 
 @contextlib.contextmanager
+def stages() -> Iterator[Callable[..., None]]:
+    """Progress of work in stages, one after the other.
+
+    Yields a function of (stage, units done since the last call, units in all, what they are, what is worked on).
+    """
+    with contextlib.ExitStack() as stack:
+        current: dict[str, Callable[[str, int], None]] = {}
+
+        def advance(stage: str, count: int, total: int, unit: str = "", what: str = "") -> None:
+            if stage not in current:
+                stack.close()
+                current.clear()
+                current[stage] = stack.enter_context(progress(stage, total, unit))
+            current[stage](what, count)
+
+        yield advance
+
+
+@contextlib.contextmanager
 def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn

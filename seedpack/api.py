@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import seedpack
+from seedpack.calibration.calibrate import Calibration, Text, calibrated
+from seedpack.calibration.calibrate import Watch as CalibrationWatch
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
@@ -22,7 +24,7 @@ from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.budget import with_bits
-from seedpack.model.fitting import Report, Watch, fit, fitting_device, leave_nonfinite
+from seedpack.model.fitting import Inputs, Report, Watch, fit, fitting_device, leave_nonfinite
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
@@ -89,12 +91,14 @@ def compress(
     plan: str | Path | Mapping[str, Any] | None = None,
     head_bits: int | None = None,
     importance: Mapping[str, Tensor] | None = None,
+    calibration: Text | Calibration | None = None,
     force: bool = False,
     allow_nonfinite: bool = False,
     shard_bytes: int | None = None,
     device: str | torch.device = "cpu",
     backend: Backend = "auto",
     watch: Watch | None = None,
+    watch_calibration: CalibrationWatch | None = None,
 ) -> Report:
     """Pack a model into a seed + coefficient checkpoint.
 
@@ -110,14 +114,19 @@ def compress(
         dtype: of raw float tensors and decoded weights; default the source's.
         plan: a plan document or file (see `Plan.to_json`) whose choices win.
         head_bits: code bits of a language model's output head (and the embedding tied to it); default by `budget`.
-        importance: per tensor name the weight of each input channel's error [in]; default a guess where the codec
-            has use for one: the power that the norm before a layer gives each channel, over the norm of its weights.
+        importance: per tensor name the weight of each input channel's error [in], or the Hessian E[x·xᵀ] of its layer's
+            input [in, in]; default a guess where the codec has use for one: the power that the norm before a layer gives
+            each channel, over the norm of its weights.
+        calibration: run the model and make Hessians of its layers' inputs: "self" (a language model writes the text
+            itself), a text or JSON lines file, a data set of the hub, token ids [n, context], batches for another module,
+            or a `Calibration` that says more. They are kept in `seedpack-calibration` beside the output for other runs.
         force: replace an existing output.
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
         shard_bytes: in a folder, start a new file before one exceeds this.
         device: where tensors are fitted, one at a time: "cpu", "cuda" or "cuda:1".
         backend: which kernels to use.
         watch: called with (tensor name, weights fitted since the last call).
+        watch_calibration: called with (what is done, units done since the last call, units in all).
 
     Raises:
         NonfiniteError: naming the tensors.
@@ -141,6 +150,8 @@ def compress(
         raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
     with staged(output, force=force, directory=folder) as partial:
         chosen = leave_nonfinite(source, chosen, allow_nonfinite)
+        inputs = Inputs(source, importance or {}, calibrated(source, calibration, output, place, watch_calibration))
+        chosen = chosen.with_hessians({t.name for t in chosen.tensors if inputs.has_hessian(t.name)})
         for file in source.files:
             shutil.copyfile(file, partial / file.name)
         planned = [tensor.for_writer() for tensor in chosen.tensors]
@@ -148,7 +159,7 @@ def compress(
         writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, folder=folder, shard_bytes=shard_bytes)
         with writer:
             for tensor in chosen.tensors:
-                parts, report = fit(source, tensor, (importance or {}).get(tensor.name), place, backend, watch)
+                parts, report = fit(source, tensor, inputs, place, backend, watch)
                 writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
                 if tensor.packed:
                     reports.append(report)

@@ -17,6 +17,7 @@ LAYERS = [
     {"kernels"},
     {"codecs"},
     {"model"},
+    {"calibration"},
     {"api"},
     {"hf", "eval"},
     {"cli"},

@@ -69,6 +69,16 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     help="Plan file whose choices win; --dry-run --json writes one.",
 )
+@click.option(
+    "--calibration",
+    default="none",
+    show_default=True,
+    metavar="TEXT",
+    help="Fit what layers compute: 'self' (a language model writes the text itself), a text or JSON lines file, or a hub "
+    "data set.",
+)
+@click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
+@click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of what the model writes.")
 @click.option("--device", default="cpu", show_default=True, help="Where to fit: cpu, cuda, or cuda:N.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -87,6 +97,9 @@ def command(
     exclude: tuple[str, ...],
     dtype: str | None,
     plan: Path | None,
+    calibration: str,
+    calibration_tokens: int,
+    calibration_seed: int,
     device: str,
     shard_size: str | None,
     dry_run: bool,
@@ -101,6 +114,7 @@ def command(
     if out is None and not dry_run:
         raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
     from seedpack import api
+    from seedpack.calibration.calibrate import Calibration
     from seedpack.model.sources import open_source
 
     output.quiet_transformers()
@@ -116,10 +130,15 @@ def command(
         output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
         return
     assert out is not None
-    with output.progress("Fitting", chosen.packed_weights, "weights") as watch:
+    text = None
+    if calibration != "none":
+        text = Calibration(calibration, tokens=calibration_tokens, seed=calibration_seed)
+    with output.stages() as stage:
         report = api.compress(
-            source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, watch=watch,
+            source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, calibration=text,
             shard_bytes=None if shard_size is None else output.parse_size(shard_size),
+            watch=lambda name, count: stage("Fitting", count, chosen.packed_weights, "weights", name),
+            watch_calibration=lambda what, count, total: stage(what, count, total),
         )  # fmt: skip
     output.show_json(report.to_json()) if as_json else show_report(report)
 

@@ -54,6 +54,7 @@ class Codec:
     id: ClassVar[str]
     version: ClassVar[int]
     guesses: ClassVar[bool] = False  # whether importance guessed without data serves it
+    hessians: ClassVar[bool] = False  # whether importance may be a Hessian [in, in]
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
@@ -72,7 +73,8 @@ class Codec:
 
         Args:
             weight: float [out, in], finite.
-            importance: weight of the squared error of each input channel, positive [in]; None is all ones.
+            importance: weight of the squared error of each input channel, positive [in], or, where `hessians` says so,
+                the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones.
             progress: called with the count of weights fitted since the last call.
             backend: which kernels to use.
         """
@@ -103,6 +105,10 @@ class Codec:
     def expected_error(self) -> float:
         """The relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1); of variants."""
         raise NotImplementedError
+
+    def with_hessian(self) -> Codec:
+        """This codec with the settings that it needs for importance that is a Hessian; it stores as much."""
+        return self
 
     def bits_per_weight(self, shape: Shape) -> float:
         """Bits stored for each weight, scales and padding counted."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_importance, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.bits import pack, packed_shape, unpack
@@ -46,6 +46,7 @@ class SeedLMCodec(Codec):
 
     id: ClassVar[str] = "seedlm"
     version: ClassVar[int] = 0
+    hessians: ClassVar[bool] = True
     seed_bits: int = 16
     block: int = 8
     rank: int = 3
@@ -88,7 +89,11 @@ class SeedLMCodec(Codec):
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`)."""
+        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`).
+
+        With a Hessian, blocks from the last to the first: each under the norm that its errors have once the blocks still
+        to come have answered for them, and moved to answer for those before.
+        """
         (rows, columns), device = weight.shape, weight.device
         blocks = -(-columns // self.block)
         padded = weight.detach().float()
@@ -99,10 +104,9 @@ class SeedLMCodec(Codec):
         seeds = torch.empty(rows, blocks, dtype=torch.int32, device=device)
         codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8, device=device)
 
-        def fit(where: tuple[slice, slice], h: Tensor | None) -> None:
-            part = padded[where]
+        def fit(where: tuple[slice, slice], part: Tensor, factor: Tensor | None) -> None:
             found = seedlm_search(
-                part.reshape(-1, self.block), h, bias,
+                part.reshape(-1, self.block), factor, bias,
                 seed_bits=self.seed_bits, rank=self.rank, exponents=self.exponents, backend=backend,
             )  # fmt: skip
             seeds[where] = found.seed.view(part.shape[:2])
@@ -113,11 +117,27 @@ class SeedLMCodec(Codec):
         if importance is None:
             step = max(1, BATCH_BLOCKS // blocks)
             for row in range(0, rows, step):
-                fit((slice(row, min(rows, row + step)), slice(0, blocks)), None)
+                here = slice(row, min(rows, row + step)), slice(0, blocks)
+                fit(here, padded[here], None)
+        elif importance.dim() == 2:
+            c = torch.linalg.cholesky(self._padded_hessian(importance, columns).to(device))
+            wanted, error = (
+                padded.flatten(1).double(),
+                torch.zeros(rows, c.shape[0], dtype=torch.float64, device=device),
+            )
+            for block in reversed(range(blocks)):  # as in kernels/trellis_search/feedback.py
+                low, high = block * self.block, (block + 1) * self.block
+                factor, here = c[low:high, low:high], (slice(0, rows), slice(block, block + 1))
+                answer = torch.linalg.solve_triangular(
+                    factor, error[:, high:] @ c[high:, low:high], upper=False, left=False
+                )
+                fit(here, (wanted[:, low:high] - answer)[:, None], factor)
+                found = self._values(seeds[here], codes[here], bias, backend)
+                error[:, low:high] = found - wanted[:, low:high]
         else:
-            h = self._block_importance(importance, columns)
-            for block in range(blocks):
-                fit((slice(0, rows), slice(block, block + 1)), h[block])
+            for block, h in enumerate(self._block_importance(importance, columns)):
+                here = slice(0, rows), slice(block, block + 1)
+                fit(here, padded[here], torch.diag(h.sqrt()))
         return {
             "weight": pack(seeds, self.seed_bits),
             "codes": self._pack_codes(codes),
@@ -181,6 +201,20 @@ class SeedLMCodec(Codec):
         h = torch.ones(-(-columns // self.block), self.block, dtype=torch.float64)
         h.view(-1)[:columns] = require_importance(self.id, importance, columns)
         return h
+
+    def _padded_hessian(self, hessian: Tensor, columns: int) -> Tensor:
+        """Of whole blocks; places of padding count as the mean, and for nothing but themselves."""
+        h = require_hessian(self.id, hessian, columns)
+        padded: Tensor = torch.block_diag(h, torch.eye(-columns % self.block, dtype=h.dtype, device=h.device))
+        return padded
+
+    def _values(self, seeds: Tensor, codes: Tensor, bias: int, backend: Backend) -> Tensor:
+        """The weights [rows, C] of one block a row."""
+        return seedlm_decode(
+            pack(seeds, self.seed_bits), self._pack_codes(codes), torch.tensor([bias], dtype=torch.int8, device=seeds.device),
+            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=self.block, dtype=torch.float32,
+            backend=backend,
+        ).double()  # fmt: skip
 
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_importance, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
 from seedpack.kernels.dispatch import Backend
@@ -38,6 +38,7 @@ class SVDCodec(Codec):
 
     id: ClassVar[str] = "svd"
     version: ClassVar[int] = 0
+    hessians: ClassVar[bool] = True
     rank: int | None = None
     bits: float | None = None
     factors: dict[str, Any] | None = None
@@ -77,6 +78,11 @@ class SVDCodec(Codec):
 
         return codec_from_spec(CodecSpec(self.factors["id"], self.factors["version"], self.factors["config"]))
 
+    def with_hessian(self) -> SVDCodec:
+        """With the codec of the factors as it is to be then."""
+        inner = self._inner()
+        return self if inner is None else replace(self, factors=inner.with_hessian().spec().to_json())
+
     def rank_of(self, shape: Shape) -> int:
         """The rank stored for a weight [out, in]."""
         limit = min(shape)
@@ -108,19 +114,29 @@ class SVDCodec(Codec):
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The SVD of W·√h, its right factor divided by √h again: the best of its rank under the weighted error."""
+        """The SVD of W·S, its right factor times S⁻¹ again: the best of its rank under ‖(W - Ŵ)·S‖².
+
+        S is √h of each channel's importance, or the Cholesky factor of a Hessian S·Sᵀ, which whitens the input (SVD-LLM,
+        Wang et al., arXiv 2403.07378, ICLR 2025).
+        """
         rows, columns = weight.shape
-        root = torch.ones(columns, device=weight.device)
-        if importance is not None:
-            root = require_importance(self.id, importance, columns).sqrt().float().to(weight.device)
+        whitened, factor = weight.float(), None
+        if importance is not None and importance.dim() == 2:
+            factor = torch.linalg.cholesky(require_hessian(self.id, importance, columns).to(weight.device))
+        elif importance is not None:
+            factor = torch.diag(require_importance(self.id, importance, columns).sqrt()).to(weight.device)
+        if factor is not None:
+            whitened = (weight.double() @ factor).float()
         u, s, vh = randomized_svd(
-            weight.float() * root,
+            whitened,
             self.rank_of((rows, columns)),
             oversampling=self.oversampling,
             power_iterations=self.power_iterations,
             seed=self.seed,
         )
-        left, right = u * s.sqrt(), s.sqrt()[:, None] * vh / root
+        left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
+        if factor is not None:
+            right = torch.linalg.solve_triangular(factor, right.double(), upper=False, left=False).float()
         inner = self._inner()
         if inner is None:
             if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
@@ -131,7 +147,13 @@ class SVDCodec(Codec):
                 progress(weight.numel())
             left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
             return {"weight": left[:, None], "right": right}
-        left_parts = inner.encode(left.contiguous(), backend=backend)
+        left_importance = None
+        if importance is not None and importance.dim() == 2:
+            if inner.hessians:
+                left_importance = right.double() @ importance.to(right.device).double() @ right.double().mT
+            else:
+                importance = importance.diagonal()
+        left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)
         right_parts = inner.encode(right.contiguous(), importance, backend=backend)
         if progress:
             progress(weight.numel())

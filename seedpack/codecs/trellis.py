@@ -104,6 +104,7 @@ class TrellisCodec(Codec):
     id: ClassVar[str] = "trellis"
     version: ClassVar[int] = 0
     guesses: ClassVar[bool] = True
+    hessians: ClassVar[bool] = True
     int8_activations: ClassVar[bool] = True
     code_bits: int = 4
     state_bits: int = 0
@@ -135,6 +136,10 @@ class TrellisCodec(Codec):
         """1 to 8 code bits."""
         state_bits = self.state_bits
         return [replace(self, code_bits=k, state_bits=max(state_bits, least_state_bits(k))) for k in range(1, 9)]
+
+    def with_hessian(self) -> TrellisCodec:
+        """With streams that are not circular."""
+        return replace(self, circular=False)
 
     def expected_error(self) -> float:
         """The gap to the rate–distortion limit 4^-k, as measured with the default effort."""
@@ -288,7 +293,8 @@ class TrellisCodec(Codec):
     def _factor(self, hessian: Tensor, balance: Tensor) -> Tensor:
         """C of the Hessian's C·Cᵀ in the basis that is searched: balanced and rotated, lower triangular [in, in]."""
         half = rotate(hessian / balance / balance.view(-1, 1), self.seed)
-        return torch.linalg.cholesky(rotate(half.mT.contiguous(), self.seed))
+        factor: Tensor = torch.linalg.cholesky(rotate(half.mT.contiguous(), self.seed))
+        return factor
 
     def _spread(self, factor: Tensor) -> float:
         """How much wider than the weights what is searched is, as errors are answered for: column j of L⁻¹, with

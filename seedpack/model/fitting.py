@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,17 @@ from seedpack.errors import ModelError, NonfiniteError
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.plan import Plan, TensorPlan
 from seedpack.model.sources import Source
+
+
+class Found(Protocol):
+    """Hessians by the names of parameters."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def get(self, name: str, /) -> Tensor | None:
+        """The Hessian of a weight's input [in, in]."""
+        ...
+
 
 Watch = Callable[[str, int], None]
 WEIGHTS_AT_ONCE = 1 << 20
@@ -121,10 +132,37 @@ def _usable(weight: Tensor) -> bool:
     return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
 
 
+class Inputs:
+    """What is known of the inputs of layers, by the names of a source's tensors.
+
+    Args:
+        source: the model.
+        given: by tensor name, the importance of each channel [in], or the Hessian [in, in]; it wins.
+        found: by the model's parameter, the Hessian [in, in].
+    """
+
+    def __init__(self, source: Source, given: Mapping[str, Tensor], found: Found):
+        self._source, self._given, self._found = source, given, found
+
+    def has_hessian(self, name: str) -> bool:
+        """Whether there is one."""
+        return self._given[name].dim() == 2 if name in self._given else self._parameter(name) is not None
+
+    def importance(self, name: str) -> Tensor | None:
+        """[in], [in, in], or None."""
+        if name in self._given:
+            return self._given[name]
+        parameter = self._parameter(name)
+        return None if parameter is None else self._found.get(parameter)
+
+    def _parameter(self, name: str) -> str | None:
+        return next((p for p in self._source.parameters(name) if p in self._found), None)
+
+
 def fit(
     source: Source,
     tensor: TensorPlan,
-    importance: Tensor | None,
+    inputs: Inputs,
     device: torch.device,
     backend: Backend,
     watch: Watch | None,
@@ -138,6 +176,9 @@ def fit(
     matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
     del weight
     progress = (lambda count: watch(tensor.name, count)) if watch else None
+    importance = inputs.importance(tensor.name)
+    if importance is not None and importance.dim() == 2 and not tensor.codec.hessians:
+        importance = importance.diagonal()
     if importance is None and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
         importance = guessed_importance(matrix, power)
     parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)

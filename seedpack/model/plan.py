@@ -161,6 +161,13 @@ class Plan:
                 "include or exclude all of its projections in all layers"
             )
 
+    def with_hessians(self, names: set[str]) -> Plan:
+        """This plan with the codecs of packed tensors that a Hessian is known for as they are to be then."""
+        return replace(
+            self,
+            tensors=tuple(replace(t, codec=t.codec.with_hessian()) if t.name in names else t for t in self.tensors),
+        )
+
     def dumps(self) -> str:
         """The JSON text of `to_json`."""
         return json.dumps(self.to_json(), indent=2) + "\n"

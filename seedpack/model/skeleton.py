@@ -90,9 +90,7 @@ class Skeleton:
             stored: names of the checkpoint by those of the model.
             read: gives a tensor of the checkpoint.
         """
-        target = self.parameter(name)[0]
-        layers = {target, *(tied for tied, origin in self.tied.items() if origin == target)}
-        for layer in sorted(layer.rpartition(".")[0] for layer in layers):
+        for layer in sorted(parameter.rpartition(".")[0] for parameter in self.parameters(name)):
             norm = self._followers.get(layer)
             if norm is None:
                 continue
@@ -120,6 +118,11 @@ class Skeleton:
         if found not in self._state and name in self._state:
             found, pattern = rename_source_key(name, [], [], prefix, self._state)
         return found, pattern
+
+    def parameters(self, name: str) -> list[str]:
+        """The model's names of a checkpoint tensor: of its parameter, and of those tied to it."""
+        target = self.parameter(name)[0]
+        return [target, *(tied for tied, origin in self.tied.items() if origin == target)]
 
     def expert(self, name: str) -> Expert | None:
         """Where an expert's matrix goes, if it is one that is merely stacked and concatenated in memory."""

@@ -60,3 +60,25 @@ def check_refusals(codec: Codec, weight: Tensor) -> None:
         codec.check({**parts, "weight": parts["weight"][:-1]}, shape)
     with pytest.raises(CodecError, match=r"part 'weight' of a weight .* expected .* found"):
         codec.check({**parts, "weight": parts["weight"].to(torch.int64)}, shape)
+
+
+def check_hessian(codec: Codec, ratio: float) -> None:
+    """A Hessian lowers the error of the product to at most `ratio` of the error without; wrong ones are refused."""
+    codec, (rows, columns) = codec.with_hessian(), (40, 96)
+    assert codec.hessians and codec.with_hessian() == codec
+    x = torch.randn(400, columns // 3) @ torch.randn(columns // 3, columns) + torch.randn(400, columns) / 4
+    weight, hessian = torch.randn(rows, columns), x.T @ x / len(x)
+    errors = []
+    for importance in (None, hessian):
+        parts = codec.encode(weight, importance)
+        codec.check(parts, (rows, columns))
+        error = codec.decode(parts, (rows, columns), torch.float32) - weight
+        errors.append(float((error @ hessian * error).sum()))
+    assert errors[1] < ratio * errors[0]
+    for wrong, message in (
+        (hessian[:-1], "has shape"),
+        (hessian * torch.nan, "must be finite"),
+        (torch.zeros_like(hessian), "its diagonal positive"),
+    ):
+        with pytest.raises(CodecError, match=message):
+            codec.encode(weight, wrong)

@@ -5,7 +5,7 @@ import torch
 
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_refusals
+from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
 
 CODECS = [
     SeedLMCodec(10, 8, 3),
@@ -72,6 +72,11 @@ def test_importance_moves_error_to_where_it_matters_least() -> None:
 def test_wrong_importance(importance: torch.Tensor) -> None:
     with pytest.raises(CodecError, match="importance must"):
         SeedLMCodec(8, 4, 2).encode(torch.randn(2, 32), importance)
+
+
+def test_hessians() -> None:
+    check_hessian(SeedLMCodec(10, 8, 3), 0.8)
+    check_hessian(SeedLMCodec(9, 7, 2), 0.8)  # padded
 
 
 def test_settings_out_of_range() -> None:

@@ -6,8 +6,9 @@ import torch
 from seedpack.codecs.registry import get_codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_refusals
+from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
 
 SMALL = SeedLMCodec(10, 8, 3)
 CODECS = [SVDCodec(rank=4), SVDCodec(bits=5.0), SVDCodec.over(SMALL, rank=9), SVDCodec.over(SMALL, bits=4.0)]
@@ -49,6 +50,16 @@ def test_importance() -> None:
     plain, weighted = (codec.decode(codec.encode(weight, h), (64, 48), torch.float32) for h in (None, importance))
     before, after = ((importance * (w - weight) ** 2).sum() for w in (plain, weighted))
     assert after < 0.95 * before
+
+
+def test_hessians() -> None:
+    for codec in (
+        SVDCodec(rank=20),
+        SVDCodec.over(SMALL, rank=20),
+        SVDCodec.over(TrellisCodec(4, effort="fast"), rank=20),
+    ):
+        check_hessian(codec, 0.5)
+    assert SVDCodec.over(TrellisCodec(), rank=2).with_hessian().factors["config"]["circular"] is False  # type: ignore[index]
 
 
 def test_settings() -> None:

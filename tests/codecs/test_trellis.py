@@ -9,7 +9,7 @@ import torch
 from seedpack.codecs.base import guessed_importance
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_refusals
+from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
 
 CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast")]
 
@@ -18,6 +18,13 @@ CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fa
 @pytest.mark.parametrize("shape", [(3, 40), (5, 3), (1, 8), (130, 37), (200, 96)], ids=str)
 def test_contract(codec: TrellisCodec, shape: tuple[int, int]) -> None:
     check_contract(codec, torch.randn(shape))
+
+
+def test_hessians() -> None:
+    check_hessian(TrellisCodec(2, effort="fast"), 0.6)
+    check_hessian(TrellisCodec(4, effort="fast", balance=False), 0.6)
+    with pytest.raises(CodecError, match="a Hessian is for streams with circular=false"):
+        TrellisCodec().encode(torch.randn(8, 16), torch.eye(16))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)

@@ -32,7 +32,7 @@ from seedpack.kernels.seedlm_search import triton as seedlm_search
 from seedpack.kernels.trellis_decode import triton as trellis
 from seedpack.kernels.trellis_matmul import triton as trellis_matmul
 from seedpack.kernels.trellis_search import triton as trellis_search
-from seedpack.kernels.trellis_search.reference import Code, Seam, seam_symbols
+from seedpack.kernels.trellis_search.reference import Code, Seam, from_zeros, seam_symbols
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
@@ -61,8 +61,9 @@ def launches() -> dict[str, Callable[[], object]]:
         "activations of 8 bits": lambda: trellis_matmul.eight_bits(torch.zeros(2, COLUMNS // 256, 8, 32)),
     }
     weights: dict[str, Callable[[], Any]] = {
-        f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), k, 16, 5, COLUMNS) for k in (2, 3, 4)
+        f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), k, 16, 5, True, COLUMNS) for k in (2, 3, 4)
     }
+    weights["trellis-4 zeros"] = lambda: trellis.regenerated(*trellis_parts(4), 4, 16, 5, False, COLUMNS)
     weights |= {f"seedlm-{b}x{r}": lambda b=b, r=r: seedlm_weight(b, r) for b, r in ((8, 3), (12, 4))}
     for name, weight in weights.items():
         for dtype in (torch.float32, torch.float16):
@@ -102,6 +103,7 @@ def launches() -> dict[str, Callable[[], object]]:
                         k,
                         16,
                         5,
+                        True,
                         torch.bfloat16,
                         i,
                     )
@@ -120,7 +122,7 @@ def launches() -> dict[str, Callable[[], object]]:
         q = torch.zeros(rank, 1 << 12, max(16, places), dtype=torch.float16)
         found[f"seedlm search {places}x{rank}"] = lambda q=q: seedlm_search.largest_energies(q, q[0, :100])
     single = {
-        "trellis": lambda: trellis.regenerated(*trellis_parts(4, 1), 4, 16, 1, COLUMNS),
+        "trellis": lambda: trellis.regenerated(*trellis_parts(4, 1), 4, 16, 1, True, COLUMNS),
         "seedlm": lambda: seedlm_weight(8, 3, 1),
         "basis": lambda: basis_decode.regenerated(torch.ones(1, 4), 1, "squirrel5", 1, COLUMNS),
     }
@@ -135,10 +137,13 @@ def launches() -> dict[str, Callable[[], object]]:
         found[f"{name} of one row dense"] = lambda w=weight: launch.dense(w(), torch.float32)
     lanes = torch.zeros(1, 1, 8, 32)
     found["trellis few of one row"] = lambda: trellis_matmul.few_tokens(
-        lanes, 1, *trellis_parts(4, 1), 4, 16, 1, torch.float16
+        lanes, 1, *trellis_parts(4, 1), 4, 16, 1, False, torch.float16
     )
     found["activations of 8 bits, one group"] = lambda: trellis_matmul.eight_bits(lanes)
     found["search of one row"] = lambda: trellis_search.walk(torch.zeros(1, 40), Code(4, 16, 1, 9))
+    found["search from zeros"] = lambda: trellis_search.walk(
+        torch.zeros(ROWS, 48), Code(3, 16, 1, 10), from_zeros(torch.zeros(ROWS))
+    )
     found["gradient of one"] = lambda: basis_matmul.grad_coefs(torch.zeros(1, 1), torch.zeros(1, 8), 1, 1, 1, "philox")
     return found
 

@@ -59,16 +59,23 @@ def test_exact(
     assert found.seed.min() >= 1 and found.seed.max() < 2**seed_bits
 
 
-@pytest.mark.parametrize("importance", ["mild", "wild"])
+FACTORS = {
+    "mild": torch.diag(torch.linspace(0.4, 1.1, 8)),
+    "wild": torch.diag(torch.logspace(-3, 1, 8)[[3, 7, 0, 4, 1, 6, 2, 5]]),
+    "triangular": torch.eye(8) + torch.arange(64.0).view(8, 8).sin().tril(-1) / 2,
+    "nearly singular": torch.eye(8) * 0.01 + torch.arange(64.0).view(8, 8).cos().tril(),
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS.keys())
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_exact_with_importance(importance: str, backend: Backend) -> None:
-    h = torch.rand(8) + 0.2 if importance == "mild" else torch.logspace(-6, 2, 8)[torch.randperm(8)]
+def test_exact_under_a_norm(factor: torch.Tensor, backend: Backend) -> None:
     blocks = torch.randn(60, 8)
     settings = {"seed_bits": 12, "rank": 3, "exponents": 3}
-    same_error(
-        seedlm_search(blocks, h, -5, **settings, backend=backend),
-        seedlm_search(blocks, h, -5, **settings, backend="reference"),
-    )
+    found = seedlm_search(blocks, factor, -5, **settings, backend=backend)
+    same_error(found, seedlm_search(blocks, factor, -5, **settings, backend="reference"))
+    error = (blocks.double() - reconstruct(found, 8, 12, -5)) @ factor.double()
+    torch.testing.assert_close(error.square().sum(1), found.error, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])

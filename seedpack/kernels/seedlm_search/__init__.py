@@ -14,7 +14,7 @@ BACKENDS = ("cpu", "triton", "reference")
 
 def seedlm_search(
     blocks: Tensor,
-    importance: Tensor | None,
+    factor: Tensor | None,
     exponent_bias: int,
     *,
     seed_bits: int,
@@ -25,4 +25,4 @@ def seedlm_search(
     """The exact argmin of the quantised error for each block; see `reference.search` for what that is."""
     chosen = choose("seedlm_search", backend, blocks.device, BACKENDS)
     kernels = import_module(f"seedpack.kernels.seedlm_search.{chosen}")
-    return kernels.search(blocks, importance, exponent_bias, seed_bits, rank, exponents)  # type: ignore[no-any-return]
+    return kernels.search(blocks, factor, exponent_bias, seed_bits, rank, exponents)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ sliding dot product, C multiply-adds a seed. A lower triangular R(s) from the se
 Qᵀw: P(P+1)/2 more, and P for the squares: C + P(P+3)/2 in all, 17 for C = 8, P = 3. Tiles of seeds stay in the
 L1 cache while a chunk of blocks passes; per block only the maximum over each class of `TILE / LANES` seeds is kept.
 
-float32 holds this bound to `_slack`·‖w‖² as long as U(s) is well conditioned. The other seeds (0.8% at K = 16)
+float32 holds this bound to `_slack`·‖w‖² as long as Mᵀ·U(s) is well conditioned. The other seeds (0.8% at K = 16)
 are bounded with their explicit Q instead. Exact evaluation is in float64.
 """
 
@@ -51,14 +51,16 @@ def _slack(block: int, rank: int) -> float:
 
 
 @njit(cache=True, nogil=True)
-def _qr(u: Any, start: int, root: Any, q: Any, r: Any) -> bool:
-    """Q [P, C] and upper R [P, P] of diag(root)·U(s) by Gram-Schmidt, twice; False if it has not full rank."""
+def _qr(u: Any, start: int, factor: Any, q: Any, r: Any) -> bool:
+    """Q [P, C] and upper R [P, P] of Mᵀ·U(s) by Gram-Schmidt, twice; False if it has not full rank."""
     rank, block = q.shape
     full = True
     for p in range(rank):
         size = 0.0
         for c in range(block):
-            q[p, c] = root[c] * u[start + c * rank + p]
+            q[p, c] = 0.0
+            for d in range(c, block):
+                q[p, c] += factor[d, c] * u[start + d * rank + p]
             size += q[p, c] * q[p, c]
         for m in range(rank):
             r[m, p] = 0.0
@@ -85,9 +87,12 @@ def _qr(u: Any, start: int, root: Any, q: Any, r: Any) -> bool:
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _bound_tables(u: Any, seeds: int, root: Any, rank: int, lower: Any, ill: Any) -> None:
-    """Fill `lower` [tiles, P(P+1)/2, TILE] with R(s)^-T; mark in `ill` the seeds that it cannot serve."""
-    block = root.shape[0]
+def _bound_tables(u: Any, seeds: int, factor: Any, largest: float, rank: int, lower: Any, ill: Any) -> None:
+    """Fill `lower` [tiles, P(P+1)/2, TILE] with R(s)^-T; mark in `ill` the seeds that it cannot serve.
+
+    A sliding dot product errs by no more than 2^-24·‖U‖·‖M‖·‖w·M‖ times its length; `largest` is ‖M‖².
+    """
+    block = factor.shape[0]
     for tile in prange(lower.shape[0]):
         q = np.empty((rank, block))
         r = np.empty((rank, rank))
@@ -95,7 +100,7 @@ def _bound_tables(u: Any, seeds: int, root: Any, rank: int, lower: Any, ill: Any
         for lane in range(min(TILE, seeds - tile * TILE)):
             n = tile * TILE + lane
             condition = np.inf
-            if _qr(u, n + 1, root, q, r):
+            if _qr(u, n + 1, factor, q, r):
                 size, inverse_size = 0.0, 0.0
                 for p in range(rank):  # inverse of the lower triangular Rᵀ
                     for m in range(p + 1):
@@ -104,7 +109,8 @@ def _bound_tables(u: Any, seeds: int, root: Any, rank: int, lower: Any, ill: Any
                             value -= r[k, p] * inverse[k, m]
                         inverse[p, m] = value / r[p, p]
                         inverse_size += inverse[p, m] * inverse[p, m]
-                        size += r[m, p] * r[m, p]
+                for j in range(block * rank):
+                    size += largest * u[n + 1 + j] * u[n + 1 + j]
                 condition = math.sqrt(size * inverse_size)
             ill[n] = condition > MAX_CONDITION
             i = 0
@@ -115,13 +121,13 @@ def _bound_tables(u: Any, seeds: int, root: Any, rank: int, lower: Any, ill: Any
 
 
 @njit(cache=True, nogil=True)
-def _ill_bases(u: Any, positions: Any, root: Any, rank: int, bases: Any) -> None:
+def _ill_bases(u: Any, positions: Any, factor: Any, rank: int, bases: Any) -> None:
     """Orthonormal bases of the ill-conditioned seeds, `bases` [P, C, ill]."""
-    block = root.shape[0]
+    block = factor.shape[0]
     q = np.empty((rank, block))
     r = np.empty((rank, rank))
     for i in range(positions.shape[0]):
-        _qr(u, positions[i] + 1, root, q, r)
+        _qr(u, positions[i] + 1, factor, q, r)
         for p in range(rank):
             for c in range(block):
                 bases[p, c, i] = q[p, c]
@@ -170,19 +176,19 @@ def _least_norm(r: Any, t: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _evaluate(
-    u: Any, n: int, w: Any, root: Any, exponents: int, q: Any, r: Any, t: Any, trial: Any,
-    best_error: float, best: Any,
+    u: Any, n: int, w: Any, weighted: Any, factor: Any, exponents: int, q: Any, r: Any, t: Any, trial: Any,
+    rest: Any, best_error: float, best: Any,
 ) -> float:  # fmt: skip
     """Quantise the fit of the seed at position n; if it beats `best_error`, store (n, exponent, mantissas) in `best`.
 
     Ties go to the lower position, so that the result does not depend on the order of the search.
     """
     rank, block = q.shape
-    full = _qr(u, n + 1, root, q, r)
+    full = _qr(u, n + 1, factor, q, r)
     for p in range(rank):
         t[p] = 0.0
         for c in range(block):
-            t[p] += q[p, c] * root[c] * w[c]
+            t[p] += q[p, c] * weighted[c]
     if not full:
         _least_norm(r, t)
     else:
@@ -209,7 +215,12 @@ def _evaluate(
             fit = 0.0
             for p in range(rank):
                 fit += u[n + 1 + c * rank + p] * trial[p]
-            error += (root[c] * (w[c] - fit * scale)) ** 2
+            rest[c] = w[c] - fit * scale
+        for c in range(block):
+            miss = 0.0
+            for d in range(c, block):
+                miss += factor[d, c] * rest[d]
+            error += miss * miss
         if error < best_error or (error == best_error and n < best[0]):
             best_error = error
             best[0] = n
@@ -272,7 +283,7 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _finish(
-    u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, rw: Any, root: Any,
+    u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, wm: Any, factor: Any,
     exponents: int, slack: float, spread: float, chunk: int, maxima: Any, tops: Any, found: Any, errors: Any,
 ) -> None:  # fmt: skip
     """The exact search among the seeds that the bound leaves."""
@@ -281,11 +292,13 @@ def _finish(
     for job in prange((count + chunk - 1) // chunk):
         energy, dot = np.empty(ill.shape[0], np.float32), np.empty(ill.shape[0], np.float32)
         q, r = np.empty((rank, block)), np.empty((rank, rank))
-        t, trial = np.empty(rank), np.empty(rank)
+        t, trial, rest = np.empty(rank), np.empty(rank), np.empty(block)
+        halves = np.empty(block, np.float32)
         for i in range(job * chunk, min(count, (job + 1) * chunk)):
             total = 0.0
             for c in range(block):
-                total += (root[c] * w[i, c]) ** 2
+                total += wm[i, c] ** 2
+                halves[c] = np.float32(wm[i, c])
             found[i, 0], found[i, 1] = 0, EXPONENT_MIN
             found[i, 2:] = 0
             error = total  # of the zero block, always a candidate
@@ -317,50 +330,53 @@ def _finish(
                                 entry += 1
                             value += y * y
                         if value >= bar and value * size >= LEAST_MANTISSA:  # else all its mantissas are zero
-                            error = _evaluate(u, n, w[i], root, exponents, q, r, t, trial, error, found[i])
-            _ill_energy(ill_bases, rw[i], dot, energy)
+                            error = _evaluate(
+                                u, n, w[i], wm[i], factor, exponents, q, r, t, trial, rest, error, found[i]
+                            )
+            _ill_energy(ill_bases, halves, dot, energy)
             for k in range(ill.shape[0]):
                 if energy[k] >= total * (1.0 - slack) - error:
-                    error = _evaluate(u, ill[k], w[i], root, exponents, q, r, t, trial, error, found[i])
+                    error = _evaluate(u, ill[k], w[i], wm[i], factor, exponents, q, r, t, trial, rest, error, found[i])
             errors[i] = error
 
 
 class _Tables:
-    """What the search needs of one (K, C, P) and one importance, made once for all blocks."""
+    """What the search needs of one (K, C, P) and one factor, made once for all blocks."""
 
-    def __init__(self, seed_bits: int, block: int, rank: int, root: np.ndarray[Any, Any]):
+    def __init__(self, seed_bits: int, block: int, rank: int, factor: np.ndarray[Any, Any]):
         half = 1 << (seed_bits - 1)
         values = (lfsr_cycle(seed_bits).astype(np.float64) - half) / (half - 1)
-        self.seeds, self.root = len(values), root
+        self.seeds, self.factor = len(values), factor
         tiles = -(-self.seeds // TILE)
         length = tiles * TILE + block * rank + rank + 1
         self.u = np.resize(values, length)
         self.u32 = self.u.astype(np.float32)
         self.lower = np.zeros((tiles, rank * (rank + 1) // 2, TILE), np.float32)
         ill = np.zeros(self.seeds, np.bool_)
-        _bound_tables(self.u, self.seeds, root, rank, self.lower, ill)
+        _bound_tables(self.u, self.seeds, factor, float(np.linalg.norm(factor, 2)) ** 2, rank, self.lower, ill)
         self.spread = float(np.square(self.lower).sum(1).max())  # bounds |t|² / ‖Qᵀw‖² of well conditioned seeds
         self.ill = np.flatnonzero(ill)
         self.ill_bases = np.empty((rank, block, len(self.ill)), np.float32)
-        _ill_bases(self.u, self.ill, root, rank, self.ill_bases)
+        _ill_bases(self.u, self.ill, factor, rank, self.ill_bases)
 
 
 @lru_cache(maxsize=4)
 def _plain_tables(seed_bits: int, block: int, rank: int) -> _Tables:
-    return _Tables(seed_bits, block, rank, np.ones(block))
+    return _Tables(seed_bits, block, rank, np.eye(block))
 
 
 def search(
-    blocks: Tensor, importance: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
+    blocks: Tensor, factor: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
 ) -> Found:
     """As `reference.search`: the same least error; of seeds that tie, the first in LFSR order."""
     count, block = blocks.shape
-    if importance is None:
+    if factor is None:
         tables = _plain_tables(seed_bits, block, rank)
     else:
-        tables = _Tables(seed_bits, block, rank, importance.double().sqrt().numpy())
+        tables = _Tables(seed_bits, block, rank, np.ascontiguousarray(factor.double().cpu().numpy()))
     w = np.ldexp(blocks.detach().double().numpy(), -exponent_bias)  # float32 bounds must not under- or overflow
-    hw, rw = (w * tables.root**2).astype(np.float32), (w * tables.root).astype(np.float32)
+    wm = w @ tables.factor
+    hw = (wm @ tables.factor.T).astype(np.float32)
     found = np.zeros((count, 2 + rank), np.int64)
     errors = np.empty(count)
     classes = tables.lower.shape[0] * LANES
@@ -374,7 +390,7 @@ def search(
         bound(tables.u32, tables.lower, hw[part], chunk, maxima, tops)
         _finish(
             tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases, w[part], hw[part],
-            rw[part], tables.root, exponents, slack, tables.spread, FINISH_BLOCKS, maxima, tops, found[part],
+            wm[part], tables.factor, exponents, slack, tables.spread, FINISH_BLOCKS, maxima, tops, found[part],
             errors[part],
         )  # fmt: skip
     result = torch.from_numpy(found)

@@ -43,12 +43,12 @@ def all_bases(seed_bits: int, block: int, rank: int) -> Float[Tensor, "seeds blo
 
 
 def quantised(
-    t: Tensor, u: Tensor, w: Tensor, h: Tensor, exponent_bias: int, exponents: int
+    t: Tensor, u: Tensor, w: Tensor, factor: Tensor, exponent_bias: int, exponents: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of the exponents for coefficients t [..., P] of blocks w [..., C]: see `search`.
 
     Returns:
-        Σ_c h[c]·(error of c)² [...]; the exponent with the bias taken off [...]; the mantissas [..., P].
+        ‖error·M‖² [...], M the factor [C, C]; the exponent with the bias taken off [...]; the mantissas [..., P].
     """
     mantissa, power = torch.frexp(t.abs().amax(-1) / 7.5)
     rule = torch.where(mantissa > 0.5, power, power - 1).to(torch.int64)
@@ -58,7 +58,7 @@ def quantised(
         e = (rule + shift).clamp(EXPONENT_MIN + exponent_bias, EXPONENT_MAX + exponent_bias)
         scale = torch.ldexp(torch.ones_like(t[..., 0]), e)[..., None]
         q = (t / scale).round().clamp(MANTISSA_MIN, MANTISSA_MAX)
-        error = (h * (w - torch.einsum("...cp,...p->...c", u, q * scale)).square()).sum(-1)
+        error = ((w - torch.einsum("...cp,...p->...c", u, q * scale)) @ factor).square().sum(-1)
         if best is not None:
             better = error < best[0]
             error, e = torch.where(better, error, best[0]), torch.where(better, e, best[1])
@@ -70,13 +70,13 @@ def quantised(
 
 def search(
     blocks: Float[Tensor, "n block"],
-    importance: Float[Tensor, " block"] | None,
+    factor: Float[Tensor, "block block"] | None,
     exponent_bias: int,
     seed_bits: int,
     rank: int,
     exponents: int,
 ) -> Found:
-    """For each block w the (seed, exponent, mantissas) of least Σ_c h[c]·(w[c] - (U(s)·q)[c]·2^(e + bias))².
+    """For each block w the (seed, exponent, mantissas) of least ‖(w - U(s)·q·2^(e + bias))·M‖².
 
     The zero block (all mantissas 0) is always a candidate. For each seed t is the (weighted) least-squares solution of U(s)·t = w. Its exponent by the rule is
     E = ceil(log2(max|t| / 7.5)), the least with which every mantissa round(t / 2^E) fits four bits. With
@@ -85,26 +85,25 @@ def search(
 
     Args:
         blocks: float32 or float64 [n, C].
-        importance: weight h of each place in the block [C], positive; None is all ones.
+        factor: M, lower triangular [C, C] of full rank; None is the identity. Diagonal with √h, each place counts h.
         exponent_bias: exponents -8 … 7 are stored with this taken off.
     """
     w = blocks.double()
     n, block = w.shape
-    h = torch.ones(block, dtype=torch.float64) if importance is None else importance.double()
-    root = h.sqrt()
+    m = torch.eye(block, dtype=torch.float64) if factor is None else factor.double()
     every = all_bases(seed_bits, block, rank)
     cycle = torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(torch.int64)
     best = Found(
         torch.ones(n, dtype=torch.int64),
         torch.full((n,), EXPONENT_MIN, dtype=torch.int64),
         torch.zeros(n, rank, dtype=torch.int64),
-        (h * w.square()).sum(-1),
+        (w @ m).square().sum(-1),
     )
     row = torch.arange(n)
     for first in range(0, len(every), CHUNK_SEEDS):
         u = every[first : first + CHUNK_SEEDS]
-        t = torch.einsum("spc,nc->nsp", torch.linalg.pinv(root[:, None] * u), root * w)
-        errors, e, q = quantised(t, u, w[:, None], h, exponent_bias, exponents)
+        t = torch.einsum("spc,nc->nsp", torch.linalg.pinv(m.mT @ u), w @ m)
+        errors, e, q = quantised(t, u, w[:, None], m, exponent_bias, exponents)
         error, at = errors.min(1)
         better = error < best.error
         best = Found(

@@ -101,11 +101,11 @@ def _slack(block: int, rank: int) -> float:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the search needs of one (K, C, P) and one importance; S seeds, padded to whole classes.
+    """What the search needs of one (K, C, P) and one factor; S seeds, padded to whole classes.
 
     Attributes:
         values: of `reference.basis_values`.
-        root: of the importance [C].
+        factor: M, float64 [C, C].
         q: float16 [P, S, places], of the seeds in the order of `spread`; zero for padding.
         position: of these seeds in `values`, int64 [S].
         spread: ‖R⁻¹‖² of each, float32 [S]; infinite where U has not full rank.
@@ -113,7 +113,7 @@ class _Tables:
     """
 
     values: Tensor
-    root: Tensor
+    factor: Tensor
     q: Tensor
     position: Tensor
     spread: Tensor
@@ -129,15 +129,15 @@ class _Tables:
         return (index // self.lanes * (self.lanes * TILES) + index % self.lanes)[..., None] + step
 
 
-def _make_tables(seed_bits: int, block: int, rank: int, root: Tensor) -> _Tables:
-    device = root.device
+def _make_tables(seed_bits: int, block: int, rank: int, factor: Tensor) -> _Tables:
+    device = factor.device
     values = basis_values(seed_bits).to(device)
     pieces = torch.arange(len(values), device=device).split(max(1, NUMBERS_AT_ONCE // (block * rank)))
     identity = torch.eye(rank, dtype=torch.float64, device=device)
 
     spreads, columns = [], []
     for piece in pieces:
-        q, r, full = orthonormal(root[:, None] * bases(values, piece, block, rank))
+        q, r, full = orthonormal(factor.mT @ bases(values, piece, block, rank))
         inverse = [back_substituted(r, one.expand(len(piece), rank)) for one in identity]
         spread = torch.stack([column.square().sum(-1) for column in inverse]).sum(0)
         spreads.append(torch.where(full, spread, torch.inf).float())
@@ -148,26 +148,26 @@ def _make_tables(seed_bits: int, block: int, rank: int, root: Tensor) -> _Tables
     q = torch.zeros(rank, len(values) + padding, config["PLACES"], dtype=torch.float16, device=device)
     q[:, : len(values), :block] = torch.cat(columns)[order].permute(2, 0, 1)
     pad = torch.nn.functional.pad
-    return _Tables(values, root, q, pad(order, (0, padding)), pad(spread, (0, padding)), config["BLOCK_S"])
+    return _Tables(values, factor, q, pad(order, (0, padding)), pad(spread, (0, padding)), config["BLOCK_S"])
 
 
 @lru_cache(maxsize=4)
 def _plain_tables(seed_bits: int, block: int, rank: int, device: torch.device) -> _Tables:
-    return _make_tables(seed_bits, block, rank, torch.ones(block, dtype=torch.float64, device=device))
+    return _make_tables(seed_bits, block, rank, torch.eye(block, dtype=torch.float64, device=device))
 
 
 def search(
-    blocks: Tensor, importance: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
+    blocks: Tensor, factor: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
 ) -> Found:
     """As `reference.search`: the same least error; of seeds that tie, the first in LFSR order."""
     count, block = blocks.shape
     device = blocks.device
-    if importance is None:
+    if factor is None:
         tables = _plain_tables(seed_bits, block, rank, device)
     else:
-        tables = _make_tables(seed_bits, block, rank, importance.to(device, torch.float64).sqrt())
+        tables = _make_tables(seed_bits, block, rank, factor.to(device, torch.float64))
     w = blocks.detach().double()
-    total = (tables.root * w).square().sum(1)
+    total = (w @ tables.factor).square().sum(1)
     best = Found(  # `seed` is a position until the end
         torch.zeros(count, dtype=torch.int64, device=device),
         torch.full((count,), EXPONENT_MIN, dtype=torch.int64, device=device),
@@ -185,7 +185,7 @@ def _search(
 ) -> None:
     """The search for blocks `some` [n] of w [blocks, C], none zero; what is better than in `best` is put there."""
     rank, _, places = tables.q.shape
-    unit = tables.root * w[some] / total[some, None].sqrt()
+    unit = w[some] @ tables.factor / total[some, None].sqrt()
     halves = torch.nn.functional.pad(unit, (0, places - unit.shape[1])).half()
     tops = largest_energies(tables.q, halves)
     room = max(1, AT_ONCE // (TILES * rank * places))
@@ -224,13 +224,13 @@ def _fit(
     block, rank = w.shape[1], best.mantissa.shape[1]
     if not len(index):
         return
-    u, rooted = bases(tables.values, position, block, rank), tables.root * w[index]
-    weighted = tables.root[:, None] * u
+    u, rooted = bases(tables.values, position, block, rank), w[index] @ tables.factor
+    weighted = tables.factor.mT @ u
     q, r, full = orthonormal(weighted)
     t = back_substituted(r, (q * rooted[..., None]).sum(1))
     if not full.all():
         t[~full] = torch.einsum("npc,nc->np", torch.linalg.pinv(weighted[~full]), rooted[~full])
-    error, exponent, mantissa = quantised(t, u, w[index], tables.root.square(), exponent_bias, exponents)
+    error, exponent, mantissa = quantised(t, u, w[index], tables.factor, exponent_bias, exponents)
     least = best.error.scatter_reduce(0, index, error, "amin")
     tied = error == least[index]
     first = torch.full_like(best.seed, len(tables.values)).scatter_reduce(0, index[tied], position[tied], "amin")

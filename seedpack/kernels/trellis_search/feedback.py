@@ -51,10 +51,9 @@ def search_with_feedback(
 
     def target(low: int, high: int, decided: int) -> Tensor:
         """What weights low … high - 1 should be, given the errors of those from `decided` on."""
-        answer = error[:, decided:] @ c[decided:, low:high]
-        return wanted[:, low:high] - torch.linalg.solve_triangular(
-            c[low:high, low:high], answer, upper=False, left=False
-        )
+        errors = error[:, decided:] @ c[decided:, low:high]
+        answer: Tensor = torch.linalg.solve_triangular(c[low:high, low:high], errors, upper=False, left=False)
+        return wanted[:, low:high] - answer
 
     start, high = from_zeros(wanted), padded
     while high:

@@ -28,6 +28,8 @@ class Source:
         files: further files of a Hugging Face folder to be copied (tokenizer, licence, …).
         dropped: what the file held beside tensors, for a note.
         power: the power of each input channel of a layer, by its weight's name, where a norm before it tells [in].
+        parameters: names in the model of a tensor, that of its parameter first, then those tied to it.
+        opened: makes the model to run, and its tokenizer if it has one; None where there is nothing to run.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Source:
     files: list[Path] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     power: Callable[[str], Tensor | None] = lambda name: None
+    parameters: Callable[[str], list[str]] = lambda name: [name]
+    opened: Callable[[], tuple[Any, Any]] | None = None
 
     def __post_init__(self) -> None:
         if not self.tensors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ from torch import Tensor
 from seedpack.errors import ModelError
 from seedpack.formats.reader import read_json
 from seedpack.model.plan import SourceTensor
-from seedpack.model.skeleton import Skeleton
-from seedpack.model.sources.base import Source, StateDictSource
+from seedpack.model.skeleton import Skeleton, architecture
+from seedpack.model.sources.base import Source, StateDictSource, first_line
 from seedpack.model.sources.safetensors import open_safetensors
 from seedpack.model.sources.torch_file import load_state_dict
 
@@ -44,7 +46,7 @@ def open_folder(path: Path) -> Source:
         method = found.get("quant_method", "?") if isinstance(found, dict) else found
         raise ModelError(f"{path}: is quantised already (by {method}); start from the dense model")
     skeleton = Skeleton.of_folder(path)
-    rest: dict[str, Any] = {"config": config, "files": _further_files(path)}
+    rest: dict[str, Any] = {"config": config, "files": _further_files(path), "opened": lambda: open_model(path)}
     files = _weights(path, "model.safetensors")
     if files:
         return resolve_ties(open_safetensors(files, str(path), skeleton.kind, **rest), skeleton)
@@ -80,7 +82,36 @@ def resolve_ties(source: Source, skeleton: Skeleton) -> Source:
         del source.tensors[name]
     source.read = lambda name: read(renamed.get(name, name))
     source.power = lambda name: skeleton.power(name, stored, source.read)
+    source.parameters = skeleton.parameters
     return source
+
+
+def _free_bytes() -> int:
+    """Memory that is free, as the system says; where it does not, as much as one could wish."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62
+
+
+def open_model(path: Path) -> tuple[Any, Any]:
+    """A folder's model, in float32, and its tokenizer or None; on disk where it fills more than half of what is free."""
+    import transformers
+
+    config = read_json(path / "config.json")
+    cls = architecture(config) or transformers.AutoModel
+    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if 2 * size > _free_bytes() / 2:
+        options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="seedpack-")}
+    try:
+        model = cls.from_pretrained(path, **options)
+    except Exception as error:  # the libraries' own
+        raise ModelError(f"{path}: transformers cannot run it ({first_line(error)})") from error
+    try:
+        return model, transformers.AutoTokenizer.from_pretrained(path)
+    except Exception:  # not every model has one
+        return model, None
 
 
 def _weights(path: Path, single: str) -> list[Path]:

@@ -46,5 +46,7 @@ def open_gguf(path: Path) -> Source:
     with torch.device("meta"):
         outline = Skeleton(type(model)(model.config))
     source.power = lambda name: outline.power(name, {key: key for key in state}, source.read)
+    source.parameters = outline.parameters
+    source.opened = lambda: (model, AutoTokenizer.from_pretrained(folder) if not dropped else None)
     weakref.finalize(source, holder.cleanup)
     return source

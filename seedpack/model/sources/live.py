@@ -25,4 +25,6 @@ def from_module(model: nn.Module) -> Source:
         parent, _, leaf = name.rpartition(".")
         return module_kind(modules.get(parent), leaf)
 
-    return StateDictSource.from_tensors(type(model).__name__, model.state_dict(), kinds)
+    source = StateDictSource.from_tensors(type(model).__name__, model.state_dict(), kinds, opened=lambda: (model, None))
+    source.parameters = lambda name: [name, *(other for other, first in source.shared.items() if first == name)]
+    return source

@@ -1,0 +1,152 @@
+"""Calibration as `compress` asks for it: a text or batches in, the Hessian of every layer's input out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seedpack.calibration import hessians, layerwise, tokens
+from seedpack.calibration.store import FOLDER, Store, fingerprint
+from seedpack.errors import ModelError
+from seedpack.model.fitting import Found
+from seedpack.model.sources import Source, looks_like_hub_id
+
+TOKENS, CONTEXT = 16384, 512
+Watch = Callable[[str, int, int], None]  # what is done, units done since the last call, units in all
+Text = str | Path | Tensor | Iterable[Any]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What layers are fed.
+
+    Attributes:
+        text: "self": the model writes it; a text or JSON lines file; a data set of the hub; token ids [n, context]; or,
+            for modules that are no language models, batches to run the module on.
+        tokens: how many a language model reads.
+        context: of how many tokens each.
+        seed: of what the model writes.
+    """
+
+    text: Text
+    tokens: int = TOKENS
+    context: int = CONTEXT
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context < 2 or self.tokens < self.context:
+            raise ModelError(
+                f"calibration on {self.tokens} tokens in sequences of {self.context}: sequences must have at least 2, and "
+                "there must be tokens for one of them"
+            )
+
+
+def calibrated(
+    source: Source,
+    calibration: Calibration | Text | None,
+    output: Path,
+    device: torch.device,
+    watch: Watch | None = None,
+) -> Found:
+    """The Hessians E[x·xᵀ] of the inputs of a model's layers, by the names of their weights in the model.
+
+    Those of a language model are kept in a folder beside the output, and found there again.
+
+    Args:
+        source: the model.
+        calibration: what it is fed, or that alone; None or "none": nothing.
+        output: of the run that they are for.
+        device: to run on.
+        watch: told of progress.
+    """
+    if calibration is None or (isinstance(calibration, str) and calibration == "none"):
+        return {}
+    calibration = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
+    watch = watch or (lambda what, done, total: None)
+    if source.opened is None:
+        raise ModelError(
+            f"{source.name}: calibration runs the model, and a bare state dict has none to run; pass a Hugging Face folder, "
+            "or from Python the module itself and batches"
+        )
+    if isinstance(calibration.text, (str, Path, Tensor)):
+        return _of_language_model(source, calibration, output, device, watch)
+    model, _ = source.opened()
+    return hessians.run(model.to(device), calibration.text, device)
+
+
+def _of_language_model(
+    source: Source, calibration: Calibration, output: Path, device: torch.device, watch: Watch
+) -> Store:
+    watch("Reading the model", 0, 1)
+    made_of = {
+        "model": fingerprint(source), "text": _identity(calibration.text), "tokens": calibration.tokens,
+        "context": calibration.context, "seed": calibration.seed if calibration.text == "self" else None,
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    store = Store(output.parent / FOLDER / key, made_of)
+    if store.complete:
+        return store
+    assert source.opened is not None
+    model, tokenizer = source.opened()
+    if not hasattr(model, "generate") or model.get_output_embeddings() is None:
+        raise ModelError(f"{source.name}: calibration on text is for causal language models; pass batches from Python")
+    if not getattr(model, "hf_device_map", None):
+        model.to(device)
+    ids = _tokens(model, tokenizer, calibration, store, watch)
+    if int(ids.max()) >= model.get_input_embeddings().num_embeddings or int(ids.min()) < 0:
+        raise ModelError(
+            f"{source.name}: has {model.get_input_embeddings().num_embeddings} tokens, the text has others"
+        )
+    count = len(layerwise.decoder_layers(model))
+
+    def found(name: str, values: dict[str, Tensor], output: Tensor | None) -> None:
+        store.add(name, values, output)
+        watch("Calibrating, layers", 1 if name else 0, count)
+
+    layerwise.run(model, ids, found, store.skip)
+    return store
+
+
+def _tokens(model: Any, tokenizer: Any, calibration: Calibration, store: Store, watch: Watch) -> Tensor:
+    text, count, context = calibration.text, calibration.tokens, calibration.context
+    if isinstance(text, Tensor):
+        return text
+    if text == "self":
+        ids = store.tokens()
+        if ids is None:
+            ids = tokens.written(
+                model, count, context, calibration.seed, lambda n: watch("Writing text, tokens", n, count)
+            )
+            store.save_tokens(ids)
+        return ids
+    if tokenizer is None:
+        raise ModelError(f"calibration on {text}: the model has no tokenizer; give token ids [n, context]")
+    path = Path(str(text))
+    if path.is_file():
+        return tokens.from_text(tokens.read_texts(path), tokenizer, count, context, str(path))
+    return tokens.from_text(tokens.hub_texts(str(text)), tokenizer, count, context, str(text))
+
+
+def _identity(text: Text) -> str:
+    """What tells one text from another."""
+    if isinstance(text, Tensor):
+        if text.dim() != 2 or text.dtype != torch.int64 or not text.numel():
+            raise ModelError(f"calibration: token ids must be int64 [n, context], got {text.dtype} {list(text.shape)}")
+        return hashlib.sha256(text.contiguous().cpu().numpy().tobytes()).hexdigest()
+    if text == "self":
+        return "self"
+    path = Path(str(text))
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    if looks_like_hub_id(str(text).partition(":")[0]):
+        return str(text)
+    raise ModelError(
+        f"calibration {str(text)!r}: is no file, no data set of the hub (org/name), and neither self nor none"
+    )

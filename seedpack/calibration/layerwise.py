@@ -1,0 +1,123 @@
+"""Run a language model on all calibration text at once, one decoder layer after the other.
+
+All hidden states pass through a layer, some sequences at a time, before the next one runs: so only one layer's Hessians
+are in memory, and a model whose weights lie on disk (accelerate's offloading) reads each of them once for each few
+sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.calibration.hessians import Hessians
+from seedpack.errors import ModelError
+
+TOKENS_AT_ONCE = 4096
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that a transformers model is a stack of, by name."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}
+
+
+Found = Callable[[str, dict[str, Tensor], Tensor | None], None]
+Skip = Callable[[str, Tensor], Tensor | None]
+
+
+@torch.inference_mode()
+def run(model: Any, tokens: Tensor, found: Found, skip: Skip) -> None:
+    """Run a causal language model of transformers on tokens [n, context].
+
+    Args:
+        model: on any device, or offloaded.
+        tokens: int64.
+        found: called after each layer with its name, the Hessians of its linear layers by the name of the weight, and its
+            output; in the end with "", those of what belongs to no layer, the output head among them, and None.
+        skip: given a layer's name and its input, its output, if it need not be run.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        raise ModelError(f"{type(model).__name__}: has no decoder layers that seedpack could calibrate one by one")
+    names = {name: dict(layer.named_modules(prefix=name)) for name, layer in layers.items()}
+    others = {
+        name: module for name, module in model.base_model.named_modules(prefix=_prefix(model))
+        if not any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+    }  # fmt: skip
+    rows = max(1, TOKENS_AT_ONCE // tokens.shape[1])
+    head = model.get_output_embeddings()
+
+    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        return _through(name, names[name], forward, args, kwargs, rows, found, skip)
+
+    with Hessians(others) as outside, _wrapped(layers, call):
+        out = model.eval().base_model(input_ids=tokens.to(model.device), use_cache=False)[0]
+    rest = _weights(outside.means())
+    if isinstance(head, nn.Linear):
+        with Hessians({"head": head}) as last:
+            for part in out.split(rows):
+                last._seen("head", head, (part,))
+        rest |= {f"{name}.weight": last.means()["head"] for name, module in model.named_modules() if module is head}
+    found("", rest, None)
+
+
+def _through(
+    name: str, modules: dict[str, nn.Module], forward: Any, args: Any, kwargs: Any, rows: int, found: Found,
+    skip: Skip,
+) -> Any:  # fmt: skip
+    """A layer's output for all sequences, some at a time."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    known = skip(name, hidden)
+    if known is not None:
+        return known
+    count, parts = len(hidden), []
+    with Hessians(modules) as hessians:
+        for first in range(0, count, rows):
+            here = slice(first, min(count, first + rows))
+            out = forward(*_some(args, count, here), **_some(kwargs, count, here))
+            parts.append(out[0] if isinstance(out, tuple) else out)
+    whole = torch.cat(parts)
+    found(name, _weights(hessians.means()), whole)
+    return (whole,) if isinstance(out, tuple) else whole
+
+
+def _some(value: Any, count: int, here: slice) -> Any:
+    """Some sequences of arguments: of tensors with more than one axis whose first one counts all of them."""
+    if isinstance(value, Tensor):
+        return value[here] if value.dim() > 1 and value.shape[0] == count else value
+    if isinstance(value, dict):
+        return {key: _some(item, count, here) for key, item in value.items()}
+    return type(value)(_some(item, count, here) for item in value) if type(value) in (tuple, list) else value
+
+
+@contextmanager
+def _wrapped(layers: dict[str, nn.Module], call: Callable[[str, Any, Any, Any], Any]) -> Iterator[None]:
+    """Layers whose forward pass is `call`ed with their name, what it was, and its arguments."""
+    before = {name: vars(layer).get("forward") for name, layer in layers.items()}
+    for name, layer in layers.items():
+        vars(layer)["forward"] = lambda *args, name=name, forward=layer.forward, **kwargs: call(
+            name, forward, args, kwargs
+        )
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            if before[name] is None:
+                del vars(layer)["forward"]
+            else:
+                vars(layer)["forward"] = before[name]
+
+
+def _weights(hessians: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{name}.weight": value for name, value in hessians.items()}
+
+
+def _prefix(model: Any) -> str:
+    return str(model.base_model_prefix) if model.base_model is not model else ""

@@ -1,0 +1,115 @@
+"""Hessians on disk: made once for a model and a text, used by every run after, and where an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from seedpack.dtypes import to_bytes
+from seedpack.errors import ModelError, OutputError
+from seedpack.formats.digest import part_digest
+from seedpack.formats.reader import read_json
+from seedpack.model.sources import Source
+
+FOLDER = "seedpack-calibration"
+VERSION = 1
+
+
+class Store:
+    """A folder of Hessians.
+
+    `index.json` holds what they were made of, and for each weight the file and the name in it. `output.safetensors` is
+    what came out of the last layer that is done, until all are.
+    """
+
+    def __init__(self, folder: Path, made_of: Mapping[str, Any]):
+        self.folder = folder
+        self._index: dict[str, Any] = {"version": VERSION, "made_of": dict(made_of), "layers": [], "weights": {}}
+        if (folder / "index.json").is_file():
+            found = read_json(folder / "index.json")
+            if not isinstance(found, dict) or any(found.get(key) != self._index[key] for key in ("version", "made_of")):
+                raise ModelError(f"{folder}: holds another calibration; delete that folder")
+            self._index = found
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers are there."""
+        return "" in self._index["layers"]
+
+    def add(self, layer: str, hessians: Mapping[str, Tensor], output: Tensor | None) -> None:
+        """Keep a layer's Hessians by the names of weights, and its output to go on from; "" is the last one."""
+        file = f"layer-{len(self._index['layers']):04d}.safetensors"
+        firsts: dict[int, str] = {}
+        for name, value in hessians.items():
+            firsts.setdefault(id(value), name)
+        self._save({name: hessians[name] for name in firsts.values()}, file)
+        if output is not None:
+            self._save({"output": output.contiguous()}, "output.safetensors")
+        self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in hessians.items()}
+        self._index["layers"].append(layer)
+        text = json.dumps(self._index, indent=1)
+        self._write("index.json", lambda path: path.write_text(text))
+        if not layer:
+            (self.folder / "output.safetensors").unlink(missing_ok=True)
+
+    def skip(self, layer: str, hidden: Tensor) -> Tensor | None:
+        """The output of a layer that is done: of the last one; of those before, anything of that shape."""
+        done = self._index["layers"]
+        if layer not in done:
+            return None
+        return self.tensor("output.safetensors", "output").to(hidden.device) if layer == done[-1] else hidden
+
+    def __contains__(self, weight: object) -> bool:
+        return weight in self._index["weights"]
+
+    def get(self, weight: str) -> Tensor | None:
+        """The Hessian of a weight's input, float32 [in, in], if it has one."""
+        where = self._index["weights"].get(weight)
+        return None if where is None else self.tensor(*where)
+
+    def save_tokens(self, tokens: Tensor) -> None:
+        """Keep the text that the model wrote."""
+        self._save({"tokens": tokens}, "tokens.safetensors")
+
+    def tokens(self) -> Tensor | None:
+        """The text that the model wrote, if it is there."""
+        return self.tensor("tokens.safetensors", "tokens") if (self.folder / "tokens.safetensors").is_file() else None
+
+    def tensor(self, file: str, name: str) -> Tensor:
+        """One tensor of one of the folder's files."""
+        try:
+            with safe_open(self.folder / file, "pt") as tensors:
+                found: Tensor = tensors.get_tensor(name)
+                return found
+        except Exception as error:  # the library's own, which differ by version
+            raise ModelError(f"{self.folder / file}: cannot be read ({error}); delete that folder") from None
+
+    def _save(self, tensors: dict[str, Tensor], file: str) -> None:
+        self._write(file, lambda path: save_file(tensors, path))
+
+    def _write(self, file: str, write: Any) -> None:
+        partial = self.folder / f".{file}.partial"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(partial)
+            os.replace(partial, self.folder / file)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OutputError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of a model's tensors and config."""
+    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode())
+    for name in source.tensors:
+        digest.update(name.encode())
+        digest.update(part_digest(*to_bytes(source.read(name))).encode())
+    return digest.hexdigest()
