@@ -66,12 +66,7 @@ class FileWriter:
     ):
         self._with_manifest = manifest
         self._manifest = _blank_manifest(tensors, shared, writer)
-        specs: dict[str, PartSpec] = {}
-        for tensor in tensors:
-            for part, spec in tensor.parts.items():
-                if specs.setdefault(part_key(tensor.name, part), spec) is not spec:
-                    raise FormatError(f"tensor {tensor.name!r}: its part {part!r} would overwrite another tensor")
-        self._infos = layout(specs)
+        self._infos = layout(_specs(tensors))
         self._digests: dict[str, str] = {}
         self._path = path
         header = self._header()
@@ -128,6 +123,13 @@ class FileWriter:
         if self._with_manifest:
             metadata[MANIFEST_KEY] = self.manifest.dumps()
         return serialise_header(self._infos, metadata)
+
+
+def file_bytes(tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str) -> int:
+    """What one file with these tensors takes, header and all."""
+    infos = layout(_specs(tensors))
+    metadata = {"format": "pt", MANIFEST_KEY: _blank_manifest(tensors, shared, writer).dumps()}
+    return len(serialise_header(infos, metadata)) + max((info.end for info in infos.values()), default=0)
 
 
 class CheckpointWriter:
@@ -226,6 +228,15 @@ def _blank_manifest(tensors: Sequence[PlannedTensor], shared: Mapping[str, str],
                 if part == PRINCIPAL_PART:
                     require_undense(tensor.name, shape, tensor.shape, "writer")
     return Manifest(tuple(codec for _, codec in codecs), entries, dict(shared), writer)
+
+
+def _specs(tensors: Sequence[PlannedTensor]) -> dict[str, PartSpec]:
+    specs: dict[str, PartSpec] = {}
+    for tensor in tensors:
+        for part, spec in tensor.parts.items():
+            if specs.setdefault(part_key(tensor.name, part), spec) is not spec:
+                raise FormatError(f"tensor {tensor.name!r}: its part {part!r} would overwrite another tensor")
+    return specs
 
 
 def _shards(tensors: Sequence[PlannedTensor], shard_bytes: int | None) -> list[list[PlannedTensor]]:

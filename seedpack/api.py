@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import seedpack
-from seedpack.calibration.calibrate import Calibration, Text, calibrated
+from seedpack.calibration.calibrate import Calibration, Text, calibrated, calibration_of, measured_costs
 from seedpack.calibration.calibrate import Watch as CalibrationWatch
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
@@ -21,9 +21,9 @@ from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
 from seedpack.errors import FormatError, ModelError, SeedpackError
 from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.reader import QUANT_METHOD, read_json
-from seedpack.formats.writer import SINGLE_FILE
+from seedpack.formats.writer import SINGLE_FILE, file_bytes
 from seedpack.kernels.dispatch import Backend
-from seedpack.model.budget import with_bits
+from seedpack.model.budget import Costs, is_budget, with_bits, with_size
 from seedpack.model.fitting import Inputs, Report, Watch, fit, fitting_device, leave_nonfinite
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, codec_for, make_plan
@@ -65,17 +65,27 @@ def plan_for(
     dtype: str | None = None,
     plan: str | Path | Mapping[str, Any] | None = None,
     head_bits: int | None = None,
+    target_size: int | None = None,
+    costs: Costs | None = None,
 ) -> Plan:
-    """The plan that `compress` would follow; arguments as there."""
+    """The plan that `compress` would follow; arguments as there, and `costs` as for `budget.allocate`."""
+    if target_size is not None and bits is not None:
+        raise ModelError("give bits or a target size, not both")
     chosen = codec if isinstance(codec, Codec) else codec_for(codec, bits, settings or {})
     target = dtype_name(_float_dtype(dtype)) if dtype else None
     result = make_plan(source.tensors, source.shared, chosen, include=include, exclude=exclude, dtype=target)
-    if isinstance(codec, str) or head_bits is not None:
-        result = with_bits(result, bits, head_bits)
+    if target_size is not None:
+        result = with_size(result, target_size, _file_bytes, head_bits, costs)
+    elif isinstance(codec, str) or head_bits is not None:
+        result = with_bits(result, bits, head_bits, costs)
     if plan is not None:
         result = result.edited_by_file(plan) if isinstance(plan, (str, Path)) else result.edited(plan)
     result.check_experts()
     return result
+
+
+def _file_bytes(plan: Plan) -> int:
+    return file_bytes([tensor.for_writer() for tensor in plan.tensors], plan.shared, WRITER)
 
 
 def compress(
@@ -90,6 +100,7 @@ def compress(
     dtype: str | None = None,
     plan: str | Path | Mapping[str, Any] | None = None,
     head_bits: int | None = None,
+    target_size: int | None = None,
     importance: Mapping[str, Tensor] | None = None,
     calibration: Text | Calibration | None = None,
     force: bool = False,
@@ -114,6 +125,7 @@ def compress(
         dtype: of raw float tensors and decoded weights; default the source's.
         plan: a plan document or file (see `Plan.to_json`) whose choices win.
         head_bits: code bits of a language model's output head (and the embedding tied to it); default by `budget`.
+        target_size: instead of bits, bytes of the file (of the weights, in a folder) to stay within.
         importance: per tensor name the weight of each input channel's error [in], or the Hessian E[x·xᵀ] of its layer's
             input [in, in]; default a guess where the codec has use for one: the power that the norm before a layer gives
             each channel, over the norm of its weights.
@@ -137,10 +149,11 @@ def compress(
     source = model if isinstance(model, Source) else open_source(model)
     output = Path(output)
     _require_apart(output, Path(source.name))
-    chosen = plan_for(
-        source, codec=codec, bits=bits, settings=settings, include=include, exclude=exclude, dtype=dtype, plan=plan,
-        head_bits=head_bits,
-    )  # fmt: skip
+    choice: dict[str, Any] = {
+        "codec": codec, "bits": bits, "settings": settings, "include": include, "exclude": exclude, "dtype": dtype,
+        "plan": plan, "head_bits": head_bits, "target_size": target_size,
+    }  # fmt: skip
+    chosen = plan_for(source, **choice)
     if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
         raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
     folder = source.config is not None
@@ -150,7 +163,11 @@ def compress(
         raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
     with staged(output, force=force, directory=folder) as partial:
         chosen = leave_nonfinite(source, chosen, allow_nonfinite)
-        inputs = Inputs(source, importance or {}, calibrated(source, calibration, output, place, watch_calibration))
+        text = None if calibration is None else calibration_of(calibration)
+        inputs = Inputs(source, importance or {}, calibrated(source, text, output, place, watch_calibration))
+        if text is not None and (target_size is not None or is_budget(chosen, bits)):
+            costs = measured_costs(source, chosen, text, inputs, output, place, watch_calibration)
+            chosen = leave_nonfinite(source, plan_for(source, **choice, costs=costs), allow_nonfinite)
         chosen = chosen.with_hessians({t.name for t in chosen.tensors if inputs.has_hessian(t.name)})
         for file in source.files:
             shutil.copyfile(file, partial / file.name)

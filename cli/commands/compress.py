@@ -44,6 +44,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     help="Bits a weight; default 4. trellis: 1 to 8; a fraction is a budget that the plan spreads over the tensors. "
     "seedlm: 3 or 4. svd: any.",
 )
+@click.option(
+    "--target-size", help="Instead of --bits: what the weights' files may take, as 90MB; spread over the tensors."
+)
 @click.option("--effort", help="trellis: fast, default or best: how long to search.")
 @click.option("--head-bits", type=int, help="trellis: of a language model's output head and the embedding tied to it.")
 @click.option(
@@ -92,6 +95,7 @@ def command(
     bits: float | None,
     effort: str | None,
     head_bits: int | None,
+    target_size: str | None,
     settings: tuple[str, ...],
     include: tuple[str, ...],
     exclude: tuple[str, ...],
@@ -121,6 +125,7 @@ def command(
     choice: dict[str, Any] = {
         "codec": codec, "bits": bits, "settings": parse_settings(settings) | ({"effort": effort} if effort else {}),
         "include": include, "exclude": exclude, "dtype": dtype, "plan": plan, "head_bits": head_bits,
+        "target_size": None if target_size is None else output.parse_size(target_size),
     }  # fmt: skip
     source = open_source(model)
     chosen = api.plan_for(source, **choice)

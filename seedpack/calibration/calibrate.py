@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedpack.calibration import hessians, layerwise, tokens
+from seedpack.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.calibration.store import FOLDER, Store, fingerprint
 from seedpack.errors import ModelError
-from seedpack.model.fitting import Found
+from seedpack.model.fitting import Found, Inputs
+from seedpack.model.plan import Plan
 from seedpack.model.sources import Source, looks_like_hub_id
 
 TOKENS, CONTEXT = 16384, 512
@@ -48,9 +49,16 @@ class Calibration:
             )
 
 
+def calibration_of(text: Calibration | Text) -> Calibration | None:
+    """What `compress` is given, with its defaults; None for "none"."""
+    if isinstance(text, str) and text == "none":
+        return None
+    return text if isinstance(text, Calibration) else Calibration(text)
+
+
 def calibrated(
     source: Source,
-    calibration: Calibration | Text | None,
+    calibration: Calibration | None,
     output: Path,
     device: torch.device,
     watch: Watch | None = None,
@@ -61,14 +69,13 @@ def calibrated(
 
     Args:
         source: the model.
-        calibration: what it is fed, or that alone; None or "none": nothing.
+        calibration: what it is fed; None: nothing.
         output: of the run that they are for.
         device: to run on.
         watch: told of progress.
     """
-    if calibration is None or (isinstance(calibration, str) and calibration == "none"):
+    if calibration is None:
         return {}
-    calibration = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
     watch = watch or (lambda what, done, total: None)
     if source.opened is None:
         raise ModelError(
@@ -81,16 +88,56 @@ def calibrated(
     return hessians.run(model.to(device), calibration.text, device)
 
 
+def measured_costs(
+    source: Source,
+    plan: Plan,
+    calibration: Calibration,
+    inputs: Inputs,
+    output: Path,
+    device: torch.device,
+    watch: Watch | None = None,
+) -> dict[str, float]:
+    """What a relative error of 1 in a tensor costs in KL divergence, by the names of tensors whose codec has variants.
+
+    Empty where that is not known: for what is no language model, or one that is partly on disk.
+    """
+    watch = watch or (lambda what, done, total: None)
+    if not isinstance(calibration.text, (str, Path, Tensor)):
+        return {}
+    store = _store(source, calibration, output)
+    outputs = store.output_costs()
+    if outputs is None:
+        assert source.opened is not None
+        model, tokenizer = source.opened()
+        if getattr(model, "hf_device_map", None):
+            return {}
+        ids = _tokens(model.to(device), tokenizer, calibration, store, watch)
+        total = min(ids.numel(), sensitivity.ENOUGH_TOKENS)
+        outputs = sensitivity.output_costs(model, ids, lambda n: watch("Measuring what errors cost, tokens", n, total))
+        store.save_output_costs(outputs)
+        del model
+    costs = {}
+    for count, tensor in enumerate(packed := [t for t in plan.tensors if t.packed and t.codec.variants()]):
+        watch("Weighing tensors", 1 if count else 0, len(packed))
+        weight = source.read(tensor.name).to(device)
+        matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
+        cost = 0.0
+        for parameter in source.parameters(tensor.name):  # an embedding and a head tied to it both cost
+            if (channels := outputs.get(f"{parameter}{sensitivity.COLUMNS}")) is not None:
+                cost += float(matrix.double().square().mean(0) @ channels.to(device))
+            if (channels := outputs.get(parameter)) is not None:
+                h = inputs.importance(tensor.name)
+                cost += tensor.codec.exposure(matrix, h if h is None or h.dim() == 2 else torch.diag(h), channels)
+        if cost:
+            costs[tensor.name] = cost
+    return costs
+
+
 def _of_language_model(
     source: Source, calibration: Calibration, output: Path, device: torch.device, watch: Watch
 ) -> Store:
     watch("Reading the model", 0, 1)
-    made_of = {
-        "model": fingerprint(source), "text": _identity(calibration.text), "tokens": calibration.tokens,
-        "context": calibration.context, "seed": calibration.seed if calibration.text == "self" else None,
-    }  # fmt: skip
-    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    store = Store(output.parent / FOLDER / key, made_of)
+    store = _store(source, calibration, output)
     if store.complete:
         return store
     assert source.opened is not None
@@ -112,6 +159,15 @@ def _of_language_model(
 
     layerwise.run(model, ids, found, store.skip)
     return store
+
+
+def _store(source: Source, calibration: Calibration, output: Path) -> Store:
+    made_of = {
+        "model": fingerprint(source), "text": _identity(calibration.text), "tokens": calibration.tokens,
+        "context": calibration.context, "seed": calibration.seed if calibration.text == "self" else None,
+    }  # fmt: skip
+    key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    return Store(output.parent / FOLDER / key, made_of)
 
 
 def _tokens(model: Any, tokenizer: Any, calibration: Calibration, store: Store, watch: Watch) -> Tensor:

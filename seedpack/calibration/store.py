@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seedpack.dtypes import to_bytes
@@ -74,6 +74,15 @@ class Store:
         """The Hessian of a weight's input, float32 [in, in], if it has one."""
         where = self._index["weights"].get(weight)
         return None if where is None else self.tensor(*where)
+
+    def save_output_costs(self, costs: dict[str, Tensor]) -> None:
+        """Keep what `sensitivity` measured."""
+        self._save(costs, "output-costs.safetensors")
+
+    def output_costs(self) -> dict[str, Tensor] | None:
+        """What `sensitivity` measured, if it is there."""
+        path = self.folder / "output-costs.safetensors"
+        return load_file(path) if path.is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
         """Keep the text that the model wrote."""

@@ -106,6 +106,18 @@ class Codec:
         """The relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1); of variants."""
         raise NotImplementedError
 
+    def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
+        """Σ over output channels of outputs·(squared error of the channel's output) for each unit of `expected_error`.
+
+        Args:
+            weight: [out, in].
+            hessian: of the layer's input [in, in]; None is the identity.
+            outputs: [out].
+        """
+        h = torch.eye(weight.shape[1]) if hessian is None else hessian
+        energy = weight.double().square() @ h.diagonal().double().to(weight.device)
+        return float(energy @ outputs.to(weight.device))
+
     def with_hessian(self) -> Codec:
         """This codec with the settings that it needs for importance that is a Hessian; it stores as much."""
         return self

@@ -137,6 +137,21 @@ class TrellisCodec(Codec):
         state_bits = self.state_bits
         return [replace(self, code_bits=k, state_bits=max(state_bits, least_state_bits(k))) for k in range(1, 9)]
 
+    def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
+        """With a Hessian, what is left of errors that are answered for: in the basis that is searched, the mean of a row's
+        squares times the squares of C's diagonal."""
+        if hessian is None:
+            return super().exposure(weight, hessian, outputs)
+        (rows, columns), device = weight.shape, weight.device
+        h = require_hessian(self.id, hessian, columns).to(device)
+        scale = float(hessian.diagonal().double().mean())
+        balance = torch.ones(columns, dtype=torch.float64, device=device)
+        if "balance" in self.parts((rows, columns)):
+            packed = pack(self._balance(weight, h)[None], BALANCE_BITS).to(device)
+            balance = self._input_scales({"balance": packed}, columns, device).double()
+        power = (weight.double() * balance).square().mean(1)
+        return scale * float(power @ outputs.to(device)) * float(self._factor(h, balance).diagonal().square().sum())
+
     def with_hessian(self) -> TrellisCodec:
         """With streams that are not circular."""
         return replace(self, circular=False)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from seedpack.calibration import hessians
+from seedpack.calibration.hessians import Hessians, layer_input
+from seedpack.model.sources.live import module_kind
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 4), nn.Linear(6, 4), nn.Linear(4, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.c(torch.relu(self.a(x) + self.b(x)))
+        return y
+
+
+def test_means_over_batches_and_shared_inputs() -> None:
+    net, batches = Two(), [torch.randn(5, 6), torch.randn(2, 7, 6)]
+    found = hessians.run(net, batches, torch.device("cpu"))
+    x = torch.cat([batch.reshape(-1, 6) for batch in batches])
+    torch.testing.assert_close(found["a.weight"], x.T @ x / len(x))
+    assert found["b.weight"] is found["a.weight"] and "unused.weight" not in found
+    hidden = torch.relu(net.a(x) + net.b(x))
+    torch.testing.assert_close(found["c.weight"], hidden.T @ hidden / len(x))
+    assert net.training
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv2d(3, 5, (3, 2), stride=2, padding=1, dilation=(1, 2)), (2, 3, 9, 8)),
+        (nn.Conv1d(4, 6, 3, padding=2, dilation=2), (2, 4, 11)),
+        (nn.Linear(7, 3), (2, 5, 7)),
+    ],
+    ids=["conv2d", "conv1d", "linear"],
+)
+def test_rows_of_the_matrix_times_what_a_layer_sees_are_its_output(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x, weight = torch.randn(shape), layer.get_parameter("weight")
+    kind = module_kind(layer, "weight")[0]
+    found = layer_input(layer, x) @ weight.flatten(1).T + layer.get_parameter("bias")
+    expected = layer(x) if kind == "linear" else layer(x).flatten(2).mT
+    torch.testing.assert_close(found, expected.reshape(-1, len(weight)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_be_measured_is_left_out() -> None:
+    layers = {
+        "grouped": nn.Conv2d(4, 4, 3, groups=2),
+        "same": nn.Conv2d(4, 4, 3, padding="same"),
+        "table": nn.Embedding(3, 4),
+    }
+    with Hessians(layers) as found:
+        layers["grouped"](torch.randn(1, 4, 5, 5))
+        layers["same"](torch.randn(1, 4, 5, 5))
+        layers["table"](torch.zeros(2, dtype=torch.long))
+    assert not found.means()
+
+
+def test_batches_of_arguments_and_keywords() -> None:
+    net, x = Two(), torch.randn(5, 6)
+    by = [hessians.run(net, [batch], torch.device("cpu"))["a.weight"] for batch in (x, (x,), {"x": x})]
+    assert torch.equal(by[0], by[1]) and torch.equal(by[0], by[2])

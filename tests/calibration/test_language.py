@@ -1,0 +1,217 @@
+"""Language models: run layer by layer, interrupted and resumed, on text of every origin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import seedpack
+from seedpack.calibration import hessians, layerwise, sensitivity, tokens
+from seedpack.calibration.calibrate import Calibration, calibrated
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.errors import ModelError
+from seedpack.model.sources import open_source
+from tests.hf.models import ARCHITECTURES, llama
+
+CPU = torch.device("cpu")
+FAST = TrellisCodec(3, effort="fast")
+DECODERS = ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "mixtral"]
+
+
+def ids(count: int = 6, context: int = 16) -> Tensor:
+    return torch.randint(3, 96, (count, context), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_layer_by_layer_is_as_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", 40)  # two sequences at a time
+    model, found = ARCHITECTURES[name](), {}
+    layerwise.run(model, ids(), lambda layer, values, output: found.update(values), lambda layer, hidden: None)
+    expected = hessians.run(model, list(ids().split(2)), CPU)
+    assert found.keys() == expected.keys() and any("lm_head" in weight for weight in found)
+    for weight, value in expected.items():
+        torch.testing.assert_close(found[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+    layers = layerwise.decoder_layers(model).values()
+    assert len(list(layers)) == 2 and not any("forward" in vars(layer) for layer in layers)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def test_self_written_text_fits_the_model_better_and_is_kept(folder: Path, tmp_path: Path) -> None:
+    calibration = Calibration("self", tokens=512, context=32)
+    reports = [
+        seedpack.compress(folder, tmp_path / name, codec=FAST, calibration=text)
+        for name, text in (("plain", None), ("fitted", calibration), ("again", calibration))
+    ]
+    codecs = {t.name: t.codec for t in reports[1].plan.tensors if t.packed}
+    assert all(not codec.circular for codec in codecs.values())  # type: ignore[attr-defined]
+    found = calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+    head = found.get("lm_head.weight")
+    assert head is not None and "model.embed_tokens.weight" in codecs  # the tied embedding is fitted as the head
+    errors = []
+    for name in ("plain", "fitted"):
+        error = 0.0
+        decoded = seedpack.load(tmp_path / name, dense=True)
+        for weight, packed in decoded.items():
+            h = head if weight == "model.embed_tokens.weight" else found.get(weight)
+            if h is not None:
+                e = packed - open_source(folder).read(weight)
+                error += float((e @ h * e).sum() / h.diagonal().mean())
+        errors.append(error)
+    assert errors[1] < 0.9 * errors[0]
+    names = ("model.safetensors", "config.json")
+    assert all((tmp_path / "fitted" / n).read_bytes() == (tmp_path / "again" / n).read_bytes() for n in names)
+    (kept,) = (tmp_path / "seedpack-calibration").iterdir()
+    index = json.loads((kept / "index.json").read_text())
+    assert index["layers"][-1] == "" and index["made_of"]["text"] == "self"
+    assert not list(kept.glob("*.partial")) and not (kept / "output.safetensors").exists()
+
+
+def test_an_interrupted_calibration_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calibration = open_source(folder), Calibration(ids(), context=16)
+    whole = calibrated(source, calibration, tmp_path / "one" / "x", CPU)
+    through, ran = layerwise._through, []
+
+    def interrupted(name: str, *rest: Any) -> Any:
+        if name.endswith("1"):
+            raise KeyboardInterrupt
+        return through(name, *rest)
+
+    monkeypatch.setattr(layerwise, "_through", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+    add = hessians.Hessians.means
+    monkeypatch.setattr(layerwise, "_through", through)
+    monkeypatch.setattr(hessians.Hessians, "means", lambda self: ran.append(list(self._sums)) or add(self))
+    resumed = calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+    assert not any("layers.0" in name for names in ran for name in names) and ran
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
+        assert torch.equal(whole.get(name), resumed.get(name))  # type: ignore[arg-type]
+
+
+def test_written_text_is_repeatable_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(0)
+    model = llama()
+    state, done = torch.get_rng_state(), list[int]()
+    one = tokens.written(model, 100, 20, seed=3, watch=done.append)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one.shape == (5, 20) and sum(done) == 95 and bool((one[:, 0] == 1).all())
+    assert torch.equal(one, tokens.written(model, 100, 20, seed=3))
+    assert not torch.equal(one, tokens.written(model, 100, 20, seed=4))
+
+
+class Words:
+    """A tokenizer: a character a token."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [ord(c) % 96 for c in text]}
+
+
+def test_text_files(tmp_path: Path) -> None:
+    plain, lines = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    plain.write_text("abcdefghij" * 30)
+    lines.write_text('{"text": "abcde"}\n\n{"content": "fghij"}\n"abcdefghij"\n' * 20)
+    for file in (plain, lines):
+        found = tokens.from_text(tokens.read_texts(file), Words(), 100, 40, "here")
+        assert found.tolist() == [[ord("abcdefghij"[i % 10]) % 96 for i in range(40)]] * 2
+    with pytest.raises(ModelError, match="here: gives 300 tokens; calibration wants at least one sequence of 400"):
+        tokens.from_text(tokens.read_texts(plain), Words(), 800, 400, "here")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff\xfe\x00", "cannot be read as text"), (b'{"text": 3}', "line 1: has no text"), (b"{", "cannot be read as text"),
+     (b"[" * 100_000, "cannot be read as text")],
+    ids=["bytes", "no text", "no json", "deep"],
+)  # fmt: skip
+def test_bad_text_files(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        list(tokens.read_texts(file))
+
+
+def test_what_cannot_be_calibrated(folder: Path, tmp_path: Path) -> None:
+    state = {"a.weight": torch.randn(64, 64)}
+    for model, text, message in (
+        (state, "self", "a bare state dict has none to run"),
+        (folder, "nothing-there", "is no file, no data set of the hub"),
+        (folder, torch.zeros(3, dtype=torch.long), "token ids must be int64"),
+        (folder, ids() + 100, "has 96 tokens, the text has others"),
+        (folder, str(folder / "config.json"), "the model has no tokenizer"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            seedpack.compress(model, tmp_path / "out", codec=FAST, calibration=text)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match="sequences must have at least 2"):
+        Calibration("self", tokens=1)
+
+
+def test_a_damaged_store_says_so(folder: Path, tmp_path: Path) -> None:
+    calibration = Calibration(ids(), context=16)
+    found = calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+    (kept,) = (tmp_path / "seedpack-calibration").iterdir()
+    (kept / "layer-0000.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(ModelError, match=r"layer-0000.safetensors: cannot be read .* delete that folder"):
+        found.get("model.layers.0.self_attn.q_proj.weight")
+    (kept / "index.json").write_text('{"version": 2}')
+    with pytest.raises(ModelError, match="holds another calibration"):
+        calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+
+
+def test_costs_predict_the_divergence() -> None:
+    """½·Σ E[g²]·E[e²] of small noise in one layer's output, against the divergence that it makes."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)  # predictions that say something
+        model.model.embed_tokens.weight[0] = 0.1  # of padding, zero before: its norm would magnify any noise
+    text = tokens.written(model, 8192, 32)
+    costs = sensitivity.output_costs(model, text)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+    for name in ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj", "lm_head", "model.embed_tokens"):
+        with torch.no_grad():
+            before = model(text).logits.log_softmax(-1)
+            layer = model.get_submodule(name)
+            hook = layer.register_forward_hook(lambda layer, args, out: out + 1e-2 * torch.randn_like(out))
+            after = model(text).logits.log_softmax(-1)
+            hook.remove()
+        measured = float((before.exp() * (before - after)).sum(-1).mean())
+        assert float(costs[f"{name}.weight{':columns' if 'embed' in name else ''}"].sum()) * 1e-4 == pytest.approx(
+            measured, rel=0.25
+        )
+
+
+def test_budgets_from_costs(folder: Path, tmp_path: Path) -> None:
+    calibration = Calibration(ids(24), context=16)
+    options: dict[str, Any] = {"codec": "trellis", "settings": {"effort": "fast"}, "calibration": calibration}
+    report = seedpack.compress(folder, tmp_path / "bits", bits=3.9, **options)
+    assert 3.5 < report.plan.totals()["bits_per_packed_weight"] <= 3.9
+    size = (tmp_path / "bits" / "model.safetensors").stat().st_size - 300
+    report = seedpack.compress(folder, tmp_path / "size", target_size=size, **options)
+    assert 0.9 * size < (tmp_path / "size" / "model.safetensors").stat().st_size <= size
+    plain = seedpack.compress(
+        folder, tmp_path / "plain", target_size=size, codec="trellis", settings={"effort": "fast"}
+    )
+    assert (tmp_path / "plain" / "model.safetensors").stat().st_size <= size
+    assert [t.codec.code_bits for t in plain.plan.tensors if t.packed] != [  # type: ignore[attr-defined]
+        t.codec.code_bits
+        for t in report.plan.tensors
+        if t.packed  # type: ignore[attr-defined]
+    ]
+    with pytest.raises(ModelError, match="the cheapest plan takes"):
+        seedpack.compress(folder, tmp_path / "small", target_size=2000, **options)
+    with pytest.raises(ModelError, match="bits or a target size, not both"):
+        seedpack.compress(folder, tmp_path / "both", target_size=size, bits=3, **options)
