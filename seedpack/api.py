@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import seedpack
-from seedpack.calibration.calibrate import Calibration, Text, calibrated, calibration_of, measured_costs
+from seedpack.calibration.calibrate import (
+    Calibration,
+    Text,
+    calibrated,
+    calibrated_in_sequence,
+    calibration_of,
+    measured_costs,
+)
 from seedpack.calibration.calibrate import Watch as CalibrationWatch
+from seedpack.calibration.store import Store
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
@@ -164,11 +172,16 @@ def compress(
     with staged(output, force=force, directory=folder) as partial:
         chosen = leave_nonfinite(source, chosen, allow_nonfinite)
         text = None if calibration is None else calibration_of(calibration)
-        inputs = Inputs(source, importance or {}, calibrated(source, text, output, place, watch_calibration))
+        found = calibrated(source, text, output, place, watch_calibration)
+        inputs = Inputs(source, importance or {}, found)
         if text is not None and (target_size is not None or is_budget(chosen, bits)):
             costs = measured_costs(source, chosen, text, inputs, output, place, watch_calibration)
             chosen = leave_nonfinite(source, plan_for(source, **choice, costs=costs), allow_nonfinite)
         chosen = chosen.with_hessians({t.name for t in chosen.tensors if inputs.has_hessian(t.name)})
+        if text is not None and text.sequential:
+            found = calibrated_in_sequence(source, text, chosen, output, place, backend, watch_calibration)
+            inputs = Inputs(source, importance or {}, found)
+        journal = found.fitted if isinstance(found, Store) and not importance else None
         for file in source.files:
             shutil.copyfile(file, partial / file.name)
         planned = [tensor.for_writer() for tensor in chosen.tensors]
@@ -176,7 +189,7 @@ def compress(
         writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, folder=folder, shard_bytes=shard_bytes)
         with writer:
             for tensor in chosen.tensors:
-                parts, report = fit(source, tensor, inputs, place, backend, watch)
+                parts, report = fit(source, tensor, inputs, place, backend, watch, journal)
                 writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
                 if tensor.packed:
                     reports.append(report)
@@ -189,6 +202,8 @@ def compress(
             (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         files = partial.glob("*.safetensors") if folder else [partial]
         size = sum(file.stat().st_size for file in files)
+    if journal is not None:
+        journal.clear()
     return Report(output, chosen, tuple(reports), size, time.perf_counter() - started)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor
 
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
-from seedpack.calibration.store import FOLDER, Store, fingerprint
+from seedpack.calibration.store import FOLDER, Fitted, Store, fingerprint
 from seedpack.errors import ModelError
-from seedpack.model.fitting import Found, Inputs
-from seedpack.model.plan import Plan
+from seedpack.kernels.dispatch import Backend
+from seedpack.model.fitting import Found, Inputs, fit
+from seedpack.model.plan import Plan, TensorPlan
 from seedpack.model.sources import Source, looks_like_hub_id
 
 TOKENS, CONTEXT = 16384, 512
@@ -34,12 +36,14 @@ class Calibration:
         tokens: how many a language model reads.
         context: of how many tokens each.
         seed: of what the model writes.
+        sequential: each layer of a language model is fitted to what it is fed once the layers before are packed.
     """
 
     text: Text
     tokens: int = TOKENS
     context: int = CONTEXT
     seed: int = 0
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.tokens < self.context:
@@ -63,7 +67,7 @@ def calibrated(
     device: torch.device,
     watch: Watch | None = None,
 ) -> Found:
-    """The Hessians E[x·xᵀ] of the inputs of a model's layers, by the names of their weights in the model.
+    """The Hessians E[x·xᵀ] of the inputs of a model's layers as it is, by the names of their weights in the model.
 
     Those of a language model are kept in a folder beside the output, and found there again.
 
@@ -133,11 +137,54 @@ def measured_costs(
     return costs
 
 
-def _of_language_model(
-    source: Source, calibration: Calibration, output: Path, device: torch.device, watch: Watch
+def calibrated_in_sequence(
+    source: Source,
+    calibration: Calibration,
+    plan: Plan,
+    output: Path,
+    device: torch.device,
+    backend: Backend = "auto",
+    watch: Watch | None = None,
 ) -> Store:
+    """As `calibrated` for a language model in memory, each layer's inputs being what the packed layers before it give.
+
+    Layers are fitted on the way, by `plan`: the store's journal has their parts then.
+    """
+    watch = watch or (lambda what, done, total: None)
+    tensors = {name: t for t in plan.tensors if t.packed for name in source.parameters(t.name)}
+
+    def replaced(model: Any, store: Store, values: dict[str, Tensor]) -> AbstractContextManager[None]:
+        here = {name: tensors[name] for name in values if name in tensors}
+        return _replaced(source, model, here, Inputs(source, {}, values), store.fitted, device, backend)
+
+    return _of_language_model(source, calibration, output, device, watch, plan, replaced)
+
+
+@contextmanager
+def _replaced(
+    source: Source, model: Any, tensors: dict[str, TensorPlan], inputs: Inputs, journal: Fitted, device: torch.device,
+    backend: Backend,
+) -> Iterator[None]:  # fmt: skip
+    """Weights of a model as they will be once they are packed."""
+    for name, tensor in tensors.items():
+        parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
+        decoded = tensor.codec.decode(
+            {key: part.to(device) for key, part in parts.items()}, tensor.codec_shape, torch.float32
+        )
+        model.get_parameter(name).copy_((decoded.mT if tensor.transposed else decoded).reshape(tensor.shape))
+    try:
+        yield
+    finally:
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(source.read(tensor.name))
+
+
+def _of_language_model(
+    source: Source, calibration: Calibration, output: Path, device: torch.device, watch: Watch, plan: Plan | None = None,
+    replaced: Callable[[Any, Store, dict[str, Tensor]], AbstractContextManager[None]] | None = None,
+) -> Store:  # fmt: skip
     watch("Reading the model", 0, 1)
-    store = _store(source, calibration, output)
+    store = _store(source, calibration, output, plan)
     if store.complete:
         return store
     assert source.opened is not None
@@ -146,6 +193,10 @@ def _of_language_model(
         raise ModelError(f"{source.name}: calibration on text is for causal language models; pass batches from Python")
     if not getattr(model, "hf_device_map", None):
         model.to(device)
+    elif replaced is not None:
+        raise ModelError(
+            f"{source.name}: does not fit memory, and calibration in sequence changes its weights; leave it out"
+        )
     ids = _tokens(model, tokenizer, calibration, store, watch)
     if int(ids.max()) >= model.get_input_embeddings().num_embeddings or int(ids.min()) < 0:
         raise ModelError(
@@ -157,15 +208,18 @@ def _of_language_model(
         store.add(name, values, output)
         watch("Calibrating, layers", 1 if name else 0, count)
 
-    layerwise.run(model, ids, found, store.skip)
+    change = None if replaced is None else lambda values: replaced(model, store, values)
+    layerwise.run(model, ids, found, store.skip, change)
     return store
 
 
-def _store(source: Source, calibration: Calibration, output: Path) -> Store:
+def _store(source: Source, calibration: Calibration, output: Path, plan: Plan | None = None) -> Store:
     made_of = {
         "model": fingerprint(source), "text": _identity(calibration.text), "tokens": calibration.tokens,
         "context": calibration.context, "seed": calibration.seed if calibration.text == "self" else None,
     }  # fmt: skip
+    if plan is not None:
+        made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     return Store(output.parent / FOLDER / key, made_of)
 

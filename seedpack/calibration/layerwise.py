@@ -8,7 +8,7 @@ sequences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -30,10 +30,11 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 Found = Callable[[str, dict[str, Tensor], Tensor | None], None]
 Skip = Callable[[str, Tensor], Tensor | None]
+Replaced = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
 
 
 @torch.inference_mode()
-def run(model: Any, tokens: Tensor, found: Found, skip: Skip) -> None:
+def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced | None = None) -> None:
     """Run a causal language model of transformers on tokens [n, context].
 
     Args:
@@ -42,6 +43,8 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip) -> None:
         found: called after each layer with its name, the Hessians of its linear layers by the name of the weight, and its
             output; in the end with "", those of what belongs to no layer, the output head among them, and None.
         skip: given a layer's name and its input, its output, if it need not be run.
+        replaced: given a layer's Hessians, a context in which its weights are others, for the output that the next layer
+            sees.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -55,7 +58,7 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip) -> None:
     head = model.get_output_embeddings()
 
     def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        return _through(name, names[name], forward, args, kwargs, rows, found, skip)
+        return _through(name, names[name], forward, args, kwargs, rows, found, skip, replaced)
 
     with Hessians(others) as outside, _wrapped(layers, call):
         out = model.eval().base_model(input_ids=tokens.to(model.device), use_cache=False)[0]
@@ -70,22 +73,30 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip) -> None:
 
 def _through(
     name: str, modules: dict[str, nn.Module], forward: Any, args: Any, kwargs: Any, rows: int, found: Found,
-    skip: Skip,
+    skip: Skip, replaced: Replaced | None,
 ) -> Any:  # fmt: skip
     """A layer's output for all sequences, some at a time."""
     hidden = args[0] if args else kwargs["hidden_states"]
     known = skip(name, hidden)
     if known is not None:
         return known
-    count, parts = len(hidden), []
-    with Hessians(modules) as hessians:
-        for first in range(0, count, rows):
-            here = slice(first, min(count, first + rows))
-            out = forward(*_some(args, count, here), **_some(kwargs, count, here))
+
+    def passed() -> Any:
+        parts = []
+        for some in torch.arange(len(hidden)).split(rows):
+            here = slice(int(some[0]), int(some[-1]) + 1)
+            out = forward(*_some(args, len(hidden), here), **_some(kwargs, len(hidden), here))
             parts.append(out[0] if isinstance(out, tuple) else out)
-    whole = torch.cat(parts)
-    found(name, _weights(hessians.means()), whole)
-    return (whole,) if isinstance(out, tuple) else whole
+        return (torch.cat(parts),) if isinstance(out, tuple) else torch.cat(parts)
+
+    with Hessians(modules) as hessians:
+        whole = passed()
+    values = _weights(hessians.means())
+    if replaced is not None:
+        with replaced(values):
+            whole = passed()
+    found(name, values, whole[0] if isinstance(whole, tuple) else whole)
+    return whole
 
 
 def _some(value: Any, count: int, here: slice) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError, OutputError
 from seedpack.formats.digest import part_digest
 from seedpack.formats.reader import read_json
+from seedpack.model.fitting import TensorReport
+from seedpack.model.plan import TensorPlan
 from seedpack.model.sources import Source
 
 FOLDER = "seedpack-calibration"
@@ -40,6 +43,11 @@ class Store:
             self._index = found
 
     @property
+    def fitted(self) -> Fitted:
+        """Tensors that were fitted with these Hessians."""
+        return Fitted(self.folder / "fitted")
+
+    @property
     def complete(self) -> bool:
         """Whether all layers are there."""
         return "" in self._index["layers"]
@@ -56,7 +64,7 @@ class Store:
         self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in hessians.items()}
         self._index["layers"].append(layer)
         text = json.dumps(self._index, indent=1)
-        self._write("index.json", lambda path: path.write_text(text))
+        write_file(self.folder / "index.json", lambda path: path.write_text(text))
         if not layer:
             (self.folder / "output.safetensors").unlink(missing_ok=True)
 
@@ -102,17 +110,57 @@ class Store:
             raise ModelError(f"{self.folder / file}: cannot be read ({error}); delete that folder") from None
 
     def _save(self, tensors: dict[str, Tensor], file: str) -> None:
-        self._write(file, lambda path: save_file(tensors, path))
+        write_file(self.folder / file, lambda path: save_file(tensors, path))
 
-    def _write(self, file: str, write: Any) -> None:
-        partial = self.folder / f".{file}.partial"
+
+class Fitted:
+    """A folder of tensors that are fitted, for the run that goes on where an interrupted one stopped."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, tensor: TensorPlan) -> tuple[dict[str, Tensor], TensorReport] | None:
+        """A tensor's parts, if it was fitted with this codec."""
+        path = self._path(tensor)
+        if not path.is_file():
+            return None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write(partial)
-            os.replace(partial, self.folder / file)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{self.folder}: cannot be written: {error.strerror or error}") from error
+            with safe_open(path, "pt") as file:
+                numbers = file.metadata()
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensor.codec.check(parts, tensor.codec_shape)
+            return parts, TensorReport(
+                tensor, float(numbers["error"]), float(numbers["energy"]), float(numbers["seconds"])
+            )
+        except Exception:  # half of a file, or another's: it is fitted again
+            return None
+
+    def put(self, parts: Mapping[str, Tensor], report: TensorReport) -> None:
+        """Keep a tensor's parts."""
+        path = self._path(report.plan)
+        numbers = {name: repr(getattr(report, name)) for name in ("error", "energy", "seconds")}
+        tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
+        write_file(path, lambda partial: save_file(tensors, partial, numbers))
+
+    def clear(self) -> None:
+        """Remove all of it: the output is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, tensor: TensorPlan) -> Path:
+        text = json.dumps([tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside a file, and put it in its place when it is whole."""
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path.parent}: cannot be written: {error.strerror or error}") from error
 
 
 def fingerprint(source: Source) -> str:

@@ -29,6 +29,18 @@ class Found(Protocol):
         ...
 
 
+class Journal(Protocol):
+    """Where fitted tensors are kept until all are."""
+
+    def get(self, tensor: TensorPlan, /) -> tuple[dict[str, Tensor], TensorReport] | None:
+        """A tensor's parts and report, if it was fitted before."""
+        ...
+
+    def put(self, parts: Mapping[str, Tensor], report: TensorReport, /) -> None:
+        """Keep them."""
+        ...
+
+
 Watch = Callable[[str, int], None]
 WEIGHTS_AT_ONCE = 1 << 20
 
@@ -166,12 +178,18 @@ def fit(
     device: torch.device,
     backend: Backend,
     watch: Watch | None,
+    journal: Journal | None = None,
 ) -> tuple[dict[str, Tensor], TensorReport]:
-    """The parts of one tensor, on the device, and what is said of it; raw tensors are left where they are."""
+    """The parts of one tensor, on the device or from the journal, and what is said of it; raw tensors are left where they
+    are."""
     started = time.perf_counter()
-    weight = source.read(tensor.name)
     if not tensor.packed:
-        return tensor.codec.encode(weight), TensorReport(tensor, 0.0, 0.0, 0.0)
+        return tensor.codec.encode(source.read(tensor.name)), TensorReport(tensor, 0.0, 0.0, 0.0)
+    if journal is not None and (known := journal.get(tensor)) is not None:
+        if watch:
+            watch(tensor.name, math.prod(tensor.shape))
+        return known
+    weight = source.read(tensor.name)
     weight = weight.to(device)
     matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
     del weight
@@ -183,7 +201,10 @@ def fit(
         importance = guessed_importance(matrix, power)
     parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
     error, energy = _error(tensor.codec, parts, matrix)
-    return parts, TensorReport(tensor, error, energy, time.perf_counter() - started)
+    report = TensorReport(tensor, error, energy, time.perf_counter() - started)
+    if journal is not None:
+        journal.put(parts, report)
+    return parts, report
 
 
 def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float]:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 import seedpack
+from seedpack.api import unpack
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.calibration.calibrate import Calibration, calibrated
+from seedpack.calibration.store import Store
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import ModelError
 from seedpack.model.sources import open_source
@@ -215,3 +217,51 @@ def test_budgets_from_costs(folder: Path, tmp_path: Path) -> None:
         seedpack.compress(folder, tmp_path / "small", target_size=2000, **options)
     with pytest.raises(ModelError, match="bits or a target size, not both"):
         seedpack.compress(folder, tmp_path / "both", target_size=size, bits=3, **options)
+
+
+def test_in_sequence_layers_see_what_packed_ones_give(folder: Path, tmp_path: Path) -> None:
+    calibration = Calibration(ids(24), context=16, sequential=True)
+    codec = TrellisCodec(2, effort="fast")
+    seedpack.compress(folder, tmp_path / "out", codec=codec, exclude=["*embed*"], calibration=calibration)
+    index = {
+        found["made_of"].get("plan"): file.parent
+        for file in (tmp_path / "seedpack-calibration").glob("*/index.json") if (found := json.loads(file.read_text()))
+    }  # fmt: skip
+    plain = index.pop(None)
+    (sequence,) = index.values()
+    assert not list(sequence.glob("fitted*"))
+    unpack(tmp_path / "out", tmp_path / "decoded")
+    packed = type(llama()).from_pretrained(tmp_path / "decoded")
+    found: dict[str, Tensor] = {}
+    layerwise.run(packed, ids(24), lambda name, values, output: found.update(values), lambda name, hidden: None)
+    stores = [Store(path, json.loads((path / "index.json").read_text())["made_of"]) for path in (plain, sequence)]
+    name = "model.layers.1.self_attn.q_proj.weight"
+    torch.testing.assert_close(stores[1].get(name), found[name], rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(stores[0].get(name), found[name], rtol=1e-2, atol=1e-2)  # type: ignore[arg-type]
+    assert torch.equal(stores[0].get("model.layers.0.self_attn.q_proj.weight"), found["model.layers.0.self_attn.q_proj.weight"])  # type: ignore[arg-type]  # fmt: skip
+
+
+def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"codec": FAST, "calibration": Calibration(ids(), context=16)}
+    seedpack.compress(folder, tmp_path / "whole" / "out", **options)
+    fitted: list[str] = []
+    encode = TrellisCodec.encode
+
+    def counted(self: TrellisCodec, *args: Any, **more: Any) -> Any:
+        fitted.append("")
+        if len(fitted) == 5:
+            raise KeyboardInterrupt
+        return encode(self, *args, **more)
+
+    monkeypatch.setattr(TrellisCodec, "encode", counted)
+    with pytest.raises(KeyboardInterrupt):
+        seedpack.compress(folder, tmp_path / "parts" / "out", **options)
+    assert not (tmp_path / "parts" / "out").exists()
+    (store,) = (tmp_path / "parts" / "seedpack-calibration").iterdir()
+    kept = sorted((store / "fitted").iterdir())
+    assert len(kept) == 4
+    kept[0].write_bytes(kept[0].read_bytes()[:-3])  # damaged: fitted again
+    report = seedpack.compress(folder, tmp_path / "parts" / "out", **options)
+    assert len(fitted) == 5 + len(report.tensors) - 3 and not (store / "fitted").exists()
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "parts" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
