@@ -129,19 +129,22 @@ def _ggml() -> ctypes.CDLL:
     return library
 
 
-def ggml(weight: Tensor, kind: str) -> tuple[Tensor, float]:
-    """A GGUF type without importance matrix, over blocks of 256 of the flattened weight.
+def ggml(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[Tensor, float]:
+    """A GGUF type, over blocks of 256 of the flattened weight; with an importance of each column [in] if it is given.
 
     (llama.cpp falls back to other types where rows are no multiple of 256; flattened, each type keeps its own bits.)
     """
     library, number = _ggml(), GGML_TYPES[kind]
     source = weight.float().contiguous()
-    rest = -source.numel() % 256
+    row = 256 if importance is None else math.lcm(256, weight.shape[1])
+    matrix = None if importance is None else importance.float().repeat(row // weight.shape[1]).contiguous()
+    rest = -source.numel() % row
     source = torch.nn.functional.pad(source.flatten(), (0, rest))
     traits = library.ggml_get_type_traits(number).contents
-    rows = source.numel() // 256
+    rows = source.numel() // row
     packed = torch.empty(source.numel() // traits.block * traits.bytes, dtype=torch.uint8)
-    library.ggml_quantize_chunk(number, source.data_ptr(), packed.data_ptr(), 0, rows, 256, None)
+    given = None if matrix is None else matrix.data_ptr()
+    library.ggml_quantize_chunk(number, source.data_ptr(), packed.data_ptr(), 0, rows, row, given)
     rebuilt = torch.empty_like(source)
     to_float = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(traits.to_float)
     to_float(packed.data_ptr(), rebuilt.data_ptr(), source.numel())

@@ -9,7 +9,10 @@ from typing import Any
 import models
 import report
 
-OURS = {"trellis": "#c0392b", "seedlm": "#8e44ad", "svd": "#555555"}
+OURS = {
+    "trellis": "#e59866", "trellis + self": "#c0392b", "trellis + self, budget": "#7b241c",
+    "trellis + self, in sequence": "#f1948a", "seedlm": "#8e44ad", "svd": "#555555",
+}  # fmt: skip
 
 
 def interpolated(rows: list[dict[str, Any]], key: str, bits: float) -> float | None:

@@ -14,6 +14,7 @@ for name in (
     "svd",
     "footprint",
     "language",
+    "calibration",
     "sentences",
     "images",
     "kernels",

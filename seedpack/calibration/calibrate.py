@@ -197,7 +197,7 @@ def _of_language_model(
         raise ModelError(
             f"{source.name}: does not fit memory, and calibration in sequence changes its weights; leave it out"
         )
-    ids = _tokens(model, tokenizer, calibration, store, watch)
+    ids = _tokens(model, tokenizer, calibration, _store(source, calibration, output), watch)
     if int(ids.max()) >= model.get_input_embeddings().num_embeddings or int(ids.min()) < 0:
         raise ModelError(
             f"{source.name}: has {model.get_input_embeddings().num_embeddings} tokens, the text has others"

@@ -165,8 +165,11 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of a model's tensors and config."""
+    if source.fingerprint:
+        return source.fingerprint
     digest = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode())
     for name in source.tensors:
         digest.update(name.encode())
         digest.update(part_digest(*to_bytes(source.read(name))).encode())
-    return digest.hexdigest()
+    source.fingerprint = digest.hexdigest()
+    return source.fingerprint

@@ -42,6 +42,9 @@ def with_size(
     Raises:
         ModelError: even the cheapest variants take more.
     """
+    cheapest = replace(plan, tensors=tuple(replace(t, codec=_cheapest(t)) for t in plan.tensors))
+    if (least := measure(cheapest)) > size:
+        raise ModelError(f"{size} bytes: the cheapest plan takes {least}; allow more")
     rest = measure(plan) - sum(tensor.stored_bytes for tensor in plan.tensors if tensor.packed)
     for _ in range(8):  # headers grow by some bytes with the variants chosen
         bits = 8 * (size - rest) / max(1, plan.packed_weights)
@@ -69,6 +72,11 @@ def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
         return replace(tensor, codec=variants[min(index, len(variants) - 1)])
 
     return replace(plan, tensors=tuple(choose(tensor) for tensor in plan.tensors))
+
+
+def _cheapest(tensor: TensorPlan) -> Codec:
+    variants = tensor.codec.variants() if tensor.packed else []
+    return min(variants, key=lambda codec: replace(tensor, codec=codec).stored_bytes, default=tensor.codec)
 
 
 def allocate(plan: Plan, bits: float, head_bits: int | None = None, costs: Costs | None = None) -> Plan:

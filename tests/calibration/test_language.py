@@ -213,7 +213,7 @@ def test_budgets_from_costs(folder: Path, tmp_path: Path) -> None:
         for t in report.plan.tensors
         if t.packed  # type: ignore[attr-defined]
     ]
-    with pytest.raises(ModelError, match="the cheapest plan takes"):
+    with pytest.raises(ModelError, match="2000 bytes: the cheapest plan takes"):
         seedpack.compress(folder, tmp_path / "small", target_size=2000, **options)
     with pytest.raises(ModelError, match="bits or a target size, not both"):
         seedpack.compress(folder, tmp_path / "both", target_size=size, bits=3, **options)

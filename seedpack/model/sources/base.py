@@ -29,6 +29,7 @@ class Source:
         dropped: what the file held beside tensors, for a note.
         power: the power of each input channel of a layer, by its weight's name, where a norm before it tells [in].
         parameters: names in the model of a tensor, that of its parameter first, then those tied to it.
+        fingerprint: digest of all tensors and the config, once it is known.
         opened: makes the model to run, and its tokenizer if it has one; None where there is nothing to run.
     """
 
@@ -42,6 +43,7 @@ class Source:
     power: Callable[[str], Tensor | None] = lambda name: None
     parameters: Callable[[str], list[str]] = lambda name: [name]
     opened: Callable[[], tuple[Any, Any]] | None = None
+    fingerprint: str = ""
 
     def __post_init__(self) -> None:
         if not self.tensors:
