@@ -20,6 +20,7 @@ from seedpack.calibration.calibrate import (
     calibrated_in_sequence,
     calibration_of,
     measured_costs,
+    tuned,
 )
 from seedpack.calibration.calibrate import Watch as CalibrationWatch
 from seedpack.calibration.store import Store
@@ -32,7 +33,7 @@ from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE, file_bytes
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.budget import Costs, is_budget, with_bits, with_size
-from seedpack.model.fitting import Inputs, Report, Watch, fit, fitting_device, leave_nonfinite
+from seedpack.model.fitting import Inputs, Report, Watch, fit, fitting_device, leave_nonfinite, retold
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
@@ -182,6 +183,13 @@ def compress(
             found = calibrated_in_sequence(source, text, chosen, output, place, backend, watch_calibration)
             inputs = Inputs(source, importance or {}, found)
         journal = found.fitted if isinstance(found, Store) and not importance else None
+        learnt = None
+        if text is not None and text.tune:
+            if journal is None:
+                raise ModelError("tuning is for language models calibrated on text, without importance of your own")
+            for tensor in chosen.tensors:
+                fit(source, tensor, inputs, place, backend, watch, journal)
+            learnt = tuned(source, text, chosen, inputs, journal, output, place, backend, watch_calibration)
         for file in source.files:
             shutil.copyfile(file, partial / file.name)
         planned = [tensor.for_writer() for tensor in chosen.tensors]
@@ -189,7 +197,9 @@ def compress(
         writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, folder=folder, shard_bytes=shard_bytes)
         with writer:
             for tensor in chosen.tensors:
-                parts, report = fit(source, tensor, inputs, place, backend, watch, journal)
+                parts, report = fit(source, tensor, inputs, place, backend, None if learnt else watch, journal)
+                if learnt is not None:
+                    parts, report = retold(source, tensor, parts, report, learnt.factors, learnt.values)
                 writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
                 if tensor.packed:
                     reports.append(report)

@@ -83,6 +83,11 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
 @click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of what the model writes.")
 @click.option("--sequential", is_flag=True, help="Calibrate each layer on what the packed layers before it give.")
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Then tune scales, norms and biases, so that the packed model predicts what the original does.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to fit: cpu, cuda, or cuda:N.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
@@ -106,6 +111,7 @@ def command(
     calibration_tokens: int,
     calibration_seed: int,
     sequential: bool,
+    tune: bool,
     device: str,
     shard_size: str | None,
     dry_run: bool,
@@ -139,7 +145,11 @@ def command(
     assert out is not None
     text = None
     if calibration != "none":
-        text = Calibration(calibration, tokens=calibration_tokens, seed=calibration_seed, sequential=sequential)
+        text = Calibration(
+            calibration, calibration_tokens, seed=calibration_seed, sequential=sequential, tune=int(tune)
+        )
+    elif tune or sequential:
+        raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     with output.stages() as stage:
         report = api.compress(
             source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, calibration=text,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.calibration.store import FOLDER, Fitted, Store, fingerprint
+from seedpack.calibration.tuning import Tuned, distil
+from seedpack.dtypes import PACKABLE
 from seedpack.errors import ModelError
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.fitting import Found, Inputs, fit
@@ -37,6 +40,7 @@ class Calibration:
         context: of how many tokens each.
         seed: of what the model writes.
         sequential: each layer of a language model is fitted to what it is fed once the layers before are packed.
+        tune: epochs of tuning the packed language model to the original on the text.
     """
 
     text: Text
@@ -44,6 +48,7 @@ class Calibration:
     context: int = CONTEXT
     seed: int = 0
     sequential: bool = False
+    tune: int = 0
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.tokens < self.context:
@@ -90,6 +95,51 @@ def calibrated(
         return _of_language_model(source, calibration, output, device, watch)
     model, _ = source.opened()
     return hessians.run(model.to(device), calibration.text, device)
+
+
+def tuned(
+    source: Source,
+    calibration: Calibration,
+    plan: Plan,
+    inputs: Inputs,
+    journal: Fitted,
+    output: Path,
+    device: torch.device,
+    backend: Backend = "auto",
+    watch: Watch | None = None,
+) -> Tuned:
+    """Scales, norms' gains and biases of the packed model, tuned to the original; see `tuning.distil`.
+
+    Tensors are taken from the journal. Both models are in memory.
+    """
+    watch = watch or (lambda what, done, total: None)
+    assert source.opened is not None
+    (teacher, tokenizer), (student, _) = source.opened(), source.opened()
+    if getattr(teacher, "hf_device_map", None):
+        raise ModelError(f"{source.name}: does not fit memory, and tuning needs it there twice; leave it out")
+    ids = _tokens(teacher.to(device), tokenizer, calibration, _store(source, calibration, output), watch)
+    student = copy.deepcopy(student) if student is teacher else student.to(device)
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    tensors = {p: t for t in plan.tensors if t.packed for p in source.parameters(t.name) if p in parameters}
+    values = [
+        name for t in plan.tensors if not t.packed and len(t.shape) == 1 and t.dtype in PACKABLE
+        for name in source.parameters(t.name)[:1] if name in parameters
+    ]  # fmt: skip
+    rows = {}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
+            parameters[name].copy_(_decoded(tensor, parts, device))
+            if (
+                tensor.codec.rescaled(parts, torch.ones(tensor.codec_shape[0], device=parts["weight"].device))
+                is not None
+            ):
+                rows[name] = tensor.name
+    total = ids.numel() * calibration.tune
+    return distil(
+        student.float(), teacher.float(), rows, values, ids, epochs=calibration.tune, seed=calibration.seed,
+        watch=lambda n: watch("Tuning, tokens", n, total),
+    )  # fmt: skip
 
 
 def measured_costs(
@@ -168,15 +218,19 @@ def _replaced(
     """Weights of a model as they will be once they are packed."""
     for name, tensor in tensors.items():
         parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
-        decoded = tensor.codec.decode(
-            {key: part.to(device) for key, part in parts.items()}, tensor.codec_shape, torch.float32
-        )
-        model.get_parameter(name).copy_((decoded.mT if tensor.transposed else decoded).reshape(tensor.shape))
+        model.get_parameter(name).copy_(_decoded(tensor, parts, device))
     try:
         yield
     finally:
         for name, tensor in tensors.items():
             model.get_parameter(name).copy_(source.read(tensor.name))
+
+
+def _decoded(tensor: TensorPlan, parts: dict[str, Tensor], device: torch.device) -> Tensor:
+    """A packed tensor in its dense shape, float32."""
+    there = {name: part.to(device) for name, part in parts.items()}
+    decoded = tensor.codec.decode(there, tensor.codec_shape, torch.float32)
+    return (decoded.mT if tensor.transposed else decoded).reshape(tensor.shape)
 
 
 def _of_language_model(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from seedpack.calibration.hessians import Hessians
 from seedpack.errors import ModelError
@@ -97,6 +98,17 @@ def _through(
             whole = passed()
     found(name, values, whole[0] if isinstance(whole, tuple) else whole)
     return whole
+
+
+@contextmanager
+def recomputed(model: Any) -> Iterator[None]:
+    """Backward passes recompute what is inside a decoder layer instead of keeping it."""
+
+    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    with _wrapped(decoder_layers(model), call):
+        yield
 
 
 def _some(value: Any, count: int, here: slice) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seedpack.calibration.layerwise import recomputed
 from seedpack.errors import ModelError
 from seedpack.model.layers import packed_class
 
@@ -81,7 +82,8 @@ def _differentiable(model: Any) -> Iterator[None]:
     hook = embedding.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_(True))
     try:
         model.requires_grad_(False).eval()
-        yield
+        with recomputed(model):
+            yield
     finally:
         hook.remove()
         for name, parameter in model.named_parameters():

@@ -118,6 +118,10 @@ class Codec:
         energy = weight.double().square() @ h.diagonal().double().to(weight.device)
         return float(energy @ outputs.to(weight.device))
 
+    def rescaled(self, parts: Parts, factors: Tensor) -> Parts | None:
+        """The parts of the weight with its rows times some factors [out], or None if that would take more bits."""
+        return None
+
     def with_hessian(self) -> Codec:
         """This codec with the settings that it needs for importance that is a Hessian; it stores as much."""
         return self

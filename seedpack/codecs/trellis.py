@@ -235,12 +235,7 @@ class TrellisCodec(Codec):
             scale[here] = unit / VALUE_UNIT
             if progress:
                 progress((here.stop - row) * columns)
-        exponent = self._exponent(scale)
-        return parts | {
-            "weight": stream,
-            "scales": torch.ldexp(scale, torch.tensor(-exponent)).to(torch.float16).view(torch.int16),
-            "exponent": torch.tensor([exponent], dtype=torch.int8, device=device),
-        }
+        return parts | {"weight": stream} | self._scales(scale)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back and unbalanced."""
@@ -276,6 +271,11 @@ class TrellisCodec(Codec):
             **self._code(),
         )
         return (mix(rotated, None, backend) * factor).to(grad.dtype).view(*grad.shape[:-1], shape[1])
+
+    def rescaled(self, parts: Parts, factors: Tensor) -> Parts:
+        """The scales take the factors up."""
+        scale = self._scale(parts).double() / VALUE_UNIT * factors.double()
+        return {**parts, **self._scales(scale)}
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Streams and scales of some rows, the exponent of all."""
@@ -357,7 +357,11 @@ class TrellisCodec(Codec):
         return derived(parts["scales"], (self, columns), make)
 
     @staticmethod
-    def _exponent(scale: Tensor) -> int:
-        """Puts the largest scale into [1, 2)."""
+    def _scales(scale: Tensor) -> Parts:
+        """The parts that hold scales [out]: the exponent puts the largest into [1, 2)."""
         top = float(scale.abs().max())
-        return min(max(math.frexp(top)[1] - 1, EXPONENT_MIN), EXPONENT_MAX) if top > 0 else 0
+        exponent = min(max(math.frexp(top)[1] - 1, EXPONENT_MIN), EXPONENT_MAX) if top > 0 else 0
+        return {
+            "scales": torch.ldexp(scale, torch.tensor(-exponent)).to(torch.float16).view(torch.int16),
+            "exponent": torch.tensor([exponent], dtype=torch.int8, device=scale.device),
+        }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec, guessed_importance
+from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError, NonfiniteError
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.plan import Plan, TensorPlan
@@ -189,10 +191,7 @@ def fit(
         if watch:
             watch(tensor.name, math.prod(tensor.shape))
         return known
-    weight = source.read(tensor.name)
-    weight = weight.to(device)
-    matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
-    del weight
+    matrix = _matrix(source, tensor).to(device).float()
     progress = (lambda count: watch(tensor.name, count)) if watch else None
     importance = inputs.importance(tensor.name)
     if importance is not None and importance.dim() == 2 and not tensor.codec.hessians:
@@ -205,6 +204,31 @@ def fit(
     if journal is not None:
         journal.put(parts, report)
     return parts, report
+
+
+def retold(
+    source: Source,
+    tensor: TensorPlan,
+    parts: dict[str, Tensor],
+    report: TensorReport,
+    factors: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], TensorReport]:
+    """A tensor's parts and report after tuning: with the factors of its rows by its name, or its value by its parameter."""
+    if tensor.name in factors:
+        changed = tensor.codec.rescaled(parts, factors[tensor.name].to(parts["weight"].device))
+        assert changed is not None
+        error, energy = _error(tensor.codec, changed, _matrix(source, tensor).to(parts["weight"].device).float())
+        return changed, dataclasses.replace(report, error=error, energy=energy)
+    value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
+    if value is None:
+        return parts, report
+    return tensor.codec.encode(value.cpu().to(TORCH_DTYPES[tensor.dtype])), report
+
+
+def _matrix(source: Source, tensor: TensorPlan) -> Tensor:
+    weight = source.read(tensor.name)
+    return (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape)
 
 
 def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from seedpack.calibration.calibrate import Calibration, calibrated
 from seedpack.calibration.store import Store
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import ModelError
+from seedpack.eval.language import compare_language_models
 from seedpack.model.sources import open_source
 from tests.hf.models import ARCHITECTURES, llama
 
@@ -265,3 +266,50 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     assert len(fitted) == 5 + len(report.tensors) - 3 and not (store / "fitted").exists()
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "parts" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
+    model.save_pretrained(tmp_path / "dense")
+    text = tokens.written(model, 16384, 64, seed=1)
+    kl, codec = [], TrellisCodec(2, effort="fast")
+    for tune in (0, 2):
+        out = tmp_path / str(tune)
+        report = seedpack.compress(
+            tmp_path / "dense", out, codec=codec, calibration=Calibration(text, context=64, tune=tune)
+        )
+        kl.append(compare_language_models(model, seedpack.load(out), text[:32]).kl_mean)
+        state = seedpack.load(out, dense=True)
+        error = sum(float((state[t.plan.name] - open_source(tmp_path / "dense").read(t.plan.name)).square().sum()) for t in report.tensors)  # fmt: skip
+        assert sum(t.error for t in report.tensors) == pytest.approx(error, rel=1e-4)
+    assert kl[1] < 0.95 * kl[0]
+    norm = next(n for n in state if n.endswith(("norm.weight", "ln_f.weight")))
+    assert not torch.equal(state[norm], torch.ones_like(state[norm]))
+
+
+def test_tuning_needs_text(folder: Path, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    with pytest.raises(ModelError, match="tuning is for language models"):
+        seedpack.compress(net, tmp_path / "out", codec=FAST, calibration=Calibration([torch.randn(9, 64)], tune=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_module_on_batches(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 64, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(64 * 36, 32)
+    )
+    batches = [torch.randn(16, 3, 8, 8) for _ in range(4)]
+    errors = []
+    for calibration in (None, batches):
+        seedpack.compress(net, tmp_path / "out.safetensors", codec=FAST, calibration=calibration, force=True)
+        state = seedpack.load(tmp_path / "out.safetensors", dense=True)
+        packed = torch.nn.Sequential(*(type(m)(3, 64, 3) if isinstance(m, torch.nn.Conv2d) else type(m)(64 * 36, 32) if isinstance(m, torch.nn.Linear) else m for m in net))  # fmt: skip
+        packed.load_state_dict(state)
+        with torch.no_grad():
+            errors.append(sum(float((net(x) - packed(x)).square().sum()) for x in batches))
+    assert errors[1] < 0.9 * errors[0] and not (tmp_path / "seedpack-calibration").exists()
