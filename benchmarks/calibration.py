@@ -85,6 +85,10 @@ def measure(result: report.Result) -> None:
         methods[f"trellis {int(bits)} + self, in sequence"] = (
             "trellis + self, in sequence", lambda b=bits: ours("trellis", int(b), Calibration("self", sequential=True))
         )  # fmt: skip
+    for bits in (4.03, 3.03, 2.03):
+        methods[f"trellis {bits} + self, budget, tuned"] = (
+            "trellis + self, budget, tuned", lambda b=bits: ours("trellis", b, Calibration("self", tune=1))
+        )  # fmt: skip
     methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, other_text()))
     methods["trellis 3 + Python's manual"] = ("trellis + Python's manual", lambda: ours("trellis", 3, manual()))
     for bits, removed in ((12.8, 20), (9.6, 40)):

@@ -276,7 +276,7 @@ def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(tmp_path / "dense")
-    text = tokens.written(model, 16384, 64, seed=1)
+    text = tokens.written(model, 8192, 64, seed=1)
     kl, codec = [], TrellisCodec(2, effort="fast")
     for tune in (0, 2):
         out = tmp_path / str(tune)
