@@ -56,6 +56,8 @@ class Calibration:
                 f"calibration on {self.tokens} tokens in sequences of {self.context}: sequences must have at least 2, and "
                 "there must be tokens for one of them"
             )
+        if type(self.tune) is not int or self.tune < 0:
+            raise ModelError(f"tune must be a count of epochs, got {self.tune!r}")
 
 
 def calibration_of(text: Calibration | Text) -> Calibration | None:
@@ -130,14 +132,12 @@ def tuned(
         for name, tensor in tensors.items():
             parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
             parameters[name].copy_(_decoded(tensor, parts, device))
-            if (
-                tensor.codec.rescaled(parts, torch.ones(tensor.codec_shape[0], device=parts["weight"].device))
-                is not None
-            ):
+            ones = torch.ones(tensor.codec_shape[0], device=parts["weight"].device)
+            if tensor.codec.rescaled(parts, ones) is not None:
                 rows[name] = tensor.name
     total = ids.numel() * calibration.tune
     return distil(
-        student.float(), teacher.float(), rows, values, ids, epochs=calibration.tune, seed=calibration.seed,
+        student.float(), teacher, rows, values, ids, epochs=calibration.tune, seed=calibration.seed,
         watch=lambda n: watch("Tuning, tokens", n, total),
     )  # fmt: skip
 

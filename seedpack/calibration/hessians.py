@@ -31,7 +31,7 @@ class Hessians:
     def __enter__(self) -> Hessians:
         for name, layer in self._layers.items():
             self._hooks.append(
-                layer.register_forward_pre_hook(lambda layer, args, name=name: self._seen(name, layer, args))
+                layer.register_forward_pre_hook(lambda layer, args, name=name: self._called(name, layer, args))
             )
         return self
 
@@ -45,7 +45,7 @@ class Hessians:
         means = {name: (total / max(1, count)).cpu() for name, (total, count) in self._sums.items()}
         return means | {name: means[first] for name, first in self._shared.items() if first in means}
 
-    def _seen(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    def _called(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], Tensor):
             return
         first = next((known for tensor, known in self._recent if tensor is args[0] and known != name), None)
@@ -53,7 +53,11 @@ class Hessians:
             return
         self._shared.pop(name, None)
         self._recent.append((args[0], name))
-        x = layer_input(layer, args[0].detach())
+        self.add(name, layer, args[0])
+
+    def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """Count an input in that a layer is not called with."""
+        x = layer_input(layer, x.detach())
         total, count = self._sums.get(name, (torch.zeros(x.shape[1], x.shape[1], device=x.device), 0))
         self._sums[name] = (total.addmm_(x.mT, x), count + len(x))
 

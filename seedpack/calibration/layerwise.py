@@ -29,6 +29,12 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model wants its inputs; the CPU, if its weights are on disk."""
+    device: torch.device = model.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 Found = Callable[[str, dict[str, Tensor], Tensor | None], None]
 Skip = Callable[[str, Tensor], Tensor | None]
 Replaced = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
@@ -62,12 +68,12 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
         return _through(name, names[name], forward, args, kwargs, rows, found, skip, replaced)
 
     with Hessians(others) as outside, _wrapped(layers, call):
-        out = model.eval().base_model(input_ids=tokens.to(model.device), use_cache=False)[0]
+        out = model.eval().base_model(input_ids=tokens.to(device_of(model)), use_cache=False)[0]
     rest = _weights(outside.means())
     if isinstance(head, nn.Linear):
-        with Hessians({"head": head}) as last:
-            for part in out.split(rows):
-                last._seen("head", head, (part,))
+        last = Hessians({})
+        for part in out.split(rows):
+            last.add("head", head, part)
         rest |= {f"{name}.weight": last.means()["head"] for name, module in model.named_modules() if module is head}
     found("", rest, None)
 

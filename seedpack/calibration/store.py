@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import seedpack
 from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError, OutputError
 from seedpack.formats.digest import part_digest
@@ -147,7 +148,7 @@ class Fitted:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, tensor: TensorPlan) -> Path:
-        text = json.dumps([tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
+        text = json.dumps([seedpack.__version__, tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seedpack.calibration.layerwise import device_of
 from seedpack.errors import ModelError
 from seedpack.model.sources.base import first_line
 
@@ -41,7 +42,7 @@ def written(model: Any, tokens: int, context: int, seed: int = 0, watch: Callabl
         for sequences in torch.arange(count).split(AT_ONCE):
             shape = (len(sequences), 1)
             start = torch.randint(vocabulary, shape) if first is None else torch.full(shape, first)
-            start = start.to(model.device)
+            start = start.to(device_of(model))
             options = GenerationConfig(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=context - 1, min_new_tokens=context - 1,
                 pad_token_id=0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,16 @@ def open_model(path: Path) -> tuple[Any, Any]:
     cls = architecture(config) or transformers.AutoModel
     size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
     options: dict[str, Any] = {"dtype": torch.float32}
+    holder = None
     if 2 * size > _free_bytes() / 2:
-        options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": tempfile.mkdtemp(prefix="seedpack-")}
+        holder = tempfile.TemporaryDirectory(prefix="seedpack-")
+        options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
     try:
         model = cls.from_pretrained(path, **options)
     except Exception as error:  # the libraries' own
         raise ModelError(f"{path}: transformers cannot run it ({first_line(error)})") from error
+    if holder is not None:
+        weakref.finalize(model, holder.cleanup)
     try:
         return model, transformers.AutoTokenizer.from_pretrained(path)
     except Exception:  # not every model has one
