@@ -78,6 +78,28 @@ print(json.dumps(found | {"model": model.get_memory_footprint()}))
 )
 
 
+CALIBRATE = (
+    WATCH.replace(
+        'int(open("/proc/self/statm").read().split()[1]) * page',
+        'next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))',
+    )
+    + """
+import shutil
+from pathlib import Path
+from seedpack.calibration.calibrate import Calibration, calibrated
+from seedpack.model.sources import folder, open_source
+folder._free_bytes = lambda: 0
+ids = torch.randint(0, 16384, (8, 512))
+def work(text):
+    shutil.rmtree(sys.argv[2], ignore_errors=True)
+    calibrated(open_source(sys.argv[1]), Calibration(text, context=512), Path(sys.argv[2]) / "out", torch.device("cpu"))
+work(ids[:1])
+_, found = watched(lambda: work(ids))
+print(json.dumps(found))
+"""
+)
+
+
 class Unfitted(TrellisCodec):
     """Streams at random: loading does not look at them."""
 
@@ -139,6 +161,21 @@ def loading(result: report.Result) -> None:
     result.table(["model at 4 bits", "packed on disk", "model in memory", "peak added", "target"], rows)
 
 
+def calibrating(result: report.Result) -> None:
+    """Peak memory of calibration on models that stay on disk."""
+    rows = []
+    for layers in (3, 12):
+        folder = build(f"{layers}-layers", torch.float32, **SHAPE, num_hidden_layers=layers)
+        found = probe(CALIBRATE, folder, CACHE / "footprint-calibration")
+        rows.append((layers, f"{size_of(folder) / 1e6:.0f} MB", f"{(found['peak'] - found['before']) / 1e6:.0f} MB"))
+    shutil.rmtree(CACHE / "footprint-calibration", ignore_errors=True)
+    result.say(
+        "## Calibration\n\nThe same models, taken to be larger than the free memory, so that their weights stay on disk; 4,096 "
+        "tokens. Memory of its own (mapped files not counted) that calibration adds to a process that has run one before."
+    )
+    result.table(["layers", "model on disk", "peak added"], rows)
+
+
 def measure(result: report.Result) -> None:
     largest = max(VOCABULARY * HIDDEN, INTERMEDIATE * HIDDEN) * 4 / 1e6
     result.say(
@@ -160,6 +197,7 @@ def measure(result: report.Result) -> None:
         ["layers", "weights", "model on disk", "before", "peak", "added by compress", "above the largest tensor"], rows
     )
     loading(result)
+    calibrating(result)
 
     times = []
     for _ in range(15):
