@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,17 @@ def plan_for(
     head_bits: int | None = None,
     target_size: int | None = None,
     costs: Costs | None = None,
+    hessians: Collection[str] = (),
 ) -> Plan:
-    """The plan that `compress` would follow; arguments as there, and `costs` as for `budget.allocate`."""
+    """The plan that `compress` would follow; arguments as there, and `costs` as for `budget.allocate`; `hessians` are the
+    names of tensors that one is known for."""
     if target_size is not None and bits is not None:
         raise ModelError("give bits or a target size, not both")
     chosen = codec if isinstance(codec, Codec) else codec_for(codec, bits, settings or {})
     target = dtype_name(_float_dtype(dtype)) if dtype else None
     result = make_plan(source.tensors, source.shared, chosen, include=include, exclude=exclude, dtype=target)
     if target_size is not None:
-        result = with_size(result, target_size, _file_bytes, head_bits, costs)
+        result = with_size(result, target_size, lambda p: _file_bytes(p.with_hessians(hessians)), head_bits, costs)
     elif isinstance(codec, str) or head_bits is not None:
         result = with_bits(result, bits, head_bits, costs)
     if plan is not None:
@@ -177,8 +179,10 @@ def compress(
         inputs = Inputs(source, importance or {}, found)
         if text is not None and (target_size is not None or is_budget(chosen, bits)):
             costs = measured_costs(source, chosen, text, inputs, output, place, watch_calibration)
-            chosen = leave_nonfinite(source, plan_for(source, **choice, costs=costs), allow_nonfinite)
-        chosen = chosen.with_hessians({t.name for t in chosen.tensors if inputs.has_hessian(t.name)})
+            chosen = plan_for(source, **choice, costs=costs, hessians=inputs.hessians(chosen))
+            chosen = leave_nonfinite(source, chosen, allow_nonfinite)
+        chosen = chosen.with_hessians(inputs.hessians(chosen))
+        chosen.check_experts()
         if text is not None and text.sequential:
             found = calibrated_in_sequence(source, text, chosen, output, place, backend, watch_calibration)
             inputs = Inputs(source, importance or {}, found)

@@ -17,6 +17,7 @@ from torch import Tensor
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.calibration.store import FOLDER, Fitted, Store, fingerprint
 from seedpack.calibration.tuning import Tuned, distil
+from seedpack.codecs.base import column_power
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import ModelError
 from seedpack.kernels.dispatch import Backend
@@ -116,11 +117,13 @@ def tuned(
     """
     watch = watch or (lambda what, done, total: None)
     assert source.opened is not None
-    (teacher, tokenizer), (student, _) = source.opened(), source.opened()
-    if getattr(teacher, "hf_device_map", None):
+    teacher, tokenizer = source.opened()
+    if layerwise.on_disk(teacher):
         raise ModelError(f"{source.name}: does not fit memory, and tuning needs it there twice; leave it out")
+    if any(tensor.kind == "expert" and tensor.packed for tensor in plan.tensors):
+        raise ModelError(f"{source.name}: tuning does not know mixtures of experts yet; leave it out")
     ids = _tokens(teacher.to(device), tokenizer, calibration, _store(source, calibration, output), watch)
-    student = copy.deepcopy(student) if student is teacher else student.to(device)
+    student = copy.deepcopy(teacher)
     parameters = dict(student.named_parameters(remove_duplicate=False))
     tensors = {p: t for t in plan.tensors if t.packed for p in source.parameters(t.name) if p in parameters}
     values = [
@@ -133,7 +136,7 @@ def tuned(
             parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
             parameters[name].copy_(_decoded(tensor, parts, device))
             ones = torch.ones(tensor.codec_shape[0], device=parts["weight"].device)
-            if tensor.codec.rescaled(parts, ones) is not None:
+            if tensor.kind != "conv" and tensor.codec.rescaled(parts, ones) is not None:
                 rows[name] = tensor.name
     total = ids.numel() * calibration.tune
     return distil(
@@ -163,7 +166,7 @@ def measured_costs(
     if outputs is None:
         assert source.opened is not None
         model, tokenizer = source.opened()
-        if getattr(model, "hf_device_map", None):
+        if layerwise.on_disk(model):
             return {}
         ids = _tokens(model.to(device), tokenizer, calibration, store, watch)
         total = min(ids.numel(), sensitivity.ENOUGH_TOKENS)
@@ -178,10 +181,10 @@ def measured_costs(
         cost = 0.0
         for parameter in source.parameters(tensor.name):  # an embedding and a head tied to it both cost
             if (channels := outputs.get(f"{parameter}{sensitivity.COLUMNS}")) is not None:
-                cost += float(matrix.double().square().mean(0) @ channels.to(device))
+                cost += float((column_power(matrix) / len(matrix)) @ channels)
             if (channels := outputs.get(parameter)) is not None:
                 h = inputs.importance(tensor.name)
-                cost += tensor.codec.exposure(matrix, h if h is None or h.dim() == 2 else torch.diag(h), channels)
+                cost += tensor.codec.exposure(matrix, h, channels)
         if cost:
             costs[tensor.name] = cost
     return costs
@@ -216,14 +219,16 @@ def _replaced(
     backend: Backend,
 ) -> Iterator[None]:  # fmt: skip
     """Weights of a model as they will be once they are packed."""
-    for name, tensor in tensors.items():
-        parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
-        model.get_parameter(name).copy_(_decoded(tensor, parts, device))
+    before: dict[str, Tensor] = {}
     try:
+        for name, tensor in tensors.items():
+            parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
+            before[name] = model.get_parameter(name).detach().clone()
+            model.get_parameter(name).copy_(_decoded(tensor, parts, device))
         yield
     finally:
-        for name, tensor in tensors.items():
-            model.get_parameter(name).copy_(source.read(tensor.name))
+        for name, value in before.items():
+            model.get_parameter(name).copy_(value)
 
 
 def _decoded(tensor: TensorPlan, parts: dict[str, Tensor], device: torch.device) -> Tensor:
@@ -243,9 +248,9 @@ def _of_language_model(
         return store
     assert source.opened is not None
     model, tokenizer = source.opened()
-    if not hasattr(model, "generate") or model.get_output_embeddings() is None:
+    if not hasattr(model, "generate") or model.get_output_embeddings() is None or model.config.is_encoder_decoder:
         raise ModelError(f"{source.name}: calibration on text is for causal language models; pass batches from Python")
-    if not getattr(model, "hf_device_map", None):
+    if not layerwise.on_disk(model):
         model.to(device)
     elif replaced is not None:
         raise ModelError(
@@ -256,6 +261,9 @@ def _of_language_model(
         raise ModelError(
             f"{source.name}: has {model.get_input_embeddings().num_embeddings} tokens, the text has others"
         )
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and ids.shape[1] > longest:
+        raise ModelError(f"{source.name}: takes {longest} tokens at most, the text has sequences of {ids.shape[1]}")
     count = len(layerwise.decoder_layers(model))
 
     def found(name: str, values: dict[str, Tensor], output: Tensor | None) -> None:
@@ -306,6 +314,8 @@ def _identity(text: Text) -> str:
         return hashlib.sha256(text.contiguous().cpu().numpy().tobytes()).hexdigest()
     if text == "self":
         return "self"
+    if len(str(text)) > 4096 or "\n" in str(text):
+        raise ModelError("calibration: give the name of a file, not a text itself; or token ids")
     path = Path(str(text))
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()

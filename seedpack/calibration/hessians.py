@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seedpack.errors import ModelError
 from seedpack.model.layers import packed_class
 
 RECENT = 4  # inputs that a layer's input is compared with
@@ -48,7 +50,8 @@ class Hessians:
     def _called(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], Tensor):
             return
-        first = next((known for tensor, known in self._recent if tensor is args[0] and known != name), None)
+        alike = (known for tensor, known in self._recent if tensor is args[0] and known != name)
+        first = next((known for known in alike if _form(self._layers[known]) == _form(layer)), None)
         if first is not None and name not in self._sums and self._shared.setdefault(name, first) == first:
             return
         self._shared.pop(name, None)
@@ -58,8 +61,16 @@ class Hessians:
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """Count an input in that a layer is not called with."""
         x = layer_input(layer, x.detach())
-        total, count = self._sums.get(name, (torch.zeros(x.shape[1], x.shape[1], device=x.device), 0))
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device), 0
+        total, count = self._sums[name]
         self._sums[name] = (total.addmm_(x.mT, x), count + len(x))
+
+
+def _form(layer: nn.Module) -> object:
+    """What layers of one input must have in common to see the same of it."""
+    names = ("kernel_size", "stride", "padding", "dilation")
+    return [getattr(layer, name) for name in names] if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
 
 
 def measurable(layer: nn.Module) -> bool:
@@ -84,17 +95,26 @@ def layer_input(layer: nn.Module, x: Tensor) -> Tensor:
 
 def run(model: nn.Module, batches: Any, device: torch.device) -> dict[str, Tensor]:
     """Hessians of all layers of a module that is run on batches: tensors, tuples of arguments, or dicts of keywords."""
-    layers = dict(model.named_modules())
-    training = model.training
-    with Hessians(layers) as hessians, torch.no_grad():
-        try:
-            model.eval()
-            for batch in batches:
-                args, keywords = _arguments(batch, device)
-                model(*args, **keywords)
-        finally:
-            model.train(training)
-    return {f"{name}.weight" if name else "weight": value for name, value in hessians.means().items()}
+    with Hessians(dict(model.named_modules())) as hessians, torch.no_grad(), evaluated(model):
+        for batch in batches:
+            args, keywords = _arguments(batch, device)
+            model(*args, **keywords)
+    means = hessians.means()
+    if not means:
+        raise ModelError("calibration: no layer that can be calibrated was called; were there batches?")
+    return {f"{name}.weight" if name else "weight": value for name, value in means.items()}
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation; afterwards each of its modules is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

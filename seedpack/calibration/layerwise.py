@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seedpack.calibration.hessians import Hessians
+from seedpack.calibration.hessians import Hessians, evaluated
 from seedpack.errors import ModelError
 
 TOKENS_AT_ONCE = 4096
@@ -28,6 +28,11 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
     return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}
+
+
+def on_disk(model: nn.Module) -> bool:
+    """Whether some of a model's weights are not in memory."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def device_of(model: Any) -> torch.device:
@@ -68,8 +73,8 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
     def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
         return _through(name, names[name], forward, args, kwargs, rows, found, skip, replaced)
 
-    with Hessians(others) as outside, _wrapped(layers, call):
-        out = model.eval().base_model(input_ids=tokens.to(device_of(model)), use_cache=False)[0]
+    with Hessians(others) as outside, _wrapped(layers, call), evaluated(model):
+        out = model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)[0]
     rest = _weights(outside.means())
     if isinstance(head, nn.Linear):
         last = Hessians({})
@@ -87,7 +92,9 @@ def _through(
     hidden = args[0] if args else kwargs["hidden_states"]
     known = skip(name, hidden)
     if known is not None:
-        return known
+        one = slice(0, 1)  # tells whether the layer gives a tuple
+        out = forward(*_some(args, len(hidden), one), **_some(kwargs, len(hidden), one))
+        return (known,) if isinstance(out, tuple) else known
 
     def passed() -> Any:
         parts = []
@@ -126,9 +133,12 @@ def recomputed(model: Any) -> Iterator[None]:
 
 
 def _some(value: Any, count: int, here: slice) -> Any:
-    """Some sequences of arguments: of tensors with more than one axis whose first one counts all of them."""
+    """Some sequences of arguments: of tensors with more than one axis whose first one counts all of them, or some for each."""
     if isinstance(value, Tensor):
-        return value[here] if value.dim() > 1 and value.shape[0] == count else value
+        if value.dim() < 2 or value.shape[0] % count:
+            return value
+        times = value.shape[0] // count  # as alibi's, of each head
+        return value[here.start * times : here.stop * times]
     if isinstance(value, dict):
         return {key: _some(item, count, here) for key, item in value.items()}
     return type(value)(_some(item, count, here) for item in value) if type(value) in (tuple, list) else value

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seedpack.calibration.hessians import evaluated
 from seedpack.calibration.layerwise import recomputed
 from seedpack.errors import ModelError
 from seedpack.model.layers import packed_class
@@ -41,7 +42,11 @@ def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None
 
     def seen(name: str, output: Any) -> None:
         def grown(gradient: Tensor) -> None:
-            channels = gradient.detach().flatten(0, -2).double().square().sum(0)
+            layer = layers[name]
+            last = gradient.detach().movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else gradient.detach()
+            channels = last.flatten(0, -2).double().square().sum(0)
+            if isinstance(layer, nn.Embedding):  # some scale what they look up
+                channels *= float(getattr(layer, "scalar_embed_scale", 1.0)) ** 2
             sums[name] = sums.get(name, torch.zeros_like(channels)) + channels
 
         if isinstance(output, Tensor) and output.requires_grad:
@@ -78,14 +83,13 @@ def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None
 def _differentiable(model: Any) -> Iterator[None]:
     """Gradients flow from the embedding on, and to no parameter."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    embedding, training = model.get_input_embeddings(), model.training
+    embedding = model.get_input_embeddings()
     hook = embedding.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_(True))
     try:
-        model.requires_grad_(False).eval()
-        with recomputed(model):
+        model.requires_grad_(False)
+        with recomputed(model), evaluated(model):
             yield
     finally:
         hook.remove()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(wanted[name])
-        model.train(training)

@@ -30,7 +30,7 @@ VERSION = 1
 class Store:
     """A folder of Hessians.
 
-    `index.json` holds what they were made of, and for each weight the file and the name in it. `output.safetensors` is
+    `index.json` holds what they were made of, and for each weight the file and the name in it. `output-….safetensors` is
     what came out of the last layer that is done, until all are.
     """
 
@@ -38,8 +38,8 @@ class Store:
         self.folder = folder
         self._index: dict[str, Any] = {"version": VERSION, "made_of": dict(made_of), "layers": [], "weights": {}}
         if (folder / "index.json").is_file():
-            found = read_json(folder / "index.json")
-            if not isinstance(found, dict) or any(found.get(key) != self._index[key] for key in ("version", "made_of")):
+            found: Any = read_json(folder / "index.json")
+            if not _sound(found) or any(found.get(key) != self._index[key] for key in ("version", "made_of")):
                 raise ModelError(f"{folder}: holds another calibration; delete that folder")
             self._index = found
 
@@ -61,20 +61,24 @@ class Store:
             firsts.setdefault(id(value), name)
         self._save({name: hessians[name] for name in firsts.values()}, file)
         if output is not None:
-            self._save({"output": output.contiguous()}, "output.safetensors")
+            self._save({"output": output.contiguous()}, f"output-{len(self._index['layers']):04d}.safetensors")
         self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in hessians.items()}
         self._index["layers"].append(layer)
         text = json.dumps(self._index, indent=1)
         write_file(self.folder / "index.json", lambda path: path.write_text(text))
-        if not layer:
-            (self.folder / "output.safetensors").unlink(missing_ok=True)
+        last = len(self._index["layers"]) - 1
+        for old in self.folder.glob("output-*.safetensors"):
+            if not layer or old.name != f"output-{last:04d}.safetensors":
+                old.unlink(missing_ok=True)
 
     def skip(self, layer: str, hidden: Tensor) -> Tensor | None:
         """The output of a layer that is done: of the last one; of those before, anything of that shape."""
         done = self._index["layers"]
         if layer not in done:
             return None
-        return self.tensor("output.safetensors", "output").to(hidden.device) if layer == done[-1] else hidden
+        if layer != done[-1]:
+            return hidden
+        return self.tensor(f"output-{len(done) - 1:04d}.safetensors", "output").to(hidden.device)
 
     def __contains__(self, weight: object) -> bool:
         return weight in self._index["weights"]
@@ -86,12 +90,17 @@ class Store:
 
     def save_output_costs(self, costs: dict[str, Tensor]) -> None:
         """Keep what `sensitivity` measured."""
-        self._save(costs, "output-costs.safetensors")
+        self._save(costs, "costs.safetensors")
 
     def output_costs(self) -> dict[str, Tensor] | None:
         """What `sensitivity` measured, if it is there."""
-        path = self.folder / "output-costs.safetensors"
-        return load_file(path) if path.is_file() else None
+        file = "costs.safetensors"
+        if not (self.folder / file).is_file():
+            return None
+        try:
+            return load_file(self.folder / file)
+        except Exception as error:  # the library's own
+            raise ModelError(f"{self.folder / file}: cannot be read ({error}); delete that folder") from None
 
     def save_tokens(self, tokens: Tensor) -> None:
         """Keep the text that the model wrote."""
@@ -112,6 +121,20 @@ class Store:
 
     def _save(self, tensors: dict[str, Tensor], file: str) -> None:
         write_file(self.folder / file, lambda path: save_file(tensors, path))
+
+
+def _sound(index: Any) -> bool:
+    """Whether a document has an index's form, and names no file elsewhere."""
+    if (
+        not isinstance(index, dict)
+        or not isinstance(index.get("layers"), list)
+        or not isinstance(index.get("weights"), dict)
+    ):
+        return False
+    return all(
+        isinstance(where, list) and len(where) == 2 and all(isinstance(text, str) for text in where) and Path(where[0]).name == where[0]
+        for where in index["weights"].values()
+    )  # fmt: skip
 
 
 class Fitted:

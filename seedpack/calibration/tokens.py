@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seedpack.calibration.hessians import evaluated
 from seedpack.calibration.layerwise import device_of
 from seedpack.errors import ModelError
 from seedpack.model.sources.base import first_line
@@ -37,7 +38,7 @@ def written(model: Any, tokens: int, context: int, seed: int = 0, watch: Callabl
     first = getattr(model.config, "bos_token_id", None)
     first = first[0] if isinstance(first, list) else first
     parts = []
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), torch.inference_mode(), evaluated(model):
         torch.manual_seed(seed)
         for sequences in torch.arange(count).split(AT_ONCE):
             shape = (len(sequences), 1)
@@ -47,7 +48,7 @@ def written(model: Any, tokens: int, context: int, seed: int = 0, watch: Callabl
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=context - 1, min_new_tokens=context - 1,
                 pad_token_id=0,
             )  # fmt: skip
-            found = model.eval().generate(
+            found = model.generate(
                 start, attention_mask=torch.ones_like(start), generation_config=options,
                 logits_processor=[_Told(watch)] if watch else None,
             )  # fmt: skip

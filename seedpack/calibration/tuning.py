@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seedpack.calibration.hessians import evaluated
 from seedpack.calibration.layerwise import recomputed
+from seedpack.model.layers import is_transposed
 
 RATE, TOKENS_AT_ONCE, WARM_UP = 1e-3, 1024, 4  # learning rate of factors; tokens and count of steps
 
@@ -62,7 +64,7 @@ def distil(
     hooks = []
     for parameter, name in rows.items():
         layer, weight = student.get_submodule(parameter.rpartition(".")[0]), student.get_parameter(parameter)
-        count = len(weight) if isinstance(layer, nn.Embedding) or not _transposed(layer) else weight.shape[1]
+        count = len(weight) if not is_transposed(layer) else weight.shape[1]
         factor = factors.setdefault(name, torch.ones(count, device=weight.device, requires_grad=True))
         hooks.append(
             layer.register_forward_hook(lambda layer, args, out, factor=factor: _scaled(layer, args, out, factor))
@@ -79,7 +81,7 @@ def distil(
             optimiser = torch.optim.Adam(groups, betas=(0.9, 0.98))
             for step, batch in enumerate(batches):
                 ids = batch.to(student.device)
-                with torch.no_grad():
+                with torch.no_grad(), evaluated(teacher):
                     wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
                 found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
                 loss = nn.functional.kl_div(
@@ -103,10 +105,6 @@ def distil(
     return Tuned({name: factor.detach() for name, factor in factors.items()}, learnt)
 
 
-def _transposed(layer: nn.Module) -> bool:
-    return not isinstance(layer, nn.Linear) and not isinstance(layer, nn.Embedding)
-
-
 def _scaled(layer: nn.Module, args: tuple[Any, ...], out: Tensor, factor: Tensor) -> Tensor:
     """A layer's output with the rows of its weight times a factor."""
     if isinstance(layer, nn.Embedding):
@@ -119,10 +117,10 @@ def _scaled(layer: nn.Module, args: tuple[Any, ...], out: Tensor, factor: Tensor
 def _only(model: Any, names: list[str]) -> Iterator[list[nn.Parameter]]:
     """Gradients for these parameters alone; activations are recomputed, not kept."""
     wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False)
     tuned = [model.get_parameter(name).requires_grad_(True) for name in names]
     try:
-        with recomputed(model), torch.enable_grad():
+        with recomputed(model), evaluated(model), torch.enable_grad():
             yield tuned
     finally:
         for name, parameter in model.named_parameters():

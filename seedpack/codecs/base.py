@@ -111,12 +111,13 @@ class Codec:
 
         Args:
             weight: [out, in].
-            hessian: of the layer's input [in, in]; None is the identity.
+            hessian: of the layer's input [in, in], or its diagonal [in]; None is the identity.
             outputs: [out].
         """
-        h = torch.eye(weight.shape[1]) if hessian is None else hessian
-        energy = weight.double().square() @ h.diagonal().double().to(weight.device)
-        return float(energy @ outputs.to(weight.device))
+        h = torch.ones(weight.shape[1]) if hessian is None else hessian
+        h = (h.diagonal() if h.dim() == 2 else h).double().to(weight.device)
+        pieces = zip(weight.split(EXPOSED_ROWS), outputs.to(weight.device).split(EXPOSED_ROWS), strict=True)
+        return float(sum(rows.double().square() @ h @ costs for rows, costs in pieces))
 
     def rescaled(self, parts: Parts, factors: Tensor) -> Parts | None:
         """The parts of the weight with its rows times some factors [out], or None if that would take more bits."""
@@ -164,6 +165,7 @@ class Codec:
         return cls(**config)
 
 
+EXPOSED_ROWS = 4096
 DAMPING = 0.01  # of a Hessian's mean diagonal, added to it: what no input moved must not be moved at will
 
 
@@ -219,9 +221,9 @@ def require_hessian(codec: str, hessian: Tensor, columns: int) -> Tensor:
         raise CodecError(
             f"{codec}: a Hessian of {columns} input channels has shape [{columns}, {columns}], got {list(hessian.shape)}"
         )
-    h = hessian.double()
-    h = (h + h.mT) / 2
-    scale = h.diagonal().mean()
-    if not torch.isfinite(h).all() or scale <= 0:
+    scale = hessian.diagonal().double().mean()
+    if not torch.isfinite(hessian).all() or scale <= 0:
         raise CodecError(f"{codec}: a Hessian must be finite, and its diagonal positive")
-    return h / scale + DAMPING * torch.eye(columns, dtype=h.dtype, device=h.device)
+    h = hessian.double() / scale
+    h.diagonal().add_(DAMPING)
+    return h

@@ -124,7 +124,8 @@ class SVDCodec(Codec):
         if importance is not None and importance.dim() == 2:
             factor = torch.linalg.cholesky(require_hessian(self.id, importance, columns).to(weight.device))
         elif importance is not None:
-            factor = torch.diag(require_importance(self.id, importance, columns).sqrt()).to(weight.device)
+            root = require_importance(self.id, importance, columns).sqrt().float().to(weight.device)
+            whitened = weight.float() * root
         if factor is not None:
             whitened = (weight.double() @ factor).float()
         u, s, vh = randomized_svd(
@@ -137,6 +138,8 @@ class SVDCodec(Codec):
         left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
         if factor is not None:
             right = torch.linalg.solve_triangular(factor, right.double(), upper=False, left=False).float()
+        elif importance is not None:
+            right = right / root
         inner = self._inner()
         if inner is None:
             if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
@@ -151,6 +154,7 @@ class SVDCodec(Codec):
         if importance is not None and importance.dim() == 2:
             if inner.hessians:
                 left_importance = right.double() @ importance.to(right.device).double() @ right.double().mT
+                left_importance = left_importance if left_importance.any() else None
             else:
                 importance = importance.diagonal()
         left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)

@@ -140,7 +140,7 @@ class TrellisCodec(Codec):
     def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
         """With a Hessian, what is left of errors that are answered for: in the basis that is searched, the mean of a row's
         squares times the squares of C's diagonal."""
-        if hessian is None:
+        if hessian is None or hessian.dim() == 1:
             return super().exposure(weight, hessian, outputs)
         (rows, columns), device = weight.shape, weight.device
         h = require_hessian(self.id, hessian, columns).to(device)
@@ -149,8 +149,9 @@ class TrellisCodec(Codec):
         if "balance" in self.parts((rows, columns)):
             packed = pack(self._balance(weight, h)[None], BALANCE_BITS).to(device)
             balance = self._input_scales({"balance": packed}, columns, device).double()
-        power = (weight.double() * balance).square().mean(1)
-        return scale * float(power @ outputs.to(device)) * float(self._factor(h, balance).diagonal().square().sum())
+        power = column_power(weight * outputs.to(device, weight.dtype).sqrt()[:, None]).to(device)
+        energy = float(power @ balance.square()) / columns
+        return scale * energy * float(self._factor(h, balance).diagonal().square().sum())
 
     def with_hessian(self) -> TrellisCodec:
         """With streams that are not circular."""

@@ -152,6 +152,8 @@ def _options(tensors: list[TensorPlan], head_bits: int | None, weighed: Costs) -
     for variant in variants:
         stored = sum(8 * replace(t, codec=variant).stored_bytes for t in tensors)
         option = (float(stored), weights * variant.expected_error(), variant)
+        if hull and option[0] <= hull[-1][0]:  # as few bits, and less loss
+            hull.pop()
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
             hull.pop()
         hull.append(option)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seedpack.codecs.base import Codec, guessed_importance
 from seedpack.dtypes import TORCH_DTYPES
-from seedpack.errors import ModelError, NonfiniteError
+from seedpack.errors import CodecError, ModelError, NonfiniteError
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.plan import Plan, TensorPlan
 from seedpack.model.sources import Source
@@ -158,9 +158,11 @@ class Inputs:
     def __init__(self, source: Source, given: Mapping[str, Tensor], found: Found):
         self._source, self._given, self._found = source, given, found
 
-    def has_hessian(self, name: str) -> bool:
-        """Whether there is one."""
-        return self._given[name].dim() == 2 if name in self._given else self._parameter(name) is not None
+    def hessians(self, plan: Plan) -> set[str]:
+        """The names of a plan's tensors that there is a Hessian for."""
+        names = {tensor.name for tensor in plan.tensors}
+        given = {name for name in names & self._given.keys() if self._given[name].dim() == 2}
+        return given | {name for name in names - self._given.keys() if self._parameter(name) is not None}
 
     def importance(self, name: str) -> Tensor | None:
         """[in], [in, in], or None."""
@@ -198,7 +200,14 @@ def fit(
         importance = importance.diagonal()
     if importance is None and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
         importance = guessed_importance(matrix, power)
-    parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
+    if importance is not None and importance.dim() == 2 and not importance.any():
+        importance = None  # nothing ever came in
+    try:
+        parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
+    except CodecError as refused:
+        raise CodecError(f"{tensor.name}: {refused}") from None
+    except torch.linalg.LinAlgError as failed:  # type: ignore[attr-defined]
+        raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
     error, energy = _error(tensor.codec, parts, matrix)
     report = TensorReport(tensor, error, energy, time.perf_counter() - started)
     if journal is not None:

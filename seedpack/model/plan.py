@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,7 +161,7 @@ class Plan:
                 "include or exclude all of its projections in all layers"
             )
 
-    def with_hessians(self, names: set[str]) -> Plan:
+    def with_hessians(self, names: Collection[str]) -> Plan:
         """This plan with the codecs of packed tensors that a Hessian is known for as they are to be then."""
         return replace(
             self,

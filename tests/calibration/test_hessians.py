@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import seedpack
 from seedpack.calibration import hessians
 from seedpack.calibration.hessians import Hessians, layer_input
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.errors import CodecError, ModelError
 from seedpack.model.sources.live import module_kind
 
 
@@ -65,3 +70,35 @@ def test_batches_of_arguments_and_keywords() -> None:
     net, x = Two(), torch.randn(5, 6)
     by = [hessians.run(net, [batch], torch.device("cpu"))["a.weight"] for batch in (x, (x,), {"x": x})]
     assert torch.equal(by[0], by[1]) and torch.equal(by[0], by[2])
+
+
+def test_convolutions_of_one_input_that_see_it_otherwise() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three = nn.Conv2d(4, 8, 3, 2, 1), nn.Conv2d(4, 8, 1, 2), nn.Conv2d(4, 8, 3, 1, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.one(x).mean() + self.two(x).mean() + self.three(x).mean()
+            return y
+
+    found = hessians.run(Block(), [torch.randn(2, 4, 8, 8)], torch.device("cpu"))
+    assert [len(found[f"{name}.weight"]) for name in ("one", "two", "three")] == [36, 4, 36]
+    assert not torch.allclose(found["one.weight"], found["three.weight"])
+
+
+def test_no_batches_and_dead_inputs(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    with pytest.raises(ModelError, match="were there batches"):
+        hessians.run(net, iter(()), torch.device("cpu"))
+    with torch.no_grad():
+        net[0].bias.fill_(-1e3)  # type: ignore[union-attr,operator]
+    report = seedpack.compress(
+        net, tmp_path / "out", codec=TrellisCodec(3, effort="fast"), calibration=[torch.randn(9, 64)]
+    )
+    assert len(report.tensors) == 2
+    for hessian, message in ((-torch.eye(64), "2.weight: .* its diagonal positive"), (torch.eye(64) - 2, "2.weight: ")):
+        with pytest.raises((CodecError, ModelError), match=message):
+            seedpack.compress(
+                net, tmp_path / "bad", codec=TrellisCodec(3, effort="fast"), importance={"2.weight": hessian}
+            )

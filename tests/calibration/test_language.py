@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import seedpack
 from seedpack.api import unpack
-from seedpack.calibration import hessians, layerwise, sensitivity, tokens
+from seedpack.calibration import hessians, layerwise, sensitivity, store, tokens
 from seedpack.calibration.calibrate import Calibration, calibrated
 from seedpack.calibration.store import Store
 from seedpack.codecs.trellis import TrellisCodec
@@ -169,9 +170,17 @@ def test_a_damaged_store_says_so(folder: Path, tmp_path: Path) -> None:
     (kept / "layer-0000.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(ModelError, match=r"layer-0000.safetensors: cannot be read .* delete that folder"):
         found.get("model.layers.0.self_attn.q_proj.weight")
-    (kept / "index.json").write_text('{"version": 2}')
-    with pytest.raises(ModelError, match="holds another calibration"):
-        calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+    good = json.loads((kept / "index.json").read_text())
+    for bad in (
+        {"version": 2},
+        good | {"layers": 3},
+        good | {"weights": {"a": 3}},
+        good | {"weights": {"a": ["/etc/passwd", "x"]}},
+        [1],
+    ):
+        (kept / "index.json").write_text(json.dumps(bad))
+        with pytest.raises(ModelError, match="holds another calibration"):
+            calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
 
 
 def test_costs_predict_the_divergence() -> None:
@@ -259,12 +268,12 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         seedpack.compress(folder, tmp_path / "parts" / "out", **options)
     assert not (tmp_path / "parts" / "out").exists()
-    (store,) = (tmp_path / "parts" / "seedpack-calibration").iterdir()
-    kept = sorted((store / "fitted").iterdir())
+    (place,) = (tmp_path / "parts" / "seedpack-calibration").iterdir()
+    kept = sorted((place / "fitted").iterdir())
     assert len(kept) == 4
     kept[0].write_bytes(kept[0].read_bytes()[:-3])  # damaged: fitted again
     report = seedpack.compress(folder, tmp_path / "parts" / "out", **options)
-    assert len(fitted) == 5 + len(report.tensors) - 3 and not (store / "fitted").exists()
+    assert len(fitted) == 5 + len(report.tensors) - 3 and not (place / "fitted").exists()
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "parts" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
 
@@ -312,6 +321,76 @@ def test_models_larger_than_memory_stay_on_disk(folder: Path, tmp_path: Path, mo
             seedpack.compress(folder, tmp_path / "out", codec=FAST, calibration=Calibration(ids(), context=16, **more))  # type: ignore[arg-type]
     report = seedpack.compress(folder, tmp_path / "out", codec="trellis", bits=3.9, settings={"effort": "fast"}, calibration=calibration)  # fmt: skip
     assert report.plan.totals()["bits_per_packed_weight"] <= 3.9
+
+
+@pytest.mark.parametrize("options", [{"sequential": True}, {"tune": 1}, {"text": "self"}], ids=str)
+def test_a_live_model_is_left_as_it_was(options: dict[str, Any], tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True).train()
+    model.model.layers[0].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    calibration = Calibration(**{"text": ids(), "tokens": 32, "context": 16} | options)  # type: ignore[arg-type]
+    seedpack.compress(model, tmp_path / "out", codec=FAST, calibration=calibration)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["falcon", "bloom"])
+def test_layers_that_give_tuples_and_take_biases_of_heads(name: str, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "pad_token_id": 0}
+    model = (
+        transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, num_hidden_layers=2, alibi=True))
+        if name == "falcon" else transformers.BloomForCausalLM(transformers.BloomConfig(**sizes, n_layer=2))
+    )  # fmt: skip
+    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(layer: str, values: dict[str, Tensor], output: Tensor | None) -> None:
+        found.update(values)
+        if output is not None:
+            outputs[layer] = output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layerwise, "TOKENS_AT_ONCE", 40)
+        layerwise.run(model, ids(), keep, lambda layer, hidden: None)
+    whole, first = dict(found), min(outputs)
+    for weight, value in hessians.run(model, [ids()], CPU).items():
+        torch.testing.assert_close(whole[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+    found.clear()
+    layerwise.run(model, ids(), keep, lambda layer, hidden: outputs[layer] if layer == first else None)
+    assert all(torch.allclose(value, whole[weight], rtol=1e-3, atol=1e-4) for weight, value in found.items())
+
+
+def test_what_language_models_cannot_do(tmp_path: Path) -> None:
+    for name, options, message in (
+        ("t5", {}, "calibration on text is for causal language models"),
+        ("llama", {"text": ids(2, 80)}, "takes 64 tokens at most, the text has sequences of 80"),
+        ("mixtral", {"tune": 1}, "tuning does not know mixtures"),
+    ):
+        ARCHITECTURES[name]().save_pretrained(tmp_path / name)
+        calibration = Calibration(**{"text": ids(), "context": 16} | options)  # type: ignore[arg-type]
+        with pytest.raises(ModelError, match=message):
+            seedpack.compress(tmp_path / name, tmp_path / "out", codec=FAST, calibration=calibration, exclude=["*.wo.weight"] if name == "t5" else [])  # fmt: skip
+
+
+def test_a_kill_between_an_output_and_its_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, calibration = open_source(folder), Calibration(ids(), context=16)
+    whole = calibrated(source, calibration, tmp_path / "one" / "x", CPU)
+    write, count = store.write_file, [0]
+
+    def killed(path: Path, content: Any) -> None:
+        count[0] += path.name == "index.json"
+        if path.name == "index.json" and count[0] == 2:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(store, "write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+    monkeypatch.setattr(store, "write_file", write)
+    resumed = calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+    for name in ("model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
+        assert torch.equal(whole.get(name), resumed.get(name))  # type: ignore[arg-type]
 
 
 def test_tuning_needs_text(folder: Path, tmp_path: Path) -> None:

@@ -46,7 +46,9 @@ def search_with_feedback(
     """
     padded, (block, beyond) = values.shape[1], (BLOCK if columns < WIDE else WIDE_BLOCK, lookahead(code))
     wanted = torch.nn.functional.pad(values[:, :columns].double(), (0, padded - columns))
-    c = torch.block_diag(factor, torch.eye(padded - columns, dtype=factor.dtype, device=factor.device))
+    c = factor
+    if padded > columns:
+        c = torch.block_diag(factor, torch.eye(padded - columns, dtype=factor.dtype, device=factor.device))
     error, symbols = torch.zeros_like(wanted), torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
 
     def target(low: int, high: int, decided: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,10 @@ def resolve_ties(source: Source, skeleton: Skeleton) -> Source:
 
 
 def _free_bytes() -> int:
-    """Memory that is free, as the system says; where it does not, as much as one could wish."""
+    """Memory that could be had, as the system says; where it does not, as much as one could wish."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
@@ -101,7 +105,8 @@ def open_model(path: Path) -> tuple[Any, Any]:
 
     config = read_json(path / "config.json")
     cls = architecture(config) or transformers.AutoModel
-    size = sum(file.stat().st_size for pattern in ("*.safetensors", "*.bin") for file in path.glob(pattern))
+    files = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
+    size = sum(file.stat().st_size for file in files)
     options: dict[str, Any] = {"dtype": torch.float32}
     holder = None
     if 2 * size > _free_bytes() / 2:
