@@ -94,7 +94,7 @@ def measure(result: report.Result) -> None:
     for bits, removed in ((12.8, 20), (9.6, 40)):
         methods[f"svd, {removed}% removed"] = ("svd", lambda b=bits: ours("svd", b))
         methods[f"svd, {removed}% removed + self"] = ("svd + self", lambda b=bits: ours("svd", b, "self"))
-    methods["bitsandbytes NF4"] = ("bitsandbytes NF4", lambda: rebuilt(lambda name, weight: peers.nf4(weight)))
+    methods["NF4 (its arithmetic)"] = ("bitsandbytes NF4", lambda: rebuilt(lambda name, weight: peers.nf4(weight)))
     if peers.importlib.util.find_spec("xllamacpp"):
         for kind in IMATRIX_TYPES:
             family = "GGUF i-quants, imatrix" if kind.startswith("IQ") else "GGUF K-quants, imatrix"
