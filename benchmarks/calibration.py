@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
@@ -95,7 +96,7 @@ def measure(result: report.Result) -> None:
         methods[f"svd, {removed}% removed"] = ("svd", lambda b=bits: ours("svd", b))
         methods[f"svd, {removed}% removed + self"] = ("svd + self", lambda b=bits: ours("svd", b, "self"))
     methods["NF4 (its arithmetic)"] = ("bitsandbytes NF4", lambda: rebuilt(lambda name, weight: peers.nf4(weight)))
-    if peers.importlib.util.find_spec("xllamacpp"):
+    if importlib.util.find_spec("xllamacpp"):
         for kind in IMATRIX_TYPES:
             family = "GGUF i-quants, imatrix" if kind.startswith("IQ") else "GGUF K-quants, imatrix"
             methods[f"GGUF {kind}, imatrix"] = (family, lambda k=kind: with_imatrix(k))

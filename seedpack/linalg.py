@@ -77,3 +77,21 @@ def captured_energy(values: Float[Tensor, " k"], rank: int) -> float:
     """Share of ‖W‖² that the best approximation of a rank holds (Eckart and Young)."""
     energy = values.double().square()
     return float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 1.0
+
+
+def answer(errors: Tensor, factor: Tensor, low: int, high: int, decided: int) -> Float[Tensor, "m block"]:
+    """By how much columns low … high - 1 should fall short to undo the errors of those from `decided` on.
+
+    With the error's cost ‖E·C‖², C lower triangular, the columns' own part of it is least then (LDLQ, Chee et al., arXiv
+    2307.13304, blockwise): E·C[decided:, block]·C[block, block]⁻¹.
+
+    Args:
+        errors: E, float64 [m, n].
+        factor: C, float64 [n, n].
+        low: first column of the block.
+        high: behind its last.
+        decided: first of the columns whose errors stand; at least `high`.
+    """
+    of_others = errors[:, decided:] @ factor[decided:, low:high]
+    found: Tensor = torch.linalg.solve_triangular(factor[low:high, low:high], of_others, upper=False, left=False)
+    return found

@@ -125,6 +125,8 @@ def command(
     """
     if out is None and not dry_run:
         raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
+    if calibration == "none" and (tune or sequential):
+        raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     from seedpack import api
     from seedpack.calibration.calibrate import Calibration
     from seedpack.model.sources import open_source
@@ -148,8 +150,6 @@ def command(
         text = Calibration(
             calibration, calibration_tokens, seed=calibration_seed, sequential=sequential, tune=int(tune)
         )
-    elif tune or sequential:
-        raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     with output.stages() as stage:
         report = api.compress(
             source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, calibration=text,

@@ -21,7 +21,7 @@ from seedpack.codecs.base import column_power
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import ModelError
 from seedpack.kernels.dispatch import Backend
-from seedpack.model.fitting import Found, Inputs, fit
+from seedpack.model.fitting import Found, Inputs, fit, matrix_of
 from seedpack.model.plan import Plan, TensorPlan
 from seedpack.model.sources import Source, looks_like_hub_id
 
@@ -176,8 +176,7 @@ def measured_costs(
     costs = {}
     for count, tensor in enumerate(packed := [t for t in plan.tensors if t.packed and t.codec.variants()]):
         watch("Weighing tensors", 1 if count else 0, len(packed))
-        weight = source.read(tensor.name).to(device)
-        matrix = (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape).float()
+        matrix = matrix_of(source, tensor).to(device).float()
         cost = 0.0
         for parameter in source.parameters(tensor.name):  # an embedding and a head tied to it both cost
             if (channels := outputs.get(f"{parameter}{sensitivity.COLUMNS}")) is not None:

@@ -8,7 +8,7 @@ sequences.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
@@ -130,6 +130,22 @@ def recomputed(model: Any) -> Iterator[None]:
 
     with _wrapped(decoder_layers(model), call):
         yield
+
+
+@contextmanager
+def differentiable(model: Any, names: Sequence[str] = ()) -> Iterator[list[nn.Parameter]]:
+    """Gradients for the parameters of some names alone, in evaluation; afterwards the model is as it was."""
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    chosen = [model.get_parameter(name).requires_grad_(True) for name in names]
+    try:
+        with recomputed(model), evaluated(model), torch.enable_grad():
+            yield chosen
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(wanted[name])
+        for parameter in chosen:
+            parameter.grad = None
 
 
 def _some(value: Any, count: int, here: slice) -> Any:

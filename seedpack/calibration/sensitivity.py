@@ -8,15 +8,13 @@ error e of the output then costs ½·E[(g·e)²]; with errors of channels that k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seedpack.calibration.hessians import evaluated
-from seedpack.calibration.layerwise import recomputed
+from seedpack.calibration.layerwise import differentiable
 from seedpack.errors import ModelError
 from seedpack.model.layers import packed_class
 
@@ -27,7 +25,8 @@ TOKENS_AT_ONCE, ENOUGH_TOKENS = 1024, 8192
 def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None = None) -> dict[str, Tensor]:
     """½·E[g_r²] of each output channel of a causal language model's layers, float64 [out], by the names of weights.
 
-    Of an embedding, whose channels are the columns of its weight, under the name and `COLUMNS`. Nothing of the model is changed; its activations are recomputed, not kept.
+    Of an embedding, whose channels are the columns of its weight, under the name and `COLUMNS`. Activations are
+    recomputed, not kept.
 
     Args:
         model: of transformers, in memory.
@@ -53,8 +52,10 @@ def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None
             output.register_hook(grown)
 
     tokens = tokens[: max(1, ENOUGH_TOKENS // tokens.shape[1])]
-    with _differentiable(model), torch.enable_grad():
-        hooks = [
+    with differentiable(model):
+        embedding = model.get_input_embeddings()  # gradients flow from its output on
+        hooks = [embedding.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_(True))]
+        hooks += [
             layer.register_forward_hook(lambda layer, args, out, name=name: seen(name, out))
             for name, layer in layers.items()
         ]
@@ -77,19 +78,3 @@ def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None
         ).cpu()
         for name, total in sums.items()
     }
-
-
-@contextmanager
-def _differentiable(model: Any) -> Iterator[None]:
-    """Gradients flow from the embedding on, and to no parameter."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    embedding = model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_(True))
-    try:
-        model.requires_grad_(False)
-        with recomputed(model), evaluated(model):
-            yield
-    finally:
-        hook.remove()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])

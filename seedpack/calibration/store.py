@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import seedpack
@@ -94,13 +94,7 @@ class Store:
 
     def output_costs(self) -> dict[str, Tensor] | None:
         """What `sensitivity` measured, if it is there."""
-        file = "costs.safetensors"
-        if not (self.folder / file).is_file():
-            return None
-        try:
-            return load_file(self.folder / file)
-        except Exception as error:  # the library's own
-            raise ModelError(f"{self.folder / file}: cannot be read ({error}); delete that folder") from None
+        return self._read("costs.safetensors") if (self.folder / "costs.safetensors").is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
         """Keep the text that the model wrote."""
@@ -112,10 +106,13 @@ class Store:
 
     def tensor(self, file: str, name: str) -> Tensor:
         """One tensor of one of the folder's files."""
+        return self._read(file, name)[name]
+
+    def _read(self, file: str, *names: str) -> dict[str, Tensor]:
+        """Some tensors of a file, or all."""
         try:
             with safe_open(self.folder / file, "pt") as tensors:
-                found: Tensor = tensors.get_tensor(name)
-                return found
+                return {name: tensors.get_tensor(name) for name in names or tensors.keys()}
         except Exception as error:  # the library's own, which differ by version
             raise ModelError(f"{self.folder / file}: cannot be read ({error}); delete that folder") from None
 
@@ -125,11 +122,8 @@ class Store:
 
 def _sound(index: Any) -> bool:
     """Whether a document has an index's form, and names no file elsewhere."""
-    if (
-        not isinstance(index, dict)
-        or not isinstance(index.get("layers"), list)
-        or not isinstance(index.get("weights"), dict)
-    ):
+    kinds = {"layers": list, "weights": dict}
+    if not isinstance(index, dict) or not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
         return False
     return all(
         isinstance(where, list) and len(where) == 2 and all(isinstance(text, str) for text in where) and Path(where[0]).name == where[0]

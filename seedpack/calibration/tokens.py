@@ -16,6 +16,7 @@ from seedpack.errors import ModelError
 from seedpack.model.sources.base import first_line
 
 AT_ONCE = 64  # sequences written side by side
+PIECE = 1 << 16  # characters given to a tokenizer at once
 TEXT_FIELDS = ("text", "content", "document")
 
 
@@ -70,11 +71,8 @@ class _Told:
 def from_text(texts: Iterable[str], tokenizer: Any, tokens: int, context: int, where: str) -> Tensor:
     """The first `tokens` tokens of some texts, one after the other, int64 [n, context]."""
     ids: list[int] = []
-    for text in texts:
-        for piece in (text[i : i + 1 << 16] for i in range(0, len(text), 1 << 16)):
-            ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
-            if len(ids) >= tokens:
-                break
+    for piece in (text[i : i + PIECE] for text in texts for i in range(0, len(text), PIECE)):
+        ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:
             break
     if len(ids) < context:

@@ -8,8 +8,7 @@ factor, which its scale takes up in the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.calibration.hessians import evaluated
-from seedpack.calibration.layerwise import recomputed
+from seedpack.calibration.layerwise import differentiable
 from seedpack.model.layers import is_transposed
 
 RATE, TOKENS_AT_ONCE, WARM_UP = 1e-3, 1024, 4  # learning rate of factors; tokens and count of steps
@@ -72,7 +71,7 @@ def distil(
     steps = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     batches = steps.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])) * epochs
     try:
-        with _only(student, values) as tuned:
+        with differentiable(student, values) as tuned:
             groups = [{"params": list(factors.values()), "lr": RATE, "rate": RATE}]
             groups += [
                 {"params": [p], "lr": RATE, "rate": RATE * max(1e-6, float(p.detach().square().mean().sqrt()))}
@@ -111,18 +110,3 @@ def _scaled(layer: nn.Module, args: tuple[Any, ...], out: Tensor, factor: Tensor
         return out * factor[args[0]][..., None]
     bias = getattr(layer, "bias", None)
     return out * factor if bias is None else (out - bias) * factor + bias
-
-
-@contextmanager
-def _only(model: Any, names: list[str]) -> Iterator[list[nn.Parameter]]:
-    """Gradients for these parameters alone; activations are recomputed, not kept."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    tuned = [model.get_parameter(name).requires_grad_(True) for name in names]
-    try:
-        with recomputed(model), evaluated(model), torch.enable_grad():
-            yield tuned
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(wanted[name])
-            parameter.grad = None

@@ -20,6 +20,7 @@ from seedpack.kernels.seedlm_decode import seedlm_decode
 from seedpack.kernels.seedlm_decode.reference import CODE_BITS
 from seedpack.kernels.seedlm_matmul import seedlm_matmul, seedlm_matmul_transposed
 from seedpack.kernels.seedlm_search import seedlm_search
+from seedpack.linalg import answer
 
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
 BIAS_MIN, BIAS_MAX = -118, 120
@@ -121,17 +122,12 @@ class SeedLMCodec(Codec):
                 fit(here, padded[here], None)
         elif importance.dim() == 2:
             c = torch.linalg.cholesky(self._padded_hessian(importance, columns).to(device))
-            wanted, error = (
-                padded.flatten(1).double(),
-                torch.zeros(rows, c.shape[0], dtype=torch.float64, device=device),
-            )
-            for block in reversed(range(blocks)):  # as in kernels/trellis_search/feedback.py
+            wanted = padded.flatten(1).double()
+            error = torch.zeros_like(wanted)
+            for block in reversed(range(blocks)):
                 low, high = block * self.block, (block + 1) * self.block
                 factor, here = c[low:high, low:high], (slice(0, rows), slice(block, block + 1))
-                answer = torch.linalg.solve_triangular(
-                    factor, error[:, high:] @ c[high:, low:high], upper=False, left=False
-                )
-                fit(here, (wanted[:, low:high] - answer)[:, None], factor)
+                fit(here, (wanted[:, low:high] - answer(error, c, low, high, high))[:, None], factor)
                 found = self._values(seeds[here], codes[here], bias, backend)
                 error[:, low:high] = found - wanted[:, low:high]
         else:

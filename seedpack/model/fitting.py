@@ -193,7 +193,7 @@ def fit(
         if watch:
             watch(tensor.name, math.prod(tensor.shape))
         return known
-    matrix = _matrix(source, tensor).to(device).float()
+    matrix = matrix_of(source, tensor).to(device).float()
     progress = (lambda count: watch(tensor.name, count)) if watch else None
     importance = inputs.importance(tensor.name)
     if importance is not None and importance.dim() == 2 and not tensor.codec.hessians:
@@ -227,7 +227,7 @@ def retold(
     if tensor.name in factors:
         changed = tensor.codec.rescaled(parts, factors[tensor.name].to(parts["weight"].device))
         assert changed is not None
-        error, energy = _error(tensor.codec, changed, _matrix(source, tensor).to(parts["weight"].device).float())
+        error, energy = _error(tensor.codec, changed, matrix_of(source, tensor).to(parts["weight"].device).float())
         return changed, dataclasses.replace(report, error=error, energy=energy)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
     if value is None:
@@ -235,7 +235,8 @@ def retold(
     return tensor.codec.encode(value.cpu().to(TORCH_DTYPES[tensor.dtype])), report
 
 
-def _matrix(source: Source, tensor: TensorPlan) -> Tensor:
+def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
+    """A tensor as its codec sees it [out, in]."""
     weight = source.read(tensor.name)
     return (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape)
 

@@ -7,7 +7,7 @@ al., arXiv 2307.13304, blockwise as in QuIP#, arXiv 2402.04396, eq. 5).
 
 A trellis decides late: which symbol is best for a weight shows some weights on. So a walk goes over a block and as many
 weights more as decide it, keeps the block, and starts again from its end. Within a block and beyond it errors count
-alike, and are not answered for: in a rotated basis that loses little (docs/codecs/trellis.md).
+alike, and are not answered for: in a rotated basis that loses little (docs/calibration.md).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from seedpack._shapes import Float, UInt8
 from seedpack.kernels.bits import pack
-from seedpack.kernels.trellis_search.reference import Code, Walk, from_zeros, in_walk_order, seam_symbols
+from seedpack.kernels.trellis_search.reference import Code, Walk, from_zeros, in_walk_order, seam_symbols, windows_of
+from seedpack.linalg import answer
 from seedpack.prng import trellis_multiplier, trellis_values
 
 BLOCK, WIDE_BLOCK, WIDE = 32, 64, 1024
@@ -51,29 +52,14 @@ def search_with_feedback(
         c = torch.block_diag(factor, torch.eye(padded - columns, dtype=factor.dtype, device=factor.device))
     error, symbols = torch.zeros_like(wanted), torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
 
-    def target(low: int, high: int, decided: int) -> Tensor:
-        """What weights low … high - 1 should be, given the errors of those from `decided` on."""
-        errors = error[:, decided:] @ c[decided:, low:high]
-        answer: Tensor = torch.linalg.solve_triangular(c[low:high, low:high], errors, upper=False, left=False)
-        return wanted[:, low:high] - answer
-
     start, high = from_zeros(wanted), padded
     while high:
         low = max(0, high - block)
         end = max(0, low - beyond)
-        x = torch.cat((target(end, low, high), target(low, high, high)), 1)
+        x = wanted[:, end:high] - torch.cat((answer(error, c, end, low, high), answer(error, c, low, high, high)), 1)
         kept = walk(in_walk_order(x, columns - end), code, start)[:, : high - low]
-        found, memory = _values(start.memory, kept, code)
+        windows, memory = windows_of(start.memory, kept, code)
+        found = trellis_values(windows.flip(1), trellis_multiplier(code.code_bits, code.state_bits), code.key)
         error[:, low : min(high, columns)] = (found - wanted[:, low:high])[:, : max(0, columns - low)]
         symbols[:, low:high], start, high = kept.flip(1), start._replace(memory=memory), low
     return pack(symbols, code.code_bits)
-
-
-def _values(memory: Tensor, symbols: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-    """The values of weights whose symbols follow a memory, in the order of the row, and the memory after them."""
-    windows = []
-    for symbol in symbols.unbind(1):
-        windows.append((memory << code.code_bits) | symbol)
-        memory = windows[-1] & code.memory
-    multiplier = trellis_multiplier(code.code_bits, code.state_bits)
-    return trellis_values(torch.stack(windows[::-1], 1), multiplier, code.key), memory

@@ -207,15 +207,16 @@ def closed(symbols: Tensor, code: Code) -> Seam:
     """The seam of a circular stream whose walk ends (at the first weights of a row) with some symbols [rows, steps]."""
     count = seam_symbols(code.code_bits, code.state_bits)
     given = symbols[:, symbols.shape[1] - count :].to(torch.int64)
-    below = (
-        code.state_bits - code.code_bits - code.code_bits * (count - 1)
-    )  # bits of the oldest given symbol that others' windows see
+    below = code.state_bits - code.code_bits * count  # bits of the oldest given symbol that others' windows see
     free = torch.arange(1 << (code.code_bits - below), device=given.device) << below
-    return Seam(advance(torch.zeros_like(given[:, 0]), given, code), given, (given[:, :1] & ((1 << below) - 1)) | free)
+    memory = windows_of(torch.zeros_like(given[:, 0]), given, code)[1]
+    return Seam(memory, given, (given[:, :1] & ((1 << below) - 1)) | free)
 
 
-def advance(memory: Int[Tensor, " rows"], symbols: Int[Tensor, "rows steps"], code: Code) -> Int[Tensor, " rows"]:
-    """The memory after some more symbols, oldest first."""
+def windows_of(memory: Tensor, symbols: Tensor, code: Code) -> tuple[Int[Tensor, "rows steps"], Tensor]:
+    """The windows of weights whose symbols [rows, steps], oldest first, follow a memory [rows], and the memory then."""
+    windows = []
     for symbol in symbols.unbind(1):
-        memory = ((memory << code.code_bits) | symbol) & code.memory
-    return memory
+        windows.append((memory << code.code_bits) | symbol)
+        memory = windows[-1] & code.memory
+    return torch.stack(windows, 1), memory
