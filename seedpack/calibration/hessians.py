@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from seedpack.errors import ModelError
 from seedpack.model.layers import packed_class
+from seedpack.model.sources.base import first_line
 
 RECENT = 4  # inputs that a layer's input is compared with
 
@@ -96,9 +97,15 @@ def layer_input(layer: nn.Module, x: Tensor) -> Tensor:
 def run(model: nn.Module, batches: Any, device: torch.device) -> dict[str, Tensor]:
     """Hessians of all layers of a module that is run on batches: tensors, tuples of arguments, or dicts of keywords."""
     with Hessians(dict(model.named_modules())) as hessians, torch.no_grad(), evaluated(model):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             args, keywords = _arguments(batch, device)
-            model(*args, **keywords)
+            try:
+                model(*args, **keywords)
+            except (RuntimeError, TypeError, ValueError, LookupError) as error:  # the module's own
+                raise ModelError(
+                    f"calibration: {type(model).__name__} cannot run on batch {number} ({first_line(error)}); pass what its "
+                    "forward takes: a tensor, a tuple of arguments, or a dict of keywords"
+                ) from error
     means = hessians.means()
     if not means:
         raise ModelError("calibration: no layer that can be calibrated was called; were there batches?")

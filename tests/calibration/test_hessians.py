@@ -91,6 +91,11 @@ def test_no_batches_and_dead_inputs(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     with pytest.raises(ModelError, match="were there batches"):
         hessians.run(net, iter(()), torch.device("cpu"))
+    for batch in (torch.randn(4, 7), (), {"y": torch.randn(4, 64)}):
+        with pytest.raises(
+            ModelError, match="calibration: Sequential cannot run on batch 1 .*pass what its forward takes"
+        ):
+            hessians.run(net, [torch.randn(4, 64), batch], torch.device("cpu"))
     with torch.no_grad():
         net[0].bias.fill_(-1e3)  # type: ignore[union-attr,operator]
     report = seedpack.compress(
