@@ -184,7 +184,10 @@ def test_whatever_happens_the_old_output_stays(
 def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
     torch.save({"w.weight": torch.randn(2048, 1024)}, tmp_path / "net.pt")
     command = [sys.executable, "-m", "seedpack.cli", "compress", "net.pt", "-o", "out.safetensors"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in what a shell runs in its background
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".out*")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
