@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import gptq
 import models
 import peers
 import plots
@@ -75,6 +76,10 @@ def measure(result: report.Result) -> None:
         found = calibrated(open_source(folder), Calibration("self"), WORK / "packed", torch.device("cpu"))
         return rebuilt(lambda name, weight: peers.ggml(weight, kind, found.get(name).diagonal()))  # type: ignore[union-attr]
 
+    def by_gptq(bits: int) -> Any:
+        weights, said = gptq.quantised(folder, other_text(), bits, 64, models.CACHE / "gptq")
+        return rebuilt(lambda name, weight: (weights[name], said["bits"]))
+
     methods: dict[str, tuple[str, Callable[[], Any]]] = {}
     for bits in (4, 3, 2):
         methods[f"trellis {bits}"] = ("trellis", lambda b=bits: ours("trellis", b))
@@ -100,9 +105,11 @@ def measure(result: report.Result) -> None:
         for kind in IMATRIX_TYPES:
             family = "GGUF i-quants, imatrix" if kind.startswith("IQ") else "GGUF K-quants, imatrix"
             methods[f"GGUF {kind}, imatrix"] = (family, lambda k=kind: with_imatrix(k))
+    for bits in (4, 3, 2):
+        methods[f"GPTQ {bits} bits g64, WikiText"] = ("GPTQ g64 (llm-compressor)", lambda b=bits: by_gptq(b))
     methods["seedlm 3"] = ("seedlm", lambda: ours("seedlm", 3))
     methods["seedlm 3 + self"] = ("seedlm + self", lambda: ours("seedlm", 3, "self"))
-    rows = [found for label in methods if result.wanted(label) and (found := row(label, *methods[label]))]
+    rows = result.joined([row(label, *methods[label]) for label in methods if result.wanted(label)])
 
     result.say(
         f"SmolLM2-135M-Instruct (rescaled: `benchmarks/models.py`) in float32, its linear layers packed, embedding and head "
@@ -114,11 +121,11 @@ def measure(result: report.Result) -> None:
     )
     rows.sort(key=lambda r: (r["bits"], r["kl_mean"]))
     result.table(
-        ["method", "bits a weight", "perplexity", "over unpacked", "KL mean", "KL p99", "top-1", "seconds"],
+        ["method", "bits a weight", "perplexity", "over unpacked", "KL mean", "KL p99", "top-1", "seconds", "measured"],
         [
             (r["label"], f"{r['bits']:.3f}", f"{r['perplexity_packed']:,.2f}",
              f"{r['perplexity_packed'] - r['perplexity_original']:+,.2f}", f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}",
-             f"{100 * r['top1_agreement']:.1f}%", f"{r['seconds']:.0f}")
+             f"{100 * r['top1_agreement']:.1f}%", f"{r['seconds']:.0f}", r["measured"])
             for r in rows
         ],
     )  # fmt: skip

@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import Any
 
-import models
 import report
 
 OURS = {
@@ -47,6 +46,6 @@ def curves(
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(models.ROOT / "docs" / "benchmarks" / f"{result.name}.png")
+    figure.savefig(report.FOLDER / f"{result.name}.png")
     pyplot.close(figure)
     result.say(f"![{title}]({result.name}.png)")

@@ -1,21 +1,25 @@
-"""A result: printed as it is made, and with --write kept as docs/benchmarks/NAME.md."""
+"""A result: printed as it is made, and with --write kept as docs/benchmarks/NAME.md, and rows in NAME.json beside it."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
 import fnmatch
+import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import models
+
+FOLDER = models.ROOT / "docs" / "benchmarks"
 
 
 class Result:
     """Lines of Markdown."""
 
-    def __init__(self, name: str, title: str, command: str, only: str = "*"):
-        self.name, self.only = name, only
+    def __init__(self, name: str, title: str, command: str, only: str = "*", keep: bool = False):
+        self.name, self.only, self._keep = name, only, keep
         self.lines = [f"# {title}", ""]
         self.say(
             f"Measured {datetime.date.today().isoformat()} on {models.machine()}, {models.versions()}. "
@@ -41,10 +45,20 @@ class Result:
         self.lines += [*lines, ""]
         print("\n" + "\n".join(lines), flush=True)
 
+    def joined(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows that were measured now, and those of other labels that were kept before, each with its date."""
+        today = datetime.date.today().isoformat()
+        file = FOLDER / f"{self.name}.json"
+        known = json.loads(file.read_text()) if file.is_file() else []
+        by_label = {row["label"]: row for row in [*known, *({"measured": today, **row} for row in rows)]}
+        if self._keep:
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            file.write_text("[\n" + ",\n".join(json.dumps(by_label[label]) for label in sorted(by_label)) + "\n]\n")
+        return list(by_label.values())
+
     def write(self) -> None:
-        folder = models.ROOT / "docs" / "benchmarks"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{self.name}.md").write_text("\n".join(self.lines).rstrip() + "\n")
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        (FOLDER / f"{self.name}.md").write_text("\n".join(self.lines).rstrip() + "\n")
 
 
 def run(name: str, title: str, measure: Callable[[Result], None]) -> None:
@@ -53,7 +67,7 @@ def run(name: str, title: str, measure: Callable[[Result], None]) -> None:
     parser.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{name}.md")
     parser.add_argument("--only", default="*", help="methods to measure, patterns with | between them")
     arguments = parser.parse_args()
-    result = Result(name, title, f"python benchmarks/{name}.py --write", arguments.only)
+    result = Result(name, title, f"python benchmarks/{name}.py --write", arguments.only, arguments.write)
     measure(result)
     if arguments.write:
         result.write()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.calibration.store import FOLDER, Fitted, Store, fingerprint
-from seedpack.calibration.tuning import Tuned, distil
+from seedpack.calibration.tuning import Tuned, tune
 from seedpack.codecs.base import column_power
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import ModelError
@@ -111,7 +111,7 @@ def tuned(
     backend: Backend = "auto",
     watch: Watch | None = None,
 ) -> Tuned:
-    """Scales, norms' gains and biases of the packed model, tuned to the original; see `tuning.distil`.
+    """Scales, norms' gains and biases of the packed model, tuned to the original; see `tuning.tune`.
 
     Tensors are taken from the journal. Both models are in memory.
     """
@@ -138,9 +138,9 @@ def tuned(
             ones = torch.ones(tensor.codec_shape[0], device=parts["weight"].device)
             if tensor.kind != "conv" and tensor.codec.rescaled(parts, ones) is not None:
                 rows[name] = tensor.name
-    total = ids.numel() * calibration.tune
-    return distil(
-        student.float(), teacher, rows, values, ids, epochs=calibration.tune, seed=calibration.seed,
+    total = ids.numel() * (1 + calibration.tune)
+    return tune(
+        student.float(), teacher.float(), rows, values, ids, epochs=calibration.tune, seed=calibration.seed,
         watch=lambda n: watch("Tuning, tokens", n, total),
     )  # fmt: skip
 

@@ -73,7 +73,7 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
     def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
         return _through(name, names[name], forward, args, kwargs, rows, found, skip, replaced)
 
-    with Hessians(others) as outside, _wrapped(layers, call), evaluated(model):
+    with Hessians(others) as outside, layer_by_layer(layers, call), evaluated(model):
         out = model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)[0]
     rest = _weights(outside.means())
     if isinstance(head, nn.Linear):
@@ -89,18 +89,18 @@ def _through(
     skip: Skip, replaced: Replaced | None,
 ) -> Any:  # fmt: skip
     """A layer's output for all sequences, some at a time."""
-    hidden = args[0] if args else kwargs["hidden_states"]
+    hidden = _hidden(args, kwargs)
     known = skip(name, hidden)
     if known is not None:
         one = slice(0, 1)  # tells whether the layer gives a tuple
-        out = forward(*_some(args, len(hidden), one), **_some(kwargs, len(hidden), one))
+        out = forward(*some_of(args, len(hidden), one), **some_of(kwargs, len(hidden), one))
         return (known,) if isinstance(out, tuple) else known
 
     def passed() -> Any:
         parts = []
         for some in torch.arange(len(hidden)).split(rows):
             here = slice(int(some[0]), int(some[-1]) + 1)
-            out = forward(*_some(args, len(hidden), here), **_some(kwargs, len(hidden), here))
+            out = forward(*some_of(args, len(hidden), here), **some_of(kwargs, len(hidden), here))
             parts.append(out[0] if isinstance(out, tuple) else out)
         return (torch.cat(parts),) if isinstance(out, tuple) else torch.cat(parts)
 
@@ -128,7 +128,7 @@ def recomputed(model: Any) -> Iterator[None]:
     def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
-    with _wrapped(decoder_layers(model), call):
+    with layer_by_layer(decoder_layers(model), call):
         yield
 
 
@@ -148,7 +148,29 @@ def differentiable(model: Any, names: Sequence[str] = ()) -> Iterator[list[nn.Pa
             parameter.grad = None
 
 
-def _some(value: Any, count: int, here: slice) -> Any:
+def first_input(model: Any, tokens: Tensor) -> Tensor:
+    """The hidden states [n, context, hidden] that the first decoder layer is fed for tokens [n, context]."""
+
+    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        raise _Fed(_hidden(args, kwargs))
+
+    try:
+        with layer_by_layer(decoder_layers(model), call), torch.no_grad():
+            model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)
+    except _Fed as fed:
+        return fed.args[0]  # type: ignore[no-any-return]
+    raise ModelError(f"{type(model).__name__}: ran without any of its decoder layers")
+
+
+class _Fed(Exception):  # noqa: N818 (no error)
+    """What a layer was fed, when no more is wanted."""
+
+
+def _hidden(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
+
+
+def some_of(value: Any, count: int, here: slice) -> Any:
     """Some sequences of arguments: of tensors with more than one axis whose first one counts all of them, or some for each."""
     if isinstance(value, Tensor):
         if value.dim() < 2 or value.shape[0] % count:
@@ -156,12 +178,12 @@ def _some(value: Any, count: int, here: slice) -> Any:
         times = value.shape[0] // count  # as alibi's, of each head
         return value[here.start * times : here.stop * times]
     if isinstance(value, dict):
-        return {key: _some(item, count, here) for key, item in value.items()}
-    return type(value)(_some(item, count, here) for item in value) if type(value) in (tuple, list) else value
+        return {key: some_of(item, count, here) for key, item in value.items()}
+    return type(value)(some_of(item, count, here) for item in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager
-def _wrapped(layers: dict[str, nn.Module], call: Callable[[str, Any, Any, Any], Any]) -> Iterator[None]:
+def layer_by_layer(layers: dict[str, nn.Module], call: Callable[[str, Any, Any, Any], Any]) -> Iterator[None]:
     """Layers whose forward pass is `call`ed with their name, what it was, and its arguments."""
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():

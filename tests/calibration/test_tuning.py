@@ -1,0 +1,58 @@
+"""Layers tuned one by one undo what factors of rows and gains can undo."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from seedpack.calibration import layerwise, tuning
+from tests.hf.models import ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    teacher = ARCHITECTURES[name]().float().eval()
+    student = copy.deepcopy(teacher)
+    layers = layerwise.decoder_layers(student)
+    inside = [(n, p) for n, p in student.named_parameters() if n.startswith(tuple(f"{layer}." for layer in layers))]
+    rows = {n: n for n, p in inside if p.dim() == 2}
+    values = [n for n, p in inside if p.dim() == 1]
+    with torch.no_grad():
+        for parameter in rows:
+            weight = student.get_parameter(parameter)
+            weight *= 1.2 if name != "gpt2" else torch.linspace(0.9, 1.1, weight.shape[1])
+    before = {n: p.clone() for n, p in student.state_dict().items()}
+    tokens = torch.randint(3, 96, (64, 16))
+    monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr(tuning, "RATE", 0.02)
+    watched: list[int] = []
+
+    learnt = tuning.tune(student, teacher, rows, values, tokens, epochs=0, watch=watched.append)
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers.values())
+    assert sum(watched) == tokens.numel()
+    assert learnt.factors.keys() == rows.keys() and learnt.values.keys() == set(values)
+
+    def distance() -> float:
+        with torch.no_grad():
+            a, b = (m(input_ids=tokens).logits for m in (teacher, student))
+        return float(nn.functional.mse_loss(a, b))
+
+    untuned = distance()
+    with torch.no_grad():
+        for key, factor in learnt.factors.items():
+            weight = student.get_parameter(key)
+            weight *= factor if name == "gpt2" else factor[:, None]
+        for key, value in learnt.values.items():
+            student.get_parameter(key).copy_(value)
+    assert distance() < 0.3 * untuned
+
+
+def test_nothing_to_tune_is_nothing_learnt() -> None:
+    model = ARCHITECTURES["llama"]()
+    assert tuning.tune(model, model, {}, [], torch.zeros(1, 4, dtype=torch.int64)) == tuning.Tuned({}, {})
