@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -414,3 +416,26 @@ def test_any_module_on_batches(tmp_path: Path) -> None:
         with torch.no_grad():
             errors.append(sum(float((net(x) - packed(x)).square().sum()) for x in batches))
     assert errors[1] < 0.9 * errors[0] and not (tmp_path / "seedpack-calibration").exists()
+
+
+def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **keywords: Any) -> Any:
+        asked.append((args, keywords))
+        if args[0] == "org/gone":
+            raise FileNotFoundError("no such data set")
+        return iter([{"content" if args[0] == "org/code" else "text": "alpha beta gamma " * 40}, {"text": None}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert next(tokens.hub_texts("org/code")).startswith("alpha") and next(tokens.hub_texts("org/name:part"))
+    assert asked == [
+        ((f"org/{n}", c), {"split": "train", "streaming": True}) for n, c in (("code", None), ("name", "part"))
+    ]
+    with pytest.raises(ModelError, match=r"org/name: has no text; expected a field text or content or document"):
+        list(tokens.hub_texts("org/name"))
+    with pytest.raises(ModelError, match=r"'org/gone': the data set cannot be read \(no such data set\)"):
+        next(tokens.hub_texts("org/gone"))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ModelError, match="pip install datasets"):
+        next(tokens.hub_texts("org/name"))
