@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import gptq
@@ -20,124 +22,168 @@ from language import CONTEXT, TOKENS, Recorded
 
 import seedpack
 from seedpack.calibration.calibrate import Calibration, calibrated
-from seedpack.eval.language import compare_language_models, load_language_model, windows
+from seedpack.calibration.tokens import sequences
+from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 from seedpack.model.sources import open_source
 
 ROWS = models.CACHE / "calibration-rows"
-WORK = models.CACHE / "calibration"
 CALIBRATION_TOKENS = 16384
+Found = tuple[float, LanguageReport]  # bits a weight, and what became of the model
 IMATRIX_TYPES = ("Q2_K", "Q3_K", "Q4_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 
 
-def other_text() -> torch.Tensor:
-    """Token ids of the second half of WikiText-2 validation, whose beginning is scored."""
-    _, tokenizer = load_language_model(models.smollm2())
-    text = models.text()[1]
-    ids = tokenizer(text[len(text) // 2 :], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-    return ids[:CALIBRATION_TOKENS].view(-1, 512)  # type: ignore[no-any-return]
+class Subject:
+    """A language model that is packed, and how it is measured."""
 
+    def __init__(self, prefix: str, title: str, folder: Path):
+        self.prefix, self.title, self.folder = prefix, title, folder
+        self.work = models.CACHE / "calibration" / folder.name
 
-def manual() -> torch.Tensor:
-    """Token ids of Python's manual: real text, of another kind."""
-    from pydoc_data import topics
+    @functools.cached_property
+    def original(self) -> Recorded:
+        """The model's own logits on the text that is scored."""
+        model, tokenizer = load_language_model(self.folder)
+        large = model.config.vocab_size > 100_000
+        return Recorded(model, windows(tokenizer, models.text()[1], CONTEXT, TOKENS), half=large)
 
-    _, tokenizer = load_language_model(models.smollm2())
-    ids = tokenizer("\n\n".join(topics.topics.values()), return_tensors="pt", add_special_tokens=False)["input_ids"][0]
-    return ids[:CALIBRATION_TOKENS].view(-1, 512)  # type: ignore[no-any-return]
+    def scored(self, model: Any) -> LanguageReport:
+        return compare_language_models(self.original, model, self.original.ids)
 
+    def text(self, text: str) -> torch.Tensor:
+        """As many token ids of a text as self-written ones."""
+        _, tokenizer = load_language_model(self.folder)
+        ids = tokenizer(text[: 8 * CALIBRATION_TOKENS], add_special_tokens=False)["input_ids"]
+        return sequences(ids[:CALIBRATION_TOKENS], tokenizer, 512)
 
-def measure(result: report.Result) -> None:
-    folder, (name, text) = models.smollm2(), models.text()
-    model, tokenizer = load_language_model(folder)
-    ids = windows(tokenizer, text, CONTEXT, TOKENS)
-    original = Recorded(model, ids)
-    del model
+    def other_text(self) -> torch.Tensor:
+        """The second half of WikiText-2 validation, whose beginning is scored."""
+        text = models.text()[1]
+        return self.text(text[len(text) // 2 :])
 
-    def ours(codec: str, bits: float, calibration: Any = None, **options: Any) -> Any:
-        out = WORK / "packed"
+    def manual(self) -> torch.Tensor:
+        """Python's manual: real text, of another kind."""
+        from pydoc_data import topics
+
+        return self.text("\n\n".join(topics.topics.values()))
+
+    def ours(self, codec: str, bits: float, calibration: Any = None) -> Found:
+        """Packed by seedpack, loaded and run as a user would."""
+        out = self.work / "packed"
         shutil.rmtree(out, ignore_errors=True)
-        done = seedpack.compress(
-            folder, out, codec=codec, bits=bits, exclude=["*embed*"], calibration=calibration, **options
-        )
-        other, _ = load_language_model(out)
-        return done.plan.totals()["bits_per_packed_weight"], compare_language_models(original, other, ids)
+        self.work.mkdir(parents=True, exist_ok=True)
+        done = seedpack.compress(self.folder, out, codec=codec, bits=bits, exclude=["*embed*"], calibration=calibration)
+        return done.plan.totals()["bits_per_packed_weight"], self.scored(load_language_model(out)[0])
 
-    def rebuilt(quantise: Callable[[str, torch.Tensor], tuple[torch.Tensor, float]]) -> Any:
-        other, _ = load_language_model(folder)
+    def rebuilt(self, quantise: Callable[[str, torch.Tensor], tuple[torch.Tensor, float]]) -> Found:
+        """Every linear layer of the decoder replaced by what a peer rebuilds."""
+        other, _ = load_language_model(self.folder)
         stored = weights = 0.0
         for layer, module in other.named_modules():
             if isinstance(module, torch.nn.Linear) and "layers" in layer:
                 weight, bits = quantise(f"{layer}.weight", module.weight.detach())
                 module.weight.data.copy_(weight)
                 stored, weights = stored + bits * weight.numel(), weights + weight.numel()
-        return stored / weights, compare_language_models(original, other, ids)
+        return stored / weights, self.scored(other)
 
-    def with_imatrix(kind: str) -> Any:
-        found = calibrated(open_source(folder), Calibration("self"), WORK / "packed", torch.device("cpu"))
-        return rebuilt(lambda name, weight: peers.ggml(weight, kind, found.get(name).diagonal()))  # type: ignore[union-attr]
+    def with_imatrix(self, kind: str) -> Found:
+        found = calibrated(open_source(self.folder), Calibration("self"), self.work / "packed", torch.device("cpu"))
+        return self.rebuilt(lambda name, weight: peers.ggml(weight, kind, found.get(name).diagonal()))  # type: ignore[union-attr]
 
-    def by_gptq(bits: int) -> Any:
-        weights, said = gptq.quantised(folder, other_text(), bits, 64, models.CACHE / "gptq")
-        return rebuilt(lambda name, weight: (weights[name], said["bits"]))
+    def by_gptq(self, bits: int) -> Found:
+        weights, said = gptq.quantised(
+            self.folder, self.other_text(), bits, 64, models.CACHE / "gptq" / self.folder.name
+        )
+        return self.rebuilt(lambda name, weight: (weights[name], said["bits"]))
 
-    methods: dict[str, tuple[str, Callable[[], Any]]] = {}
+
+def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[], Found]]]:
+    """What is measured, by label: a family, which is drawn as one line, and how."""
+    ours, methods = subject.ours, {}
     for bits in (4, 3, 2):
         methods[f"trellis {bits}"] = ("trellis", lambda b=bits: ours("trellis", b))
         methods[f"trellis {bits} + self"] = ("trellis + self", lambda b=bits: ours("trellis", b, "self"))
-    for bits in (4.03, 3.03, 2.03):
-        methods[f"trellis {bits} + self, budget"] = (
-            "trellis + self, budget", lambda b=bits: ours("trellis", b, "self")
-        )  # fmt: skip
-        methods[f"trellis {int(bits)} + self, in sequence"] = (
-            "trellis + self, in sequence", lambda b=bits: ours("trellis", int(b), Calibration("self", sequential=True))
-        )  # fmt: skip
-    for bits in (4.03, 3.03, 2.03):
+    for bits in (4.03, 3.03, 2.03) if whole else ():
         methods[f"trellis {bits} + self, budget, tuned"] = (
             "trellis + self, budget, tuned", lambda b=bits: ours("trellis", b, Calibration("self", tune=1))
         )  # fmt: skip
-    methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, other_text()))
-    methods["trellis 3 + Python's manual"] = ("trellis + Python's manual", lambda: ours("trellis", 3, manual()))
-    for bits, removed in ((12.8, 20), (9.6, 40)):
+    if whole:
+        methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", lambda: ours("trellis", 3.03, "self"))
+        methods["trellis 3 + self, tuned"] = (
+            "trellis + self, tuned", lambda: ours("trellis", 3, Calibration("self", tune=1))
+        )  # fmt: skip
+        methods["trellis 3 + self, in sequence"] = (
+            "trellis + self, in sequence", lambda: ours("trellis", 3, Calibration("self", sequential=True))
+        )  # fmt: skip
+        methods["trellis 3 + Python's manual"] = (
+            "trellis + Python's manual", lambda: ours("trellis", 3, subject.manual())
+        )  # fmt: skip
+    methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, subject.other_text()))
+    for bits, removed in ((12.8, 20), (9.6, 40)) if whole else ():
         methods[f"svd, {removed}% removed"] = ("svd", lambda b=bits: ours("svd", b))
         methods[f"svd, {removed}% removed + self"] = ("svd + self", lambda b=bits: ours("svd", b, "self"))
-    methods["NF4 (its arithmetic)"] = ("bitsandbytes NF4", lambda: rebuilt(lambda name, weight: peers.nf4(weight)))
+    methods["NF4 (its arithmetic)"] = (
+        "bitsandbytes NF4",
+        lambda: subject.rebuilt(lambda name, weight: peers.nf4(weight)),
+    )
     if importlib.util.find_spec("xllamacpp"):
         for kind in IMATRIX_TYPES:
             family = "GGUF i-quants, imatrix" if kind.startswith("IQ") else "GGUF K-quants, imatrix"
-            methods[f"GGUF {kind}, imatrix"] = (family, lambda k=kind: with_imatrix(k))
+            methods[f"GGUF {kind}, imatrix"] = (family, lambda k=kind: subject.with_imatrix(k))
     for bits in (4, 3, 2):
-        methods[f"GPTQ {bits} bits g64, WikiText"] = ("GPTQ g64 (llm-compressor)", lambda b=bits: by_gptq(b))
-    methods["seedlm 3"] = ("seedlm", lambda: ours("seedlm", 3))
-    methods["seedlm 3 + self"] = ("seedlm + self", lambda: ours("seedlm", 3, "self"))
-    rows = result.joined([row(label, *methods[label]) for label in methods if result.wanted(label)])
+        methods[f"GPTQ {bits} bits g64, WikiText"] = ("GPTQ g64 (llm-compressor)", lambda b=bits: subject.by_gptq(b))
+    if whole:
+        methods["seedlm 3"] = ("seedlm", lambda: ours("seedlm", 3))
+        methods["seedlm 3 + self"] = ("seedlm + self", lambda: ours("seedlm", 3, "self"))
+    return {subject.prefix + label: method for label, method in methods.items()}
 
+
+def measure(result: report.Result) -> None:
+    subjects = (
+        Subject("", "SmolLM2-135M-Instruct", models.smollm2()),
+        Subject("Gemma 3: ", "Gemma 3 270M", models.gemma3()),
+    )
+    methods = {}
+    for subject in subjects:
+        methods |= methods_of(subject, whole=subject is subjects[0])
+    rows = result.joined([row(label, *methods[label]) for label in methods if result.wanted(label)])
     result.say(
-        f"SmolLM2-135M-Instruct (rescaled: `benchmarks/models.py`) in float32, its linear layers packed, embedding and head "
-        f"as they are; {rows[0]['tokens']:,} tokens of {name}, context {rows[0]['context']}; perplexity unpacked "
-        f"{rows[0]['perplexity_original']:.3f}. Calibration text: 16,384 tokens in sequences of 512; `self` is written by the "
-        "model, `WikiText` is the second half of the text whose beginning is scored. GGUF types with an importance matrix "
-        "from the same self-written text, over blocks of 256 of rows laid end to end. Times on all cores, text and Hessians "
+        "Linear layers of language models (rescaled: `benchmarks/models.py`; in float32) packed, embedding and head as they are; "
+        f"{TOKENS:,} tokens of {models.text()[0]}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512; "
+        "`self` is written by the model, `WikiText` is the second half of the text whose beginning is scored. GGUF types with "
+        "an importance matrix from the same self-written text, over blocks of 256 of rows laid end to end. GPTQ is "
+        "llm-compressor's, asymmetric, groups of 64, calibrated on `WikiText`: real text, as its users would give it (at 2 bits "
+        "with ranges of least squared error; from minimum to maximum it is worse still). Times on all cores, text and Hessians "
         f"counted where they were not there yet. Peers' packages: {peers.versions()}."
     )
+    for subject in subjects:
+        mine = [r for label in methods for r in rows if r["label"] == label and label.startswith(subject.prefix)]
+        mine = [r for r in mine if subject.prefix or ":" not in r["label"]]
+        if not mine:
+            continue
+        result.say(f"## {subject.title}\nPerplexity unpacked {mine[0]['perplexity_original']:.3f}.")
+        shown(result, mine, subject.prefix)
+        plots.curves(
+            result, mine, "kl_mean", "KL divergence to the original (nats a token)",
+            f"{subject.title} on WikiText-2, linear layers packed", (1.8, 5), subject.folder.name.removesuffix("-rescaled"),
+        )  # fmt: skip
+
+
+def shown(result: report.Result, rows: list[dict[str, Any]], prefix: str) -> None:
     rows.sort(key=lambda r: (r["bits"], r["kl_mean"]))
     result.table(
         ["method", "bits a weight", "perplexity", "over unpacked", "KL mean", "KL p99", "top-1", "seconds", "measured"],
         [
-            (r["label"], f"{r['bits']:.3f}", f"{r['perplexity_packed']:,.2f}",
+            (r["label"].removeprefix(prefix), f"{r['bits']:.3f}", f"{r['perplexity_packed']:,.2f}",
              f"{r['perplexity_packed'] - r['perplexity_original']:+,.2f}", f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}",
              f"{100 * r['top1_agreement']:.1f}%", f"{r['seconds']:.0f}", r["measured"])
             for r in rows
         ],
     )  # fmt: skip
-    plots.curves(
-        result, rows, "kl_mean", "KL divergence to the original (nats a token)",
-        "SmolLM2-135M on WikiText-2, linear layers packed", limit=(1.8, 5),
-    )  # fmt: skip
 
 
-def row(label: str, family: str, run: Callable[[], Any]) -> dict[str, Any]:
+def row(label: str, family: str, run: Callable[[], Found]) -> dict[str, Any]:
     """One method's figures; kept, so that an interrupted run goes on where it was."""
-    file = ROWS / f"{label.replace('/', '-').replace(' ', '-')}.json"
+    file = ROWS / f"{label.replace('/', '-').replace(' ', '-').replace(':', '')}.json"
     if file.is_file() and (kept := json.loads(file.read_text()))["versions"] == models.versions():
         return kept["row"]  # type: ignore[no-any-return]
     started = time.perf_counter()

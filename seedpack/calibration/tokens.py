@@ -75,10 +75,20 @@ def from_text(texts: Iterable[str], tokenizer: Any, tokens: int, context: int, w
         ids += tokenizer(piece, add_special_tokens=False)["input_ids"]
         if len(ids) >= tokens:
             break
-    if len(ids) < context:
+    found = sequences(ids[:tokens], tokenizer, context)
+    if not len(found):
         raise ModelError(f"{where}: gives {len(ids)} tokens; calibration wants at least one sequence of {context}")
-    count = max(1, min(tokens, len(ids)) // context)
-    return torch.tensor(ids[: count * context]).view(count, context)
+    return found[: max(1, tokens // context)]
+
+
+def sequences(ids: list[int], tokenizer: Any, context: int) -> Tensor:
+    """Tokens of a text as sequences without overlap, int64 [n, context]; where a tokenizer puts a token before a text, each
+    begins with that, as models that were trained so are lost without it."""
+    first, bos = tokenizer("a")["input_ids"][:1], getattr(tokenizer, "bos_token_id", None)
+    start = [bos] if bos is not None and first == [bos] else []
+    step = context - len(start)
+    cut = [start + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
+    return torch.tensor(cut, dtype=torch.int64).view(len(cut), context)
 
 
 def read_texts(path: Path) -> Iterator[str]:

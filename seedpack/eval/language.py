@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seedpack.calibration.tokens import sequences
 from seedpack.errors import ModelError
 from seedpack.model.sources import looks_like_hub_id
 from seedpack.model.sources.base import first_line
@@ -45,14 +46,13 @@ class LanguageReport:
 
 
 def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
-    """The first `tokens` tokens of a text as windows, int64 [n, context]; one short window of a short text."""
+    """The first `tokens` tokens of a text as windows, int64 [n, context] (see `sequences`); one short window of a short text."""
     characters = 8 * tokens + 1000  # tokenizers are slow on what will not be used
-    ids = tokenizer(text[:characters], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
+    ids = tokenizer(text[:characters], add_special_tokens=False)["input_ids"]
     context = min(context, len(ids))
     if context < 2:
         raise ModelError(f"the text gives {len(ids)} tokens; at least two are needed")
-    count = min(len(ids), tokens) // context
-    return ids[: count * context].view(count, context)  # type: ignore[no-any-return]
+    return sequences(ids[:tokens], tokenizer, context)
 
 
 @torch.inference_mode()

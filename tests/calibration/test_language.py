@@ -20,7 +20,7 @@ from seedpack.calibration.calibrate import Calibration, calibrated
 from seedpack.calibration.store import Store
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import ModelError
-from seedpack.eval.language import compare_language_models
+from seedpack.eval.language import compare_language_models, windows
 from seedpack.model.sources import folder as folders
 from seedpack.model.sources import open_source
 from tests.hf.models import ARCHITECTURES, llama
@@ -120,9 +120,14 @@ def test_written_text_is_repeatable_and_leaves_the_generator_alone() -> None:
 class Words:
     """A tokenizer: a character a token."""
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [ord(c) % 96 for c in text]}
+    bos_token_id = 95
+
+    def __init__(self, starts: bool = False):
+        self._starts = starts
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        start = [self.bos_token_id] if self._starts and add_special_tokens else []
+        return {"input_ids": start + [ord(c) % 96 for c in text]}
 
 
 def test_text_files(tmp_path: Path) -> None:
@@ -132,6 +137,14 @@ def test_text_files(tmp_path: Path) -> None:
     for file in (plain, lines):
         found = tokens.from_text(tokens.read_texts(file), Words(), 100, 40, "here")
         assert found.tolist() == [[ord("abcdefghij"[i % 10]) % 96 for i in range(40)]] * 2
+    found = tokens.from_text(tokens.read_texts(plain), Words(starts=True), 100, 40, "here")
+    text = [ord("abcdefghij"[i % 10]) % 96 for i in range(78)]
+    assert (
+        found.tolist()
+        == [[95, *text[:39]], [95, *text[39:]]]
+        == windows(Words(starts=True), "abcdefghij" * 9, 40, 90).tolist()
+    )
+    assert windows(Words(), "abcde", 40, 90).tolist() == [text[:5]]
     with pytest.raises(ModelError, match="here: gives 300 tokens; calibration wants at least one sequence of 400"):
         tokens.from_text(tokens.read_texts(plain), Words(), 800, 400, "here")
 
