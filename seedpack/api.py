@@ -33,7 +33,7 @@ from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE, file_bytes
 from seedpack.kernels.dispatch import Backend
 from seedpack.model.budget import Costs, is_budget, with_bits, with_size
-from seedpack.model.fitting import Inputs, Report, Watch, fit, fitting_device, leave_nonfinite, retold
+from seedpack.model.fitting import Found, Inputs, Report, Watch, fit, fitting_device, leave_nonfinite, retold
 from seedpack.model.layers import PackedModule
 from seedpack.model.plan import Plan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
@@ -93,6 +93,50 @@ def plan_for(
         result = result.edited_by_file(plan) if isinstance(plan, (str, Path)) else result.edited(plan)
     result.check_experts()
     return result
+
+
+def calibrated_plan_for(
+    source: Source,
+    output: str | Path,
+    calibration: Text | Calibration | None,
+    *,
+    allow_nonfinite: bool = False,
+    device: str | torch.device = "cpu",
+    watch_calibration: CalibrationWatch | None = None,
+    **choice: Any,
+) -> Plan:
+    """The plan that `compress` would follow after calibration: a budget is spread by measured costs.
+
+    Args:
+        source: as for `plan_for`.
+        output: what `compress` would write; Hessians are kept beside it, for that run to find.
+        calibration: as for `compress`, as are those that follow.
+        allow_nonfinite: store tensors with NaN or Inf raw.
+        device: where to run the model.
+        watch_calibration: told of progress.
+        choice: arguments of `plan_for`.
+    """
+    chosen, text = plan_for(source, **choice), calibration_of(calibration)
+    return _measured(
+        source, chosen, choice, text, {}, allow_nonfinite, Path(output), fitting_device(device), watch_calibration
+    )[0]
+
+
+def _measured(
+    source: Source, plan: Plan, choice: dict[str, Any], text: Calibration | None, importance: Mapping[str, Tensor],
+    allow_nonfinite: bool, output: Path, device: torch.device, watch: CalibrationWatch | None,
+) -> tuple[Plan, Found]:  # fmt: skip
+    """A plan of usable tensors, a budget spread by measured costs if there is a text, and the Hessians."""
+    plan = leave_nonfinite(source, plan, allow_nonfinite)
+    found = calibrated(source, text, output, device, watch)
+    inputs = Inputs(source, importance, found)
+    if text is not None and (choice.get("target_size") is not None or is_budget(plan, choice.get("bits"))):
+        costs = measured_costs(source, plan, text, inputs, output, device, watch)
+        plan = plan_for(source, **choice, costs=costs, hessians=inputs.hessians(plan))
+        plan = leave_nonfinite(source, plan, allow_nonfinite)
+    plan = plan.with_hessians(inputs.hessians(plan))
+    plan.check_experts()
+    return plan, found
 
 
 def _file_bytes(plan: Plan) -> int:
@@ -173,19 +217,13 @@ def compress(
     if shard_bytes and not folder:
         raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
     with staged(output, force=force, directory=folder) as partial:
-        chosen = leave_nonfinite(source, chosen, allow_nonfinite)
-        text = None if calibration is None else calibration_of(calibration)
-        found = calibrated(source, text, output, place, watch_calibration)
-        inputs = Inputs(source, importance or {}, found)
-        if text is not None and (target_size is not None or is_budget(chosen, bits)):
-            costs = measured_costs(source, chosen, text, inputs, output, place, watch_calibration)
-            chosen = plan_for(source, **choice, costs=costs, hessians=inputs.hessians(chosen))
-            chosen = leave_nonfinite(source, chosen, allow_nonfinite)
-        chosen = chosen.with_hessians(inputs.hessians(chosen))
-        chosen.check_experts()
+        text = calibration_of(calibration)
+        chosen, found = _measured(
+            source, chosen, choice, text, importance or {}, allow_nonfinite, output, place, watch_calibration
+        )
         if text is not None and text.sequential:
             found = calibrated_in_sequence(source, text, chosen, output, place, backend, watch_calibration)
-            inputs = Inputs(source, importance or {}, found)
+        inputs = Inputs(source, importance or {}, found)
         journal = found.fitted if isinstance(found, Store) and not importance else None
         learnt = None
         if text is not None and text.tune:

@@ -90,7 +90,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to fit: cpu, cuda, or cuda:N.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -125,6 +125,8 @@ def command(
     """
     if out is None and not dry_run:
         raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
+    if out is None and calibration != "none":
+        raise click.UsageError("name the output with -o: the calibration is kept beside it, for the run that follows")
     if calibration == "none" and (tune or sequential):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     from seedpack import api
@@ -141,21 +143,27 @@ def command(
     chosen = api.plan_for(source, **choice)
     if source.dropped and not as_json:
         click.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
-    if dry_run:
-        output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
-        return
-    assert out is not None
     text = None
     if calibration != "none":
         text = Calibration(
             calibration, calibration_tokens, seed=calibration_seed, sequential=sequential, tune=int(tune)
         )
+    if dry_run:
+        if text is not None:
+            assert out is not None
+            with output.stages() as stage:
+                chosen = api.calibrated_plan_for(
+                    source, out, text, **choice, allow_nonfinite=allow_nonfinite, device=device, watch_calibration=stage
+                )
+        output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
+        return
+    assert out is not None
     with output.stages() as stage:
         report = api.compress(
             source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, calibration=text,
             shard_bytes=None if shard_size is None else output.parse_size(shard_size),
             watch=lambda name, count: stage("Fitting", count, chosen.packed_weights, "weights", name),
-            watch_calibration=lambda what, count, total: stage(what, count, total),
+            watch_calibration=stage,
         )  # fmt: skip
     output.show_json(report.to_json()) if as_json else show_report(report)
 

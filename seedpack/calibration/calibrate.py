@@ -61,9 +61,9 @@ class Calibration:
             raise ModelError(f"tune must be a count of epochs, got {self.tune!r}")
 
 
-def calibration_of(text: Calibration | Text) -> Calibration | None:
+def calibration_of(text: Calibration | Text | None) -> Calibration | None:
     """What `compress` is given, with its defaults; None for "none"."""
-    if isinstance(text, str) and text == "none":
+    if text is None or (isinstance(text, str) and text == "none"):
         return None
     return text if isinstance(text, Calibration) else Calibration(text)
 

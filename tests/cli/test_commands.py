@@ -89,6 +89,28 @@ def test_dry_run_and_plan_file(model: Path) -> None:
     assert not list(model.parent.glob("b*"))
 
 
+def test_measured_plans_are_what_compress_follows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    llama(max_position_embeddings=512).save_pretrained(tmp_path / "dense")
+    calibrated = ["--bits", 3.4, "--effort", "fast", "--calibration", "self", "--calibration-tokens", 1024, "--json"]
+    arguments = ["compress", tmp_path / "dense", "-o", tmp_path / "out", *calibrated]
+    assert "name the output with -o" in run("compress", tmp_path / "dense", "--dry-run", *calibrated, code=2).output
+    plan = json.loads(run(*arguments, "--dry-run").stdout)
+    assert not (tmp_path / "out").exists() and (tmp_path / "seedpack-calibration").is_dir()
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+
+    def bits(*more: object) -> dict[str, int]:
+        report = json.loads(run(*arguments, "--force", *more).stdout)
+        return {name: t["codec"]["config"]["code_bits"] for name, t in report["tensors_packed"].items()}
+
+    chosen = {n: t["config"]["code_bits"] for n, t in plan["tensors"].items() if t["codec"] == "trellis"}
+    assert len(set(chosen.values())) > 1 and bits() == chosen
+    first = next(iter(chosen))
+    plan["tensors"][first]["config"]["code_bits"] = 7
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    assert bits("--plan", tmp_path / "plan.json") == chosen | {first: 7}
+
+
 def test_options_reach_the_library(model: Path) -> None:
     report = json.loads(
         run("compress", model, "-o", model.parent / "a", "--codec", "svd+seedlm", "--bits", 6, "--include", "fc*",
