@@ -106,6 +106,10 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
         methods[f"trellis {bits} + self, budget, tuned"] = (
             "trellis + self, budget, tuned", lambda b=bits: ours("trellis", b, Calibration("self", tune=1))
         )  # fmt: skip
+    for bits in (3.03, 2.03) if whole else ():
+        methods[f"trellis {bits} + self, budget, tuned 3 times"] = (
+            "trellis + self, budget, tuned 3 times", lambda b=bits: ours("trellis", b, Calibration("self", tune=3))
+        )  # fmt: skip
     if whole:
         methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", lambda: ours("trellis", 3.03, "self"))
         methods["trellis 3 + self, tuned"] = (
