@@ -16,7 +16,7 @@ from language import CONTEXT, Recorded
 from torch import Tensor, nn
 
 from seedpack.calibration.calibrate import Calibration, calibrated
-from seedpack.calibration.layerwise import differentiable
+from seedpack.calibration.layerwise import differentiable, recomputed
 from seedpack.calibration.store import Store
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.eval.language import compare_language_models, load_language_model, windows
@@ -53,7 +53,7 @@ def sketched(model: Any, tokens: Tensor) -> Sketches:
             out.register_hook(grown)
 
     layers = linears(model)
-    with differentiable(model):
+    with differentiable(model), recomputed(model):
         hooks = [
             model.get_input_embeddings().register_forward_hook(
                 lambda layer, args, out: out.detach().requires_grad_(True)

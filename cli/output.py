@@ -180,7 +180,7 @@ def _lines(label: str, total: int, unit: str) -> Callable[[str, int], None]:
         nonlocal done, last
         done += count
         now = time.perf_counter()
-        if now - last >= 30:
+        if now - last >= 30 and done:
             last = now
             rate = done / (now - started)
             left = duration((total - done) / rate)

@@ -63,6 +63,13 @@ def _require_apart(output: Path, source: Path) -> None:
         raise ModelError(f"{output}: is the model itself or holds it; name another output")
 
 
+def _require_place(source: Source, output: Path) -> None:
+    """Refuse an output that a model cannot become."""
+    _require_apart(output, Path(source.name))
+    if source.config is not None and output.suffix == ".safetensors":
+        raise ModelError(f"{output}: a Hugging Face model becomes a folder; name one without .safetensors")
+
+
 def plan_for(
     source: Source,
     *,
@@ -110,16 +117,13 @@ def calibrated_plan_for(
     Args:
         source: as for `plan_for`.
         output: what `compress` would write; Hessians are kept beside it, for that run to find.
-        calibration: as for `compress`, as are those that follow.
-        allow_nonfinite: store tensors with NaN or Inf raw.
-        device: where to run the model.
-        watch_calibration: told of progress.
+        calibration: as for `compress`; so are allow_nonfinite, device and watch_calibration.
         choice: arguments of `plan_for`.
     """
+    place, output = fitting_device(device), Path(output)
+    _require_place(source, output)
     chosen, text = plan_for(source, **choice), calibration_of(calibration)
-    return _measured(
-        source, chosen, choice, text, {}, allow_nonfinite, Path(output), fitting_device(device), watch_calibration
-    )[0]
+    return _measured(source, chosen, choice, text, {}, allow_nonfinite, output, place, watch_calibration)[0]
 
 
 def _measured(
@@ -203,7 +207,7 @@ def compress(
     place = fitting_device(device)
     source = model if isinstance(model, Source) else open_source(model)
     output = Path(output)
-    _require_apart(output, Path(source.name))
+    _require_place(source, output)
     choice: dict[str, Any] = {
         "codec": codec, "bits": bits, "settings": settings, "include": include, "exclude": exclude, "dtype": dtype,
         "plan": plan, "head_bits": head_bits, "target_size": target_size,
@@ -212,8 +216,6 @@ def compress(
     if unknown := sorted((importance or {}).keys() - {t.name for t in chosen.tensors}):
         raise ModelError(f"importance is given for {unknown[0]!r}, which the model has not")
     folder = source.config is not None
-    if folder and output.suffix == ".safetensors":
-        raise ModelError(f"{output}: a Hugging Face model becomes a folder; name one without .safetensors")
     if shard_bytes and not folder:
         raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
     with staged(output, force=force, directory=folder) as partial:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
-from seedpack.calibration.store import FOLDER, Fitted, Store, fingerprint
+from seedpack.calibration.store import FOLDER, VERSION, Fitted, Store, fingerprint
 from seedpack.calibration.tuning import Tuned, tune
 from seedpack.codecs.base import column_power
 from seedpack.dtypes import PACKABLE
@@ -123,7 +123,9 @@ def tuned(
     if any(tensor.kind == "expert" and tensor.packed for tensor in plan.tensors):
         raise ModelError(f"{source.name}: tuning does not know mixtures of experts yet; leave it out")
     ids = _tokens(teacher.to(device), tokenizer, calibration, _store(source, calibration, output), watch)
-    student = copy.deepcopy(teacher)
+    student = copy.deepcopy(teacher).float()
+    if teacher.dtype != torch.float32:
+        teacher = copy.deepcopy(teacher).float()  # a live one stays as it is
     parameters = dict(student.named_parameters(remove_duplicate=False))
     tensors = {p: t for t in plan.tensors if t.packed for p in source.parameters(t.name) if p in parameters}
     values = [
@@ -138,11 +140,7 @@ def tuned(
             ones = torch.ones(tensor.codec_shape[0], device=parts["weight"].device)
             if tensor.kind != "conv" and tensor.codec.rescaled(parts, ones) is not None:
                 rows[name] = tensor.name
-    total = ids.numel() * (1 + calibration.tune)
-    return tune(
-        student.float(), teacher.float(), rows, values, ids, epochs=calibration.tune, seed=calibration.seed,
-        watch=lambda n: watch("Tuning, tokens", n, total),
-    )  # fmt: skip
+    return tune(student, teacher, rows, values, ids, epochs=calibration.tune, seed=calibration.seed, watch=watch)
 
 
 def measured_costs(
@@ -258,11 +256,14 @@ def _of_language_model(
     ids = _tokens(model, tokenizer, calibration, _store(source, calibration, output), watch)
     if int(ids.max()) >= model.get_input_embeddings().num_embeddings or int(ids.min()) < 0:
         raise ModelError(
-            f"{source.name}: has {model.get_input_embeddings().num_embeddings} tokens, the text has others"
+            f"{source.name}: has {model.get_input_embeddings().num_embeddings} tokens, the text has others; use the model's own tokenizer"
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and ids.shape[1] > longest:
-        raise ModelError(f"{source.name}: takes {longest} tokens at most, the text has sequences of {ids.shape[1]}")
+        raise ModelError(
+            f"{source.name}: takes {longest} tokens at most, the text has sequences of {ids.shape[1]}; from "
+            "Python, give Calibration a smaller context"
+        )
     count = len(layerwise.decoder_layers(model))
 
     def found(name: str, values: dict[str, Tensor], output: Tensor | None) -> None:
@@ -277,7 +278,7 @@ def _of_language_model(
 def _store(source: Source, calibration: Calibration, output: Path, plan: Plan | None = None) -> Store:
     made_of = {
         "model": fingerprint(source), "text": _identity(calibration.text), "tokens": calibration.tokens,
-        "context": calibration.context, "seed": calibration.seed if calibration.text == "self" else None,
+        "context": calibration.context, "seed": calibration.seed if calibration.text == "self" else None, "version": VERSION,
     }  # fmt: skip
     if plan is not None:
         made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()

@@ -70,8 +70,11 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
     rows = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     head = model.get_output_embeddings()
 
+    heads = heads_of(model)
+
     def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        return _through(name, names[name], forward, args, kwargs, rows, found, skip, replaced)
+        require_one_stream(model, args, kwargs, tokens)
+        return _through(name, names[name], forward, args, kwargs, heads, rows, found, skip, replaced)
 
     with Hessians(others) as outside, layer_by_layer(layers, call), evaluated(model):
         out = model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)[0]
@@ -85,7 +88,7 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
 
 
 def _through(
-    name: str, modules: dict[str, nn.Module], forward: Any, args: Any, kwargs: Any, rows: int, found: Found,
+    name: str, modules: dict[str, nn.Module], forward: Any, args: Any, kwargs: Any, heads: int, rows: int, found: Found,
     skip: Skip, replaced: Replaced | None,
 ) -> Any:  # fmt: skip
     """A layer's output for all sequences, some at a time."""
@@ -93,16 +96,14 @@ def _through(
     known = skip(name, hidden)
     if known is not None:
         one = slice(0, 1)  # tells whether the layer gives a tuple
-        out = forward(*some_of(args, len(hidden), one), **some_of(kwargs, len(hidden), one))
+        out = forward(*some_of(args, len(hidden), one, heads), **some_of(kwargs, len(hidden), one, heads))
         return (known,) if isinstance(out, tuple) else known
 
     def passed() -> Any:
-        parts = []
-        for some in torch.arange(len(hidden)).split(rows):
-            here = slice(int(some[0]), int(some[-1]) + 1)
-            out = forward(*some_of(args, len(hidden), here), **some_of(kwargs, len(hidden), here))
-            parts.append(out[0] if isinstance(out, tuple) else out)
-        return (torch.cat(parts),) if isinstance(out, tuple) else torch.cat(parts)
+        return joined([
+            forward(*some_of(args, len(hidden), here, heads), **some_of(kwargs, len(hidden), here, heads))
+            for here in slices(len(hidden), rows)
+        ])  # fmt: skip
 
     with Hessians(modules) as hessians:
         whole = passed()
@@ -110,7 +111,7 @@ def _through(
     if replaced is not None:
         with replaced(values):
             whole = passed()
-    found(name, values, whole[0] if isinstance(whole, tuple) else whole)
+    found(name, values, hidden_in(whole))
     _give_back()
     return whole
 
@@ -139,7 +140,7 @@ def differentiable(model: Any, names: Sequence[str] = ()) -> Iterator[list[nn.Pa
     model.requires_grad_(False)
     chosen = [model.get_parameter(name).requires_grad_(True) for name in names]
     try:
-        with recomputed(model), evaluated(model), torch.enable_grad():
+        with evaluated(model), torch.enable_grad():
             yield chosen
     finally:
         for name, parameter in model.named_parameters():
@@ -159,7 +160,7 @@ def first_input(model: Any, tokens: Tensor) -> Tensor:
             model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)
     except _Fed as fed:
         return fed.args[0]  # type: ignore[no-any-return]
-    raise ModelError(f"{type(model).__name__}: ran without any of its decoder layers")
+    raise ModelError(f"{type(model).__name__}: ran without any of its decoder layers; leave --tune out")
 
 
 class _Fed(Exception):  # noqa: N818 (no error)
@@ -170,16 +171,48 @@ def _hidden(args: Any, kwargs: Any) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
 
 
-def some_of(value: Any, count: int, here: slice) -> Any:
+def require_one_stream(model: Any, args: Any, kwargs: Any, tokens: Tensor) -> None:
+    """Refuse models whose layers are fed something else than one hidden state for each token."""
+    shape = list(_hidden(args, kwargs).shape)
+    if shape[:2] != list(tokens.shape) or len(shape) != 3:
+        raise ModelError(
+            f"{type(model).__name__}: its layers are fed {shape} for tokens {list(tokens.shape)}, expected one hidden state a "
+            "token; calibration does not know such models, compress it without"
+        )
+
+
+def hidden_in(out: Any) -> Tensor:
+    """The hidden states in a layer's output."""
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
+
+
+def joined(parts: list[Any]) -> Any:
+    """A layer's outputs for some sequences each, as one for all: of tuples, which may hold attention, the hidden states."""
+    whole = torch.cat([hidden_in(part) for part in parts])
+    return (whole,) if isinstance(parts[0], tuple) else whole
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """0 … count - 1, at most `size` at a time."""
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def heads_of(model: Any) -> int:
+    """Attention heads of a transformers model, 0 where there are none."""
+    return int(getattr(model.config.get_text_config(), "num_attention_heads", 0) or 0)
+
+
+def some_of(value: Any, count: int, here: slice, heads: int) -> Any:
     """Some sequences of arguments: of tensors with more than one axis whose first one counts all of them, or some for each."""
     if isinstance(value, Tensor):
-        if value.dim() < 2 or value.shape[0] % count:
+        of_heads = value.dim() == 3 and value.shape[:2] == (heads, 1)  # MPT's biases, the same for all sequences
+        if value.dim() < 2 or value.shape[0] % count or of_heads:
             return value
         times = value.shape[0] // count  # as alibi's, of each head
         return value[here.start * times : here.stop * times]
     if isinstance(value, dict):
-        return {key: some_of(item, count, here) for key, item in value.items()}
-    return type(value)(some_of(item, count, here) for item in value) if type(value) in (tuple, list) else value
+        return {key: some_of(item, count, here, heads) for key, item in value.items()}
+    return type(value)(some_of(item, count, here, heads) for item in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seedpack.calibration.layerwise import differentiable
+from seedpack.calibration.layerwise import differentiable, recomputed
 from seedpack.errors import ModelError
 from seedpack.model.layers import packed_class
 
@@ -52,7 +52,7 @@ def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None
             output.register_hook(grown)
 
     tokens = tokens[: max(1, ENOUGH_TOKENS // tokens.shape[1])]
-    with differentiable(model):
+    with differentiable(model), recomputed(model):
         embedding = model.get_input_embeddings()  # gradients flow from its output on
         hooks = [embedding.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_(True))]
         hooks += [

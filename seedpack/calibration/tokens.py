@@ -76,19 +76,21 @@ def from_text(texts: Iterable[str], tokenizer: Any, tokens: int, context: int, w
         if len(ids) >= tokens:
             break
     found = sequences(ids[:tokens], tokenizer, context)
-    if not len(found):
-        raise ModelError(f"{where}: gives {len(ids)} tokens; calibration wants at least one sequence of {context}")
-    return found[: max(1, tokens // context)]
+    if found.shape[1] < context:
+        raise ModelError(
+            f"{where}: gives {len(ids)} tokens; calibration wants at least one sequence of {context}: give a longer text"
+        )
+    return found[: tokens // context]
 
 
 def sequences(ids: list[int], tokenizer: Any, context: int) -> Tensor:
-    """Tokens of a text as sequences without overlap, int64 [n, context]; where a tokenizer puts a token before a text, each
-    begins with that, as models that were trained so are lost without it."""
+    """Tokens of a text as sequences without overlap, int64 [n, context], or a shorter one of a short text. Where a tokenizer
+    puts a token before a text, each begins with that, as models that were trained so are lost without it."""
     first, bos = tokenizer("a")["input_ids"][:1], getattr(tokenizer, "bos_token_id", None)
     start = [bos] if bos is not None and first == [bos] else []
-    step = context - len(start)
+    step = min(context - len(start), len(ids))
     cut = [start + ids[i : i + step] for i in range(0, len(ids) - step + 1, step)]
-    return torch.tensor(cut, dtype=torch.int64).view(len(cut), context)
+    return torch.tensor(cut, dtype=torch.int64)
 
 
 def read_texts(path: Path) -> Iterator[str]:

@@ -18,11 +18,25 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.calibration.hessians import evaluated
-from seedpack.calibration.layerwise import decoder_layers, differentiable, first_input, layer_by_layer, some_of
+from seedpack.calibration.layerwise import (
+    decoder_layers,
+    differentiable,
+    first_input,
+    heads_of,
+    hidden_in,
+    joined,
+    layer_by_layer,
+    recomputed,
+    require_one_stream,
+    slices,
+    some_of,
+)
 from seedpack.model.layers import is_transposed
 
-RATE, TOKENS_AT_ONCE, WARM_UP = 1e-3, 1024, 4  # learning rate of factors; tokens and count of steps
-Watch = Callable[[int], None]
+RATE = 1e-3  # learning rate of factors
+TOKENS_AT_ONCE = 1024  # of a step
+WARM_UP = 4  # steps
+Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,6 @@ def tune(
     *,
     epochs: int = 1,
     seed: int = 0,
-    by_layer: bool = True,
     watch: Watch | None = None,
 ) -> Tuned:
     """Tune a causal language model with decoded weights to another.
@@ -60,8 +73,7 @@ def tune(
         tokens: int64 [n, context].
         epochs: passes over the tokens, of the whole model.
         seed: of their order.
-        by_layer: whether layers are tuned one by one first.
-        watch: called with the tokens done since the last call: those of each epoch, and once those of all layers.
+        watch: called with (what is done, units done since the last call, units in all).
     """
     if not rows and not values:
         return Tuned({}, {})
@@ -69,8 +81,7 @@ def tune(
     steps = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     try:
         with _row_factors(student, rows) as factors, differentiable(student, values) as tuned, evaluated(teacher):
-            if by_layer:
-                settle(student, teacher, rows, factors, dict(zip(values, tuned, strict=True)), steps, watch)
+            settle(student, teacher, rows, factors, dict(zip(values, tuned, strict=True)), steps, watch)
             distil(student, teacher, [*factors.values()], tuned, steps, epochs, watch)
             learnt = {name: parameter.detach().clone() for name, parameter in zip(values, tuned, strict=True)}
     finally:
@@ -84,36 +95,44 @@ def settle(
     student: Any, teacher: Any, rows: Mapping[str, str], factors: Mapping[str, Tensor], values: Mapping[str, nn.Parameter],
     tokens: Tensor, watch: Watch | None = None,
 ) -> None:  # fmt: skip
-    """One pass over the tokens for each decoder layer, in order: least error of its output, relative to each token's norm
-    (as the norms that follow see it), against the original's, which is fed by originals."""
-    layers, count = decoder_layers(student), len(tokens)
-    hidden = first_input(student, tokens)
+    """One pass over the tokens for each decoder layer, in order: least squared error of each token's output over the squared
+    norm of the original's, as the norm that follows divides by it. Originals are fed by originals."""
+    layers, count, heads = decoder_layers(student), len(tokens), heads_of(student)
+    hidden, here = first_input(student, tokens), _batches(tokens)
 
     def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
         nonlocal hidden
+        require_one_stream(teacher, args, kwargs, tokens)
         inside = f"{name}."
-        own = [factors[row] for row in dict.fromkeys(rows[p] for p in rows if p.startswith(inside))]
+        own = {rows[p]: factors[rows[p]] for p in rows if p.startswith(inside)}.values()
         gains = [value for key, value in values.items() if key.startswith(inside)]
-        optimiser = _Adam(own, gains) if own or gains else None
-        here = _batches(count, tokens.shape[1])
+        optimiser = _Adam([*own], gains) if own or gains else None
+
+        def some(part: slice) -> tuple[Any, Any]:
+            return some_of(args, count, part, heads), some_of(kwargs, count, part, heads)
+
+        def of_student(part: slice) -> Tensor:
+            args, kwargs = some(part)
+            if args:
+                return hidden_in(layers[name](hidden[part], *args[1:], **kwargs))
+            return hidden_in(layers[name](**{**kwargs, "hidden_states": hidden[part]}))
+
         outputs = []
         for share, part in zip(_shares(len(here)), here, strict=True):
-            with torch.no_grad():
-                outputs.append(forward(*some_of(args, count, part), **some_of(kwargs, count, part)))
+            args_here, kwargs_here = some(part)
+            outputs.append(forward(*args_here, **kwargs_here))
             if optimiser is None:
                 continue
-            wanted = _first(outputs[-1])
-            found = _first(_with_hidden(layers[name], hidden[part], args, kwargs, count, part))
-            power = wanted.float().square().sum(-1).clamp_min(1e-12)
-            optimiser.learn(((found - wanted).float().square().sum(-1) / power).mean(), share)
-        with torch.no_grad():
-            hidden = torch.cat([_first(_with_hidden(layers[name], hidden[p], args, kwargs, count, p)) for p in here])
+            with torch.enable_grad():
+                wanted, found = hidden_in(outputs[-1]).float(), of_student(part).float()
+                error = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+                optimiser.learn(error.mean(), share)
+        hidden = torch.cat([of_student(part) for part in here])
         if watch:
-            watch(tokens.numel() // len(layers))
-        whole = torch.cat([_first(out) for out in outputs])
-        return (whole,) if isinstance(outputs[0], tuple) else whole
+            watch("Tuning, layers", 1, len(layers))
+        return joined(outputs)
 
-    with layer_by_layer(decoder_layers(teacher), call), torch.enable_grad():
+    with layer_by_layer(decoder_layers(teacher), call), torch.no_grad():
         teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
 
 
@@ -121,27 +140,30 @@ def distil(
     student: Any, teacher: Any, factors: Sequence[Tensor], values: Sequence[nn.Parameter], tokens: Tensor, epochs: int,
     watch: Watch | None = None,
 ) -> None:  # fmt: skip
-    """Least KL divergence of a model to another over all tokens, some at a time."""
-    batches = _batches(len(tokens), tokens.shape[1]) * epochs
+    """Least KL divergence of a model to another over all tokens, some at a time; activations are recomputed."""
+    batches = _batches(tokens) * epochs
     optimiser = _Adam(factors, values)
-    for share, part in zip(_shares(len(batches)), batches, strict=True):
-        ids = tokens[part].to(student.device)
-        with torch.no_grad():
-            wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-        loss = nn.functional.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
-        optimiser.learn(loss, share)
-        if watch:
-            watch(ids.numel())
+    with recomputed(student):
+        for share, part in zip(_shares(len(batches)), batches, strict=True):
+            ids = tokens[part].to(student.device)
+            with torch.no_grad():
+                wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            loss = nn.functional.kl_div(
+                found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean"
+            )
+            optimiser.learn(loss, share)
+            if watch:
+                watch("Tuning, tokens", ids.numel(), tokens.numel() * epochs)
 
 
 class _Adam(torch.optim.Adam):
     """Adam whose rates are relative to what values are: factors to 1, others to their root mean square."""
 
     def __init__(self, factors: Sequence[Tensor], values: Sequence[Tensor]):
-        groups = [{"params": [factor], "rate": RATE} for factor in factors]
+        groups: list[dict[str, Any]] = [{"params": [*factors], "rate": RATE}] if factors else []
         groups += [{"params": [p], "rate": RATE * max(1e-6, float(p.detach().square().mean().sqrt()))} for p in values]
-        super().__init__([{**group, "lr": group["rate"]} for group in groups], betas=(0.9, 0.98))
+        super().__init__(groups, betas=(0.9, 0.98))
 
     def learn(self, loss: Tensor, share: float) -> None:
         """One step at a share of the rates."""
@@ -157,19 +179,8 @@ def _shares(steps: int) -> Iterable[float]:
     return (min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps))
 
 
-def _batches(sequences: int, context: int) -> list[slice]:
-    size = max(1, TOKENS_AT_ONCE // context)
-    return [slice(first, min(first + size, sequences)) for first in range(0, sequences, size)]
-
-
-def _first(out: Any) -> Tensor:
-    return out[0] if isinstance(out, tuple) else out  # type: ignore[no-any-return]
-
-
-def _with_hidden(layer: nn.Module, hidden: Tensor, args: Any, kwargs: Any, count: int, part: slice) -> Any:
-    """A layer's output for other hidden states than its arguments have."""
-    args, kwargs = some_of(args, count, part), some_of(kwargs, count, part)
-    return layer(hidden, *args[1:], **kwargs) if args else layer(**{**kwargs, "hidden_states": hidden})
+def _batches(tokens: Tensor) -> list[slice]:
+    return slices(len(tokens), max(1, TOKENS_AT_ONCE // tokens.shape[1]))
 
 
 @contextmanager
@@ -177,14 +188,14 @@ def _row_factors(student: Any, rows: Mapping[str, str]) -> Iterator[dict[str, Te
     """Factors of the rows of weights, by name, which outputs are multiplied by."""
     factors: dict[str, Tensor] = {}
     hooks = []
-    for parameter, name in rows.items():
-        layer, weight = student.get_submodule(parameter.rpartition(".")[0]), student.get_parameter(parameter)
-        count = len(weight) if not is_transposed(layer) else weight.shape[1]
-        factor = factors.setdefault(name, torch.ones(count, device=weight.device, requires_grad=True))
-        hooks.append(
-            layer.register_forward_hook(lambda layer, args, out, factor=factor: _scaled(layer, args, out, factor))
-        )
     try:
+        for parameter, name in rows.items():
+            layer, weight = student.get_submodule(parameter.rpartition(".")[0]), student.get_parameter(parameter)
+            count = len(weight) if not is_transposed(layer) else weight.shape[1]
+            factor = factors.setdefault(name, torch.ones(count, device=weight.device, requires_grad=True))
+            hooks.append(
+                layer.register_forward_hook(lambda layer, args, out, factor=factor: _scaled(layer, args, out, factor))
+            )
         yield factors
     finally:
         for hook in hooks:

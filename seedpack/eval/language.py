@@ -49,10 +49,9 @@ def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
     """The first `tokens` tokens of a text as windows, int64 [n, context] (see `sequences`); one short window of a short text."""
     characters = 8 * tokens + 1000  # tokenizers are slow on what will not be used
     ids = tokenizer(text[:characters], add_special_tokens=False)["input_ids"]
-    context = min(context, len(ids))
-    if context < 2:
+    if len(ids) < 2:
         raise ModelError(f"the text gives {len(ids)} tokens; at least two are needed")
-    return sequences(ids[:tokens], tokenizer, context)
+    return sequences(ids[:tokens], tokenizer, context)[: max(1, tokens // context)]
 
 
 @torch.inference_mode()

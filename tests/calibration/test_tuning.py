@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from seedpack.calibration import layerwise, tuning
+from seedpack.errors import ModelError
 from tests.hf.models import ARCHITECTURES
 
 
@@ -29,13 +32,13 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
     tokens = torch.randint(3, 96, (64, 16))
     monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 32)
     monkeypatch.setattr(tuning, "RATE", 0.02)
-    watched: list[int] = []
+    watched: list[tuple[str, int, int]] = []
 
-    learnt = tuning.tune(student, teacher, rows, values, tokens, epochs=0, watch=watched.append)
+    learnt = tuning.tune(student, teacher, rows, values, tokens, epochs=0, watch=lambda *told: watched.append(told))
     for key, value in student.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
     assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers.values())
-    assert sum(watched) == tokens.numel()
+    assert watched == [("Tuning, layers", 1, 2)] * 2
     assert learnt.factors.keys() == rows.keys() and learnt.values.keys() == set(values)
 
     def distance() -> float:
@@ -56,3 +59,29 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
 def test_nothing_to_tune_is_nothing_learnt() -> None:
     model = ARCHITECTURES["llama"]()
     assert tuning.tune(model, model, {}, [], torch.zeros(1, 4, dtype=torch.int64)) == tuning.Tuned({}, {})
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
+    config = transformers.MptConfig(d_model=32, n_heads=heads, n_layers=2, vocab_size=96, max_seq_len=64)
+    model = transformers.MptForCausalLM(config).eval()
+    tokens = torch.randint(3, 96, (4, 16))
+    parts: list[torch.Tensor] = []
+
+    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        pieces = layerwise.slices(4, 1)
+        out = [forward(*layerwise.some_of(args, 4, p, heads), **layerwise.some_of(kwargs, 4, p, heads)) for p in pieces]
+        parts.append(layerwise.hidden_in(layerwise.joined(out)))
+        return (parts[-1], None)
+
+    with torch.no_grad():
+        whole = model(input_ids=tokens).logits
+        with layerwise.layer_by_layer(layerwise.decoder_layers(model), call):
+            torch.testing.assert_close(model(input_ids=tokens).logits, whole, rtol=1e-4, atol=1e-5)
+    assert layerwise.heads_of(model) == heads and len(parts) == 2
+
+
+def test_more_than_one_hidden_state_a_token_is_refused() -> None:
+    model, tokens = ARCHITECTURES["llama"](), torch.zeros(3, 8, dtype=torch.int64)
+    with pytest.raises(ModelError, match=r"fed \[4, 3, 8, 16\] for tokens \[3, 8\].*compress it without"):
+        layerwise.require_one_stream(model, (torch.zeros(4, 3, 8, 16),), {}, tokens)
