@@ -156,8 +156,9 @@ def measure(result: report.Result) -> None:
         "`self` is written by the model, `WikiText` is the second half of the text whose beginning is scored. GGUF types with "
         "an importance matrix from the same self-written text, over blocks of 256 of rows laid end to end. GPTQ is "
         "llm-compressor's, asymmetric, groups of 64, calibrated on `WikiText`: real text, as its users would give it (at 2 bits "
-        "with ranges of least squared error; from minimum to maximum it is worse still). Times on all cores, text and Hessians "
-        f"counted where they were not there yet. Peers' packages: {peers.versions()}."
+        "with ranges of least squared error; from minimum to maximum it is worse still). Seconds: fitting and scoring on all "
+        "cores, text and Hessians where they were not there yet; of peers mostly scoring. Other work ran beside some rows. "
+        f"Peers' packages: {peers.versions()}, {gptq.PACKAGE.replace('==', ' ')}."
     )
     for subject in subjects:
         mine = [r for label in methods for r in rows if r["label"] == label and label.startswith(subject.prefix)]

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+PACKAGE = "llmcompressor==0.14.0.1"
+
 
 def quantised(model: Path, tokens: Any, bits: int, group: int, work: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights as GPTQ would store them, by name, dequantised; and what is said of them. Made once, kept in `work`."""
@@ -25,7 +27,7 @@ def quantised(model: Path, tokens: Any, bits: int, group: int, work: Path) -> tu
         if not python.is_file():
             print("installing llm-compressor …", flush=True)
             subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-            packages = ["--constraint", Path(__file__).parent.parent / "constraints.txt", "llmcompressor"]
+            packages = ["--constraint", Path(__file__).parent.parent / "constraints.txt", PACKAGE]
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         save_file({"tokens": tokens}, work / "tokens.safetensors")
         command = [python, __file__, model, work / "tokens.safetensors", out, str(bits), str(group)]

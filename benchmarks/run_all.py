@@ -15,6 +15,7 @@ for name in (
     "footprint",
     "language",
     "calibration",
+    "ingredients",
     "sentences",
     "images",
     "kernels",
