@@ -20,7 +20,7 @@ lint: $(VENV)/dev
 types: $(VENV)/dev
 	$(BIN)/mypy --strict -p seedpack
 
-# Regenerate every number that the README and docs/benchmarks quote (some five hours on 2 cores, peers included).
+# Regenerate every number that the README and docs/benchmarks quote (most of a day on 2 cores, peers included).
 bench: $(VENV)/bench
 	$(BIN)/python benchmarks/run_all.py
 

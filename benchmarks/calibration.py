@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import shutil
 import time
 from collections.abc import Callable
@@ -19,14 +18,14 @@ import plots
 import report
 import torch
 from language import CONTEXT, TOKENS, Recorded
+from transformers import AutoTokenizer
 
 import seedpack
 from seedpack.calibration.calibrate import Calibration, calibrated
-from seedpack.calibration.tokens import sequences
+from seedpack.calibration.tokens import from_text
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 from seedpack.model.sources import open_source
 
-ROWS = models.CACHE / "calibration-rows"
 CALIBRATION_TOKENS = 16384
 Found = tuple[float, LanguageReport]  # bits a weight, and what became of the model
 IMATRIX_TYPES = ("Q2_K", "Q3_K", "Q4_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
@@ -51,9 +50,7 @@ class Subject:
 
     def text(self, text: str) -> torch.Tensor:
         """As many token ids of a text as self-written ones."""
-        _, tokenizer = load_language_model(self.folder)
-        ids = tokenizer(text[: 8 * CALIBRATION_TOKENS], add_special_tokens=False)["input_ids"]
-        return sequences(ids[:CALIBRATION_TOKENS], tokenizer, 512)
+        return from_text([text], AutoTokenizer.from_pretrained(self.folder), CALIBRATION_TOKENS, 512, "the text")
 
     def other_text(self) -> torch.Tensor:
         """The second half of WikiText-2 validation, whose beginning is scored."""
@@ -146,10 +143,9 @@ def measure(result: report.Result) -> None:
         Subject("", "SmolLM2-135M-Instruct", models.smollm2()),
         Subject("Gemma 3: ", "Gemma 3 270M", models.gemma3()),
     )
-    methods = {}
-    for subject in subjects:
-        methods |= methods_of(subject, whole=subject is subjects[0])
-    rows = result.joined([row(label, *methods[label]) for label in methods if result.wanted(label)])
+    methods = {subject: methods_of(subject, whole=subject is subjects[0]) for subject in subjects}
+    wanted = {label: method for some in methods.values() for label, method in some.items() if result.wanted(label)}
+    rows = result.joined([row(label, *method) for label, method in wanted.items()])
     result.say(
         "Linear layers of language models (rescaled: `benchmarks/models.py`; in float32) packed, embedding and head as they are; "
         f"{TOKENS:,} tokens of {models.text()[0]}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512; "
@@ -161,8 +157,7 @@ def measure(result: report.Result) -> None:
         f"Peers' packages: {peers.versions()}, {gptq.PACKAGE.replace('==', ' ')}."
     )
     for subject in subjects:
-        mine = [r for label in methods for r in rows if r["label"] == label and label.startswith(subject.prefix)]
-        mine = [r for r in mine if subject.prefix or ":" not in r["label"]]
+        mine = [r for r in rows if r["label"] in methods[subject]]
         if not mine:
             continue
         result.say(f"## {subject.title}\nPerplexity unpacked {mine[0]['perplexity_original']:.3f}.")
@@ -187,18 +182,12 @@ def shown(result: report.Result, rows: list[dict[str, Any]], prefix: str) -> Non
 
 
 def row(label: str, family: str, run: Callable[[], Found]) -> dict[str, Any]:
-    """One method's figures; kept, so that an interrupted run goes on where it was."""
-    file = ROWS / f"{label.replace('/', '-').replace(' ', '-').replace(':', '')}.json"
-    if file.is_file() and (kept := json.loads(file.read_text()))["versions"] == models.versions():
-        return kept["row"]  # type: ignore[no-any-return]
-    started = time.perf_counter()
-    bits, found = run()
-    values = {"label": label, "family": family, "bits": bits, "seconds": time.perf_counter() - started, **asdict(found)}
-    ROWS.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"versions": models.versions(), "row": values}))
-    print(f"{label}: {bits:.3f} bits, KL {found.kl_mean:.4f}, ppl {found.perplexity_packed:.2f}, {values['seconds']:.0f} s",
-          flush=True)  # fmt: skip
-    return values
+    def measure() -> dict[str, Any]:
+        started = time.perf_counter()
+        bits, found = run()
+        return {"family": family, "bits": bits, "seconds": time.perf_counter() - started, **asdict(found)}
+
+    return report.kept("calibration", label, measure)
 
 
 if __name__ == "__main__":

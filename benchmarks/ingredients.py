@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from seedpack.calibration.calibrate import Calibration, calibrated
 from seedpack.calibration.layerwise import differentiable, recomputed
 from seedpack.calibration.store import Store
+from seedpack.codecs import trellis
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.eval.language import compare_language_models, load_language_model, windows
 from seedpack.linalg import answer
@@ -71,14 +73,10 @@ def sketched(model: Any, tokens: Tensor) -> Sketches:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def unrotated() -> Iterator[None]:
     """The trellis without its rotation."""
-    same = lambda weight, seed: weight  # noqa: E731
-    with (
-        mock.patch("seedpack.codecs.trellis.rotate", same),
-        mock.patch("seedpack.codecs.trellis.unrotate", same),
-    ):
+    with mock.patch.multiple(trellis, rotate=lambda weight, seed: weight, unrotate=lambda weight, seed: weight):
         yield
 
 
@@ -91,11 +89,8 @@ def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, outpu
     if output is None:
         return rebuilt(weight)
     damped = output.double() + 0.01 * output.double().diagonal().mean() * torch.eye(len(output), dtype=torch.float64)
-    factor, error, result = (
-        torch.linalg.cholesky(damped),
-        torch.zeros(weight.shape, dtype=torch.float64),
-        weight.clone(),
-    )
+    factor = torch.linalg.cholesky(damped)
+    error, result = torch.zeros(weight.shape, dtype=torch.float64), weight.clone()
     for high in range(len(weight), 0, -ROWS):
         low = max(0, high - ROWS)
         short = answer(error.mT, factor, low, high, high).mT
@@ -109,23 +104,18 @@ def measure(result: report.Result) -> None:
     model, tokenizer = load_language_model(folder)
     ids = windows(tokenizer, text, CONTEXT, TOKENS)
     original = Recorded(model, ids)
-    found = calibrated(
-        open_source(folder), Calibration("self"), models.CACHE / "calibration" / "out", torch.device("cpu")
-    )
+    place = models.CACHE / "calibration" / folder.name / "packed"  # beside what calibration.py keeps
+    found = calibrated(open_source(folder), Calibration("self"), place, torch.device("cpu"))
     assert isinstance(found, Store)
     tokens = found.tokens()
     assert tokens is not None
     plain = TrellisCodec(BITS, effort="fast", balance=False)
     answering, balanced = replace(plain, circular=False), replace(plain, circular=False, balance=True)
-    kept: list[Sketches] = []
+    hessian = found.get
 
+    @functools.cache
     def sketches() -> Sketches:
-        if not kept:
-            kept.append(sketched(model, tokens))
-        return kept[0]
-
-    def hessian(name: str) -> Tensor | None:
-        return found.get(name)
+        return sketched(model, tokens)
 
     Fit = Callable[[str, Tensor], Tensor]
     methods: dict[str, tuple[bool, Fit]] = {
@@ -140,21 +130,16 @@ def measure(result: report.Result) -> None:
         "…, gradients weigh inputs": (True, lambda name, w: fitted(w, balanced, sketches()[name][0])),
         "…, gradients weigh inputs, output side": (True, lambda name, w: fitted(w, balanced, *sketches()[name])),
     }
-    rows = []
-    for label, (rotates, fit) in methods.items():
-        if not result.wanted(label):
-            continue
+
+    def scored(rotates: bool, fit: Fit) -> dict[str, Any]:
         other = copy.deepcopy(model)
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if rotates else unrotated():
             for name, layer in linears(other).items():
-                if rotates:
-                    layer.weight.copy_(fit(name, layer.weight.detach()))
-                else:
-                    with unrotated():
-                        layer.weight.copy_(fit(name, layer.weight.detach()))
-        rows.append({"label": label, **asdict(compare_language_models(original, other, ids))})
-        print(f"{label}: KL {rows[-1]['kl_mean']:.4f}, perplexity {rows[-1]['perplexity_packed']:.2f}", flush=True)
-    rows = result.joined(rows)
+                layer.weight.copy_(fit(name, layer.weight.detach()))
+        return asdict(compare_language_models(original, other, ids))
+
+    wanted = [(label, how) for label, how in methods.items() if result.wanted(label)]
+    rows = result.joined([report.kept("ingredients", label, lambda how=how: scored(*how)) for label, how in wanted])
     result.say(
         f"SmolLM2-135M-Instruct (rescaled), its linear layers at {BITS} bits by the trellis, effort fast; {rows[0]['tokens']:,} "
         f"tokens of {text_name}, context {rows[0]['context']}; perplexity unpacked {rows[0]['perplexity_original']:.3f}. "
@@ -165,7 +150,7 @@ def measure(result: report.Result) -> None:
         [
             (r["label"], f"{r['kl_mean']:.4f}", f"{r['perplexity_packed']:.2f}", f"{100 * r['top1_agreement']:.1f}%",
              r["measured"])
-            for label in methods for r in rows if r["label"] == label
+            for r in sorted(rows, key=lambda r: [*methods].index(r["label"]))
         ],
     )  # fmt: skip
 

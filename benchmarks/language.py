@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from seedpack.eval.language import LanguageReport, compare_language_models, load
 
 CONTEXT, TOKENS = 1024, 16384
 PACKED = [("trellis", 4), ("trellis", 3), ("trellis", 2), ("trellis", 3.5), ("seedlm", 4), ("seedlm", 3), ("svd", 4)]
-ROWS = models.CACHE / "language-rows"
 
 
 class Recorded:
@@ -99,19 +97,11 @@ def compare(result: report.Result, rows: list[dict[str, Any]], key: str, what: s
 
 
 def row(label: str, family: str, run: Any) -> dict[str, Any]:
-    """One method's figures; kept, so that an interrupted run goes on where it was."""
-    file = ROWS / f"{label.replace('/', '-').replace(' ', '-')}.json"
-    if file.is_file() and (kept := json.loads(file.read_text()))["versions"] == models.versions():
-        return kept["row"]  # type: ignore[no-any-return]
-    bits, error_db, found = run()
-    values = {"label": label, "family": family, "bits": bits, "error_db": error_db, **asdict(found)}
-    ROWS.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"versions": models.versions(), "row": values}))
-    print(
-        f"{label}: {bits:.3f} bits, {error_db:.2f} dB, KL {found.kl_mean:.4f}, ppl {found.perplexity_packed:.2f}",
-        flush=True,
-    )
-    return values
+    def measure() -> dict[str, Any]:
+        bits, error_db, found = run()
+        return {"family": family, "bits": bits, "error_db": error_db, **asdict(found)}
+
+    return report.kept("language", label, measure)
 
 
 def packed(folder: Path, codec: str, bits: float, original: Any, ids: Tensor) -> tuple[float, float, LanguageReport]:

