@@ -22,7 +22,7 @@ from seedpack.calibration.calibrate import (
     measured_costs,
     tuned,
 )
-from seedpack.calibration.calibrate import Watch as CalibrationWatch
+from seedpack.calibration.layerwise import Watch as CalibrationWatch
 from seedpack.calibration.store import Store
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec

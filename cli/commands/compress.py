@@ -148,13 +148,18 @@ def command(
         text = Calibration(
             calibration, calibration_tokens, seed=calibration_seed, sequential=sequential, tune=int(tune)
         )
+    if dry_run and text is not None:
+        with output.stages() as stage:
+            chosen = api.calibrated_plan_for(
+                source,
+                str(out),
+                text,
+                **choice,
+                allow_nonfinite=allow_nonfinite,
+                device=device,
+                watch_calibration=stage,
+            )
     if dry_run:
-        if text is not None:
-            assert out is not None
-            with output.stages() as stage:
-                chosen = api.calibrated_plan_for(
-                    source, out, text, **choice, allow_nonfinite=allow_nonfinite, device=device, watch_calibration=stage
-                )
         output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
         return
     assert out is not None

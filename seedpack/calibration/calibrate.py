@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from seedpack.calibration import hessians, layerwise, sensitivity, tokens
+from seedpack.calibration.layerwise import Watch
 from seedpack.calibration.store import FOLDER, VERSION, Fitted, Store, fingerprint
 from seedpack.calibration.tuning import Tuned, tune
 from seedpack.codecs.base import column_power
@@ -26,7 +27,6 @@ from seedpack.model.plan import Plan, TensorPlan
 from seedpack.model.sources import Source, looks_like_hub_id
 
 TOKENS, CONTEXT = 16384, 512
-Watch = Callable[[str, int, int], None]  # what is done, units done since the last call, units in all
 Text = str | Path | Tensor | Iterable[Any]
 
 

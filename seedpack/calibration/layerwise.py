@@ -44,6 +44,7 @@ def device_of(model: Any) -> torch.device:
 Found = Callable[[str, dict[str, Tensor], Tensor | None], None]
 Skip = Callable[[str, Tensor], Tensor | None]
 Replaced = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
+Watch = Callable[[str, int, int], None]  # what is done, units done since the last call, units in all
 
 
 @torch.inference_mode()
@@ -70,13 +71,11 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
     rows = max(1, TOKENS_AT_ONCE // tokens.shape[1])
     head = model.get_output_embeddings()
 
-    heads = heads_of(model)
+    def call(name: str, forward: Any, fed: Fed) -> Any:
+        fed.require_one_stream(model, tokens)
+        return _through(name, names[name], forward, fed, rows, found, skip, replaced)
 
-    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        require_one_stream(model, args, kwargs, tokens)
-        return _through(name, names[name], forward, args, kwargs, heads, rows, found, skip, replaced)
-
-    with Hessians(others) as outside, layer_by_layer(layers, call), evaluated(model):
+    with Hessians(others) as outside, layer_by_layer(model, call), evaluated(model):
         out = model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)[0]
     rest = _weights(outside.means())
     if isinstance(head, nn.Linear):
@@ -88,22 +87,17 @@ def run(model: Any, tokens: Tensor, found: Found, skip: Skip, replaced: Replaced
 
 
 def _through(
-    name: str, modules: dict[str, nn.Module], forward: Any, args: Any, kwargs: Any, heads: int, rows: int, found: Found,
-    skip: Skip, replaced: Replaced | None,
+    name: str, modules: dict[str, nn.Module], forward: Any, fed: Fed, rows: int, found: Found, skip: Skip,
+    replaced: Replaced | None,
 ) -> Any:  # fmt: skip
     """A layer's output for all sequences, some at a time."""
-    hidden = _hidden(args, kwargs)
-    known = skip(name, hidden)
+    known = skip(name, fed.hidden)
     if known is not None:
-        one = slice(0, 1)  # tells whether the layer gives a tuple
-        out = forward(*some_of(args, len(hidden), one, heads), **some_of(kwargs, len(hidden), one, heads))
+        out = fed.some(forward, slice(0, 1))  # tells whether the layer gives a tuple
         return (known,) if isinstance(out, tuple) else known
 
     def passed() -> Any:
-        return joined([
-            forward(*some_of(args, len(hidden), here, heads), **some_of(kwargs, len(hidden), here, heads))
-            for here in slices(len(hidden), rows)
-        ])  # fmt: skip
+        return joined([fed.some(forward, here) for here in slices(len(fed.hidden), rows)])
 
     with Hessians(modules) as hessians:
         whole = passed()
@@ -126,10 +120,10 @@ def _give_back() -> None:
 def recomputed(model: Any) -> Iterator[None]:
     """Backward passes recompute what is inside a decoder layer instead of keeping it."""
 
-    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+    def call(name: str, forward: Any, fed: Fed) -> Any:
+        return checkpoint(forward, *fed.args, use_reentrant=False, **fed.kwargs)
 
-    with layer_by_layer(decoder_layers(model), call):
+    with layer_by_layer(model, call):
         yield
 
 
@@ -152,33 +146,55 @@ def differentiable(model: Any, names: Sequence[str] = ()) -> Iterator[list[nn.Pa
 def first_input(model: Any, tokens: Tensor) -> Tensor:
     """The hidden states [n, context, hidden] that the first decoder layer is fed for tokens [n, context]."""
 
-    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        raise _Fed(_hidden(args, kwargs))
+    def call(name: str, forward: Any, fed: Fed) -> Any:
+        raise _Enough(fed.hidden)
 
     try:
-        with layer_by_layer(decoder_layers(model), call), torch.no_grad():
+        with layer_by_layer(model, call), torch.no_grad():
             model.base_model(input_ids=tokens.to(device_of(model)), use_cache=False)
-    except _Fed as fed:
-        return fed.args[0]  # type: ignore[no-any-return]
+    except _Enough as enough:
+        return enough.args[0]  # type: ignore[no-any-return]
     raise ModelError(f"{type(model).__name__}: ran without any of its decoder layers; leave --tune out")
 
 
-class _Fed(Exception):  # noqa: N818 (no error)
-    """What a layer was fed, when no more is wanted."""
+class _Enough(Exception):  # noqa: N818 (no error)
+    """A layer was reached, and no more is wanted."""
 
 
-def _hidden(args: Any, kwargs: Any) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]  # type: ignore[no-any-return]
+class Fed:
+    """What a decoder layer is called with, for all sequences.
 
+    Args:
+        args: positional.
+        kwargs: by name.
+        heads: attention heads of the model, 0 if it has none.
+    """
 
-def require_one_stream(model: Any, args: Any, kwargs: Any, tokens: Tensor) -> None:
-    """Refuse models whose layers are fed something else than one hidden state for each token."""
-    shape = list(_hidden(args, kwargs).shape)
-    if shape[:2] != list(tokens.shape) or len(shape) != 3:
-        raise ModelError(
-            f"{type(model).__name__}: its layers are fed {shape} for tokens {list(tokens.shape)}, expected one hidden state a "
-            "token; calibration does not know such models, compress it without"
-        )
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int):
+        self.args, self.kwargs, self._heads = args, kwargs, heads
+
+    @property
+    def hidden(self) -> Tensor:
+        """The hidden states [n, context, hidden]."""
+        return self.args[0] if self.args else self.kwargs["hidden_states"]  # type: ignore[no-any-return]
+
+    def some(self, forward: Any, here: slice, hidden: Tensor | None = None) -> Any:
+        """The output of a layer for some sequences, with other hidden states if they are given."""
+        args, kwargs = (_some(value, len(self.hidden), here, self._heads) for value in (self.args, self.kwargs))
+        if hidden is not None and args:
+            args = (hidden, *args[1:])
+        elif hidden is not None:
+            kwargs["hidden_states"] = hidden
+        return forward(*args, **kwargs)
+
+    def require_one_stream(self, model: Any, tokens: Tensor) -> None:
+        """Refuse models whose layers are fed something else than one hidden state for each token."""
+        shape = list(self.hidden.shape)
+        if shape[:2] != list(tokens.shape) or len(shape) != 3:
+            raise ModelError(
+                f"{type(model).__name__}: its layers are fed {shape} for tokens {list(tokens.shape)}, expected one hidden "
+                "state a token; calibration does not know such models, compress it without"
+            )
 
 
 def hidden_in(out: Any) -> Tensor:
@@ -197,12 +213,7 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def heads_of(model: Any) -> int:
-    """Attention heads of a transformers model, 0 where there are none."""
-    return int(getattr(model.config.get_text_config(), "num_attention_heads", 0) or 0)
-
-
-def some_of(value: Any, count: int, here: slice, heads: int) -> Any:
+def _some(value: Any, count: int, here: slice, heads: int) -> Any:
     """Some sequences of arguments: of tensors with more than one axis whose first one counts all of them, or some for each."""
     if isinstance(value, Tensor):
         of_heads = value.dim() == 3 and value.shape[:2] == (heads, 1)  # MPT's biases, the same for all sequences
@@ -211,17 +222,18 @@ def some_of(value: Any, count: int, here: slice, heads: int) -> Any:
         times = value.shape[0] // count  # as alibi's, of each head
         return value[here.start * times : here.stop * times]
     if isinstance(value, dict):
-        return {key: some_of(item, count, here, heads) for key, item in value.items()}
-    return type(value)(some_of(item, count, here, heads) for item in value) if type(value) in (tuple, list) else value
+        return {key: _some(item, count, here, heads) for key, item in value.items()}
+    return type(value)(_some(item, count, here, heads) for item in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager
-def layer_by_layer(layers: dict[str, nn.Module], call: Callable[[str, Any, Any, Any], Any]) -> Iterator[None]:
-    """Layers whose forward pass is `call`ed with their name, what it was, and its arguments."""
+def layer_by_layer(model: Any, call: Callable[[str, Any, Fed], Any]) -> Iterator[None]:
+    """Decoder layers whose forward pass is `call`ed with their name, what it was, and what they are fed."""
+    layers, heads = decoder_layers(model), getattr(model.config.get_text_config(), "num_attention_heads", None) or 0
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
         vars(layer)["forward"] = lambda *args, name=name, forward=layer.forward, **kwargs: call(
-            name, forward, args, kwargs
+            name, forward, Fed(args, kwargs, heads)
         )
     try:
         yield

@@ -9,7 +9,7 @@ scale takes up in the end.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,24 +19,22 @@ from torch import Tensor, nn
 
 from seedpack.calibration.hessians import evaluated
 from seedpack.calibration.layerwise import (
+    Fed,
+    Watch,
     decoder_layers,
     differentiable,
     first_input,
-    heads_of,
     hidden_in,
     joined,
     layer_by_layer,
     recomputed,
-    require_one_stream,
     slices,
-    some_of,
 )
 from seedpack.model.layers import is_transposed
 
 RATE = 1e-3  # learning rate of factors
 TOKENS_AT_ONCE = 1024  # of a step
 WARM_UP = 4  # steps
-Watch = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -97,42 +95,31 @@ def settle(
 ) -> None:  # fmt: skip
     """One pass over the tokens for each decoder layer, in order: least squared error of each token's output over the squared
     norm of the original's, as the norm that follows divides by it. Originals are fed by originals."""
-    layers, count, heads = decoder_layers(student), len(tokens), heads_of(student)
-    hidden, here = first_input(student, tokens), _batches(tokens)
+    layers, hidden, here = decoder_layers(student), first_input(student, tokens), _batches(tokens)
 
-    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
+    def call(name: str, forward: Any, fed: Fed) -> Any:
         nonlocal hidden
-        require_one_stream(teacher, args, kwargs, tokens)
+        fed.require_one_stream(teacher, tokens)
         inside = f"{name}."
         own = {rows[p]: factors[rows[p]] for p in rows if p.startswith(inside)}.values()
         gains = [value for key, value in values.items() if key.startswith(inside)]
         optimiser = _Adam([*own], gains) if own or gains else None
-
-        def some(part: slice) -> tuple[Any, Any]:
-            return some_of(args, count, part, heads), some_of(kwargs, count, part, heads)
-
-        def of_student(part: slice) -> Tensor:
-            args, kwargs = some(part)
-            if args:
-                return hidden_in(layers[name](hidden[part], *args[1:], **kwargs))
-            return hidden_in(layers[name](**{**kwargs, "hidden_states": hidden[part]}))
-
         outputs = []
         for share, part in zip(_shares(len(here)), here, strict=True):
-            args_here, kwargs_here = some(part)
-            outputs.append(forward(*args_here, **kwargs_here))
+            outputs.append(fed.some(forward, part))
             if optimiser is None:
                 continue
             with torch.enable_grad():
-                wanted, found = hidden_in(outputs[-1]).float(), of_student(part).float()
+                wanted = hidden_in(outputs[-1]).float()
+                found = hidden_in(fed.some(layers[name], part, hidden[part])).float()
                 error = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
                 optimiser.learn(error.mean(), share)
-        hidden = torch.cat([of_student(part) for part in here])
+        hidden = torch.cat([hidden_in(fed.some(layers[name], part, hidden[part])) for part in here])
         if watch:
             watch("Tuning, layers", 1, len(layers))
         return joined(outputs)
 
-    with layer_by_layer(decoder_layers(teacher), call), torch.no_grad():
+    with layer_by_layer(teacher, call), torch.no_grad():
         teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
 
 

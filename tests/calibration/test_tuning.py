@@ -68,20 +68,19 @@ def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
     tokens = torch.randint(3, 96, (4, 16))
     parts: list[torch.Tensor] = []
 
-    def call(name: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        pieces = layerwise.slices(4, 1)
-        out = [forward(*layerwise.some_of(args, 4, p, heads), **layerwise.some_of(kwargs, 4, p, heads)) for p in pieces]
+    def call(name: str, forward: Any, fed: layerwise.Fed) -> Any:
+        out = [fed.some(forward, part) for part in layerwise.slices(4, 1)]
         parts.append(layerwise.hidden_in(layerwise.joined(out)))
         return (parts[-1], None)
 
     with torch.no_grad():
         whole = model(input_ids=tokens).logits
-        with layerwise.layer_by_layer(layerwise.decoder_layers(model), call):
+        with layerwise.layer_by_layer(model, call):
             torch.testing.assert_close(model(input_ids=tokens).logits, whole, rtol=1e-4, atol=1e-5)
-    assert layerwise.heads_of(model) == heads and len(parts) == 2
+    assert len(parts) == 2
 
 
 def test_more_than_one_hidden_state_a_token_is_refused() -> None:
     model, tokens = ARCHITECTURES["llama"](), torch.zeros(3, 8, dtype=torch.int64)
     with pytest.raises(ModelError, match=r"fed \[4, 3, 8, 16\] for tokens \[3, 8\].*compress it without"):
-        layerwise.require_one_stream(model, (torch.zeros(4, 3, 8, 16),), {}, tokens)
+        layerwise.Fed((torch.zeros(4, 3, 8, 16),), {}, 4).require_one_stream(model, tokens)
