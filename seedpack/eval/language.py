@@ -80,6 +80,7 @@ def compare_language_models(
             nll_packed.append(-b.gather(1, target)[:, 0])
             divergence.append((a.exp() * (a - b)).sum(-1))
             agree.append(a.argmax(-1) == b.argmax(-1))
+        del logits, a, b  # of a large vocabulary gigabytes, before the next ones are made
         if progress:
             progress(len(window))
     kl = torch.cat(divergence).double()
