@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -34,7 +35,7 @@ class Recorded:
 
     def __call__(self, window: Tensor) -> Any:
         index = next(i for i, known in enumerate(self.ids) if torch.equal(known, window[0]))
-        return type("Output", (), {"logits": self.logits[index].float()})
+        return SimpleNamespace(logits=self.logits[index].float())
 
 
 def measure(result: report.Result) -> None:
