@@ -26,9 +26,9 @@ def interpolated(rows: list[dict[str, Any]], key: str, bits: float) -> float | N
 
 def curves(
     result: report.Result, rows: list[dict[str, Any]], key: str, label: str, title: str, limit: tuple[float, float],
-    file: str = "",
+    file: str = "", across: tuple[str, str] = ("bits", "bits a weight, all that is stored"), logarithmic: str = "y",
 ) -> None:  # fmt: skip
-    """One line a family: a value (logarithmic) against bits a weight."""
+    """One line a family: a value against another one (its key and its label), "x" or "y" logarithmic."""
     try:
         import matplotlib
     except ImportError:
@@ -40,10 +40,11 @@ def curves(
     figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
     markers = itertools.cycle("osv^Dd<>P*X")
     for family in sorted({r["family"] for r in rows}, key=lambda f: (f not in OURS, f)):
-        members = sorted((r["bits"], r[key]) for r in rows if r["family"] == family)
+        members = sorted((r[across[0]], r[key]) for r in rows if r["family"] == family)
         style = {"color": OURS[family], "linewidth": 2.5} if family in OURS else {"linewidth": 1, "alpha": 0.8}
         axes.plot(*zip(*members, strict=True), marker=next(markers), label=family, **style)
-    axes.set(yscale="log", xlim=limit, xlabel="bits a weight, all that is stored", ylabel=label, title=title)
+    axes.set(xlim=limit, xlabel=across[1], ylabel=label, title=title)
+    axes.set(**{f"{axis}scale": "log" for axis in logarithmic})
     axes.grid(which="both", alpha=0.25)
     axes.legend(fontsize=8)
     figure.tight_layout()

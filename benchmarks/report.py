@@ -7,6 +7,7 @@ import datetime
 import fnmatch
 import json
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,6 +72,15 @@ def kept(name: str, label: str, measure: Callable[[], dict[str, Any]]) -> dict[s
     file.write_text(json.dumps({"versions": models.versions(), "row": row}))
     print(", ".join([label, *(f"{key} {value:.4g}" for key, value in row.items() if type(value) is float)]), flush=True)
     return row
+
+
+def added_memory(ready: str, code: str) -> float:
+    """MB that some code adds to the peak of a process that has run what makes it ready."""
+    program = (
+        f"import resource\n{ready}\nbefore = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n{code}\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)"
+    )
+    return float(subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout)
 
 
 def run(name: str, title: str, measure: Callable[[Result], None]) -> None:

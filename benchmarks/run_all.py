@@ -19,6 +19,10 @@ for name in (
     "sentences",
     "images",
     "kernels",
+    "noise_layers",
+    "pranc",
+    "masks",
+    "pranc_resnet",
 ):
     print(f"== {name}", flush=True)
     subprocess.run([sys.executable, str(Path(__file__).parent / f"{name}.py"), "--write"], check=True)

@@ -199,3 +199,24 @@ def quiet_transformers() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def _known_key(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
+    if path is not None:
+        from seedpack.keys import give, read_key
+
+        give(read_key(path))
+
+
+key_option = click.option(
+    "--key-file",
+    type=click.Path(),
+    expose_value=False,
+    callback=_known_key,
+    help="A private key's file (16 bytes or 32 hexadecimal digits), where weights are regenerated with one.",
+)
+fraction_option = click.option(
+    "--fraction",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Use this share of the levels of tensors stored in levels; the file may be cut off behind them.",
+)

@@ -3,6 +3,7 @@
 from seedpack.formats.manifest import CodecSpec as CodecSpec
 from seedpack.formats.manifest import Manifest as Manifest
 from seedpack.formats.manifest import TensorEntry as TensorEntry
+from seedpack.formats.manifest import View as View
 from seedpack.formats.reader import Checkpoint as Checkpoint
 from seedpack.formats.reader import Part as Part
 from seedpack.formats.reader import SafetensorsFile as SafetensorsFile

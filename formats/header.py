@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from seedpack.errors import FormatError
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
+_LEVEL = re.compile(r"(?:^|[._])more_([1-9][0-9]{0,2})$")
 DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -100,13 +102,24 @@ def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
     return length
 
 
-def parse_header(text: bytes, file_bytes: int, where: str) -> Header:
+def level_of(key: str) -> int:
+    """The level of a part that only refines others: N of a name that ends in more_N, else 0 (M5, M26).
+
+    >>> level_of("a.b.more_2"), level_of("right_more_1"), level_of("a.b.weight")
+    (2, 1, 0)
+    """
+    found = _LEVEL.search(key)
+    return int(found[1]) if found else 0
+
+
+def parse_header(text: bytes, file_bytes: int, where: str, *, whole: bool = True) -> Header:
     """Check a header's JSON against the safetensors rules and the size of the file.
 
     Args:
         text: the JSON text, without the eight length bytes.
         file_bytes: size of the whole file.
         where: the file's name, for messages.
+        whole: False takes a file that was cut off at its end too.
 
     Raises:
         FormatError: naming the tensor and the rule that is broken.
@@ -122,7 +135,7 @@ def parse_header(text: bytes, file_bytes: int, where: str) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FormatError(f"{where}: __metadata__ must map strings to strings")
     tensors = {name: _tensor_info(name, value, where) for name, value in document.items()}
-    _check_coverage(tensors, file_bytes - 8 - len(text), where)
+    _check_coverage(tensors, file_bytes - 8 - len(text), where, whole)
     return Header(tensors, metadata, 8 + len(text))
 
 
@@ -160,7 +173,7 @@ def check_shape(shape: object, at: str) -> None:
         raise FormatError(f"{at}: a shape of {len(shape)} axes, {str(shape)[:80]}, is too large for any tensor")
 
 
-def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str) -> None:
+def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str, whole: bool) -> None:
     """The tensors must tile the data: no hole, no overlap, nothing after the end."""
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -170,20 +183,20 @@ def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: s
                 f"{where}: tensor {name[:120]!r} {kind}: starts at byte {info.start}, expected {position}"
             )
         position = info.end
-    if position != data_bytes:
+    if position != data_bytes and (whole or position < data_bytes):
         kind = "the file is truncated" if position > data_bytes else "bytes follow that belong to no tensor"
         raise FormatError(f"{where}: the tensors take {position} bytes, the file holds {data_bytes}; {kind}")
 
 
 def layout(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-    """Lay tensors out in the canonical order: widest dtype first (so that all are aligned), then by name.
+    """Lay tensors out in the canonical order: widest dtype first (so that all are aligned), then by level and name.
 
     >>> layout({"b": ("U8", (3,)), "a": ("F32", (1,))})["b"].start
     4
     """
     for name in parts:
         check_name(name, f"tensor {name[:120]!r}")
-    order = sorted(parts, key=lambda name: (-DTYPE_BYTES[parts[name][0]], name))
+    order = sorted(parts, key=lambda name: (-DTYPE_BYTES[parts[name][0]], level_of(name), name))
     result, position = {}, 0
     for name in order:
         dtype, shape = parts[name]

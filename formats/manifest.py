@@ -7,6 +7,7 @@ It stands in a file's `__metadata__` under "seedpack", and in a Hugging Face fol
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -59,14 +60,30 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
+class View:
+    """A tensor of the model that is a piece of a stored one: its elements from `offset` on in row-major order, times `scale`."""
+
+    tensor: str
+    offset: int
+    shape: tuple[int, ...]
+    scale: float = 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object."""
+        return {"tensor": self.tensor, "offset": self.offset, "shape": list(self.shape), "scale": self.scale}
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """All that a reader needs beside the bytes. `shared` maps further names of a tensor to the stored one."""
+    """All that a reader needs beside the bytes. `shared` maps further names of a tensor to the stored one; a tensor that
+    `views` are made of is none of the model's own."""
 
     codecs: tuple[CodecSpec, ...]
     tensors: dict[str, TensorEntry]
     shared: dict[str, str] = field(default_factory=dict)
     writer: str = ""
     version: int = FORMAT_VERSION
+    views: dict[str, View] = field(default_factory=dict)
 
     def codec_of(self, name: str) -> CodecSpec:
         """The codec of one tensor."""
@@ -90,6 +107,7 @@ class Manifest:
             codecs=tuple(self.codecs[i] for i in used),
             tensors={name: replace(entry, codec=renumber[entry.codec]) for name, entry in chosen.items()},
             shared={alias: name for alias, name in self.shared.items() if name in chosen},
+            views={name: view for name, view in self.views.items() if view.tensor in chosen},
         )
 
     def packed_only(self) -> Manifest:
@@ -105,6 +123,8 @@ class Manifest:
             "tensors": {name: entry.to_json() for name, entry in self.tensors.items()},
             "shared": self.shared,
         }
+        if self.views:
+            document["views"] = {name: view.to_json() for name, view in self.views.items()}
         return {**document, "digest": _document_digest(document)}
 
     def dumps(self) -> str:
@@ -126,6 +146,7 @@ def merge(manifests: list[Manifest], where: str) -> Manifest:
     codecs: dict[str, CodecSpec] = {}
     tensors: dict[str, TensorEntry] = {}
     shared: dict[str, str] = {}
+    views: dict[str, View] = {}
     texts = [[dumps_canonical(codec.to_json()) for codec in manifest.codecs] for manifest in manifests]
     for manifest, own in zip(manifests, texts, strict=True):
         codecs |= zip(own, manifest.codecs, strict=True)
@@ -135,9 +156,15 @@ def merge(manifests: list[Manifest], where: str) -> Manifest:
             if name in tensors:
                 raise FormatError(f"{where}: tensor {name!r} is described by two shards")
             tensors[name] = replace(entry, codec=index[own[entry.codec]])
+        for name in (*manifest.shared, *manifest.views):
+            if name in shared or name in views:
+                raise FormatError(f"{where}: tensor {name!r} is described by two shards")
         shared |= manifest.shared
+        views |= manifest.views
+    if both := tensors.keys() & (shared.keys() | views.keys()):
+        raise FormatError(f"{where}: tensor {min(both)!r} is described by two shards")
     ordered = tuple(codecs[text] for text in sorted(codecs))
-    return Manifest(ordered, tensors, shared, manifests[0].writer, manifests[0].version)
+    return Manifest(ordered, tensors, shared, manifests[0].writer, manifests[0].version, views)
 
 
 def loads_manifest(text: str, where: str) -> Manifest:
@@ -164,7 +191,7 @@ def manifest_from_json(document: object, where: str) -> Manifest:
             f"{at}: format version {version}, this seedpack reads up to {FORMAT_VERSION}; "
             "upgrade with pip install -U seedpack"
         )
-    _require_keys(document, {"seedpack", "writer", "codecs", "tensors", "shared", "digest"}, set(), at)
+    _require_keys(document, {"seedpack", "writer", "codecs", "tensors", "shared", "digest"}, {"views"}, at)
     body = {key: value for key, value in document.items() if key != "digest"}
     try:
         expected = _document_digest(body)
@@ -185,8 +212,15 @@ def manifest_from_json(document: object, where: str) -> Manifest:
         check_name(alias, at)
         if alias in tensors or not isinstance(name, str) or name not in tensors:
             raise FormatError(f"{at}: shared name {alias[:80]!r} must be new and point to a stored tensor")
+    views = {
+        name: _view(value, name, tensors, shared, f"{at}: view {name[:120]!r}")
+        for name, value in (_object(document, "views", at) if "views" in document else {}).items()
+    }
+    if "views" in document and not views:
+        raise FormatError(f"{at}: 'views' is left out where there are none")
+    _require_covered(views, tensors, at)
     _require_unique_keys(tensors, at)
-    return Manifest(codecs, tensors, shared, document["writer"], version)
+    return Manifest(codecs, tensors, shared, document["writer"], version, views)
 
 
 def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
@@ -251,6 +285,34 @@ def _tensor_entry(value: object, codecs: int, at: str) -> TensorEntry:
     if value.get("transposed", True) is not True or ("transposed" in value and len(shape) != 2):
         raise FormatError(f"{at}: 'transposed' is true or left out, and for matrices only")
     return TensorEntry(value["codec"], value["dtype"], tuple(shape), parts, "transposed" in value)
+
+
+def _view(value: object, name: str, tensors: Mapping[str, TensorEntry], shared: Mapping[str, str], at: str) -> View:
+    if not isinstance(value, dict):
+        raise FormatError(f"{at}: expected a JSON object")
+    check_name(name, at)
+    _require_keys(value, {"tensor", "offset", "shape", "scale"}, set(), at)
+    check_shape(value["shape"], at)
+    offset, scale = value["offset"], value["scale"]
+    if not isinstance(value["tensor"], str) or value["tensor"] not in tensors or name in tensors or name in shared:
+        raise FormatError(f"{at}: must be a new name for a piece of a stored tensor")
+    if type(offset) is not int or offset < 0 or type(scale) is not float or not math.isfinite(scale):
+        raise FormatError(f"{at}: offset must be a whole number from 0, and scale a number")
+    size = math.prod(tensors[value["tensor"]].shape)
+    if offset + math.prod(value["shape"]) > size:
+        raise FormatError(f"{at}: ends at element {offset + math.prod(value['shape'])} of {size}")
+    return View(value["tensor"], offset, tuple(value["shape"]), scale)
+
+
+def _require_covered(views: Mapping[str, View], tensors: Mapping[str, TensorEntry], at: str) -> None:
+    """Views use what they are made of, but for less than a row: a few bytes stand for no more than the model's tensors do."""
+    used: dict[str, int] = {}
+    for view in views.values():
+        used[view.tensor] = used.get(view.tensor, 0) + math.prod(view.shape)
+    for name, count in used.items():
+        size, rows = math.prod(tensors[name].shape), (*tensors[name].shape, 1)[0]
+        if count < size - max(0, rows - 1):
+            raise FormatError(f"{at}: views use {count} of the {size} elements of {name[:120]!r}")
 
 
 def _require_unique_keys(tensors: Mapping[str, TensorEntry], at: str) -> None:

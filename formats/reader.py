@@ -11,7 +11,15 @@ from types import TracebackType
 
 from seedpack.errors import DigestError, FormatError
 from seedpack.formats.digest import part_digest
-from seedpack.formats.header import Header, header_length, layout, loads_strict, parse_header, serialise_header
+from seedpack.formats.header import (
+    Header,
+    header_length,
+    layout,
+    level_of,
+    loads_strict,
+    parse_header,
+    serialise_header,
+)
 from seedpack.formats.manifest import (
     MANIFEST_KEY,
     Manifest,
@@ -37,9 +45,10 @@ class Part:
 
 
 class SafetensorsFile:
-    """One safetensors file, mapped. `header` is checked; nothing else has been read."""
+    """One safetensors file, mapped. `header` is checked; nothing else has been read. Unless it must be `whole`, its end may
+    be missing."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, whole: bool = True):
         self.path = path
         try:
             self._file = open(path, "rb")  # noqa: SIM115 (closed by close)
@@ -49,11 +58,16 @@ class SafetensorsFile:
             size = os.fstat(self._file.fileno()).st_size
             length = header_length(self._file.read(8), size, str(path))
             self._header_bytes = self._file.read(length)
-            self.header: Header = parse_header(self._header_bytes, size, str(path))
+            self.header: Header = parse_header(self._header_bytes, size, str(path), whole=whole)
             self._map = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
         except BaseException:
             self._file.close()
             raise
+        self._data_bytes = size - self.header.data_start
+
+    def holds(self, key: str) -> bool:
+        """Whether all bytes of a tensor that the header names are there."""
+        return self.header.tensors[key].end <= self._data_bytes
 
     def part(self, key: str) -> Part:
         """The tensor stored under a key, as a view."""
@@ -90,14 +104,21 @@ class Checkpoint:
     """A packed checkpoint: one file, or a folder with `model.safetensors` or an index and shards.
 
     Every rule of the format that needs no tensor data is checked here. `verify` checks the data.
+
+    Args:
+        path: a file or folder.
+        fraction: read no more than this share of the levels of tensors that have levels, above 0 and at most 1; files may
+            be cut off at their end then, as long as the first level of every tensor is there.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, *, fraction: float | None = None):
+        self.path, self.fraction = Path(path), fraction
+        if fraction is not None and not 0 < fraction <= 1:
+            raise FormatError(f"{path}: fraction must be above 0 and at most 1, got {fraction}")
         self.files: list[SafetensorsFile] = []
         try:
             for file in _weight_files(self.path):
-                self.files.append(SafetensorsFile(file))
+                self.files.append(SafetensorsFile(file, whole=fraction is None))
             self._file_of = self._index_keys()
             self.manifest = self._find_manifest()
             self._check_parts()
@@ -120,8 +141,27 @@ class Checkpoint:
         return found
 
     def parts(self, name: str, *, check: bool = True) -> dict[str, Part]:
-        """All parts of one tensor."""
-        return {part: self.part(name, part, check=check) for part in self.manifest.tensors[name].parts}
+        """All parts of one tensor, or those of the levels that are read."""
+        return {part: self.part(name, part, check=check) for part in self.part_names(name)}
+
+    def part_names(self, name: str) -> list[str]:
+        """Parts of one tensor that are read: with a fraction, of the first levels alone, as far as they are there.
+
+        Raises:
+            FormatError: a part of the first level is cut off.
+        """
+        parts = list(self.manifest.tensors[name].parts)
+        if self.fraction is None:
+            return parts
+        there = {part: self._file_of[part_key(name, part)].holds(part_key(name, part)) for part in parts}
+        levels = 1 + max(map(level_of, parts))
+        read = max(1, int(self.fraction * levels + 1e-9))
+        lost = [level_of(part) for part in parts if not there[part]]
+        if 0 in lost:
+            raise FormatError(
+                f"{self.path}: cut off before the first level of tensor {name!r} ends; fetch more of the file"
+            )
+        return [part for part in parts if level_of(part) < min([read, *lost])]
 
     def raw_keys(self) -> list[str]:
         """Tensors in the files that the manifest does not describe (a folder saved again by transformers)."""
@@ -130,6 +170,8 @@ class Checkpoint:
 
     def undescribed(self, key: str) -> Part:
         """A tensor of `raw_keys`."""
+        if not self._file_of[key].holds(key):
+            raise FormatError(f"{self.path}: cut off before tensor {key!r} ends; fetch more of the file")
         return self._file_of[key].part(key)
 
     @property

@@ -19,6 +19,7 @@ from seedpack.formats.manifest import (
     CodecSpec,
     Manifest,
     TensorEntry,
+    View,
     blank_parts,
     merge,
     part_key,
@@ -30,6 +31,7 @@ from seedpack.formats.manifest import (
 PartSpec = tuple[str, tuple[int, ...]]
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+NO_VIEWS: Mapping[str, View] = {}
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,10 @@ class FileWriter:
         writer: str,
         *,
         manifest: bool = True,
+        views: Mapping[str, View] = NO_VIEWS,
     ):
         self._with_manifest = manifest
-        self._manifest = _blank_manifest(tensors, shared, writer)
+        self._manifest = _blank_manifest(tensors, shared, writer, views)
         self._infos = layout(_specs(tensors))
         self._digests: dict[str, str] = {}
         self._path = path
@@ -128,7 +131,7 @@ class FileWriter:
 def file_bytes(tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str) -> int:
     """What one file with these tensors takes, header and all."""
     infos = layout(_specs(tensors))
-    metadata = {"format": "pt", MANIFEST_KEY: _blank_manifest(tensors, shared, writer).dumps()}
+    metadata = {"format": "pt", MANIFEST_KEY: _blank_manifest(tensors, shared, writer, NO_VIEWS).dumps()}
     return len(serialise_header(infos, metadata)) + max((info.end for info in infos.values()), default=0)
 
 
@@ -142,6 +145,7 @@ class CheckpointWriter:
         writer: the program's name and version.
         shard_bytes: in a folder, start a new shard before a file's parts exceed this.
         manifest: False writes a plain safetensors file, for dense models.
+        views: tensors of the model that are pieces of stored ones.
     """
 
     def __init__(
@@ -154,6 +158,7 @@ class CheckpointWriter:
         folder: bool = False,
         shard_bytes: int | None = None,
         manifest: bool = True,
+        views: Mapping[str, View] = NO_VIEWS,
     ):
         self._folder = path if folder else None
         groups = _shards(tensors, shard_bytes) if folder else [list(tensors)]
@@ -166,8 +171,9 @@ class CheckpointWriter:
             for name, group in zip(names, groups, strict=True):
                 stored = {tensor.name for tensor in group}
                 aliases = {alias: target for alias, target in shared.items() if target in stored}
+                pieces = {alias: view for alias, view in views.items() if view.tensor in stored}
                 file = path / name if folder else path
-                self._writers[name] = FileWriter(file, group, aliases, writer, manifest=manifest)
+                self._writers[name] = FileWriter(file, group, aliases, writer, manifest=manifest, views=pieces)
                 self._file_of |= dict.fromkeys(stored, name)
         except BaseException:
             self.__exit__(OSError, None, None)
@@ -204,7 +210,9 @@ class CheckpointWriter:
         path.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _blank_manifest(tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str) -> Manifest:
+def _blank_manifest(
+    tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str, views: Mapping[str, View]
+) -> Manifest:
     codecs = sorted({dumps_canonical(tensor.codec.to_json()): tensor.codec for tensor in tensors}.items())
     index = {text: i for i, (text, _) in enumerate(codecs)}
     entries = {
@@ -227,7 +235,7 @@ def _blank_manifest(tensors: Sequence[PlannedTensor], shared: Mapping[str, str],
                 require_integer(part_key(tensor.name, part), dtype, "writer")
                 if part == PRINCIPAL_PART:
                     require_undense(tensor.name, shape, tensor.shape, "writer")
-    return Manifest(tuple(codec for _, codec in codecs), entries, dict(shared), writer)
+    return Manifest(tuple(codec for _, codec in codecs), entries, dict(shared), writer, views=dict(views))
 
 
 def _specs(tensors: Sequence[PlannedTensor]) -> dict[str, PartSpec]:

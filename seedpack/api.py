@@ -25,16 +25,16 @@ from seedpack.calibration.calibrate import (
 from seedpack.calibration.layerwise import Watch as CalibrationWatch
 from seedpack.calibration.store import Store
 from seedpack.codecs.base import Codec
-from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
 from seedpack.errors import FormatError, ModelError, SeedpackError
-from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
+from seedpack.formats import Checkpoint, CheckpointWriter, staged
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE, file_bytes
 from seedpack.kernels.dispatch import Backend
+from seedpack.keys import given
 from seedpack.model.budget import Costs, is_budget, with_bits, with_size
 from seedpack.model.fitting import Found, Inputs, Report, Watch, fit, fitting_device, leave_nonfinite, retold
-from seedpack.model.layers import PackedModule
+from seedpack.model.module import raw_planned, stored_form
 from seedpack.model.plan import Plan, codec_for, make_plan
 from seedpack.model.skeleton import architecture
 from seedpack.model.sources import Source, open_source
@@ -268,6 +268,8 @@ def load(
     dense: bool = False,
     dtype: str | torch.dtype | None = None,
     int8_activations: bool = False,
+    fraction: float | None = None,
+    key: bytes | None = None,
     **options: Any,
 ) -> Any:
     """Load a packed checkpoint.
@@ -280,18 +282,26 @@ def load(
         dtype: of dense tensors, or of a Hugging Face model's computation.
         int8_activations: round the input of packed linear layers to 8 bits where their codec can: faster on GPUs, for
             about 1% more error at 4 bits a weight.
+        fraction: use no more than this share of the levels of tensors that have levels (`reparam.basis_`, codec svd); the
+            file may be cut off behind them. For a module, or dense.
+        key: the 16 bytes of a private key, for weights that are regenerated with one; known to the process from then on.
         options: for a Hugging Face folder, passed on to transformers' `from_pretrained` (device_map, …).
 
     Returns:
         The module, a transformers model, or a state dict.
     """
+    if key is not None:
+        with given(key):
+            return load(
+                path, model, dense=dense, dtype=dtype, int8_activations=int8_activations, fraction=fraction, **options
+            )
     wanted = _float_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     if model is not None or dense:
         if dense and int8_activations:
             raise ModelError("dense tensors have no activations to round; leave int8_activations out")
         if options:
             raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")
-        with Checkpoint(path) as checkpoint:
+        with Checkpoint(path, fraction=fraction) as checkpoint:
             if model is None:
                 tensors = dense_tensors(checkpoint, wanted if isinstance(wanted, torch.dtype) else None)
                 return {name: tensor.clone() for name, tensor in tensors}
@@ -299,6 +309,8 @@ def load(
             if int8_activations:
                 use_int8_activations_(model)
             return model
+    if fraction is not None:
+        raise ModelError("a fraction is for a module that is filled (model=net), or a dense state dict (dense=True)")
     config_file = Path(path) / "config.json"
     if not config_file.is_file():
         Checkpoint(path).close()  # a clear error for what is no checkpoint at all
@@ -326,30 +338,44 @@ def load(
 def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
     """Save a module with packed layers: parts as they are, other tensors raw.
 
-    A transformers model becomes a folder by its own `save_pretrained`, anything else one file.
+    A transformers model becomes a folder by its own `save_pretrained`, anything else one file; so does a model that is
+    reparametrised (`seedpack.reparam`) or has layers of `seedpack.nn`: seeds and coefficients under the dense names.
     """
     path = Path(path)
+    stored = stored_form(model)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
-    if save_pretrained is not None:
+    if save_pretrained is not None and not stored.born:
         with staged(path, force=force, directory=True) as partial:
             save_pretrained(partial)
         return
-    tensors, planned = _module_parts(model)
-    shared = find_shared((name, parts["weight"]) for name, parts in tensors.items())
+    shared = find_shared((name, parts["weight"]) for name, parts in stored.parts.items())
     with staged(path, force=force) as partial:
-        stored = [tensor for tensor in planned if tensor.name not in shared]
-        with CheckpointWriter(partial, stored, shared, WRITER) as writer:
-            for tensor in stored:
-                writer.write(tensor.name, {part: to_bytes(value) for part, value in tensors[tensor.name].items()})
+        planned = [tensor for tensor in stored.planned if tensor.name not in shared]
+        with CheckpointWriter(partial, planned, shared, WRITER, views=stored.views) as writer:
+            for tensor in planned:
+                writer.write(tensor.name, {part: to_bytes(value) for part, value in stored.parts[tensor.name].items()})
 
 
-def unpack(path: str | Path, output: str | Path, *, dtype: str | None = None, force: bool = False) -> None:
-    """Rebuild the dense model: a safetensors file, or a dense Hugging Face folder. One tensor is in memory at a time."""
+def unpack(
+    path: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    fraction: float | None = None,
+    force: bool = False,
+) -> None:
+    """Rebuild the dense model: a safetensors file, or a dense Hugging Face folder. One tensor is in memory at a time.
+
+    A fraction is taken as `load` takes it.
+    """
     path, output = Path(path), Path(output)
     wanted = _float_dtype(dtype) if dtype else None
     _require_apart(output, path)
-    with Checkpoint(path) as checkpoint, staged(output, force=force, directory=path.is_dir()) as partial:
-        planned = [_raw_planned(name, kind, shape) for name, kind, shape in dense_forms(checkpoint, wanted)]
+    with (
+        Checkpoint(path, fraction=fraction) as checkpoint,
+        staged(output, force=force, directory=path.is_dir()) as partial,
+    ):
+        planned = [raw_planned(name, kind, shape) for name, kind, shape in dense_forms(checkpoint, wanted)]
         file = partial / SINGLE_FILE if path.is_dir() else partial
         with CheckpointWriter(file, planned, {}, WRITER, manifest=False) as writer:
             for name, tensor in dense_tensors(checkpoint, wanted):
@@ -371,29 +397,3 @@ def _copy_dense_folder(path: Path, partial: Path, wanted: torch.dtype | None) ->
     if wanted is not None:
         config["dtype"] = str(wanted).removeprefix("torch.")
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _raw_planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
-    codec = RawCodec(dtype)
-    return PlannedTensor(name, codec.spec(), dtype, shape, codec.parts(shape))
-
-
-def _module_parts(model: nn.Module) -> tuple[dict[str, dict[str, Tensor]], list[PlannedTensor]]:
-    """Every stored tensor of a module with packed layers, and how it is to be written."""
-    tensors: dict[str, dict[str, Tensor]] = {}
-    planned: list[PlannedTensor] = []
-    part_names: set[str] = set()
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, PackedModule):
-            continue
-        name = f"{prefix}.weight" if prefix else "weight"
-        tensors[name] = module.packed_parts()
-        part_names |= {f"{prefix}.{part}" if prefix else part for part in tensors[name]}
-        parts = module.codec.parts(module.matrix)
-        dtype = dtype_name(module.compute_dtype)
-        planned.append(PlannedTensor(name, module.codec.spec(), dtype, module.weight_shape, parts, module.transposed))
-    for name, tensor in model.state_dict().items():
-        if name not in part_names:
-            tensors[name] = {"weight": tensor}
-            planned.append(_raw_planned(name, dtype_name(tensor.dtype), tuple(tensor.shape)))
-    return tensors, planned

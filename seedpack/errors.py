@@ -8,6 +8,7 @@
     │   └── UnknownCodecError
     ├── ModelError           a source model or a target module cannot be used as asked
     │   └── NonfiniteError   NaN or Inf weights
+    ├── KeyNeededError       a private key is missing, wrong or malformed
     ├── OutputError          the output cannot be written
     └── BackendError         the backend asked for cannot run here
 
@@ -47,6 +48,10 @@ class ModelError(SeedpackError, ValueError):
 
 class NonfiniteError(ModelError):
     """A weight to be packed holds NaN or Inf."""
+
+
+class KeyNeededError(SeedpackError, ValueError):
+    """A private key is missing, is another one than the file was made with, or is malformed."""
 
 
 class OutputError(SeedpackError, OSError):

@@ -149,10 +149,14 @@ def philox_words(seed: int, count: int, offset: int = 0, device: torch.device | 
 
 def rademacher(seed: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
     """A matrix of ±1, float32 [rows, columns], row-major from the low bits of `philox_words`; exact on every device."""
-    words = philox_words(seed, -(-rows * columns // 32), device=device)
-    shifts = torch.arange(32, dtype=torch.int64, device=device)
-    bits = (words[:, None] >> shifts & 1).flatten()[: rows * columns]
-    return (1 - 2 * bits).to(torch.float32).reshape(rows, columns)
+    return signs(philox_words(seed, -(-rows * columns // 32), device=device), rows * columns).reshape(rows, columns)
+
+
+def signs(words: Tensor, count: int) -> Tensor:
+    """The first `count` bits of words of 32 bits, each word's lowest first, as ±1: float32 [count]; a bit that is set is -1."""
+    shifts = torch.arange(32, dtype=torch.int64, device=words.device)
+    bits = (words[:, None] >> shifts & 1).flatten()[:count]
+    return (1 - 2 * bits).to(torch.float32)
 
 
 def squirrel5(position: Words, seed: int) -> Words:

@@ -13,13 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "_transformers"},
     {"formats"},
-    {"_shapes", "dtypes", "prng", "linalg"},
+    {"_shapes", "dtypes", "keys", "prng", "linalg"},
     {"kernels"},
     {"codecs"},
     {"model"},
     {"calibration"},
     {"api"},
-    {"hf", "eval"},
+    {"hf", "eval", "reparam"},
+    {"nn"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -14,6 +14,7 @@ from seedpack.cli import output
 @click.argument("a")
 @click.argument("b")
 @click.option("--ranks/--no-ranks", default=True, help="Compute effective ranks (an eigendecomposition a tensor).")
+@output.key_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
     """Compare the tensors of model B with those of model A, the reference; each may be dense or packed.

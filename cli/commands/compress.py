@@ -88,6 +88,11 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     is_flag=True,
     help="Then tune scales, norms and biases, so that the packed model predicts what the original does.",
 )
+@click.option(
+    "--key-file",
+    type=click.Path(),
+    help="basis and mask: a private key (16 bytes or 32 hexadecimal digits) for the seed.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where to fit: cpu, cuda, or cuda:N.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
@@ -112,6 +117,7 @@ def command(
     calibration_seed: int,
     sequential: bool,
     tune: bool,
+    key_file: str | None,
     device: str,
     shard_size: str | None,
     dry_run: bool,
@@ -131,11 +137,16 @@ def command(
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     from seedpack import api
     from seedpack.calibration.calibrate import Calibration
+    from seedpack.keys import add_key, chosen_seed, read_key
     from seedpack.model.sources import open_source
 
     output.quiet_transformers()
+    chosen_settings = parse_settings(settings) | ({"effort": effort} if effort else {})
+    if key_file is not None:
+        key = read_key(key_file)
+        chosen_settings = {"seed": chosen_seed(None, key), **chosen_settings, "key": add_key(key)}
     choice: dict[str, Any] = {
-        "codec": codec, "bits": bits, "settings": parse_settings(settings) | ({"effort": effort} if effort else {}),
+        "codec": codec, "bits": bits, "settings": chosen_settings,
         "include": include, "exclude": exclude, "dtype": dtype, "plan": plan, "head_bits": head_bits,
         "target_size": None if target_size is None else output.parse_size(target_size),
     }  # fmt: skip

@@ -26,6 +26,7 @@ from seedpack.cli import output
     help="Tokens of a window, at most what the model takes.",
 )
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
+@output.key_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(original: str, packed: str, text: Path, context: int, tokens: int, as_json: bool) -> None:
     """Score the language models ORIGINAL and PACKED on a text: perplexity, KL divergence, top-1 agreement.

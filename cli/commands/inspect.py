@@ -57,6 +57,9 @@ def command(packed: str, pattern: str, as_json: bool) -> None:
     ]
     if manifest.shared:
         pairs.append(("shared", ", ".join(f"{alias} = {name}" for alias, name in list(manifest.shared.items())[:6])))
+    if manifest.views:
+        pieces = ", ".join(list(manifest.views)[:6])
+        pairs.append(("views", f"{len(manifest.views)} tensors that are pieces of stored ones: {pieces}"))
     if undescribed:
         pairs.append(("not described", f"{len(undescribed)} raw tensors (the folder was saved again by transformers)"))
     output.show_pairs("Checkpoint", pairs)

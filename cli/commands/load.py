@@ -17,8 +17,10 @@ from seedpack.errors import ModelError
 @click.argument("packed", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Generate from this text, greedily.")
 @click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(1))
+@output.fraction_option
+@output.key_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(packed: Path, prompt: str | None, max_new_tokens: int, as_json: bool) -> None:
+def command(packed: Path, prompt: str | None, max_new_tokens: int, fraction: float | None, as_json: bool) -> None:
     """Load the checkpoint PACKED and report its layers, memory and time.
 
     A Hugging Face folder becomes a model whose layers stay packed; of a single file every tensor is rebuilt once.
@@ -32,7 +34,7 @@ def command(packed: Path, prompt: str | None, max_new_tokens: int, as_json: bool
     if not (packed / "config.json").is_file():
         if prompt is not None:
             raise click.UsageError("--prompt needs a Hugging Face folder with a tokenizer")
-        state = seedpack.load(packed, dense=True)
+        state = seedpack.load(packed, dense=True, fraction=fraction)
         report = {
             "tensors": len(state),
             "dense_bytes": sum(t.nbytes for t in state.values()),
@@ -40,7 +42,7 @@ def command(packed: Path, prompt: str | None, max_new_tokens: int, as_json: bool
         }
         _show(packed, report, as_json)
         return
-    model = seedpack.load(packed)
+    model = seedpack.load(packed, fraction=fraction)
     report = {
         "architecture": type(model).__name__,
         "layers": dict(_layers(model)),

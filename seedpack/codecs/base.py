@@ -7,7 +7,7 @@ integer tensors, its *parts*, laid out [out_features, groups along the input, â€
     parts(shape)                     what will be stored, known before fitting
     encode(weight, importance)       weight -> parts
     decode(parts, shape, dtype)      parts -> weight; the definition
-    rows(parts, index)               the parts of some rows, for embeddings
+    rows(parts, index)               the parts of some rows, for embeddings (or decode_rows, which rebuilds them)
     matmul(x, parts, shape, bias)    x @ weight.T + bias
     matmul_transposed(grad, â€¦)       grad @ weight, for the backward pass
 
@@ -28,8 +28,9 @@ from seedpack._shapes import Float
 from seedpack.dtypes import TORCH_DTYPES, dtype_name
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
-from seedpack.formats.header import nbytes
+from seedpack.formats.header import level_of, nbytes
 from seedpack.kernels.dispatch import Backend
+from seedpack.keys import CHECK
 
 Shape = tuple[int, ...]
 Parts = dict[str, Tensor]
@@ -88,6 +89,12 @@ class Codec:
         """The parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
         raise NotImplementedError
 
+    def decode_rows(
+        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
+    ) -> Tensor:
+        """Some rows of the weight, [n, in]; codecs whose parts belong to no rows define it in place of `rows`."""
+        return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
+
     def matmul(
         self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
     ) -> Tensor:
@@ -133,12 +140,15 @@ class Codec:
         return 8 * stored / math.prod(shape)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Refuse parts that this codec cannot have written for a weight of this shape.
+        """Refuse parts that this codec cannot have written for a weight of this shape; a reader of a share of the levels
+        leaves out the last ones.
 
         Raises:
             CodecError: naming the part, what was found and what was expected.
         """
         expected = self.parts(shape)
+        levels = 1 + max(map(level_of, parts), default=0)
+        expected = {name: spec for name, spec in expected.items() if level_of(name) < levels}
         if parts.keys() != expected.keys():
             raise CodecError(f"{self.id}: expected parts {sorted(expected)}, found {sorted(parts)}")
         for name, (dtype, part_shape) in expected.items():
@@ -195,6 +205,14 @@ def require_whole(codec: str, name: str, value: object, low: int, high: int) -> 
     """Refuse a hyperparameter that is not a whole number in a range."""
     if type(value) is not int or not low <= value <= high:
         raise CodecError(f"{codec}: {name} must be a whole number from {low} to {high}, got {value!r}")
+
+
+def require_check(codec: str, value: object) -> None:
+    """Refuse what is no check of a private key."""
+    if not isinstance(value, str) or not CHECK.fullmatch(value):
+        raise CodecError(
+            f"{codec}: key must be 16 hexadecimal digits, the check of a private key, got {str(value)[:40]!r}"
+        )
 
 
 def require_dtype(codec: str, value: object) -> None:

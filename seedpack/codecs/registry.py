@@ -7,6 +7,8 @@ from functools import lru_cache
 from importlib.metadata import entry_points
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.mask import MaskCodec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
@@ -72,7 +74,7 @@ def codec_to_json(codec: Codec) -> str:
 def _register_own() -> None:
     from seedpack.codecs.svd import SVDCodec  # imports this module, to look its factors' codec up
 
-    for codec in (RawCodec, SeedLMCodec, SVDCodec, TrellisCodec):
+    for codec in (BasisCodec, MaskCodec, RawCodec, SeedLMCodec, SVDCodec, TrellisCodec):
         register_codec(codec)
 
 

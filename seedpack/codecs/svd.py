@@ -11,6 +11,7 @@ from torch import Tensor
 
 from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
+from seedpack.codecs.coefficients import MAX_LEVELS, level_slices
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
 from seedpack.kernels.dispatch import Backend
@@ -25,6 +26,7 @@ class SVDCodec(Codec):
     packed by another codec (`factors`). Parts:
 
     - weight: A, int16 [out, 1, r]; right: B, int16 [r, in].
+    - more_1, right_more_1, …: with levels, the further columns of A and rows of B, by descending singular value.
     - with `factors`: that codec's parts of A under their own names, of B with "right_" before them.
 
     Attributes:
@@ -34,6 +36,7 @@ class SVDCodec(Codec):
         oversampling: further columns of the test matrix; None is 10 + rank / 4.
         power_iterations: of the range finder.
         seed: of the test matrix.
+        levels: in how many parts the ranks are stored; the first ones alone give a weight too. For fp16 factors.
     """
 
     id: ClassVar[str] = "svd"
@@ -45,6 +48,7 @@ class SVDCodec(Codec):
     oversampling: int | None = None
     power_iterations: int = 2
     seed: int = 0
+    levels: int = 1
 
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.bits is None):
@@ -57,6 +61,7 @@ class SVDCodec(Codec):
             require_whole(self.id, "oversampling", self.oversampling, 0, 2**31)
         require_whole(self.id, "power_iterations", self.power_iterations, 0, 100)
         require_whole(self.id, "seed", self.seed, 0, 2**64 - 1)
+        require_whole(self.id, "levels", self.levels, 1, 1 if self.factors is not None else MAX_LEVELS)
         if self.factors is not None:
             if not isinstance(self.factors, dict) or self.factors.keys() != {"id", "version", "config"}:
                 raise CodecError(f"{self.id}: factors must be a codec's id, version and config")
@@ -83,6 +88,9 @@ class SVDCodec(Codec):
         inner = self._inner()
         return self if inner is None else replace(self, factors=inner.with_hessian().spec().to_json())
 
+    def _levels(self, rank: int) -> int:
+        return min(self.levels, rank)
+
     def rank_of(self, shape: Shape) -> int:
         """The rank stored for a weight [out, in]."""
         limit = min(shape)
@@ -102,7 +110,9 @@ class SVDCodec(Codec):
         """The two factors."""
         rank, inner = self.rank_of(shape), self._inner()
         if inner is None:
-            return {"weight": ("I16", (shape[0], 1, rank)), "right": ("I16", (rank, shape[1]))}
+            sizes = {name: here.stop - here.start for name, here in level_slices(rank, self._levels(rank)).items()}
+            left: dict[str, PartSpec] = {name: ("I16", (shape[0], 1, size)) for name, size in sizes.items()}
+            return left | {_right(name): ("I16", (size, shape[1])) for name, size in sizes.items()}
         left, right = inner.parts((shape[0], rank)), inner.parts((rank, shape[1]))
         return left | {f"right_{name}": spec for name, spec in right.items()}
 
@@ -149,7 +159,9 @@ class SVDCodec(Codec):
             if progress:
                 progress(weight.numel())
             left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
-            return {"weight": left[:, None], "right": right}
+            here = level_slices(right.shape[0], self._levels(right.shape[0]))
+            parts = {name: left[:, None, some].contiguous() for name, some in here.items()}
+            return parts | {_right(name): right[some].contiguous() for name, some in here.items()}
         left_importance = None
         if importance is not None and importance.dim() == 2:
             if inner.hessians:
@@ -179,7 +191,9 @@ class SVDCodec(Codec):
         """Rows of the left factor."""
         inner = self._inner()
         left = {name: part for name, part in parts.items() if not name.startswith("right")}
-        return parts | ({"weight": parts["weight"][index]} if inner is None else inner.rows(left, index))
+        return parts | (
+            {name: part[index] for name, part in left.items()} if inner is None else inner.rows(left, index)
+        )
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """The factors' own checks too."""
@@ -201,7 +215,9 @@ class SVDCodec(Codec):
     ) -> tuple[Tensor, Tensor]:
         inner = self._inner()
         if inner is None:
-            left, right = parts["weight"][:, 0], parts["right"]
+            names = [name for name in level_slices(1, MAX_LEVELS) if name in parts]
+            left = torch.cat([parts[name][:, 0] for name in names], 1)
+            right = torch.cat([parts[_right(name)] for name in names])
             return left.view(torch.float16).to(dtype), right.view(torch.float16).to(dtype)
         left_parts, right_parts = self._split(parts)
         rank = parts["right_weight"].shape[0]
@@ -209,3 +225,8 @@ class SVDCodec(Codec):
             inner.decode(left_parts, (shape[0], rank), dtype, backend),
             inner.decode(right_parts, (rank, shape[1]), dtype, backend),
         )
+
+
+def _right(name: str) -> str:
+    """The right factor's part of a level."""
+    return "right" if name == "weight" else f"right_{name}"

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from seedpack.errors import ModelError
 from seedpack.formats.manifest import Manifest, manifest_from_json
 from seedpack.formats.reader import QUANT_METHOD
 
@@ -17,6 +18,11 @@ class SeedpackConfig(QuantizationConfigMixin):
         document.pop("quant_method", None)
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]
         self.manifest: Manifest = manifest_from_json(document, "config.json: quantization_config")
+        if self.manifest.views:
+            raise ModelError(
+                "config.json: quantization_config: tensors that are pieces of stored ones are not loaded by transformers; "
+                "build the model and fill it with seedpack.load(path, model=model)"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

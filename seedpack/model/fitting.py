@@ -247,7 +247,7 @@ def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[floa
     step = max(1, WEIGHTS_AT_ONCE // matrix.shape[1])
     for index in torch.arange(len(matrix)).split(step):
         rows = matrix[index].double()
-        decoded = codec.decode(codec.rows(parts, index), (len(index), matrix.shape[1]), torch.float32)
+        decoded = codec.decode_rows(parts, index, tuple(matrix.shape), torch.float32)
         error += float((rows - decoded).square().sum())
         energy += float(rows.square().sum())
     return error, energy

@@ -80,9 +80,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         """Indices [...] -> [..., embedding_dim]."""
         if input.device.type == "cpu" and not torch.compiler.is_compiling() and input.numel() and int(input.min()) < 0:
             raise IndexError(f"embedding index {int(input.min())} is out of range")
-        parts = self.codec.rows(self.packed_parts(), input.flatten())
-        shape = (input.numel(), self.embedding_dim)
-        rows = ops.decode(parts, self.codec_text, shape, self.compute_dtype)
+        rows = ops.decode_rows(self.packed_parts(), input.flatten(), self.codec_text, self.matrix, self.compute_dtype)
         result = rows.view(*input.shape, self.embedding_dim)
         if self.embed_scale_value is not None:
             result = result * torch.tensor(self.embed_scale_value, dtype=self.compute_dtype, device=result.device)
@@ -163,10 +161,13 @@ def pack_module_(
     del module._parameters["weight"]
     module.__class__ = kind
     packed = cast(PackedModule, module)
+    specs = {
+        name: spec for name, spec in codec.parts(matrix).items() if parts is None or name in parts
+    }  # or first levels
     packed.codec, packed.codec_text, packed.part_names = (
         codec,
         codec_to_json(codec),
-        tuple(codec.parts(matrix)),
+        tuple(specs),
     )
     packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
@@ -175,7 +176,7 @@ def pack_module_(
     if isinstance(packed, PackedEmbedding) and scale is not None:
         packed.embed_scale_value = float(scale)
         packed._buffers.pop("embed_scale")  # not persistent: a loader would leave it unfilled
-    for name, (part_dtype, part_shape) in codec.parts(matrix).items():
+    for name, (part_dtype, part_shape) in specs.items():
         value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name].to(weight.device)
         module.register_parameter(name, nn.Parameter(value, requires_grad=False))
     return packed

@@ -1,7 +1,7 @@
 """The packed product as torch operators: opaque to the compiler, with a gradient to the input.
 
 Opaque, because Inductor may compile the wrapping integers of a generator wrongly. The codec travels as its JSON text,
-its parts as a list with their names (which rows of an embedding keep, where few rows alone would have others).
+its parts as a list with their names.
 """
 
 from __future__ import annotations
@@ -28,6 +28,19 @@ def _decode(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype
 @_decode.register_fake
 def _(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=parts[0].device)
+
+
+@torch.library.custom_op("seedpack::decode_rows", mutates_args=())
+def _decode_rows(
+    parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
+    decoder = codec_from_json(codec)
+    return decoder.decode_rows(_named(parts, names), index, (shape[0], shape[1]), dtype).contiguous()
+
+
+@_decode_rows.register_fake
+def _(parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(index.shape[0], shape[1], dtype=dtype, device=parts[0].device)
 
 
 @torch.library.custom_op("seedpack::linear", mutates_args=())
@@ -75,6 +88,13 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The dense weight [out, in]."""
     return _decode(list(parts.values()), ",".join(parts), codec, list(shape), dtype)  # type: ignore[no-any-return]
+
+
+def decode_rows(
+    parts: Mapping[str, Tensor], index: Tensor, codec: str, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Rows of the weight [out, in], by an index [n]: [n, in]."""
+    return _decode_rows(list(parts.values()), ",".join(parts), index, codec, list(shape), dtype)  # type: ignore[no-any-return]
 
 
 def linear(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from seedpack.errors import ModelError
-from seedpack.formats import Checkpoint
+from seedpack.formats import Checkpoint, Manifest
+from seedpack.model.born import Bases, BornBasis, BornModule, bases_of, joined
 from seedpack.model.layers import PackedLinear, PackedModule, is_transposed, pack_module_, packed_class
-from seedpack.model.stored import stored_dense, stored_parts
+from seedpack.model.stored import stored_dense, stored_names, stored_parts, viewed
 
 WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
 
@@ -32,23 +33,41 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
         ModelError: names are missing or too many, or shapes differ.
     """
     manifest = checkpoint.manifest
-    state = model.state_dict(keep_vars=True)
-    targets = {name: name for name in manifest.tensors} | manifest.shared
+    state, born, bases = _targets_in(model)
+    views = {name: view for name, view in manifest.views.items() if view.tensor not in born}
+    targets = {name: stored for name, stored, _ in stored_names(replace(manifest, views=views))}
     if targets and all(name.startswith(WRAPPER_PREFIX) for name in targets) and not any(
         name.startswith(WRAPPER_PREFIX) for name in state
     ):  # fmt: skip
         targets = {name.removeprefix(WRAPPER_PREFIX): stored for name, stored in targets.items()}
-    _require_same(state, targets, checkpoint)
+        views = {name.removeprefix(WRAPPER_PREFIX): view for name, view in views.items()}
+    shapes = {
+        target: views[target].shape if target in views else manifest.tensors[stored].shape
+        for target, stored in targets.items()
+    }
+    _require_same(state, shapes, checkpoint)
+    if any(name in manifest.tensors for name in bases.stored):
+        _require_pieces(bases, manifest, checkpoint.path)
     modules = dict(model.named_modules(remove_duplicate=False))
     loaded = Loaded()
     done: dict[str, PackedModule] = {}
+    dense: dict[str, Tensor] = {}  # the stored tensor that views are being made of
     for target, stored in targets.items():
         parent, _, leaf = target.rpartition(".")
         module = modules[parent]
         if isinstance(module, PackedModule) and leaf == "weight":
             continue  # the same module under a further name
         same_way = manifest.tensors[stored].transposed == is_transposed(module)
-        if manifest.is_packed(stored) and leaf == "weight" and packed_class(module) is not None and same_way:
+        view = views.get(target)
+        if target in born:
+            codec, parts = stored_parts(checkpoint, stored)
+            pieces = {name: view for name, view in manifest.views.items() if view.tensor == stored}
+            born[target].take_(codec, parts)
+            for name, view in pieces.items():
+                bases.pieces[name].piece = replace(view, tensor="")
+            continue
+        packable = manifest.is_packed(stored) and view is None and same_way
+        if packable and leaf == "weight" and packed_class(module) is not None:
             codec, parts = stored_parts(checkpoint, stored)
             packed = pack_module_(module, codec, parts)
             if stored in done:
@@ -59,9 +78,15 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
             continue
         if manifest.is_packed(stored):
             loaded.dense.append(target)
-        destination = state[target]
+        if view is not None and stored not in dense:
+            dense = {stored: stored_dense(checkpoint, stored, device=state[target].device)}
         with torch.no_grad():
-            destination.copy_(stored_dense(checkpoint, stored))
+            state[target].copy_(stored_dense(checkpoint, stored) if view is None else viewed(dense[stored], view))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(
+            isinstance(m, PackedModule) for m in module.modules()
+        ):
+            module.activation_relu_or_gelu = 0  # its fast path reads the weights of its layers without calling them
     return loaded
 
 
@@ -80,9 +105,35 @@ def use_int8_activations_(model: nn.Module) -> None:
         layer.int8_activations = True
 
 
-def _require_same(state: dict[str, Tensor], targets: dict[str, str], checkpoint: Checkpoint) -> None:
+def _targets_in(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, BornModule | BornBasis], Bases]:
+    """A model's tensors by the names that a file has, those that are stored as coefficients, to train on, and bases."""
+    state: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    bases = bases_of(model)
+    born: dict[str, BornModule | BornBasis] = {**bases.stored}
+    for name in bases.names | bases.state:
+        state.pop(name, None)
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BornModule):
+            for name in module.own:
+                del state[joined(prefix, name)]
+            born[joined(prefix, "weight")] = module
+    state |= {name: torch.empty(each.stored_shape, device="meta") for name, each in born.items()}
+    return state, born, bases
+
+
+def _require_pieces(bases: Bases, manifest: Manifest, where: object) -> None:
+    """The model's tensors that are pieces of a basis are those of the file, and of its shapes."""
+    of_file = {name: view.shape for name, view in manifest.views.items() if view.tensor in bases.stored}
+    of_model = {name: piece.piece.shape for name, piece in bases.pieces.items() if piece.piece is not None}
+    if of_file != of_model:
+        odd = sorted(name for name in of_file.keys() | of_model.keys() if of_file.get(name) != of_model.get(name))
+        raise ModelError(f"{where}: tensor {odd[0]!r} is not the same piece of a basis in the file and in the model; "
+                         "reparametrise it with the same settings")  # fmt: skip
+
+
+def _require_same(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], checkpoint: Checkpoint) -> None:
     optional = {name for name in state if name.endswith(".num_batches_tracked")}  # files before torch 0.4.1 lack it
-    missing, surplus = sorted(state.keys() - targets.keys() - optional), sorted(targets.keys() - state.keys())
+    missing, surplus = sorted(state.keys() - shapes.keys() - optional), sorted(shapes.keys() - state.keys())
     if missing or surplus:
         problem = []
         if missing:
@@ -90,8 +141,8 @@ def _require_same(state: dict[str, Tensor], targets: dict[str, str], checkpoint:
         if surplus:
             problem.append(f"the model lacks {len(surplus)} of the file's tensors, as {surplus[0]!r}")
         raise ModelError(f"{checkpoint.path}: {'; '.join(problem)}; build the model that the file was made from")
-    for target, stored in targets.items():
-        found, expected = tuple(state[target].shape), checkpoint.manifest.tensors[stored].shape
+    for target, expected in shapes.items():
+        found = tuple(state[target].shape)
         if found != expected:
             raise ModelError(
                 f"{checkpoint.path}: tensor {target!r}: the file has shape {list(expected)}, the model {list(found)}"

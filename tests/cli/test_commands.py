@@ -136,7 +136,7 @@ def test_options_reach_the_library(model: Path) -> None:
         (
             ["compress", "MODEL", "-o", "x", "--codec", "zip"],
             1,
-            "unknown codec 'zip'; known: raw, seedlm, svd, trellis",
+            "unknown codec 'zip'; known: basis, mask, raw, seedlm, svd, trellis",
         ),
         (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
         (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "dtype 'int3': choose float32, float16"),
@@ -303,3 +303,26 @@ def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     with output.progress("Fitting", 100, "weights") as advance:
         advance("layer.weight", 50)
     assert "Fitting" in stream.getvalue()
+
+
+def test_levels_and_private_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from contextvars import ContextVar
+
+    from seedpack import keys
+
+    monkeypatch.setattr(keys, "_given", ContextVar("given", default=frozenset()))
+    monkeypatch.chdir(tmp_path)
+    torch.save({"fc.weight": torch.randn(40, 50), "fc.bias": torch.randn(40)}, "net.pt")
+    Path("my.key").write_bytes(bytes(range(16)))
+    Path("other.key").write_bytes(bytes(16))
+    settings = ("--codec", "basis", "--bits", "4", "--set", "coef_bits=8", "--set", "levels=4", "--key-file", "my.key")
+    run("compress", "net.pt", "-o", "a.st", *settings)
+    assert "and none is given; pass it by --key-file" in run("load", "a.st", code=1).output
+    assert "the key given is another one" in run("load", "a.st", "--key-file", "other.key", code=1).output
+    run("load", "a.st", "--key-file", "my.key")
+    data = Path("a.st").read_bytes()
+    Path("cut.st").write_bytes(data[:-100])
+    assert "truncated" in run("unpack", "cut.st", "-o", "b.st", "--key-file", "my.key", code=1).output
+    run("unpack", "cut.st", "-o", "b.st", "--fraction", "1", "--key-file", "my.key")
+    run("unpack", "a.st", "-o", "c.st", "--fraction", "0.75", "--key-file", "my.key")
+    assert Path("b.st").read_bytes() == Path("c.st").read_bytes()

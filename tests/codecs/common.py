@@ -28,7 +28,7 @@ def check_contract(codec: Codec, weight: Tensor) -> Tensor:
     assert decoded.shape == weight.shape and torch.isfinite(decoded).all()
     assert torch.equal(codec.decode(parts, shape, torch.bfloat16), decoded.bfloat16())
     index = torch.tensor([shape[0] - 1, 0, shape[0] - 1])
-    rows = codec.decode(codec.rows(parts, index), (3, shape[1]), torch.float32)
+    rows = codec.decode_rows(parts, index, shape, torch.float32)
     torch.testing.assert_close(rows, decoded[index], rtol=1e-5, atol=1e-6)
     x = torch.randn(2, 5, shape[1])
     torch.testing.assert_close(codec.matmul(x, parts, shape), x @ decoded.mT, rtol=1e-4, atol=1e-4)

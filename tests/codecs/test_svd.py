@@ -11,7 +11,13 @@ from seedpack.errors import CodecError
 from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
 
 SMALL = SeedLMCodec(10, 8, 3)
-CODECS = [SVDCodec(rank=4), SVDCodec(bits=5.0), SVDCodec.over(SMALL, rank=9), SVDCodec.over(SMALL, bits=4.0)]
+CODECS = [
+    SVDCodec(rank=4),
+    SVDCodec(rank=7, levels=3),
+    SVDCodec(bits=5.0),
+    SVDCodec.over(SMALL, rank=9),
+    SVDCodec.over(SMALL, bits=4.0),
+]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -73,3 +79,18 @@ def test_settings() -> None:
     ]:
         with pytest.raises(CodecError, match=message):
             get_codec("svd")(**settings)
+
+
+def test_first_levels_are_a_smaller_rank() -> None:
+    weight, shape = torch.randn(30, 40), (30, 40)
+    whole, half = SVDCodec(rank=10, levels=5, oversampling=30), SVDCodec(rank=4, oversampling=30)
+    parts = whole.encode(weight)
+    first = {name: parts[name] for name in ("weight", "right", "more_1", "right_more_1")}
+    whole.check(first, shape)
+    expected = half.decode(half.encode(weight), shape, torch.float32)
+    torch.testing.assert_close(whole.decode(first, shape, torch.float32), expected, rtol=0.02, atol=0.02)
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(whole.matmul(x, first, shape), x @ whole.decode(first, shape, torch.float32).T)
+    del parts["more_1"]
+    with pytest.raises(CodecError, match="expected parts"):
+        whole.check(parts, shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import jsonschema
 import pytest
 import torch
 
-from seedpack.api import load
+from seedpack.api import compress, load
+from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.svd import SVDCodec
+from seedpack.dtypes import to_bytes
 from seedpack.errors import (
     CodecError,
     DigestError,
@@ -22,8 +26,8 @@ from seedpack.errors import (
     UnknownCodecError,
     VersionError,
 )
-from seedpack.formats import Checkpoint
-from seedpack.formats.header import DTYPE_BYTES
+from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, View
+from seedpack.formats.header import DTYPE_BYTES, level_of
 from seedpack.formats.manifest import loads_manifest
 from seedpack.kernels.bits import pack, unpack
 from seedpack.model.stored import stored_dense
@@ -241,7 +245,7 @@ def test_m14_codec_id_and_version(file: Path) -> None:
         return next(c for c in manifest["codecs"] if c["id"] == "seedlm")
 
     make.edit_manifest(file, lambda m: seedlm(m).update(id="wavelet"))
-    refused(file, "unknown codec 'wavelet'; known: raw, seedlm, svd", UnknownCodecError)
+    refused(file, "unknown codec 'wavelet'; known: basis, mask, raw, seedlm, svd", UnknownCodecError)
     file.write_bytes(data)
     make.edit_manifest(file, lambda m: seedlm(m).update(version=7))
     refused(file, "the file has version 7, here is 0; upgrade", VersionError)
@@ -375,7 +379,6 @@ def test_m24_trellis() -> None:
 
 
 def test_schema_describes_real_manifests(file: Path) -> None:
-    from importlib.resources import files
 
     schema = json.loads(files("seedpack.formats").joinpath("manifest.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -388,3 +391,69 @@ def test_schema_describes_real_manifests(file: Path) -> None:
             jsonschema.validate({**document, **change}, schema)
         with pytest.raises(FormatError):
             loads_manifest(json.dumps({**document, **change}), "x")
+
+
+def test_m25_views(tmp_path: Path) -> None:
+    weight = torch.randn(12, 5)
+    codec = BasisCodec(count=20)
+    parts = codec.encode(weight)
+    weight = codec.decode(parts, (12, 5), torch.float32)
+    planned = [PlannedTensor("basis", codec.spec(), "F32", (12, 5), codec.parts((12, 5)))]
+    views = {"a": View("basis", 3, (2, 4), 0.5), "b": View("basis", 11, (49,), 1.0)}
+    path = tmp_path / "a.safetensors"
+    with CheckpointWriter(path, planned, {}, "test", views=views) as writer:
+        writer.write("basis", {name: to_bytes(part) for name, part in parts.items()})
+    found = load(path, dense=True)
+    assert found.keys() == {"a", "b"}
+    assert torch.equal(found["a"], weight.flatten()[3:11].view(2, 4) / 2)
+    assert torch.equal(found["b"], weight.flatten()[11:])
+    with Checkpoint(path) as checkpoint:
+        document = checkpoint.manifest.to_json()
+        assert all(error is None for _, error in checkpoint.verify())
+    jsonschema.validate(document, json.loads(files("seedpack.formats").joinpath("manifest.schema.json").read_text()))
+    good, data = document["views"]["a"], path.read_bytes()
+    changed: tuple[tuple[Any, str], ...] = (
+        ({"a": {**good, "tensor": "none"}}, "must be a new name for a piece of a stored tensor"),
+        ({"basis": good}, "must be a new name for a piece of a stored tensor"),
+        ({"a": {**good, "offset": -1}}, "offset must be a whole number"),
+        ({"a": {**good, "offset": 53}}, "ends at element 61 of 60"),
+        ({"a": {**good, "scale": 1}}, "scale a number"),
+        ({"a": {**good, "scale": None}}, "scale a number"),
+        ({"a": {**good, "more": 1}}, "unknown keys"),
+        ({"a": {**good, "shape": [2.0]}}, "shape must be a list"),
+        ({"a": 3}, "expected a JSON object"),
+        ({}, "is left out where there are none"),
+    )
+    for given, message in changed:
+        path.write_bytes(data)
+        make.edit_manifest(path, lambda manifest, given=given: manifest.update(views=given))
+        refused(path, message)
+
+
+def test_m26_levels(tmp_path: Path) -> None:
+    assert [level_of(name) for name in ("a.more_1", "more_12", "a.right_more_3", "a.more_0", "a.more_01", "amore_2")] == [
+        1, 12, 3, 0, 0, 0,
+    ]  # fmt: skip
+    tensors = {"a.weight": torch.randn(20, 30), "z": torch.ones(5, dtype=torch.int16)}
+    path = tmp_path / "a.safetensors"
+    compress(tensors, path, codec=SVDCodec(rank=6, levels=3, oversampling=20))
+    data = path.read_bytes()
+    with Checkpoint(path) as checkpoint:
+        order = list(checkpoint.files[0].header.tensors)
+        ends = [
+            checkpoint.files[0].header.data_start + info.end for info in checkpoint.files[0].header.tensors.values()
+        ]
+    assert order == ["a.right", "a.weight", "z", "a.more_1", "a.right_more_1", "a.more_2", "a.right_more_2"]
+    dense = [load(path, dense=True, fraction=share)["a.weight"] for share in (0.4, 0.7, 1.0)]
+    errors = [float((value - tensors["a.weight"]).square().sum()) for value in dense]
+    assert errors[0] > errors[1] > errors[2] and torch.equal(dense[2], load(path, dense=True)["a.weight"])
+    for end, level in ((ends[2], 0), (ends[3], 0), (ends[4] - 1, 0), (ends[4], 1), (ends[6] - 1, 1), (ends[6], 2)):
+        path.write_bytes(data[:end])
+        found = load(path, dense=True, fraction=1.0)["a.weight"]
+        assert torch.equal(found, dense[level])
+    path.write_bytes(data[: ends[2] - 1])
+    with pytest.raises(FormatError, match="cut off before the first level of tensor 'z' ends"):
+        load(path, dense=True, fraction=1.0)
+    path.write_bytes(data + b"x")
+    with pytest.raises(FormatError, match="bytes follow that belong to no tensor"):
+        load(path, dense=True, fraction=1.0)

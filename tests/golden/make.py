@@ -16,6 +16,8 @@ from torch import Tensor
 
 import seedpack
 from seedpack.codecs.base import Codec
+from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.mask import MaskCodec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
@@ -30,12 +32,17 @@ CASES: dict[str, Codec] = {
     "odd-fields": SeedLMCodec(seed_bits=13, block=7, rank=4),
     "wide-seeds": SeedLMCodec(seed_bits=18, block=6, rank=2, exponents=1),
     "fp16-factors": SVDCodec(rank=3),
+    "ranks-in-levels": SVDCodec(rank=6, levels=3),
     "seedlm-factors": SVDCodec.over(SeedLMCodec(seed_bits=10), rank=5),
     "four-bits": TrellisCodec(4, effort="fast"),
     "two-bits": TrellisCodec(2, seed=7),
     "odd-windows": TrellisCodec(3, 13, seed=2**40, effort="fast"),
     "long-windows": TrellisCodec(5, 18, effort="fast"),
     "ending-in-zeros": TrellisCodec(2, circular=False),
+    "structured-bases": BasisCodec(count=70, coef_bits=5, seed=11, levels=3),
+    "noise": BasisCodec("philox", count=9, blocks=3, coef_bits=16, seed=2**40),
+    "squirrels": BasisCodec("squirrel5", count=6, seed=7),
+    "three-in-ten": MaskCodec(0.3, seed=2**40),
     "plain": RawCodec("BF16"),
 }
 

@@ -102,7 +102,7 @@ def test_operator_is_registered_properly(generator: str) -> None:
 
 def test_refusals() -> None:
     x = torch.randn(2, 8)
-    with pytest.raises(CodecError, match="generator must be one of philox, squirrel5, got 'sobol'"):
+    with pytest.raises(CodecError, match="generator must be one of philox, squirrel5, hadamard, got 'sobol'"):
         basis_matmul(x, torch.ones(1, 4), seed=1, generator="sobol", rows=3)
     with pytest.raises(CodecError, match=r"weight of 3 rows must be \[1 to 3, 1 or more\], got \[4, 4\]"):
         basis_dense(torch.ones(4, 4), seed=1, generator="philox", rows=3, columns=8)

@@ -74,13 +74,42 @@ def row_piece(first: Any, coefs: Any, philox: bool, key0: Any, key1: Any, out: A
 
 
 @njit(parallel=True, cache=True, nogil=True)
-def _dense(coefs: Any, per_block: int, philox: bool, key0: Any, key1: Any, first: int, out: Any) -> None:
+def _dense(coefs: Any, per_block: int, philox: bool, key0: Any, key1: Any, index: Any, out: Any) -> None:
+    """out[i] = row index[i] of the weight."""
     rows, columns = out.shape
     for i in prange(rows):
-        r = np.uint64(first + i)
+        start = np.uint64(index[i]) * np.uint64(columns)
         for c in range(0, columns, LANES):
             piece = out[i, c : min(columns, c + LANES)]
-            row_piece(r * np.uint64(columns) + np.uint64(c), coefs[(first + i) // per_block], philox, key0, key1, piece)
+            row_piece(start + np.uint64(c), coefs[index[i] // per_block], philox, key0, key1, piece)
+
+
+@njit(parallel=True, cache=True, nogil=True, fastmath=True)
+def _reduce(weight_grad: Any, index: Any, philox: bool, key0: Any, key1: Any, out: Any) -> None:
+    """out [rows, count] = for each row Σ_c noise(c, m)·weight_grad[row, c]; row i is row index[i] of the weight."""
+    rows, columns = weight_grad.shape
+    count = out.shape[1]
+    for r in prange(rows):
+        start = np.uint64(index[r]) * np.uint64(columns)
+        for m in range(0, count, 4):
+            s0, s1, s2, s3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for c in range(columns):
+                place, value = start + np.uint64(c), weight_grad[r, c]
+                if philox:
+                    w0, w1, w2, w3 = philox_words(place, m >> 2, key0, key1)
+                    s0 += number(w0) * value
+                    s1 += number(w1) * value
+                    s2 += number(w2) * value
+                    s3 += number(w3) * value
+                else:
+                    at = U(place + np.uint64(SQUIRREL_STRIDE) * np.uint64(m))
+                    s0 += number(squirrel5_word(at, key0)) * value
+                    s1 += number(squirrel5_word(U(at + U(SQUIRREL_STRIDE)), key0)) * value
+                    s2 += number(squirrel5_word(U(at + U(2 * SQUIRREL_STRIDE)), key0)) * value
+                    s3 += number(squirrel5_word(U(at + U(3 * SQUIRREL_STRIDE)), key0)) * value
+            sums = (s0, s1, s2, s3)
+            for j in range(min(4, count - m)):
+                out[r, m + j] = sums[j]
 
 
 def constants(seed: int, generator: str) -> tuple[bool, Any, Any]:
@@ -88,14 +117,27 @@ def constants(seed: int, generator: str) -> tuple[bool, Any, Any]:
     return generator == "philox", U(seed & 0xFFFFFFFF), U(seed >> 32 & 0xFFFFFFFF)
 
 
-def some_rows(coefs: Tensor, seed: int, generator: str, rows: int, columns: int, some: slice) -> Tensor:
-    """Some rows of a weight of `rows` rows, float32."""
-    out = torch.empty(some.stop - some.start, columns, dtype=torch.float32)
+def some_rows(coefs: Tensor, seed: int, generator: str, rows: int, columns: int, index: Tensor) -> Tensor:
+    """Some rows of a weight of `rows` rows, float32 [n, columns]; index int64 [n]."""
+    out = torch.empty(len(index), columns, dtype=torch.float32)
     values = coefs.detach().float().contiguous().numpy()
-    _dense(values, rows_per_block(rows, len(coefs)), *constants(seed, generator), some.start, out.numpy())
+    _dense(values, rows_per_block(rows, len(coefs)), *constants(seed, generator), index.numpy(), out.numpy())
     return out
 
 
-def dense(coefs: Tensor, seed: int, generator: str, rows: int, columns: int) -> Tensor:
+def reduce_rows(weight_grad: Tensor, index: Tensor, seed: int, generator: str, out: Tensor) -> None:
+    """Σ_c noise·weight_grad of each row into out [n, count]; index int64 [n] says which rows of the weight they are."""
+    given = weight_grad.detach().float().contiguous().numpy()
+    _reduce(given, index.numpy(), *constants(seed, generator), out.numpy())
+
+
+def dense(coefs: Tensor, seed: int, generator: str, rows: int, columns: int, index: Tensor) -> Tensor:
     """As `reference.dense`: the same words, summed in another order."""
-    return some_rows(coefs, seed, generator, rows, columns, slice(0, rows))
+    return some_rows(coefs, seed, generator, rows, columns, index)
+
+
+def reduce(weight_grad: Tensor, blocks: int, count: int, seed: int, generator: str, rows: int, index: Tensor) -> Tensor:
+    """As `reference.reduce`, summed in another order."""
+    of_rows = torch.empty(len(index), count, dtype=torch.float32)
+    reduce_rows(weight_grad, index, seed, generator, of_rows)
+    return torch.zeros(blocks, count).index_add_(0, index // rows_per_block(rows, blocks), of_rows)

@@ -78,6 +78,13 @@ def regenerated(coefs: Tensor, seed: int, generator: str, rows: int, columns: in
     return Regenerated(basis_tile, parts, sizes, scale, rows, columns, heavy=True)
 
 
-def dense(coefs: Tensor, seed: int, generator: str, rows: int, columns: int) -> Tensor:
-    """As `reference.dense`: the same words, summed in another order."""
+def dense(coefs: Tensor, seed: int, generator: str, rows: int, columns: int, index: Tensor) -> Tensor:
+    """As `reference.dense` for all rows: the same words, summed in another order."""
     return launch.dense(regenerated(coefs, seed, generator, rows, columns), torch.float32)
+
+
+def reduce(weight_grad: Tensor, blocks: int, count: int, seed: int, generator: str, rows: int, index: Tensor) -> Tensor:
+    """As `reference.reduce` for all rows, summed in another order: the gradient of a product whose tokens are the rows."""
+    from seedpack.kernels.basis_matmul.triton import grad_coefs  # is made of this module
+
+    return grad_coefs(torch.eye(rows, device=weight_grad.device), weight_grad, blocks, count, seed, generator)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Size, Tensor
 
 from seedpack.errors import CodecError
-from seedpack.kernels.basis_decode.reference import require_basis
+from seedpack.kernels.basis_decode import basis_dense, basis_reduce
+from seedpack.kernels.basis_decode.reference import HADAMARD, require_basis
 from seedpack.kernels.dispatch import Backend, choose
 
 BACKENDS = ("cpu", "triton", "reference")
@@ -19,6 +20,8 @@ def basis_matmul(
 ) -> Tensor:
     """x [tokens, columns] times the weight [rows, columns] transposed, in the dtype of x; coefs [blocks, M]."""
     require_basis(generator, coefs.shape, rows)
+    if generator == HADAMARD:  # its transforms make whole pieces of a weight
+        return (x.float() @ _hadamard(coefs, seed, rows, x.shape[1], backend).T).to(x.dtype)
     return _kernels(backend, x).matmul(x, coefs, seed, generator, rows)  # type: ignore[no-any-return]
 
 
@@ -27,6 +30,8 @@ def basis_matmul_transposed(
 ) -> Tensor:
     """grad [tokens, rows] times the weight [rows, columns]: the gradient to x, in the dtype of grad."""
     require_basis(generator, coefs.shape, grad.shape[-1])
+    if generator == HADAMARD:
+        return (grad.float() @ _hadamard(coefs, seed, grad.shape[1], columns, backend)).to(grad.dtype)
     return _kernels(backend, grad).matmul_transposed(grad, coefs, seed, generator, columns)  # type: ignore[no-any-return]
 
 
@@ -37,7 +42,16 @@ def basis_grad_coefs(
     require_basis(generator, Size((blocks, count)), grad.shape[-1])
     if len(grad) != len(x):
         raise CodecError(f"basis: gradients of {len(grad)} tokens, activations of {len(x)}: they must be of the same")
+    if generator == HADAMARD:
+        weight_grad, rows = grad.float().T @ x.float(), grad.shape[1]
+        return basis_reduce(
+            weight_grad, blocks=blocks, count=count, seed=seed, generator=generator, rows=rows, backend=backend
+        )
     return _kernels(backend, x).grad_coefs(grad, x, blocks, count, seed, generator)  # type: ignore[no-any-return]
+
+
+def _hadamard(coefs: Tensor, seed: int, rows: int, columns: int, backend: Backend) -> Tensor:
+    return basis_dense(coefs, seed=seed, generator=HADAMARD, rows=rows, columns=columns, backend=backend)
 
 
 def _kernels(backend: Backend, x: Tensor) -> Any:

@@ -12,7 +12,8 @@ from seedpack.kernels.basis_matmul import basis_grad_coefs, basis_matmul, basis_
 
 @torch.library.custom_op("seedpack::basis_linear", mutates_args=())
 def _linear(x: Tensor, coefs: Tensor, seed: int, generator: str, rows: int) -> Tensor:
-    y = basis_matmul(x.reshape(-1, x.shape[-1]), coefs, seed=seed, generator=generator, rows=rows)
+    with torch.autocast(x.device.type, enabled=False):
+        y = basis_matmul(x.reshape(-1, x.shape[-1]), coefs, seed=seed, generator=generator, rows=rows)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -28,10 +29,11 @@ def _gradients(
     grads, given = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
     noise: dict[str, Any] = {"seed": seed, "generator": generator}
     grad_x, grad_coefs = x.new_empty(0), coefs.new_empty(0)
-    if to_x:
-        grad_x = basis_matmul_transposed(grads, coefs, columns=x.shape[-1], **noise).view(x.shape)
-    if to_coefs:
-        grad_coefs = basis_grad_coefs(grads, given, blocks=coefs.shape[0], count=coefs.shape[1], **noise)
+    with torch.autocast(x.device.type, enabled=False):
+        if to_x:
+            grad_x = basis_matmul_transposed(grads, coefs, columns=x.shape[-1], **noise).view(x.shape)
+        if to_coefs:
+            grad_coefs = basis_grad_coefs(grads, given, blocks=coefs.shape[0], count=coefs.shape[1], **noise)
     return grad_x, grad_coefs.to(coefs.dtype)
 
 

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.kernels.basis_decode.reference import dense, noise, rows_per_block
+from seedpack.kernels.basis_decode.reference import dense, reduce
 
 
 def matmul(
     x: Float[Tensor, "tokens columns"], coefs: Float[Tensor, "blocks count"], seed: int, generator: str, rows: int
 ) -> Float[Tensor, "tokens rows"]:
     """x times the weight transposed; summed in float32, in the dtype of x."""
-    return (x.float() @ dense(coefs, seed, generator, rows, x.shape[1]).T).to(x.dtype)
+    return (x.float() @ _dense(coefs, seed, generator, rows, x.shape[1]).T).to(x.dtype)
 
 
 def matmul_transposed(
     grad: Float[Tensor, "tokens rows"], coefs: Float[Tensor, "blocks count"], seed: int, generator: str, columns: int
 ) -> Float[Tensor, "tokens columns"]:
     """grad times the weight: the gradient of `matmul` to x; summed in float32, in the dtype of grad."""
-    return (grad.float() @ dense(coefs, seed, generator, grad.shape[1], columns)).to(grad.dtype)
+    return (grad.float() @ _dense(coefs, seed, generator, grad.shape[1], columns)).to(grad.dtype)
 
 
 def grad_coefs(
@@ -32,10 +32,10 @@ def grad_coefs(
     generator: str,
 ) -> Float[Tensor, "blocks count"]:
     """The gradient of `matmul` to the coefficients, float32: Σ over a block's weights of noise times the weight's gradient."""
-    rows, columns = grad.shape[1], x.shape[1]
-    per_block = rows_per_block(rows, blocks)
-    out = torch.zeros(blocks, count, dtype=torch.float32, device=x.device)
-    for r in range(rows):
-        index = r * columns + torch.arange(columns, device=x.device)
-        out[r // per_block] += (grad[:, r].float() @ x.float()) @ noise(index, count, seed, generator)
-    return out
+    rows = grad.shape[1]
+    weight_grad = grad.float().T @ x.float()
+    return reduce(weight_grad, blocks, count, seed, generator, rows, torch.arange(rows, device=x.device))
+
+
+def _dense(coefs: Tensor, seed: int, generator: str, rows: int, columns: int) -> Tensor:
+    return dense(coefs, seed, generator, rows, columns, torch.arange(rows, device=coefs.device))

@@ -1,0 +1,268 @@
+"""Networks that are a few coefficients: accuracy against coefficients and bytes, beside all weights and pruning."""
+
+from __future__ import annotations
+
+import functools
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pictures
+import plots
+import report
+import torch
+from classifiers import LeNet, accuracy, prepared, train
+from torch import nn
+
+import seedpack
+from seedpack.codecs.svd import SVDCodec
+from seedpack.formats import Checkpoint
+from seedpack.formats.header import level_of
+from seedpack.reparam import basis_
+from seedpack.reparam.basis import Piece
+
+EPOCHS, LR, LR_DENSE = 15, 1e-2, 2e-3
+LEVELS = 8
+COUNTS = (440, 1000, 2221, 5000, 10000)  # 2,221 is 5% of LeNet's parameters
+SETS = {"MNIST": pictures.mnist, "Fashion-MNIST": pictures.fashion_mnist}
+
+
+@functools.cache
+def data(name: str) -> pictures.Pictures:
+    return prepared(SETS[name]())
+
+
+def start() -> LeNet:
+    torch.manual_seed(0)
+    return LeNet()
+
+
+def saved(model: nn.Module) -> tuple[float, int, int]:
+    """Whether the loaded file predicts the same bits, the file's bytes, and those of its coefficients."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        file = Path(folder) / "net.safetensors"
+        seedpack.save(model, file)
+        loaded = seedpack.load(file, model=LeNet()).eval()
+        x = data("MNIST").test[:500]
+        with Checkpoint(file) as checkpoint:
+            stored = sum(
+                len(part.data) for name in checkpoint.manifest.tensors for part in checkpoint.parts(name).values()
+            )
+        return float(torch.equal(loaded(x), model(x))), file.stat().st_size, stored
+
+
+def dense(name: str) -> dict[str, Any]:
+    model = train(start(), data(name), EPOCHS, LR_DENSE, label=f"{name}, all weights")
+    keep(model, name)
+    count = sum(p.numel() for p in model.parameters())
+    return {"accuracy": accuracy(model, data(name)), "trained": count, "bytes": 4 * count}
+
+
+def keep(model: nn.Module, name: str) -> None:
+    """The dense network, for pruning."""
+    folder = models.CACHE / "lenet"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), folder / f"{name}.pt")
+
+
+def based(name: str, count: int, **settings: Any) -> dict[str, Any]:
+    epochs = settings.pop("epochs", EPOCHS)
+    model = basis_(start(), count, **settings)
+    started = time.perf_counter()
+    train(model, data(name), epochs, LR, label=f"{name}, {count} coefficients {settings or ''}")
+    seconds = time.perf_counter() - started
+    same, size, stored = saved(model)
+    return {"accuracy": accuracy(model, data(name)), "trained": count, "bytes": stored, "file": size, "same": same,
+            "seconds": seconds}  # fmt: skip
+
+
+def pruned(name: str, stored: int) -> dict[str, Any]:
+    """The largest weights of all layers and fine-tuning with the others at zero: as many as the bytes hold with 16 bits a
+    weight and the mask at its entropy."""
+    model = start()
+    dense_state(model, name)
+    values = torch.cat([p.detach().flatten() for p in model.parameters()])
+    total, kept = len(values), 1
+    while (kept + 1) * 16 + entropy((kept + 1) / total) * total <= 8 * stored:
+        kept += 1
+    limit = values.abs().kthvalue(total - kept + 1).values
+    masks = [p.detach().abs() >= limit for p in model.parameters()]
+
+    @torch.no_grad()
+    def mask() -> None:
+        for parameter, each in zip(model.parameters(), masks, strict=True):
+            parameter.mul_(each)
+
+    mask()
+    train(model, data(name), EPOCHS, LR_DENSE, label=f"{name}, {kept} weights left", after_step=mask)
+    return {"accuracy": accuracy(model, data(name)), "trained": kept, "bytes": stored}
+
+
+def cut(name: str, make: Callable[[Path], None]) -> list[dict[str, Any]]:
+    """A file in eight levels, made by a function: accuracy and bytes received for each count of them."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "net.safetensors"
+        make(file)
+        with Checkpoint(file) as checkpoint:
+            infos = checkpoint.files[0].header.tensors
+            start = checkpoint.files[0].header.data_start
+            last = {
+                level: max(info.end for key, info in infos.items() if level_of(key) <= level) for level in range(LEVELS)
+            }
+        data_of = file.read_bytes()
+        for level, end in last.items():
+            file.write_bytes(data_of[: start + end])
+            net = seedpack.load(file, model=LeNet(), fraction=1.0).eval()
+            rows.append({"levels": level + 1, "bytes": start + end, "accuracy": accuracy(net, data(name))})
+    return rows
+
+
+def by_levels(name: str, nested: bool) -> dict[str, Any]:
+    """A combination of bases whose first coefficients are trained to do alone, or only stored in order."""
+    model = basis_(start(), COUNTS[2], coef_bits=8, levels=LEVELS)
+    if not nested:
+        for piece in (m for m in model.modules() if isinstance(m, Piece)):
+            piece.basis.nested = False
+    train(model, data(name), EPOCHS, LR, label=f"{name}, levels, {'nested' if nested else 'not nested'}")
+    return {"curve": cut(name, lambda file: seedpack.save(model, file))}
+
+
+def svd_by_levels(name: str) -> dict[str, Any]:
+    """The dense network's weights by SVD, the ranks in order."""
+    model = start()
+    dense_state(model, name)
+    return {
+        "curve": cut(name, lambda file: seedpack.compress(model, file, codec=SVDCodec(rank=64, levels=LEVELS)) and None)
+    }
+
+
+def dense_state(model: nn.Module, name: str) -> None:
+    """The weights of the trained dense network."""
+    file = models.CACHE / "lenet" / f"{name}.pt"
+    if not file.is_file():
+        dense(name)
+    model.load_state_dict(torch.load(file, weights_only=True))
+
+
+def entropy(share: float) -> float:
+    return -share * math.log2(share) - (1 - share) * math.log2(1 - share) if 0 < share < 1 else 0.0
+
+
+def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
+    """By label: the data, a family that is drawn as one line, and how."""
+    found: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {}
+    for name in SETS:
+        found[f"{name}: all weights"] = (name, "all weights", lambda n=name: dense(n))
+        for count in COUNTS:
+            found[f"{name}: {count} coefficients, float32"] = (name, "float32", lambda n=name, c=count: based(n, c))
+        for count in COUNTS:
+            found[f"{name}: {count} coefficients, 8 bits"] = (
+                name,
+                "8 bits",
+                lambda n=name, c=count: based(n, c, coef_bits=8),
+            )
+        for count in COUNTS[1:]:
+            found[f"{name}: pruned to {count} bytes"] = (name, "pruned", lambda n=name, c=count: pruned(n, c))
+    name = "MNIST"
+    for bits in (2, 3, 4, 6, 16):
+        found[f"{name}: 2221 coefficients, {bits} bits"] = (
+            name, "other bits", lambda b=bits: based(name, 2221, coef_bits=b)
+        )  # fmt: skip
+    for label, how in (
+        ("nested", lambda: by_levels(name, True)), ("not nested", lambda: by_levels(name, False)),
+        ("svd", lambda: svd_by_levels(name)),
+    ):  # fmt: skip
+        found[f"{name}: in levels, {label}"] = (name, "levels", how)
+    for generator in ("hadamard", "philox"):
+        found[f"{name}: 440 coefficients, {generator}, 3 epochs"] = (
+            name, "generators", lambda g=generator: based(name, 440, generator=g, epochs=3)
+        )  # fmt: skip
+    return found
+
+
+def step_times(result: report.Result) -> None:
+    """One training step's overhead at ResNet-20's size: nothing but the weights from coefficients and back."""
+    from seedpack.kernels.basis_decode.weight import basis_weight
+
+    size, count = 269_722, 10_000
+    coefs, grad = torch.randn(1, count, requires_grad=True), torch.randn(1, size)
+    times = []
+    for _ in range(20):
+        started = time.perf_counter()
+        basis_weight(coefs, seed=1, generator="hadamard", rows=1, columns=size).backward(grad)
+        times.append(time.perf_counter() - started)
+    ready = (
+        "import torch\nfrom seedpack.kernels.basis_decode.weight import basis_weight\n"
+        f"coefs, grad = torch.randn(1, {count}, requires_grad=True), torch.randn(1, {size})\n"
+        "settings = dict(seed=1, generator='hadamard')\n"
+        "basis_weight(coefs[:, :9], rows=1, columns=99, **settings).sum().backward()"
+    )
+    added = report.added_memory(ready, f"basis_weight(coefs, rows=1, columns={size}, **settings).backward(grad)")
+    result.say(
+        f"{size:,} weights from {count:,} structured coefficients and their gradient back: {1000 * min(times):.1f} ms a step "
+        f"(best of 20; median {1000 * sorted(times)[10]:.1f} ms), {added:.1f} MB more memory; the weights themselves take "
+        f"{size * 4 / 1e6:.1f} MB."
+    )
+
+
+def measure(result: report.Result) -> None:
+    every = methods()
+    wanted = {label: how for label, how in every.items() if result.wanted(label)}
+    rows = result.joined(
+        [
+            report.kept("pranc", label, lambda how=how: {"data": how[0], "family": how[1], **how[2]()})
+            for label, how in wanted.items()
+        ]
+    )
+    result.say(
+        f"LeNet-5 (44,426 parameters), Adam, {EPOCHS} epochs, learning rate {LR_DENSE} for weights and {LR} for coefficients, "
+        "falling along a half cosine; structured bases unless said. Bytes are those of coefficients and their steps; the "
+        "file's header of names, shapes and digests comes to them. Pruned: largest weights of a trained network, fine-tuned "
+        "as long again, 16 bits a weight and the mask at its entropy. 'Same': the loaded file predicts the same bits."
+    )
+    order = list(every)
+    for name in SETS:
+        mine = sorted((r for r in rows if r["data"] == name and "accuracy" in r), key=lambda r: order.index(r["label"]))
+        if not mine:
+            continue
+        whole = next((r["accuracy"] for r in mine if r["family"] == "all weights"), None)
+        result.say(f"## {name}")
+        result.table(
+            ["network", "trained numbers", "bytes", "file", "accuracy", "of dense", "same", "seconds", "measured"],
+            [
+                (r["label"].partition(": ")[2], f"{r['trained']:,}", f"{r['bytes']:,}", f"{r['file']:,}" if "file" in r else "",
+                 f"{100 * r['accuracy']:.2f}%", f"{100 * r['accuracy'] / whole:.1f}%" if whole else "",
+                 {1.0: "yes", 0.0: "no"}.get(r.get("same", -1), ""), f"{r['seconds']:.0f}" if "seconds" in r else "",
+                 r["measured"])
+                for r in mine
+            ],
+        )  # fmt: skip
+        drawn = [{**r, "percent": 100 * r["accuracy"]} for r in mine if r["family"] in ("float32", "8 bits", "pruned")]
+        plots.curves(
+            result, drawn, "percent", "accuracy (%)", f"LeNet-5 on {name}", (300, 50_000), name.lower(),
+            ("bytes", "bytes of coefficients, or of weights left"), "x",
+        )  # fmt: skip
+    curves = [r for r in rows if "curve" in r]
+    if curves:
+        result.say(
+            f"## Files that are cut off\n{COUNTS[2]:,} coefficients of 8 bits in {LEVELS} levels on MNIST: 'nested' trains the "
+            "first levels to do alone, 'not nested' only stores the coefficients so; 'svd' are the dense network's layers "
+            "by SVD of rank 64 at most. Bytes received of the file, header included, and accuracy."
+        )
+        result.table(
+            ["levels", *(r["label"].rpartition(", ")[2] for r in curves)],
+            [
+                (i + 1, *(f"{r['curve'][i]['bytes']:,}: {100 * r['curve'][i]['accuracy']:.2f}%" for r in curves))
+                for i in range(LEVELS)
+            ],
+        )
+    step_times(result)
+
+
+if __name__ == "__main__":
+    report.run("pranc", "Networks of a few coefficients", measure)

@@ -1,0 +1,37 @@
+"""What the examples share: pictures, and a plot of how training went."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def plotted(values: Sequence[float], label: str, title: str, file: Path) -> None:
+    """One line over epochs or steps, if matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=120)
+    axes.plot(range(1, len(values) + 1), values, marker="o")
+    axes.set(xlabel="epoch", ylabel=label, title=title)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file)
+    print(f"plot: {file}")
+
+
+def report(rows: dict[str, Any]) -> None:
+    """Names and values, aligned."""
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,46 @@
+"""A network whose weights stay as a seed gives them: only which of them are there is learnt."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import common
+import pictures
+import torch
+from classifiers import LeNet, accuracy, prepared, train
+
+import seedpack
+from seedpack.reparam import mask_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kept", type=float, default=0.5, help="share of the weights that is kept (default 0.5)")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of MNIST")
+    parser.add_argument("--limit", type=int, help="train on so many pictures alone")
+    parser.add_argument("--output", type=Path, default=Path("supermask.safetensors"))
+    options = parser.parse_args()
+    data = prepared(pictures.fashion_mnist() if options.fashion else pictures.mnist())
+    data = data._replace(train=data.train[: options.limit], train_classes=data.train_classes[: options.limit])
+
+    torch.manual_seed(0)
+    model = mask_(LeNet(), options.kept)
+    seen: list[float] = []
+    train(model, data, options.epochs, 3e-3, label="mask", after_epoch=lambda: seen.append(100 * accuracy(model, data)))
+    seedpack.save(model, options.output, force=True)
+    loaded = seedpack.load(options.output, model=LeNet()).eval()
+    size, weights = options.output.stat().st_size, sum(p.numel() for p in LeNet().parameters())
+    common.report(
+        {
+            "weights": f"{weights:,}, {100 * options.kept:.0f}% of them kept, none trained",
+            "file": f"{size:,} bytes, {8 * size / weights:.2f} bits a weight with the header",
+            "accuracy loaded": f"{100 * accuracy(loaded, data):.2f}%",
+        }
+    )
+    common.plotted(seen, "test accuracy (%)", "A learnt mask over random weights", options.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""A weight that is a linear combination of pseudorandom bases: PRANC (Nooralinejad et al., ICCV 2023, arXiv 2206.08464) and
+RANDUMB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from seedpack._shapes import Float
+from seedpack.codecs.base import (
+    Codec,
+    Parts,
+    Progress,
+    Shape,
+    require_check,
+    require_hessian,
+    require_importance,
+    require_whole,
+)
+from seedpack.codecs.coefficients import MAX_LEVELS, WIDTHS, coefficient_parts, stored, values_of
+from seedpack.errors import CodecError
+from seedpack.formats import PartSpec
+from seedpack.kernels.basis_decode import basis_dense, basis_reduce
+from seedpack.kernels.basis_decode.reference import GENERATORS, HADAMARD
+from seedpack.kernels.basis_matmul import basis_matmul, basis_matmul_transposed
+from seedpack.kernels.dispatch import Backend
+
+STEPS, TOLERANCE = 50, 1e-6  # of the least squares
+
+
+@dataclass(frozen=True)
+class BasisCodec(Codec):
+    """W = Σ_m coefficient_m · base_m, each block of rows with coefficients of its own. Parts:
+
+    - weight: the coefficients: bit patterns of floats, int16 or int32 [blocks, 1, M]; or codes of `coef_bits` bits, uint8
+      [blocks, groups, bytes], c standing for (c + ½)·step.
+    - more_1, more_2, …: with levels, the coefficients that follow, in the same form.
+    - steps: with codes, float32 bit patterns int32 [blocks, 1].
+
+    It is made to be trained in (`seedpack.reparam`, `seedpack.nn`): of a weight that is given, no M bases span more than
+    about M / weights of its energy.
+
+    Attributes:
+        generator: of the bases: "hadamard" (structured), "philox" or "squirrel5" (dense noise; the latter RANDUMB's).
+        count: M; or None, and `bits` says how many there are.
+        bits: bits a weight, from which M follows for each shape; or None.
+        blocks: blocks of rows; a weight of fewer rows has one a row.
+        coef_bits: of a coefficient: 32 and 16 are floats, 2 to 8 codes.
+        seed: of the bases.
+        key: the check of the private key that the bases come from (`seedpack.keys`), "" for none.
+        levels: in how many parts the coefficients are stored; the first ones alone give a weight too.
+    """
+
+    id: ClassVar[str] = "basis"
+    version: ClassVar[int] = 0
+    hessians: ClassVar[bool] = True
+    generator: str = HADAMARD
+    count: int | None = None
+    bits: float | None = None
+    blocks: int = 1
+    coef_bits: int = 32
+    seed: int = 0
+    key: str = ""
+    levels: int = 1
+
+    def __post_init__(self) -> None:
+        if self.generator not in GENERATORS:
+            raise CodecError(f"{self.id}: generator must be one of {', '.join(GENERATORS)}, got {self.generator!r}")
+        if (self.count is None) == (self.bits is None):
+            raise CodecError(f"{self.id}: give either count or bits")
+        if self.count is not None:
+            require_whole(self.id, "count", self.count, 1, 2**31)
+        elif not isinstance(self.bits, (int, float)) or isinstance(self.bits, bool) or not 0 < self.bits <= 32:
+            raise CodecError(f"{self.id}: bits must be above 0 and at most 32, got {self.bits!r}")
+        require_whole(self.id, "blocks", self.blocks, 1, 2**31)
+        if type(self.coef_bits) is not int or self.coef_bits not in WIDTHS:
+            raise CodecError(
+                f"{self.id}: coef_bits must be one of {', '.join(map(str, WIDTHS))}, got {self.coef_bits!r}"
+            )
+        require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
+        require_whole(self.id, "levels", self.levels, 1, min(MAX_LEVELS, self.count or MAX_LEVELS))
+        require_check(self.id, self.key)
+        if self.key and self.generator != HADAMARD:
+            raise CodecError(f"{self.id}: generator {self.generator!r} takes no private key; use {HADAMARD!r}")
+
+    @classmethod
+    def from_bits(cls, bits: float, **settings: Any) -> BasisCodec:
+        """As many bases as fit a budget of bits a weight."""
+        return cls(**({} if "count" in settings else {"bits": bits}) | settings)
+
+    def blocks_of(self, shape: Shape) -> int:
+        """Blocks of a weight [out, in]."""
+        return min(self.blocks, shape[0])
+
+    def count_of(self, shape: Shape) -> int:
+        """M for a weight [out, in]."""
+        if self.count is not None:
+            return self.count
+        assert self.bits is not None
+        return max(self.levels, math.floor(self.bits * math.prod(shape) / (self.coef_bits * self.blocks_of(shape))))
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """The coefficients, and the steps of their codes."""
+        return coefficient_parts(self.blocks_of(shape), self.count_of(shape), self.coef_bits, self.levels)
+
+    def encode(
+        self,
+        weight: Float[Tensor, "out in"],
+        importance: Tensor | None = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """The projection onto the bases: least squares by conjugate gradients, of the output's error with importance."""
+        shape = tuple(weight.shape)
+        weigh = self._weighting(importance, shape[1], weight.device)
+
+        def reduced(error: Tensor) -> Tensor:
+            return basis_reduce(
+                weigh(error), blocks=self.blocks_of(shape), count=self.count_of(shape), rows=shape[0], seed=self.seed,
+                generator=self.generator, key=self.key, backend=backend,
+            )  # fmt: skip
+
+        residual = reduced(weight.detach().float())
+        coefs, direction = torch.zeros_like(residual), residual
+        energy = first = residual.square().sum()
+        for _ in range(STEPS):
+            if energy <= TOLERANCE**2 * first:
+                break
+            image = reduced(self._dense(direction, shape, backend))
+            step = energy / (direction * image).sum().clamp_min(torch.finfo(torch.float32).tiny)
+            coefs, residual = coefs + step * direction, residual - step * image
+            before, energy = energy, residual.square().sum()
+            direction = residual + energy / before * direction
+        if progress:
+            progress(weight.numel())
+        return stored(coefs, self.coef_bits, self.levels)
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """See `kernels.basis_decode`."""
+        return self._dense(self._coefs(parts, shape), shape, backend).to(dtype)
+
+    def decode_rows(
+        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
+    ) -> Tensor:
+        """Of noise, the rows asked for alone; of structured bases, all of them are made."""
+        return self._dense(self._coefs(parts, shape), shape, backend, index).to(dtype)
+
+    def matmul(
+        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+    ) -> Tensor:
+        """With noise, generated inside the product."""
+        if self.generator == HADAMARD:
+            return super().matmul(x, parts, shape, bias, backend)
+        y = basis_matmul(
+            x.reshape(-1, shape[1]), self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0],
+            backend=backend,
+        )  # fmt: skip
+        y = y if bias is None else (y + bias).to(x.dtype)
+        return y.view(*x.shape[:-1], shape[0])
+
+    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
+        """With noise, generated inside the product."""
+        if self.generator == HADAMARD:
+            return super().matmul_transposed(grad, parts, shape, backend)
+        grad_x = basis_matmul_transposed(
+            grad.reshape(-1, shape[0]), self._coefs(parts, shape), seed=self.seed, generator=self.generator,
+            columns=shape[1], backend=backend,
+        )  # fmt: skip
+        return grad_x.view(*grad.shape[:-1], shape[1])
+
+    def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
+        """Beside the parts' form: coefficients are finite."""
+        super().check(parts, shape)
+        if parts["weight"].device.type != "meta" and not torch.isfinite(self._coefs(dict(parts), shape)).all():
+            raise CodecError(f"{self.id}: a coefficient is NaN or Inf; the file is corrupt")
+
+    def _coefs(self, parts: Parts, shape: Shape) -> Tensor:
+        return values_of(parts, self.count_of(shape), self.coef_bits, self.levels)
+
+    def _dense(self, coefs: Tensor, shape: Shape, backend: Backend, index: Tensor | None = None) -> Tensor:
+        return basis_dense(
+            coefs, seed=self.seed, generator=self.generator, rows=shape[0], columns=shape[1], key=self.key, index=index,
+            backend=backend,
+        )  # fmt: skip
+
+    def _weighting(self, importance: Tensor | None, columns: int, device: torch.device) -> Any:
+        """What an error [out, in] is multiplied by."""
+        if importance is None:
+            return lambda error: error
+        if importance.dim() == 2:
+            hessian = require_hessian(self.id, importance, columns).to(device, torch.float32)
+            return lambda error: error @ hessian
+        h = require_importance(self.id, importance, columns).to(device, torch.float32)
+        return lambda error: error * h

@@ -1,0 +1,201 @@
+"""Layers whose weight is noise times coefficients (RANDUMB), regenerated inside the products: no weight is ever in memory,
+nor its gradient. `seedpack.save` stores a seed and the coefficients.
+
+Each tensor has one vector of coefficients, W = Σ_m coefficient_m · noise_m, trained by gradients that the fused kernels give.
+Weights start at the standard deviation of torch's layers: var(coefficient) = std² / (M · var(noise)), which is 3·std² / M.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch import nn as torch_nn
+
+from seedpack.codecs.base import Codec
+from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.coefficients import stored, values_of
+from seedpack.errors import ModelError
+from seedpack.kernels.basis_decode.reference import HADAMARD
+from seedpack.kernels.basis_decode.weight import basis_weight
+from seedpack.kernels.basis_matmul.linear import basis_linear
+from seedpack.model.born import Born, BornModule
+from seedpack.reparam.basis import NOISE_VARIANCE, as_stored
+
+
+class _Noise(BornModule):
+    """What the layers share."""
+
+    own = ("coefs",)
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        count: int,
+        std: float,
+        seed: int,
+        generator: str,
+        noise_bias: bool,
+        coef_bits: int,
+    ):
+        super().__init__()
+        self.codec = BasisCodec(generator, count=count + noise_bias, seed=seed, coef_bits=coef_bits)
+        self.stored_shape = shape
+        self.std, self.noise_bias = std, noise_bias
+        self.coefs = torch_nn.Parameter(torch.empty(1, count + noise_bias))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Coefficients of the variance that gives weights their standard deviation; with a noise bias, RANDUMB's default:
+        that one base at the weights' standard deviation, and the others at 0."""
+        variance = 1.0 if self.codec.generator == HADAMARD else NOISE_VARIANCE
+        each = self.std / math.sqrt(variance)
+        if self.noise_bias:
+            self.coefs.zero_()[0, -1] = each
+        else:
+            bound = each * math.sqrt(3 / self.coefs.shape[1])
+            self.coefs.uniform_(-bound, bound)
+        bias = getattr(self, "bias", None)
+        if bias is not None:
+            torch_nn.init.uniform_(bias, -self.std * math.sqrt(3), self.std * math.sqrt(3))
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The weight's shape as its codec sees it."""
+        return self.stored_shape[0], math.prod(self.stored_shape[1:])
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, made: for a look at it; no product needs it."""
+        return self._rows(None).view(self.stored_shape)
+
+    def _rows(self, index: Tensor | None) -> Tensor:
+        rows, columns = self.matrix
+        coefs = as_stored(self.coefs, self.codec.coef_bits)
+        return basis_weight(
+            coefs, seed=self.codec.seed, generator=self.codec.generator, rows=rows, columns=columns, index=index
+        )
+
+    def _linear(self, x: Tensor) -> Tensor:
+        coefs = as_stored(self.coefs, self.codec.coef_bits)
+        return basis_linear(x, coefs, seed=self.codec.seed, generator=self.codec.generator, rows=self.stored_shape[0])
+
+    def born(self) -> Born:
+        """As it is stored."""
+        return Born(self.stored_shape, self.codec, stored(self.coefs, self.codec.coef_bits))
+
+    def take_(self, codec: Codec, parts: dict[str, Tensor]) -> None:
+        """The coefficients of a file."""
+        if codec != self.codec:
+            raise ModelError(f"the file has {codec}, the layer {self.codec}; build it with the same settings")
+        with torch.no_grad():
+            self.coefs.copy_(values_of(parts, self.coefs.shape[1], self.codec.coef_bits))
+
+    def extra_repr(self) -> str:
+        """The weight's shape and its codec."""
+        return f"{list(self.stored_shape)}, {self.codec}"
+
+
+class Linear(_Noise):
+    """nn.Linear whose weight [out_features, in_features] is noise times `count` coefficients.
+
+    Args:
+        in_features: of the input [..., in_features].
+        out_features: of the output.
+        count: M, coefficients.
+        bias: whether to add a trained bias [out_features].
+        seed: of the noise; give each layer its own.
+        generator: "philox", "squirrel5" (RANDUMB's) or "hadamard" (structured; its weight is made in each pass).
+        noise_bias: one more base, whose coefficient alone is not 0 at the start.
+        coef_bits: of a coefficient in the file, as for `reparam.basis_`.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, count: int, *, bias: bool = True, seed: int = 0,
+        generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
+    ):  # fmt: skip
+        std = 1 / math.sqrt(3 * in_features)  # nn.Linear's: uniform in ±1 / √in_features
+        super().__init__((out_features, in_features), count, std, seed, generator, noise_bias, coef_bits)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = torch_nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        y = self._linear(x)
+        return y if self.bias is None else y + self.bias
+
+
+class Conv2d(_Noise):
+    """nn.Conv2d of one group whose weight [out_channels, in_channels, kernel, kernel] is noise times `count` coefficients.
+
+    The input is unfolded for a product, as a convolution without its weight in memory needs.
+
+    Args:
+        in_channels: of the input [N, in_channels, H, W].
+        out_channels: of the output.
+        kernel_size: one for both axes, or two.
+        count: M, coefficients.
+        stride: as nn.Conv2d's; so are padding, dilation and bias.
+        seed: of the noise; give each layer its own.
+        generator: as for `Linear`; so are noise_bias and coef_bits.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], count: int, *,
+        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
+        bias: bool = True, seed: int = 0, generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
+    ):  # fmt: skip
+        kernel, self.stride, self.padding, self.dilation = (
+            (value, value) if isinstance(value, int) else value for value in (kernel_size, stride, padding, dilation)
+        )
+        self_std = 1 / math.sqrt(3 * in_channels * kernel[0] * kernel[1])
+        super().__init__((out_channels, in_channels, *kernel), count, self_std, seed, generator, noise_bias, coef_bits)
+        self.bias = torch_nn.Parameter(torch.empty(out_channels)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
+        kernel = self.stored_shape[2:]
+        patches = torch_nn.functional.unfold(x, kernel, self.dilation, self.padding, self.stride)
+        y = self._linear(patches.mT)
+        y = y if self.bias is None else y + self.bias
+        height, width = (
+            (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
+            for i in (0, 1)
+        )
+        return y.mT.reshape(x.shape[0], self.stored_shape[0], height, width)
+
+
+class Embedding(_Noise):
+    """nn.Embedding whose table [num_embeddings, embedding_dim] is noise times `count` coefficients; only rows that are looked
+    up are made.
+
+    Args:
+        num_embeddings: rows of the table.
+        embedding_dim: columns.
+        count: M, coefficients.
+        std: of the entries at the start; nn.Embedding's is 1.
+        seed: of the noise; give each layer its own.
+        generator: as for `Linear`; so are noise_bias and coef_bits.
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, count: int, *, std: float = 1.0, seed: int = 0,
+        generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
+    ):  # fmt: skip
+        super().__init__((num_embeddings, embedding_dim), count, std, seed, generator, noise_bias, coef_bits)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Indices [...] -> [..., embedding_dim]."""
+        if (
+            index.numel()
+            and index.device.type == "cpu"
+            and not 0 <= int(index.min()) <= int(index.max()) < self.num_embeddings
+        ):
+            raise IndexError(f"embedding index out of range 0 … {self.num_embeddings - 1}")
+        rows, place = torch.unique(index, return_inverse=True)
+        return self._rows(rows)[place]

@@ -1,0 +1,156 @@
+"""Structured bases: against Hadamard matrices and signs written out, frames, keys, and the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from seedpack import keys
+from seedpack.errors import CodecError, KeyNeededError
+from seedpack.kernels import hadamard_basis
+from seedpack.kernels.basis_decode import basis_dense, basis_reduce
+from seedpack.kernels.basis_decode.weight import basis_weight
+from seedpack.kernels.hadamard_basis import expand, reduce, width_of
+from seedpack.prng import philox_words
+
+SIZES = [(1, 10, 1), (1, 64, 200), (3, 70, 300), (2, 200, 256), (1, 129, 5000)]
+
+
+def written_out(coefs: torch.Tensor, size: int, seed: int) -> torch.Tensor:
+    """The definition, entry by entry."""
+    width = width_of(coefs.shape[1])
+    index = torch.arange(width)
+    h = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(width)] for i in range(width)]) / width**0.5
+    assert torch.allclose(h @ h, torch.eye(width), atol=1e-5)
+    pieces = -(-size // width)
+    out = []
+    for block, values in enumerate(coefs):
+        parts = []
+        for piece in range(pieces):
+            start = (block * pieces + piece) * 2 * width
+            bits = philox_words(seed, width // 16, start // 32)
+            s = torch.stack([1.0 - 2.0 * (bits[i // 32] >> i % 32 & 1) for i in range(2 * width)])
+            z = torch.zeros(width)
+            z[: len(values)] = values
+            parts.append(width**0.5 * h @ (s[width:] * (h @ (s[index] * z))))
+        out.append(torch.cat(parts)[:size])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("blocks", "count", "size"), SIZES, ids=str)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_definition_and_transpose(backend: Any, blocks: int, count: int, size: int, poison: None) -> None:
+    coefs, grad = torch.randn(blocks, count), torch.randn(blocks, size)
+    exact = written_out(coefs, size, 7)
+    torch.testing.assert_close(expand(coefs, size, 7, backend=backend), exact, rtol=1e-4, atol=1e-4)
+    leaf = coefs.clone().requires_grad_(True)
+    (written_out(leaf, size, 7) * grad).sum().backward()
+    torch.testing.assert_close(reduce(grad, count, 7, backend=backend), leaf.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_large_ones_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    coefs, grad = torch.randn(3, 100), torch.randn(3, 1000)
+    whole = expand(coefs, 1000, 3), reduce(grad, 100, 3)
+    for at_once in (1, 300, 1500):
+        monkeypatch.setattr(hadamard_basis, "WEIGHTS_AT_ONCE", at_once)
+        assert torch.equal(expand(coefs, 1000, 3), whole[0])
+        torch.testing.assert_close(reduce(grad, 100, 3), whole[1], rtol=1e-5, atol=1e-3)
+
+
+def test_bases_are_a_frame_of_nearly_normal_numbers() -> None:
+    bases = torch.stack(
+        [expand(row[None], 128 * 40, 11)[0] for row in torch.eye(128)]
+    )  # fmt: skip
+    torch.testing.assert_close(bases @ bases.T / bases.shape[1], torch.eye(128), rtol=0, atol=1e-4)
+    assert abs(float(bases.mean())) < 0.01
+    assert abs(float((bases**4).mean()) - 3) < 0.1  # kurtosis of the normal distribution
+
+
+@pytest.fixture
+def key() -> Iterator[bytes]:
+    yield bytes(range(16))
+    keys._known.clear()
+    hadamard_basis.piece_signs.cache_clear()
+
+
+def test_a_private_key_gives_other_bases(key: bytes) -> None:
+    coefs = torch.randn(1, 100)
+    check = keys.add_key(key)
+    weight = expand(coefs, 5000, 7, check)
+    assert abs(float(torch.corrcoef(torch.stack((weight[0], expand(coefs, 5000, 7)[0])))[0, 1])) < 0.1
+    assert not torch.equal(weight, expand(coefs, 5000, 8, check))
+    torch.testing.assert_close(expand(coefs, 5000, 7, check, backend="reference"), weight, rtol=1e-4, atol=1e-4)
+
+
+def test_keystream_is_that_of_chacha20(key: bytes) -> None:
+    """RFC 8439, 2.3.2: the key stream's first block is a known answer; ours is the same function of a derived key."""
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    check = keys.add_key(key)
+    derived = HKDF(SHA256(), 32, salt=None, info=b"seedpack ChaCha20").derive(key)
+    nonce = bytes(4) + bytes(4) + (5).to_bytes(8, "little")
+    stream = Cipher(algorithms.ChaCha20(derived, nonce), mode=None).encryptor().update(bytes(256))
+    words = torch.tensor([int.from_bytes(stream[i : i + 4], "little") for i in range(0, 256, 4)])
+    assert torch.equal(keys.keystream_words(check, 5, 64), words)
+    assert torch.equal(keys.keystream_words(check, 5, 20, 32), words[32:52])
+
+
+def test_missing_and_wrong_keys_are_said(key: bytes) -> None:
+    with pytest.raises(KeyNeededError, match="no key of check 0123456789abcdef is known"):
+        expand(torch.ones(1, 5), 10, 1, "0123456789abcdef")
+    with pytest.raises(KeyNeededError, match=r"private key \(check 0123456789abcdef\), and none is given; pass it by"):
+        keys.require_given("0123456789abcdef")
+    with keys.given(key):
+        keys.require_given(keys.add_key(key))
+        with pytest.raises(KeyNeededError, match="the key given is another one"):
+            keys.require_given("0123456789abcdef")
+    with pytest.raises(KeyNeededError, match="none is given"):
+        keys.require_given(keys.add_key(key))
+    with pytest.raises(KeyNeededError, match="has 16 bytes, got 3 bytes"):
+        keys.add_key(b"abc")
+    with pytest.raises(CodecError, match="'philox' takes no private key; use 'hadamard'"):
+        basis_dense(torch.ones(1, 5), seed=1, generator="philox", rows=1, columns=9, key="0123456789abcdef")
+
+
+def test_keys_from_files(tmp_path: Any, key: bytes) -> None:
+    for name, data in (("raw", key), ("hex", key.hex().encode() + b"\n")):
+        (tmp_path / name).write_bytes(data)
+        assert keys.read_key(tmp_path / name) == key
+    (tmp_path / "short").write_bytes(b"12")
+    with pytest.raises(KeyNeededError, match="holds 2 bytes, expected a key of 16 bytes or 32 hexadecimal digits"):
+        keys.read_key(tmp_path / "short")
+    with pytest.raises(KeyNeededError, match="cannot be read"):
+        keys.read_key(tmp_path / "none")
+
+
+@pytest.mark.parametrize("generator", ["hadamard", "philox", "squirrel5"])
+@pytest.mark.parametrize(("blocks", "rows", "columns"), [(1, 7, 33), (3, 8, 41), (1, 1, 9000)], ids=str)
+def test_weight_operator(generator: str, blocks: int, rows: int, columns: int) -> None:
+    coefs = torch.randn(blocks, 9, requires_grad=True)
+    options: dict[str, Any] = {"seed": 5, "generator": generator, "rows": rows}
+    index = torch.tensor([rows - 1, 0, rows - 1])
+    torch.library.opcheck(torch.ops.seedpack.basis_weight.default, (coefs, 5, generator, rows, columns, "", None))
+    torch.library.opcheck(torch.ops.seedpack.basis_weight.default, (coefs, 5, generator, rows, columns, "", index))
+    exact = basis_dense(coefs.detach(), columns=columns, backend="reference", **options)
+    weight = basis_weight(coefs, columns=columns, **options)
+    torch.testing.assert_close(weight, exact, rtol=1e-4, atol=1e-4)
+    some = basis_weight(coefs, columns=columns, index=index, **options)
+    torch.testing.assert_close(some, exact[index], rtol=1e-4, atol=1e-4)
+    grad, grad_some = torch.randn(rows, columns), torch.randn(3, columns)
+    for found, given in ((weight, grad), (some, grad_some)):
+        whole = given if found is weight else torch.zeros(rows, columns).index_add_(0, index, given)
+        expected = torch.stack(
+            [
+                (basis_dense(unit.view(blocks, 9), columns=columns, **options) * whole).sum()
+                for unit in torch.eye(blocks * 9)
+            ]
+        )
+        (grad_coefs,) = torch.autograd.grad(found, coefs, given)
+        torch.testing.assert_close(grad_coefs.flatten(), expected, rtol=1e-3, atol=1e-2)
+        reduced = basis_reduce(whole, blocks=blocks, count=9, backend="reference", **options)
+        torch.testing.assert_close(reduced, grad_coefs, rtol=1e-3, atol=1e-2)

@@ -1,0 +1,40 @@
+"""The examples run, in short, as a reader would run them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MNIST = ROOT.parent / "shared" / "data" / "mnist"
+
+
+def run(folder: Path, *command: str) -> str:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    program = [sys.executable, str(ROOT / "examples" / command[0]), *command[1:]]
+    done = subprocess.run(
+        program, cwd=folder, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.skipif(not MNIST.is_dir(), reason=f"no pictures at {MNIST}")
+@pytest.mark.parametrize("name", ["pranc", "supermask"])
+def test_pictures(name: str, tmp_path: Path) -> None:
+    said = run(tmp_path, f"{name}.py", "--limit", "6000", "--epochs", "2", "--output", "net.safetensors")
+    accuracy = float(said.split("accuracy loaded")[1].split("%")[0])
+    assert accuracy > 70
+    assert (tmp_path / "net.safetensors").stat().st_size < 12_000
+
+
+def test_language_model(tmp_path: Path) -> None:
+    said = run(tmp_path, "language_model.py", "--steps", "5", "--count", "500")
+    line = next(line for line in said.splitlines() if line.startswith("nats a byte"))
+    before, after, loaded = map(float, re.findall(r"\d\.\d+", line))
+    assert after < before and loaded == after
