@@ -81,7 +81,9 @@ def launches() -> dict[str, Callable[[], object]]:
     for generator in ("philox", "squirrel5"):
         coefs = torch.ones(1, 128)
         name = f"basis {generator}"
-        found[f"{name} dense"] = lambda g=generator, c=coefs: basis_decode.dense(c, 7, g, ROWS, COLUMNS)
+        found[f"{name} dense"] = lambda g=generator, c=coefs: basis_decode.dense(
+            c, 7, g, ROWS, COLUMNS, torch.arange(ROWS)
+        )
         for tokens in (1, 8, 300):
             found[f"{name} {tokens} tokens"] = lambda g=generator, c=coefs, t=tokens: basis_matmul.matmul(
                 torch.zeros(t, COLUMNS, dtype=torch.float16), c, 7, g, ROWS
