@@ -23,7 +23,7 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.formats import Checkpoint
 from seedpack.formats.header import level_of
 from seedpack.reparam import basis_
-from seedpack.reparam.basis import Piece
+from seedpack.reparam.basis import BasisPiece
 
 EPOCHS, LR, LR_DENSE = 15, 1e-2, 2e-3
 LEVELS = 8
@@ -102,7 +102,7 @@ def pruned(name: str, stored: int) -> dict[str, Any]:
     return {"accuracy": accuracy(model, data(name)), "trained": kept, "bytes": stored}
 
 
-def cut(name: str, make: Callable[[Path], None]) -> list[dict[str, Any]]:
+def cut(name: str, make: Callable[[Path], object]) -> list[dict[str, Any]]:
     """A file in eight levels, made by a function: accuracy and bytes received for each count of them."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +126,7 @@ def by_levels(name: str, nested: bool) -> dict[str, Any]:
     """A combination of bases whose first coefficients are trained to do alone, or only stored in order."""
     model = basis_(start(), COUNTS[2], coef_bits=8, levels=LEVELS)
     if not nested:
-        for piece in (m for m in model.modules() if isinstance(m, Piece)):
+        for piece in (m for m in model.modules() if isinstance(m, BasisPiece)):
             piece.basis.nested = False
     train(model, data(name), EPOCHS, LR, label=f"{name}, levels, {'nested' if nested else 'not nested'}")
     return {"curve": cut(name, lambda file: seedpack.save(model, file))}
@@ -136,9 +136,8 @@ def svd_by_levels(name: str) -> dict[str, Any]:
     """The dense network's weights by SVD, the ranks in order."""
     model = start()
     dense_state(model, name)
-    return {
-        "curve": cut(name, lambda file: seedpack.compress(model, file, codec=SVDCodec(rank=64, levels=LEVELS)) and None)
-    }
+    codec = SVDCodec(rank=64, levels=LEVELS)
+    return {"curve": cut(name, lambda file: seedpack.compress(model, file, codec=codec))}
 
 
 def dense_state(model: nn.Module, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def options(description: str | None, output: str) -> argparse.ArgumentParser:
+    """What every example on pictures can be told."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of MNIST")
+    parser.add_argument("--limit", type=int, help="train on so many pictures alone")
+    parser.add_argument("--output", type=Path, default=Path(output))
+    return parser
 
 
 def plotted(values: Sequence[float], label: str, title: str, file: Path) -> None:

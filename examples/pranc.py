@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import common
 import pictures
 import torch
@@ -16,13 +13,9 @@ from seedpack.reparam import basis_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.options(__doc__, "lenet.safetensors")
     parser.add_argument("--count", type=int, default=1000, help="coefficients (default 1000)")
     parser.add_argument("--coef-bits", type=int, default=8, help="bits of a coefficient in the file (default 8)")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of MNIST")
-    parser.add_argument("--limit", type=int, help="train on so many pictures alone")
-    parser.add_argument("--output", type=Path, default=Path("lenet.safetensors"))
     options = parser.parse_args()
     data = prepared(pictures.fashion_mnist() if options.fashion else pictures.mnist())
     x, classes = data.train[: options.limit], data.train_classes[: options.limit]

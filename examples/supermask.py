@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import common
 import pictures
 import torch
@@ -15,12 +12,8 @@ from seedpack.reparam import mask_
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.options(__doc__, "supermask.safetensors")
     parser.add_argument("--kept", type=float, default=0.5, help="share of the weights that is kept (default 0.5)")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of MNIST")
-    parser.add_argument("--limit", type=int, help="train on so many pictures alone")
-    parser.add_argument("--output", type=Path, default=Path("supermask.safetensors"))
     options = parser.parse_args()
     data = prepared(pictures.fashion_mnist() if options.fashion else pictures.mnist())
     data = data._replace(train=data.train[: options.limit], train_classes=data.train_classes[: options.limit])

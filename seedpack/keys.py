@@ -43,9 +43,9 @@ def add_key(key: bytes) -> str:
 
 
 @contextmanager
-def given(key: bytes | None) -> Iterator[None]:
+def given(key: bytes) -> Iterator[None]:
     """Let files be read that need this key, and no other one that the process knows."""
-    token = _given.set(_given.get() | ({add_key(key)} if key is not None else set()))
+    token = _given.set(_given.get() | {add_key(key)})
     try:
         yield
     finally:

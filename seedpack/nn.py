@@ -13,21 +13,16 @@ import torch
 from torch import Tensor
 from torch import nn as torch_nn
 
-from seedpack.codecs.base import Codec
 from seedpack.codecs.basis import BasisCodec
-from seedpack.codecs.coefficients import stored, values_of
-from seedpack.errors import ModelError
+from seedpack.codecs.coefficients import as_stored
 from seedpack.kernels.basis_decode.reference import HADAMARD
-from seedpack.kernels.basis_decode.weight import basis_weight
 from seedpack.kernels.basis_matmul.linear import basis_linear
-from seedpack.model.born import Born, BornModule
-from seedpack.reparam.basis import NOISE_VARIANCE, as_stored
+from seedpack.model.born import Coefficients
+from seedpack.reparam.basis import NOISE_VARIANCE
 
 
-class _Noise(BornModule):
-    """What the layers share."""
-
-    own = ("coefs",)
+class _Noise(Coefficients, torch_nn.Module):
+    """What the layers share; `outputs` of a bias, 0 for none."""
 
     def __init__(
         self,
@@ -38,12 +33,14 @@ class _Noise(BornModule):
         generator: str,
         noise_bias: bool,
         coef_bits: int,
+        outputs: int = 0,
     ):
         super().__init__()
         self.codec = BasisCodec(generator, count=count + noise_bias, seed=seed, coef_bits=coef_bits)
         self.stored_shape = shape
         self.std, self.noise_bias = std, noise_bias
         self.coefs = torch_nn.Parameter(torch.empty(1, count + noise_bias))
+        self.bias = torch_nn.Parameter(torch.empty(outputs)) if outputs else None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -57,14 +54,8 @@ class _Noise(BornModule):
         else:
             bound = each * math.sqrt(3 / self.coefs.shape[1])
             self.coefs.uniform_(-bound, bound)
-        bias = getattr(self, "bias", None)
-        if bias is not None:
-            torch_nn.init.uniform_(bias, -self.std * math.sqrt(3), self.std * math.sqrt(3))
-
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The weight's shape as its codec sees it."""
-        return self.stored_shape[0], math.prod(self.stored_shape[1:])
+        if self.bias is not None:
+            torch_nn.init.uniform_(self.bias, -self.std * math.sqrt(3), self.std * math.sqrt(3))
 
     @property
     def weight(self) -> Tensor:
@@ -72,26 +63,12 @@ class _Noise(BornModule):
         return self._rows(None).view(self.stored_shape)
 
     def _rows(self, index: Tensor | None) -> Tensor:
-        rows, columns = self.matrix
-        coefs = as_stored(self.coefs, self.codec.coef_bits)
-        return basis_weight(
-            coefs, seed=self.codec.seed, generator=self.codec.generator, rows=rows, columns=columns, index=index
-        )
+        return self.made(as_stored(self.coefs, self.codec.coef_bits), index)
 
     def _linear(self, x: Tensor) -> Tensor:
         coefs = as_stored(self.coefs, self.codec.coef_bits)
-        return basis_linear(x, coefs, seed=self.codec.seed, generator=self.codec.generator, rows=self.stored_shape[0])
-
-    def born(self) -> Born:
-        """As it is stored."""
-        return Born(self.stored_shape, self.codec, stored(self.coefs, self.codec.coef_bits))
-
-    def take_(self, codec: Codec, parts: dict[str, Tensor]) -> None:
-        """The coefficients of a file."""
-        if codec != self.codec:
-            raise ModelError(f"the file has {codec}, the layer {self.codec}; build it with the same settings")
-        with torch.no_grad():
-            self.coefs.copy_(values_of(parts, self.coefs.shape[1], self.codec.coef_bits))
+        y = basis_linear(x, coefs, seed=self.codec.seed, generator=self.codec.generator, rows=self.stored_shape[0])
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """The weight's shape and its codec."""
@@ -117,15 +94,13 @@ class Linear(_Noise):
         generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
     ):  # fmt: skip
         std = 1 / math.sqrt(3 * in_features)  # nn.Linear's: uniform in ±1 / √in_features
-        super().__init__((out_features, in_features), count, std, seed, generator, noise_bias, coef_bits)
+        outputs = out_features if bias else 0
+        super().__init__((out_features, in_features), count, std, seed, generator, noise_bias, coef_bits, outputs)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = torch_nn.Parameter(torch.empty(out_features)) if bias else None
-        self.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        y = self._linear(x)
-        return y if self.bias is None else y + self.bias
+        return self._linear(x)
 
 
 class Conv2d(_Noise):
@@ -151,17 +126,14 @@ class Conv2d(_Noise):
         kernel, self.stride, self.padding, self.dilation = (
             (value, value) if isinstance(value, int) else value for value in (kernel_size, stride, padding, dilation)
         )
-        self_std = 1 / math.sqrt(3 * in_channels * kernel[0] * kernel[1])
-        super().__init__((out_channels, in_channels, *kernel), count, self_std, seed, generator, noise_bias, coef_bits)
-        self.bias = torch_nn.Parameter(torch.empty(out_channels)) if bias else None
-        self.reset_parameters()
+        std, shape = 1 / math.sqrt(3 * in_channels * math.prod(kernel)), (out_channels, in_channels, *kernel)
+        super().__init__(shape, count, std, seed, generator, noise_bias, coef_bits, out_channels if bias else 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
         kernel = self.stored_shape[2:]
         patches = torch_nn.functional.unfold(x, kernel, self.dilation, self.padding, self.stride)
         y = self._linear(patches.mT)
-        y = y if self.bias is None else y + self.bias
         height, width = (
             (x.shape[2 + i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1
             for i in (0, 1)
@@ -191,11 +163,7 @@ class Embedding(_Noise):
 
     def forward(self, index: Tensor) -> Tensor:
         """Indices [...] -> [..., embedding_dim]."""
-        if (
-            index.numel()
-            and index.device.type == "cpu"
-            and not 0 <= int(index.min()) <= int(index.max()) < self.num_embeddings
-        ):
+        rows, place = torch.unique(index, return_inverse=True)  # in order
+        if rows.numel() and rows.device.type == "cpu" and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_embeddings:
             raise IndexError(f"embedding index out of range 0 … {self.num_embeddings - 1}")
-        rows, place = torch.unique(index, return_inverse=True)
         return self._rows(rows)[place]

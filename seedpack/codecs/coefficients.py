@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,23 @@ def coefficient_parts(blocks: int, count: int, bits: int, levels: int = 1) -> di
 def rounded(coefs: Tensor, bits: int) -> Tensor:
     """Coefficients [blocks, count] as they are after storing, float32; not differentiable."""
     return values_of(stored(coefs, bits), coefs.shape[1], bits)
+
+
+class _AsStored(torch.autograd.Function):
+    """Coefficients as they are after storing; the gradient passes as if they were not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, coefs: Tensor, bits: int) -> Tensor:
+        return rounded(coefs, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def as_stored(coefs: Tensor, bits: int) -> Tensor:
+    """Coefficients [blocks, count] rounded as a file of so many bits holds them, straight through in the backward pass."""
+    return coefs if bits == 32 else _AsStored.apply(coefs, bits)  # type: ignore[no-untyped-call]
 
 
 def stored(coefs: Tensor, bits: int, levels: int = 1) -> Parts:

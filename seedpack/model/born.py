@@ -5,14 +5,19 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from seedpack.codecs.base import Codec
+from seedpack.codecs.base import Codec, matrix_shape
+from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.coefficients import stored, values_of
 from seedpack.errors import ModelError
 from seedpack.formats import View
+from seedpack.kernels.basis_decode.weight import basis_weight
 
 
 @dataclass(frozen=True)
@@ -24,50 +29,67 @@ class Born:
     parts: dict[str, Tensor]
 
 
-class BornModule(nn.Module):
-    """A module whose weight is stored by a codec. `own` are the names in its state that stand for the weight."""
+class Coefficients:
+    """What is trained as coefficients of pseudorandom bases: a layer's weight, or a tensor that several weights are pieces of.
 
-    own: tuple[str, ...]
-    stored_shape: tuple[int, ...]  # of the dense weight
+    Attributes:
+        codec: how it is stored.
+        stored_shape: of the dense tensor.
+        coefs: float32 [blocks, count].
+    """
+
+    codec: BasisCodec
+    stored_shape: tuple[int, ...]
+    coefs: nn.Parameter
+    remedy: ClassVar[str] = "build it with the same settings"
 
     def born(self) -> Born:
-        """The weight as it is stored."""
-        raise NotImplementedError
+        """The tensor as it is stored."""
+        return Born(self.stored_shape, self.codec, stored(self.coefs, self.codec.coef_bits, self.codec.levels))
 
     def take_(self, codec: Codec, parts: dict[str, Tensor]) -> None:
-        """Take a stored weight's coefficients.
+        """Take the coefficients of a file, to train on.
 
         Raises:
-            ModelError: it was made with other settings.
+            ModelError: they were made with other settings.
         """
-        raise NotImplementedError
+        if codec != self.codec:
+            raise ModelError(f"the file has {codec}, the model {self.codec}; {self.remedy}")
+        with torch.no_grad():
+            self.coefs.copy_(values_of(parts, self.coefs.shape[1], self.codec.coef_bits, self.codec.levels))
+
+    def made(self, coefs: Tensor, index: Tensor | None = None) -> Tensor:
+        """The dense tensor, as its codec's matrix [rows, columns] or some rows of it, from coefficients of its own form."""
+        rows, columns = matrix_shape(self.stored_shape)
+        codec = self.codec
+        return basis_weight(
+            coefs, seed=codec.seed, generator=codec.generator, rows=rows, columns=columns, key=codec.key, index=index
+        )
 
 
-class BornBasis:
-    """A stored tensor of which several of a model's are pieces. Its coefficients are the parameter `leaf` of `holder`."""
+class SharedCoefficients(Coefficients):
+    """Coefficients that are the parameter `leaf` of `holder`."""
 
     holder: nn.Module
     leaf: str
-    stored_shape: tuple[int, ...]
-
-    def born(self) -> Born:
-        """As it is stored."""
-        raise NotImplementedError
-
-    def take_(self, codec: Codec, parts: dict[str, Tensor]) -> None:
-        """As `BornModule.take_`."""
-        raise NotImplementedError
 
 
-class BornParametrization(nn.Module):
-    """A parametrisation (torch.nn.utils.parametrize) of a tensor that is stored by a codec, or is a piece of a basis."""
+class Piece(nn.Module):
+    """The parametrisation (torch.nn.utils.parametrize) of a tensor that is a piece of another one, `basis`.
 
-    basis: BornBasis | None = None
-    piece: View | None = None  # of the basis; its `tensor` is left out. Set by a loader to what the file has
+    `piece` says which, its `tensor` left out; a loader sets it to what the file has.
+    """
 
+    basis: SharedCoefficients
+    piece: View
+
+
+class Stored(nn.Module, ABC):
+    """The parametrisation of a tensor that is stored by a codec."""
+
+    @abstractmethod
     def born(self, originals: Any) -> Born:
-        """The tensor as it is stored, from the tensors that the optimiser sees; for what is no piece."""
-        raise NotImplementedError
+        """The tensor as it is stored, from the tensors that the optimiser sees."""
 
 
 @dataclass
@@ -81,9 +103,9 @@ class Bases:
         state: names in the model's state of what pieces keep beside.
     """
 
-    stored: dict[str, BornBasis]
+    stored: dict[str, SharedCoefficients]
     names: set[str]
-    pieces: dict[str, BornParametrization]
+    pieces: dict[str, Piece]
     state: set[str]
 
 
@@ -98,7 +120,7 @@ def bases_of(model: nn.Module) -> Bases:
         prefixes.setdefault(id(module), []).append(prefix)
     found = Bases({}, set(), {}, set())
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, BornParametrization) or module.basis is None:
+        if not isinstance(module, Piece):
             continue
         holders = prefixes.get(id(module.basis.holder))
         if holders is None:

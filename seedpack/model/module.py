@@ -12,7 +12,7 @@ from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import dtype_name
 from seedpack.errors import ModelError
 from seedpack.formats import PlannedTensor, View
-from seedpack.model.born import Born, BornModule, BornParametrization, bases_of, joined, tensor_name
+from seedpack.model.born import Born, Coefficients, Piece, Stored, bases_of, joined, tensor_name
 from seedpack.model.layers import PackedModule
 
 
@@ -63,18 +63,18 @@ def stored_form(model: nn.Module) -> StoredForm:
             own |= {joined(prefix, part) for part in parts}
             dtype = dtype_name(module.compute_dtype)
             found.add(joined(prefix, "weight"), module.codec, dtype, module.weight_shape, parts, module.transposed)
-        elif isinstance(module, BornModule):
-            own |= {joined(prefix, name) for name in module.own}
+        elif isinstance(module, Coefficients):
+            own.add(joined(prefix, "coefs"))
             found.add_born(joined(prefix, "weight"), module.born())
-        elif isinstance(module, ParametrizationList) and any(isinstance(each, BornParametrization) for each in module):
+        elif isinstance(module, ParametrizationList) and any(isinstance(each, (Piece, Stored)) for each in module):
             first, name = module[0], tensor_name(prefix)
-            if len(module) != 1 or not isinstance(first, BornParametrization):
+            if len(module) != 1:
                 raise ModelError(f"{name!r} has other parametrisations beside seedpack's; remove them before saving")
             own |= {joined(prefix, key) for key in module.state_dict()}
-            if first.basis is None or first.piece is None:
-                found.add_born(name, first.born(module))
-            else:
+            if isinstance(first, Piece):
                 found.views[name] = replace(first.piece, tensor=stored_as[id(first.basis)])
+            elif isinstance(first, Stored):
+                found.add_born(name, first.born(module))
     for name, tensor in model.state_dict().items():
         if name not in own:
             found.parts[name] = {"weight": tensor}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, Manifest
-from seedpack.model.born import Bases, BornBasis, BornModule, bases_of, joined
+from seedpack.model.born import Bases, Coefficients, bases_of, joined
 from seedpack.model.layers import PackedLinear, PackedModule, is_transposed, pack_module_, packed_class
 from seedpack.model.stored import stored_dense, stored_names, stored_parts, viewed
 
@@ -60,11 +60,7 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
         same_way = manifest.tensors[stored].transposed == is_transposed(module)
         view = views.get(target)
         if target in born:
-            codec, parts = stored_parts(checkpoint, stored)
-            pieces = {name: view for name, view in manifest.views.items() if view.tensor == stored}
-            born[target].take_(codec, parts)
-            for name, view in pieces.items():
-                bases.pieces[name].piece = replace(view, tensor="")
+            born[target].take_(*stored_parts(checkpoint, stored))
             continue
         packable = manifest.is_packed(stored) and view is None and same_way
         if packable and leaf == "weight" and packed_class(module) is not None:
@@ -82,6 +78,8 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> Loaded:
             dense = {stored: stored_dense(checkpoint, stored, device=state[target].device)}
         with torch.no_grad():
             state[target].copy_(stored_dense(checkpoint, stored) if view is None else viewed(dense[stored], view))
+    for name in manifest.views.keys() & bases.pieces.keys():
+        bases.pieces[name].piece = replace(manifest.views[name], tensor="")
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(m, PackedModule) for m in module.modules()
@@ -105,17 +103,16 @@ def use_int8_activations_(model: nn.Module) -> None:
         layer.int8_activations = True
 
 
-def _targets_in(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, BornModule | BornBasis], Bases]:
+def _targets_in(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Coefficients], Bases]:
     """A model's tensors by the names that a file has, those that are stored as coefficients, to train on, and bases."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
     bases = bases_of(model)
-    born: dict[str, BornModule | BornBasis] = {**bases.stored}
+    born: dict[str, Coefficients] = {**bases.stored}
     for name in bases.names | bases.state:
         state.pop(name, None)
     for prefix, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, BornModule):
-            for name in module.own:
-                del state[joined(prefix, name)]
+        if isinstance(module, Coefficients):
+            del state[joined(prefix, "coefs")]
             born[joined(prefix, "weight")] = module
     state |= {name: torch.empty(each.stored_shape, device="meta") for name, each in born.items()}
     return state, born, bases
@@ -124,7 +121,7 @@ def _targets_in(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, BornModu
 def _require_pieces(bases: Bases, manifest: Manifest, where: object) -> None:
     """The model's tensors that are pieces of a basis are those of the file, and of its shapes."""
     of_file = {name: view.shape for name, view in manifest.views.items() if view.tensor in bases.stored}
-    of_model = {name: piece.piece.shape for name, piece in bases.pieces.items() if piece.piece is not None}
+    of_model = {name: piece.piece.shape for name, piece in bases.pieces.items()}
     if of_file != of_model:
         odd = sorted(name for name in of_file.keys() | of_model.keys() if of_file.get(name) != of_model.get(name))
         raise ModelError(f"{where}: tensor {odd[0]!r} is not the same piece of a basis in the file and in the model; "

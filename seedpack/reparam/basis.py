@@ -12,17 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from seedpack.codecs.base import Codec
 from seedpack.codecs.basis import BasisCodec
-from seedpack.codecs.coefficients import level_slices, rounded, stored, values_of
+from seedpack.codecs.coefficients import as_stored, level_slices, values_of
 from seedpack.errors import ModelError
 from seedpack.formats import View
 from seedpack.kernels.basis_decode.reference import HADAMARD
-from seedpack.kernels.basis_decode.weight import basis_weight
 from seedpack.keys import add_key, chosen_seed
-from seedpack.model.born import Born, BornBasis, BornParametrization
-from seedpack.reparam.targets import BASIS_LEAF as LEAF
-from seedpack.reparam.targets import Target, fan_in, refresh_recurrent, targets_of
+from seedpack.model.born import Piece, SharedCoefficients
+from seedpack.reparam.targets import BASIS_LEAF, Target, fan_in, refresh_recurrent, targets_of
 
 NOISE_VARIANCE = 1 / 3  # of uniform numbers in [-1, 1)
 
@@ -83,7 +80,7 @@ def basis_(
     for target in targets:
         groups.setdefault(0 if per == "model" else id(target.module), []).append(target)
     holders = [model if per == "model" else group[0].module for group in groups.values()]
-    if any(LEAF in holder._parameters for holder in holders):
+    if any(BASIS_LEAF in holder._parameters for holder in holders):
         raise ModelError("the model has a basis already; choose all of its parameters in one call")
     for number, (holder, group) in enumerate(zip(holders, groups.values(), strict=True)):
         own = dataclasses.replace(codec, seed=(seed + number) % 2**63)
@@ -112,7 +109,7 @@ def _reparametrise(
             dataclasses.replace(codec, coef_bits=32, levels=1).encode(flat.view(shape)), codec.count_of(shape), 32
         )
     else:
-        noise = torch.Generator().manual_seed(codec.seed % 2**63)
+        noise = torch.Generator().manual_seed(codec.seed)
         coefs = torch.randn(blocks, codec.count_of(shape), generator=noise).to(device) * codec.count_of(shape) ** -0.5
     basis = Basis(holder, codec, shape, coefs)
     holder.register_forward_pre_hook(basis.hold)
@@ -121,7 +118,7 @@ def _reparametrise(
         basis.hold()
     for target, piece in zip(group, pieces, strict=True):
         dtype = target.parameter.dtype
-        parametrize.register_parametrization(target.module, target.leaf, Piece(basis, piece, dtype))
+        parametrize.register_parametrization(target.module, target.leaf, BasisPiece(basis, piece, dtype))
         refresh_recurrent(target.module)
     basis.release()
 
@@ -135,83 +132,51 @@ def _scale_of(target: Target) -> float:
     return (3 * fan_in(target.module, weight)) ** -0.5 if isinstance(weight, Tensor) and weight.dim() > 1 else 1.0
 
 
-class _Rounded(torch.autograd.Function):
-    """Coefficients as they are stored; the gradient passes as if they were not rounded."""
+class Basis(SharedCoefficients):
+    """The coefficients of a module's weights, a parameter of it, and the tensor [blocks, size] that they stand for."""
 
-    @staticmethod
-    def forward(ctx: Any, coefs: Tensor, bits: int) -> Tensor:
-        return rounded(coefs, bits)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return grads[0], None
-
-
-def as_stored(coefs: Tensor, bits: int) -> Tensor:
-    """Coefficients [blocks, count] rounded as a file of so many bits holds them, straight through in the backward pass."""
-    return coefs if bits == 32 else _Rounded.apply(coefs, bits)  # type: ignore[no-untyped-call]
-
-
-class Basis(BornBasis):
-    """Coefficients, float32 [blocks, count], a parameter of the module whose weights they are, and the flat tensor
-    [blocks, size] that they stand for."""
-
-    leaf = LEAF
+    leaf = BASIS_LEAF
+    remedy = "reparametrise it with the same settings"
 
     def __init__(self, holder: nn.Module, codec: BasisCodec, shape: tuple[int, int], coefs: Tensor):
         self.holder, self.codec, self.stored_shape = holder, codec, shape
         self._held: Tensor | None = None
         self._count = coefs.shape[1]  # coefficients that the pass uses
         self.nested = codec.levels > 1  # whether training steps use the first few levels alone
-        holder.register_parameter(LEAF, nn.Parameter(coefs))  # not a child: a Sequential would run it
+        holder.register_parameter(self.leaf, nn.Parameter(coefs))  # not a child: a Sequential would run it
 
     @property
-    def coefs(self) -> nn.Parameter:
-        """The parameter."""
-        return self.holder._parameters[LEAF]  # type: ignore[return-value]
+    def coefs(self) -> nn.Parameter:  # type: ignore[override]
+        """The parameter, as the module has it: moving a model can replace it."""
+        return self.holder._parameters[self.leaf]  # type: ignore[return-value]
 
-    def made(self) -> Tensor:
-        """The flat tensor, regenerated; nothing of its size is kept for the backward pass."""
-        rows, columns = self.stored_shape
+    def flat(self) -> Tensor:
+        """The tensor, flat, of the forward pass that is running, or made anew; nothing of its size is kept for the backward
+        pass."""
+        if self._held is not None:
+            return self._held
         coefs = as_stored(self.coefs, self.codec.coef_bits)
         if self._count < coefs.shape[1] and self.holder.training:
             coefs = torch.nn.functional.pad(coefs[:, : self._count], (0, coefs.shape[1] - self._count))
-        return basis_weight(
-            coefs, seed=self.codec.seed, generator=self.codec.generator, rows=rows, columns=columns, key=self.codec.key
-        ).flatten()
-
-    def flat(self) -> Tensor:
-        """The flat tensor of the forward pass that is running, or a new one."""
-        return self.made() if self._held is None else self._held
+        return self.made(coefs).flatten()
 
     def hold(self, *_: object) -> None:
         """Before a forward pass: make it once for all tensors; in nested training, of the first few levels alone."""
         if self.nested and self.holder.training:  # drawn here: checkpointing makes the same weights again
             ends = [here.stop for here in level_slices(self.coefs.shape[1], self.codec.levels).values()]
             self._count = ends[int(torch.randint(self.codec.levels, ()))]
-        self._held = self.made()
+        self._held = None
+        self._held = self.flat()
 
     def release(self, *_: object) -> None:
         """After it."""
         self._held = None
 
-    def born(self) -> Born:
-        """As it is stored."""
-        return Born(self.stored_shape, self.codec, stored(self.coefs, self.codec.coef_bits, self.codec.levels))
 
-    def take_(self, codec: Codec, parts: dict[str, Tensor]) -> None:
-        """The coefficients of a file, to train on."""
-        if codec != self.codec:
-            raise ModelError(f"the file has {codec}, the model {self.codec}; reparametrise it with the same settings")
-        with torch.no_grad():
-            self.coefs.copy_(values_of(parts, self.coefs.shape[1], self.codec.coef_bits, self.codec.levels))
-
-
-class Piece(BornParametrization):
+class BasisPiece(Piece):
     """A parameter as a piece of a basis."""
 
     basis: Basis
-    piece: View
 
     def __init__(self, basis: Basis, piece: View, dtype: torch.dtype):
         super().__init__()

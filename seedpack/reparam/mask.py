@@ -16,7 +16,7 @@ from seedpack.codecs.base import matrix_shape
 from seedpack.codecs.mask import MaskCodec, frozen_signs, kept_of
 from seedpack.errors import NonfiniteError
 from seedpack.keys import add_key, chosen_seed
-from seedpack.model.born import Born, BornParametrization
+from seedpack.model.born import Born, Stored
 from seedpack.reparam.targets import NORMS, fan_in, refresh_recurrent, targets_of
 
 
@@ -62,7 +62,7 @@ def mask_(
             parameter.requires_grad_(False)
             if isinstance(module, NORMS) or (id(module) in chosen and parameter.dim() == 1):
                 nn.init.constant_(parameter, float(isinstance(module, NORMS) and leaf == "weight"))
-    noise = torch.Generator().manual_seed(seed % 2**63)
+    noise = torch.Generator().manual_seed(seed)
     for number, target in enumerate(targets):
         weight = target.parameter.requires_grad_(True)
         own = dataclasses.replace(codec, seed=(seed + number) % 2**63)
@@ -100,7 +100,7 @@ def kept_mask(values: Tensor, count: int) -> Tensor:
     return _Kept.apply(values, count)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class Supermask(BornParametrization):
+class Supermask(Stored):
     """scale · sign · mask of a tensor's scores."""
 
     signs: Tensor

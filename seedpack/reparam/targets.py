@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.errors import ModelError
-from seedpack.model.born import BornModule
+from seedpack.model.born import Coefficients, joined
 from seedpack.model.layers import PackedModule, is_transposed
 
 BASIS_LEAF = "seedpack_basis"  # name of the parameter that holds the coefficients of a basis
@@ -33,7 +33,7 @@ class Target:
     @property
     def name(self) -> str:
         """In the model."""
-        return f"{self.prefix}.{self.leaf}" if self.prefix else self.leaf
+        return joined(self.prefix, self.leaf)
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -78,7 +78,7 @@ def targets_of(model: nn.Module, include: Sequence[str], exclude: Sequence[str],
             continue
         if any(fnmatch.fnmatch(target.name, pattern) for pattern in exclude):
             continue
-        apart = is_norm(target.module) or isinstance(target.module, BornModule) or not target.parameter.requires_grad
+        apart = is_norm(target.module) or isinstance(target.module, Coefficients) or not target.parameter.requires_grad
         if (apart and not include) or (matrices and target.parameter.dim() < 2):
             continue
         _require_usable(target)
@@ -97,7 +97,7 @@ def _require_usable(target: Target) -> None:
     parameter: Tensor = target.parameter
     if isinstance(target.module, PackedModule) or not parameter.is_floating_point():
         raise ModelError(f"{target.name!r} is packed or no float tensor; reparametrise a dense model")
-    if isinstance(target.module, BornModule):
+    if isinstance(target.module, Coefficients):
         raise ModelError(f"{target.name!r} is of a layer of seedpack.nn, which is coefficients already; exclude it")
     if parameter.numel() == 0:
         raise ModelError(f"{target.name!r} has no elements; exclude it")

@@ -120,7 +120,7 @@ def test_a_pass_makes_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = basis_(Net(), 50)
     made = []
     make = Basis.made
-    monkeypatch.setattr(Basis, "made", lambda self: made.append(1) or make(self))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(Basis, "made", lambda self, coefs: made.append(1) or make(self, coefs))  # type: ignore[func-returns-value]
     model(*batch())
     assert len(made) == 1
     with pytest.raises(RuntimeError):

@@ -55,9 +55,12 @@ def basis_reduce(
     columns = weight_grad.shape[1]
     require_basis(generator, Size((blocks, count)), rows, key)
     if generator == HADAMARD:
-        whole = weight_grad.new_zeros(blocks * rows_per_block(rows, blocks), columns)
-        whole.index_add_(0, _every(weight_grad, rows) if index is None else index, weight_grad)
-        return hadamard_basis.reduce(whole.view(blocks, -1), count, seed, key, backend)
+        whole_rows = blocks * rows_per_block(rows, blocks)
+        if index is None:
+            whole = torch.nn.functional.pad(weight_grad, (0, 0, 0, whole_rows - rows))
+        else:
+            whole = weight_grad.new_zeros(whole_rows, columns).index_add_(0, index, weight_grad)
+        return hadamard_basis.reduce(whole.reshape(blocks, -1), count, seed, key, backend)
     kernels = _kernels(backend, weight_grad, index)
     if index is None and blocks == 1 and columns > FOLD:
         rows = -(-rows * columns // FOLD)

@@ -39,6 +39,15 @@ def _transform(y: Any) -> None:
             p[i], q[i] = p[i] + q[i], p[i] - q[i]
 
 
+@njit(cache=True, nogil=True)
+def _transform_twice(y: Any, between: Any) -> None:
+    """`_transform`, signs, `_transform`."""
+    _transform(y)
+    for i in range(y.shape[0]):
+        y[i] *= np.float32(between[i])
+    _transform(y)
+
+
 @njit(parallel=True, cache=True, nogil=True)
 def _expand(coefs: Any, signs: Any, norm: Any, out: Any) -> None:
     blocks, pieces, width = out.shape
@@ -47,10 +56,7 @@ def _expand(coefs: Any, signs: Any, norm: Any, out: Any) -> None:
         y, first, second = out[b, p], signs[0, b, p], signs[1, b, p]
         for i in range(width):
             y[i] = coefs[b, i] * np.float32(first[i]) * norm
-        _transform(y)
-        for i in range(width):
-            y[i] *= np.float32(second[i])
-        _transform(y)
+        _transform_twice(y, second)
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -61,10 +67,7 @@ def _reduce(weight_grad: Any, signs: Any, norm: Any, out: Any) -> None:
         y, first, second = out[b, p], signs[0, b, p], signs[1, b, p]
         for i in range(width):
             y[i] = weight_grad[b, p, i] * norm
-        _transform(y)
-        for i in range(width):
-            y[i] *= np.float32(second[i])
-        _transform(y)
+        _transform_twice(y, second)
         for i in range(width):
             y[i] *= np.float32(first[i])
 
