@@ -79,20 +79,27 @@ def batches(
         yield x, pictures.train_classes[index]
 
 
+def learning_rate(count: int) -> float:
+    """For Adam on the coefficients of a basis, which start at a standard deviation of count^-½."""
+    return 0.15 * count**-0.5
+
+
 def train(
-    model: nn.Module, pictures: Pictures, epochs: int, lr: float, *, size: int = 128, augment: bool = False, label: str = "",
-    after_step: Callable[[], object] = lambda: None, after_epoch: Callable[[], object] = lambda: None, seed: int = 0,
+    model: nn.Module, pictures: Pictures, epochs: int, lr: float, *, size: int = 128, augment: bool = False, bfloat16: bool = False,
+    label: str = "", after_step: Callable[[], object] = lambda: None,
 ) -> nn.Module:  # fmt: skip
     """Train in place by Adam, its learning rate falling to zero along a half cosine; returns the model, in evaluation."""
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * -(-len(pictures.train) // size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    generator, started = torch.Generator().manual_seed(seed), time.perf_counter()
+    generator, started = torch.Generator().manual_seed(0), time.perf_counter()
     for epoch in range(epochs):
         model.train()
         total = 0.0
         for x, classes in batches(pictures, size, augment, generator):
-            loss = nn.functional.cross_entropy(model(x), classes)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                out = model(x)
+            loss = nn.functional.cross_entropy(out.float(), classes)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -105,7 +112,6 @@ def train(
             f"{label}: epoch {epoch + 1}/{epochs}, loss {total / len(pictures.train):.4f}, {spent:.0f} s, {left:.0f} s left",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        after_epoch()
     return model.eval()
 
 

@@ -15,7 +15,7 @@ import pictures
 import plots
 import report
 import torch
-from classifiers import LeNet, accuracy, prepared, train
+from classifiers import LeNet, ResNet20, accuracy, learning_rate, prepared, train
 from torch import nn
 
 import seedpack
@@ -25,7 +25,7 @@ from seedpack.formats.header import level_of
 from seedpack.reparam import basis_
 from seedpack.reparam.basis import BasisPiece
 
-EPOCHS, LR, LR_DENSE = 15, 1e-2, 2e-3
+EPOCHS, LR_DENSE = 10, 2e-3
 LEVELS = 8
 COUNTS = (440, 1000, 2221, 5000, 10000)  # 2,221 is 5% of LeNet's parameters
 SETS = {"MNIST": pictures.mnist, "Fashion-MNIST": pictures.fashion_mnist}
@@ -73,7 +73,7 @@ def based(name: str, count: int, **settings: Any) -> dict[str, Any]:
     epochs = settings.pop("epochs", EPOCHS)
     model = basis_(start(), count, **settings)
     started = time.perf_counter()
-    train(model, data(name), epochs, LR, label=f"{name}, {count} coefficients {settings or ''}")
+    train(model, data(name), epochs, learning_rate(count), label=f"{name}, {count} coefficients {settings or ''}")
     seconds = time.perf_counter() - started
     same, size, stored = saved(model)
     return {"accuracy": accuracy(model, data(name)), "trained": count, "bytes": stored, "file": size, "same": same,
@@ -128,7 +128,13 @@ def by_levels(name: str, nested: bool) -> dict[str, Any]:
     if not nested:
         for piece in (m for m in model.modules() if isinstance(m, BasisPiece)):
             piece.basis.nested = False
-    train(model, data(name), EPOCHS, LR, label=f"{name}, levels, {'nested' if nested else 'not nested'}")
+    train(
+        model,
+        data(name),
+        EPOCHS,
+        learning_rate(COUNTS[2]),
+        label=f"{name}, levels, {'nested' if nested else 'not nested'}",
+    )
     return {"curve": cut(name, lambda file: seedpack.save(model, file))}
 
 
@@ -148,6 +154,30 @@ def dense_state(model: nn.Module, name: str) -> None:
     model.load_state_dict(torch.load(file, weights_only=True))
 
 
+def from_trained(name: str, make: Callable[[nn.Module], nn.Module], epochs: int) -> dict[str, Any]:
+    """The trained dense network brought to a method, and trained on to predict what it did."""
+    teacher, model = start(), start()
+    for each in (teacher, model):
+        dense_state(each, name)
+    own = [p.detach().clone() for p in teacher.parameters()]
+    make(model)
+    lost = sum(float((p - q).square().sum()) for p, q in zip(weights_of(model), own, strict=True))
+    energy = 1 - lost / sum(float(q.square().sum()) for q in own)
+    before = accuracy(model, data(name))
+    with torch.no_grad():
+        taught = torch.cat([teacher(x).softmax(1) for x in data(name).train.split(1000)])
+    rate = learning_rate(sum(p.numel() for p in model.parameters()))
+    train(model, data(name)._replace(train_classes=taught), epochs, rate, label=f"{name}, distilled")
+    return {"energy": energy, "before": before, "accuracy": accuracy(model, data(name))}
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> list[torch.Tensor]:
+    """Weights and biases of LeNet's layers, whatever they are made of."""
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return [value for layer in layers for value in (layer.weight, layer.bias)]
+
+
 def entropy(share: float) -> float:
     return -share * math.log2(share) - (1 - share) * math.log2(1 - share) if 0 < share < 1 else 0.0
 
@@ -161,14 +191,12 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
             found[f"{name}: {count} coefficients, float32"] = (name, "float32", lambda n=name, c=count: based(n, c))
         for count in COUNTS:
             found[f"{name}: {count} coefficients, 8 bits"] = (
-                name,
-                "8 bits",
-                lambda n=name, c=count: based(n, c, coef_bits=8),
-            )
+                name, "8 bits", lambda n=name, c=count: based(n, c, coef_bits=8)
+            )  # fmt: skip
         for count in COUNTS[1:]:
             found[f"{name}: pruned to {count} bytes"] = (name, "pruned", lambda n=name, c=count: pruned(n, c))
     name = "MNIST"
-    for bits in (2, 3, 4, 6, 16):
+    for bits in (2, 4):
         found[f"{name}: 2221 coefficients, {bits} bits"] = (
             name, "other bits", lambda b=bits: based(name, 2221, coef_bits=b)
         )  # fmt: skip
@@ -177,6 +205,11 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
         ("svd", lambda: svd_by_levels(name)),
     ):  # fmt: skip
         found[f"{name}: in levels, {label}"] = (name, "levels", how)
+    for count in (1000, 10_000, 22_213):  # the last is half of its parameters
+        found[f"{name}: trained, then {count} coefficients"] = (
+            name, "from trained",
+            lambda c=count: from_trained(name, lambda model: basis_(model, c, start="weights"), EPOCHS),
+        )  # fmt: skip
     for generator in ("hadamard", "philox"):
         found[f"{name}: 440 coefficients, {generator}, 3 epochs"] = (
             name, "generators", lambda g=generator: based(name, 440, generator=g, epochs=3)
@@ -184,28 +217,53 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
     return found
 
 
-def step_times(result: report.Result) -> None:
-    """One training step's overhead at ResNet-20's size: nothing but the weights from coefficients and back."""
-    from seedpack.kernels.basis_decode.weight import basis_weight
+READY = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pranc import stepper
+step = stepper(COUNT)
+step(1)
+"""
 
-    size, count = 269_722, 10_000
-    coefs, grad = torch.randn(1, count, requires_grad=True), torch.randn(1, size)
-    times = []
-    for _ in range(20):
-        started = time.perf_counter()
-        basis_weight(coefs, seed=1, generator="hadamard", rows=1, columns=size).backward(grad)
-        times.append(time.perf_counter() - started)
-    ready = (
-        "import torch\nfrom seedpack.kernels.basis_decode.weight import basis_weight\n"
-        f"coefs, grad = torch.randn(1, {count}, requires_grad=True), torch.randn(1, {size})\n"
-        "settings = dict(seed=1, generator='hadamard')\n"
-        "basis_weight(coefs[:, :9], rows=1, columns=99, **settings).sum().backward()"
-    )
-    added = report.added_memory(ready, f"basis_weight(coefs, rows=1, columns={size}, **settings).backward(grad)")
+
+def stepper(count: int | None) -> Callable[[int], None]:
+    """Training steps of ResNet-20, of all weights or of coefficients, on a number of random pictures."""
+    torch.manual_seed(0)
+    model = ResNet20() if count is None else basis_(ResNet20(), count)
+    optimiser = torch.optim.Adam(model.parameters())
+
+    def step(pictures: int) -> None:
+        classes = torch.zeros(pictures, dtype=torch.int64)
+        nn.functional.cross_entropy(model(torch.randn(pictures, 3, 32, 32)), classes).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return step
+
+
+def step_times(result: report.Result) -> None:
+    """What coefficients add to one training step of ResNet-20, and to its memory."""
+    size, count, pictures, times = 269_722, 10_000, 32, 20
+    steps = {"all weights": stepper(None), f"{count:,} coefficients": stepper(count)}
+    spent: dict[str, list[float]] = {label: [] for label in steps}
+    for _ in range(times + 2):
+        for label, step in steps.items():
+            started = time.perf_counter()
+            step(pictures)
+            spent[label].append(time.perf_counter() - started)
+    memory = [report.added_memory(READY.replace("COUNT", str(each)), f"step({pictures})") for each in (None, count)]
     result.say(
-        f"{size:,} weights from {count:,} structured coefficients and their gradient back: {1000 * min(times):.1f} ms a step "
-        f"(best of 20; median {1000 * sorted(times)[10]:.1f} ms), {added:.1f} MB more memory; the weights themselves take "
-        f"{size * 4 / 1e6:.1f} MB."
+        f"## A training step\nResNet-20, {size:,} parameters, {pictures} pictures, {torch.get_num_threads()} cores: medians of "
+        f"{times} steps of each kind in turn; memory is what a step adds to a process that has run one of a single picture. "
+        f"The weights take {size * 4 / 1e6:.1f} MB."
+    )
+    medians = [1000 * sorted(found[2:])[times // 2] for found in spent.values()]
+    result.table(
+        ["trained", "ms a step", "more", "memory of a step, MB", "more"],
+        [
+            (label, f"{own:.1f}", f"{own - medians[0]:+.1f}", f"{used:.1f}", f"{used - memory[0]:+.1f}")
+            for label, own, used in zip(steps, medians, memory, strict=True)
+        ],
     )
 
 
@@ -219,14 +277,14 @@ def measure(result: report.Result) -> None:
         ]
     )
     result.say(
-        f"LeNet-5 (44,426 parameters), Adam, {EPOCHS} epochs, learning rate {LR_DENSE} for weights and {LR} for coefficients, "
+        f"LeNet-5 (44,426 parameters), Adam, {EPOCHS} epochs, learning rate {LR_DENSE} for weights and 0.15 / √count for coefficients, "
         "falling along a half cosine; structured bases unless said. Bytes are those of coefficients and their steps; the "
         "file's header of names, shapes and digests comes to them. Pruned: largest weights of a trained network, fine-tuned "
         "as long again, 16 bits a weight and the mask at its entropy. 'Same': the loaded file predicts the same bits."
     )
     order = list(every)
     for name in SETS:
-        mine = sorted((r for r in rows if r["data"] == name and "accuracy" in r), key=lambda r: order.index(r["label"]))
+        mine = sorted((r for r in rows if r["data"] == name and "bytes" in r), key=lambda r: order.index(r["label"]))
         if not mine:
             continue
         whole = next((r["accuracy"] for r in mine if r["family"] == "all weights"), None)
@@ -258,6 +316,19 @@ def measure(result: report.Result) -> None:
             [
                 (i + 1, *(f"{r['curve'][i]['bytes']:,}: {100 * r['curve'][i]['accuracy']:.2f}%" for r in curves))
                 for i in range(LEVELS)
+            ],
+        )
+    trained = [r for r in rows if "energy" in r]
+    if trained:
+        result.say(
+            '## From a trained network\nThe trained network\'s weights projected on the bases (`start="weights"`), and then '
+            f"{EPOCHS} epochs of distillation: what it holds of their energy, and accuracy."
+        )
+        result.table(
+            ["network", "energy kept", "projected", "distilled"],
+            [
+                (r["label"], f"{100 * r['energy']:.1f}%", f"{100 * r['before']:.2f}%", f"{100 * r['accuracy']:.2f}%")
+                for r in sorted(trained, key=lambda r: order.index(r["label"]))
             ],
         )
     step_times(result)
