@@ -25,6 +25,8 @@ from triton.runtime.jit import JITFunction
 
 from seedpack.kernels.basis_decode import triton as basis_decode
 from seedpack.kernels.basis_matmul import triton as basis_matmul
+from seedpack.kernels.fast_feedforward import triton as fast_feedforward
+from seedpack.kernels.fast_feedforward.reference import Tree
 from seedpack.kernels.gpu import configs, launch
 from seedpack.kernels.rotation import triton as rotation
 from seedpack.kernels.seedlm_decode import triton as seedlm
@@ -146,6 +148,13 @@ def launches() -> dict[str, Callable[[], object]]:
     found["search from zeros"] = lambda: trellis_search.walk(
         torch.zeros(ROWS, 48), Code(3, 16, 1, 10), from_zeros(torch.zeros(ROWS))
     )
+    for activation, dtype in (("relu", torch.float32), ("gelu", torch.float16), ("silu", torch.bfloat16)):
+        tables = [
+            torch.zeros(shape, dtype=dtype) for shape in ((7, 768), (7,), (192, 768), (8, 24), (192, 768), (8, 768))
+        ]
+        found[f"fast feedforward {activation}"] = lambda t=tables, a=activation: fast_feedforward.forward(
+            torch.zeros(2, 768, dtype=t[0].dtype), Tree(*t), a
+        )
     found["gradient of one"] = lambda: basis_matmul.grad_coefs(torch.zeros(1, 1), torch.zeros(1, 8), 1, 1, 1, "philox")
     return found
 

@@ -1,0 +1,44 @@
+"""The product of tokens with one leaf each of a tree; see `reference`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from seedpack.kernels.dispatch import Backend, choose
+from seedpack.kernels.fast_feedforward import reference
+from seedpack.kernels.fast_feedforward.reference import ACTIVATIONS as ACTIVATIONS
+from seedpack.kernels.fast_feedforward.reference import Tree as Tree
+from seedpack.kernels.fast_feedforward.reference import leaves as leaves
+
+BACKENDS = ("cpu", "triton", "reference")
+
+
+def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = "auto") -> Tensor:
+    """x [..., in] -> [..., out] in the dtype of x; where a gradient is wanted or a table is a function, by the reference.
+
+    Raises:
+        BackendError: an explicit choice cannot run.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    tensors = [value for value in tree if isinstance(value, Tensor)]
+    graded = torch.is_grad_enabled() and any(value.requires_grad for value in (x, *tensors))
+    if backend == "auto" and (graded or len(tensors) < len(tree)):
+        y = reference.forward(tokens, tree, activation)
+    else:
+        y = _forward(tokens, tensors, activation, backend)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+@torch.library.custom_op("seedpack::fast_feedforward", mutates_args=())
+def _forward(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
+    unable = {"cpu": None if all(value.dtype == torch.float32 for value in (x, *tensors)) else "it takes float32 alone"}
+    chosen = choose("fast_feedforward", backend, x.device, BACKENDS, unable)  # type: ignore[arg-type]
+    return import_module(f"seedpack.kernels.fast_feedforward.{chosen}").forward(x, Tree(*tensors), activation)  # type: ignore[no-any-return]
+
+
+@_forward.register_fake
+def _(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
+    return x.new_empty(len(x), tensors[-1].shape[1])

@@ -1,0 +1,148 @@
+"""A fast feedforward layer that does what a trained block does, on the inputs that the block sees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch import nn as torch_nn
+
+from seedpack.errors import ModelError
+from seedpack.kernels.fast_feedforward import ACTIVATIONS
+from seedpack.nn.fast_feedforward import FastFeedforward
+
+BATCH = 4096  # tokens that pass the block at a time
+PER_LEAF = 32  # tokens of each leaf in a training step
+
+
+def fastfeedforward_from(
+    mlp: torch_nn.Module,
+    data: Tensor | Iterable[Tensor],
+    depth: int,
+    leaf_width: int,
+    *,
+    activation: str = "gelu",
+    steps: int = 2000,
+    lr: float = 1e-3,
+    seed: int = 0,
+    progress: Callable[[int, float], None] | None = None,
+) -> FastFeedforward:
+    """Distil a block [..., in] -> [..., out] into a fast feedforward layer, in evaluation mode.
+
+    The tree comes from the data: each node halves its tokens by the direction in which inputs and outputs covary most. A
+    leaf starts, where the block is linear, activation, linear, as those hidden units that do most for its tokens, and
+    its leaf bias as what the others do on average; then the leaves are trained on the block's outputs (Adam, squared error).
+
+    Args:
+        mlp: the block; it is only run.
+        data: the inputs that it sees in its model, [tokens, …, in] or batches of them; at least as many tokens as leaves.
+        depth: of the tree.
+        leaf_width: hidden units of a leaf.
+        activation: of the leaves: the block's own.
+        steps: of training; each takes 32 tokens of each leaf.
+        lr: Adam's learning rate, which falls to zero along a half cosine.
+        seed: of the choice of tokens.
+        progress: called with the steps done and the relative error ‖y - ŷ‖² / ‖y - mean‖² of the last one.
+
+    Raises:
+        ModelError: the block or the data do not fit.
+    """
+    batches = (data,) if isinstance(data, Tensor) else data
+    x = torch.cat([each.detach().reshape(-1, each.shape[-1]) for each in batches])
+    if len(x) < 2**depth:
+        raise ModelError(f"{len(x)} tokens for {2**depth} leaves: give more data or a smaller depth")
+    mlp = copy.deepcopy(mlp).eval()
+    with torch.no_grad():
+        y = torch.cat([mlp(some) for some in x.split(BATCH)])
+    if y.shape[:-1] != x.shape[:-1]:
+        raise ModelError(f"the block turns {list(x.shape)} into {list(y.shape)}; expected [{len(x)}, out]")
+    dtype, x, y = x.dtype, x.float(), y.float()
+    if not bool(torch.isfinite(y).all() & torch.isfinite(x).all()):
+        raise ModelError("the block's inputs or outputs hold NaN or Inf")
+    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        layer = FastFeedforward(x.shape[1], y.shape[1], depth, leaf_width, activation=activation).to(x.device)
+        tokens = _grow(layer, x, y)
+        _start_leaves(layer, mlp, x, y, tokens)
+        _train_leaves(layer, x, y, tokens, steps, lr, progress)
+    return layer.to(dtype).eval()
+
+
+@torch.no_grad()
+def _grow(layer: FastFeedforward, x: Tensor, y: Tensor) -> list[Tensor]:
+    """Set the nodes, level by level; returns the tokens of each leaf."""
+    regions = [torch.arange(len(x), device=x.device)]
+    for node in range(2**layer.depth - 1):
+        mine = regions.pop(0)
+        centre = x[mine].mean(0)
+        covariance = (x[mine] - centre).T @ (y[mine] - y[mine].mean(0))
+        direction = torch.svd_lowrank(covariance, q=min(4, *covariance.shape))[0][:, 0]
+        score = x[mine] @ direction
+        middle = score.sort().values[(len(mine) - 1) // 2 : (len(mine) - 1) // 2 + 2].mean()
+        scale = (score - middle).abs().mean().clamp_min(1e-6)
+        layer.nodes.weight[node], layer.node_bias[node] = direction / scale, -middle / scale
+        right = x[mine] @ layer.nodes.weight[node] + layer.node_bias[node] > 0
+        regions += [mine[~right], mine[right]]
+    return regions
+
+
+@torch.no_grad()
+def _start_leaves(layer: FastFeedforward, mlp: torch_nn.Module, x: Tensor, y: Tensor, tokens: list[Tensor]) -> None:
+    width, units = layer.leaf_width, _two_layers(mlp, x.shape[1], y.shape[1])
+    for leaf, mine in enumerate(tokens):
+        mean = y[mine].mean(0) if len(mine) else y.mean(0)
+        layer.out_bias[leaf] = mean
+        if units is None or not len(mine):
+            layer.leaf_out.weight[leaf * width : (leaf + 1) * width] = 0
+            continue
+        first, bias, second = units
+        hidden = ACTIVATIONS[layer.activation](torch_nn.functional.linear(x[mine], first, bias))
+        work = hidden.var(0, correction=0) * second.square().sum(0)
+        chosen = work.topk(min(width, len(work))).indices
+        rows = slice(leaf * width, leaf * width + len(chosen))
+        layer.leaf_in.weight[rows], layer.in_bias[leaf, : len(chosen)] = first[chosen], bias[chosen]
+        layer.leaf_out.weight[rows] = second[:, chosen].T
+        layer.leaf_out.weight[rows.stop : (leaf + 1) * width] = 0
+        layer.out_bias[leaf] = mean - hidden[:, chosen].mean(0) @ second[:, chosen].T
+
+
+def _two_layers(mlp: torch_nn.Module, columns: int, outputs: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Weight and bias of the first linear layer and the weight of the second, where a block has just these."""
+    linear = [module for module in mlp.modules() if isinstance(module, torch_nn.Linear)]
+    if len(linear) != 2 or (linear[0].in_features, linear[1].out_features) != (columns, outputs):
+        return None
+    first, second = linear
+    if first.out_features != second.in_features:
+        return None
+    bias = torch.zeros(first.out_features, device=first.weight.device) if first.bias is None else first.bias
+    return first.weight.float(), bias.float(), second.weight.float()
+
+
+def _train_leaves(
+    layer: FastFeedforward, x: Tensor, y: Tensor, tokens: list[Tensor], steps: int, lr: float,
+    progress: Callable[[int, float], None] | None,
+) -> None:  # fmt: skip
+    """All leaves side by side, each on tokens of its own."""
+    shape = (len(tokens), layer.leaf_width, -1)
+    trained = [layer.leaf_in.weight, layer.in_bias, layer.leaf_out.weight, layer.out_bias]
+    optimiser = torch.optim.Adam(trained, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps))
+    spread = (y - y.mean(0)).square().mean().clamp_min(1e-30)
+    lengths = torch.tensor([len(mine) for mine in tokens], device=x.device)
+    table = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    for step in range(steps):
+        pick = (torch.rand(len(tokens), PER_LEAF, device=x.device) * lengths[:, None]).long()
+        index = table.gather(1, pick)  # [leaves, PER_LEAF]
+        hidden = torch.baddbmm(layer.in_bias[:, None], x[index], layer.leaf_in.weight.view(shape).mT)
+        out = torch.baddbmm(
+            layer.out_bias[:, None], ACTIVATIONS[layer.activation](hidden), layer.leaf_out.weight.view(shape)
+        )
+        loss = ((out - y[index]).square().mean((1, 2)) * (lengths > 0)).mean() / spread
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if progress:
+            progress(step + 1, float(loss.detach()))

@@ -1,0 +1,133 @@
+"""A feedforward block of which each token uses one small part: fast feedforward (Belcak and Wattenhofer, arXiv 2308.14711)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import nn as torch_nn
+
+from seedpack.errors import ModelError
+from seedpack.kernels.fast_feedforward import ACTIVATIONS, Tree, fast_feedforward, leaves
+from seedpack.model.layers import PackedModule
+
+
+class FastFeedforward(torch_nn.Module):
+    """A binary tree of depth d whose 2^d leaves are blocks of `leaf_width` hidden units, in place of linear, activation, linear.
+
+    In training a token takes the mean of all leaves, weighted by the sigmoid choices on the way to each (the cost of a dense
+    block of 2^d · leaf_width units); add `hardening_loss(model)` to the loss, so that the choices become sure. In evaluation
+    it goes by the signs to one leaf: d + leaf_width rows of `in_features` and leaf_width rows of `out_features` are read. Leaf
+    biases count in both. The tables are `nn.Embedding`s, whose rows are looked up: every codec packs them, and a packed
+    layer decodes only the rows that it needs (and does not train).
+
+    Args:
+        in_features: of the input [..., in_features].
+        out_features: of the output.
+        depth: d, from 0.
+        leaf_width: hidden units of a leaf.
+        activation: "gelu", "relu" or "silu".
+        leak: in training, the probability with which a token's choice at a node is turned round, so that neighbouring leaves
+            learn of each other's regions (the original's region leak).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        depth: int,
+        leaf_width: int,
+        *,
+        activation: str = "gelu",
+        leak: float = 0.0,
+    ):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ModelError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if min(in_features, out_features, leaf_width) < 1 or not 0 <= depth <= 24 or not 0 <= leak < 1:
+            raise ModelError(
+                f"a fast feedforward layer needs features and leaf_width from 1, a depth of 0 to 24 and a leak from 0 and below "
+                f"1; got {in_features}, {out_features}, {leaf_width}, {depth} and {leak}"
+            )
+        self.in_features, self.out_features, self.depth, self.leaf_width = in_features, out_features, depth, leaf_width
+        self.activation, self.leak = activation, leak
+        leaf_count = 2**depth
+        self.nodes = torch_nn.Embedding(max(1, leaf_count - 1), in_features)
+        self.node_bias = torch_nn.Parameter(torch.empty(max(1, leaf_count - 1)))
+        self.leaf_in = torch_nn.Embedding(leaf_count * leaf_width, in_features)
+        self.in_bias = torch_nn.Parameter(torch.empty(leaf_count, leaf_width))
+        self.leaf_out = torch_nn.Embedding(leaf_count * leaf_width, out_features)
+        self.out_bias = torch_nn.Parameter(torch.empty(leaf_count, out_features))
+        self.entropy: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As `nn.Linear`: uniform in ±1 / √fan_in, of nodes and leaves alike."""
+        for values, fan_in in (
+            (self.nodes.weight, self.in_features), (self.node_bias, self.in_features), (self.leaf_in.weight, self.in_features),
+            (self.in_bias, self.in_features), (self.leaf_out.weight, self.leaf_width), (self.out_bias, self.leaf_width),
+        ):  # fmt: skip
+            torch_nn.init.uniform_(values, -(fan_in**-0.5), fan_in**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        if not self.training or isinstance(self.leaf_in, PackedModule):
+            return fast_feedforward(x, self._tree(), self.activation)
+        mixture, self.entropy = self._route(x)
+        hidden = torch_nn.functional.linear(x, self.leaf_in.weight, self.in_bias.flatten())
+        hidden = ACTIVATIONS[self.activation](hidden).unflatten(-1, self.in_bias.shape) * mixture.unsqueeze(-1)
+        y: Tensor = hidden.flatten(-2) @ self.leaf_out.weight + mixture @ self.out_bias
+        return y
+
+    def mixture(self, x: Tensor) -> Tensor:
+        """How much of each leaf a token takes in training: [..., in_features] -> [..., 2^depth], sums of 1."""
+        return self._route(x)[0]
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The mixture, and its entropy, mean over tokens: that of each node's choice by the share that comes by."""
+        scores = torch_nn.functional.linear(x, self.nodes.weight, self.node_bias)
+        right = scores.sigmoid()
+        unsure = torch_nn.functional.softplus(scores) - scores * right  # nats; its gradient is finite where a choice is sure
+        if self.leak and self.training:
+            right = torch.where(torch.rand_like(right) < self.leak, 1 - right, right)
+        share, entropy = torch.ones_like(x[..., :1]), x.new_zeros(())
+        for level in range(self.depth):
+            nodes = slice(2**level - 1, 2 ** (level + 1) - 1)
+            entropy = entropy + (share * unsure[..., nodes]).sum(-1).mean()
+            share = torch.stack((share * (1 - right[..., nodes]), share * right[..., nodes]), -1).flatten(-2)
+        return share, entropy
+
+    def leaves(self, x: Tensor) -> Tensor:
+        """The leaf that a token goes to in evaluation: [..., in_features] -> int64 [...]."""
+        return leaves(x.reshape(-1, x.shape[-1]), self._tree()).view(x.shape[:-1])
+
+    def _tree(self) -> Tree:
+        tables = (
+            table if isinstance(table, PackedModule) else table.weight
+            for table in (self.nodes, self.leaf_in, self.leaf_out)
+        )
+        nodes, leaf_in, leaf_out = tables
+        return Tree(nodes, self.node_bias, leaf_in, self.in_bias, leaf_out, self.out_bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the last pass's entropy, which belongs to its graph."""
+        return {**self.__dict__, "entropy": None}
+
+    def extra_repr(self) -> str:
+        """The shape."""
+        return f"{self.in_features}, {self.out_features}, depth={self.depth}, leaf_width={self.leaf_width}, {self.activation}"
+
+
+def hardening_loss(model: torch_nn.Module) -> Tensor:
+    """The entropy of the choice of a leaf, nats a token, summed over a model's fast feedforward layers, of the last pass in
+    training: the paper's hardening loss, with each node counted by how likely a token comes by.
+
+    Raises:
+        ModelError: the model has no such layer, or it has not run in training.
+    """
+    found = [layer.entropy for layer in model.modules() if isinstance(layer, FastFeedforward)]
+    known = [entropy for entropy in found if entropy is not None]
+    if not known:
+        raise ModelError(f"no entropy: {len(found)} fast feedforward layers, none has run in training mode")
+    return torch.stack(known).sum()
