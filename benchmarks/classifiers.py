@@ -86,7 +86,7 @@ def learning_rate(count: int) -> float:
 
 def train(
     model: nn.Module, pictures: Pictures, epochs: int, lr: float, *, size: int = 128, augment: bool = False, bfloat16: bool = False,
-    label: str = "", after_step: Callable[[], object] = lambda: None,
+    label: str = "", after_step: Callable[[], object] = lambda: None, extra_loss: Callable[[], Tensor] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train in place by Adam, its learning rate falling to zero along a half cosine; returns the model, in evaluation."""
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
@@ -100,6 +100,8 @@ def train(
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 out = model(x)
             loss = nn.functional.cross_entropy(out.float(), classes)
+            if extra_loss is not None:
+                loss = loss + extra_loss()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

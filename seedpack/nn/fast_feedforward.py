@@ -88,7 +88,9 @@ class FastFeedforward(torch_nn.Module):
         """The mixture, and its entropy, mean over tokens: that of each node's choice by the share that comes by."""
         scores = torch_nn.functional.linear(x, self.nodes.weight, self.node_bias)
         right = scores.sigmoid()
-        unsure = torch_nn.functional.softplus(scores) - scores * right  # nats; its gradient is finite where a choice is sure
+        unsure = (
+            torch_nn.functional.softplus(scores) - scores * right
+        )  # nats; its gradient is finite where a choice is sure
         if self.leak and self.training:
             right = torch.where(torch.rand_like(right) < self.leak, 1 - right, right)
         share, entropy = torch.ones_like(x[..., :1]), x.new_zeros(())

@@ -28,17 +28,21 @@ def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = 
     if backend == "auto" and (graded or len(tensors) < len(tree)):
         y = reference.forward(tokens, tree, activation)
     else:
-        y = _forward(tokens, tensors, activation, backend)
+        y = (_operator if torch.compiler.is_compiling() else _forward)(tokens, tensors, activation, backend)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.custom_op("seedpack::fast_feedforward", mutates_args=())
 def _forward(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
     unable = {"cpu": None if all(value.dtype == torch.float32 for value in (x, *tensors)) else "it takes float32 alone"}
     chosen = choose("fast_feedforward", backend, x.device, BACKENDS, unable)  # type: ignore[arg-type]
     return import_module(f"seedpack.kernels.fast_feedforward.{chosen}").forward(x, Tree(*tensors), activation)  # type: ignore[no-any-return]
 
 
-@_forward.register_fake
+_operator = torch.library.custom_op(
+    "seedpack::fast_feedforward", _forward, mutates_args=()
+)  # opaque; costs 20 µs a call
+
+
+@_operator.register_fake
 def _(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
     return x.new_empty(len(x), tensors[-1].shape[1])

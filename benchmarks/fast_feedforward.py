@@ -1,0 +1,244 @@
+"""Fast feedforward layers: time beside a dense block, accuracy when trained, and real blocks distilled."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import models
+import pictures
+import plots
+import report
+import torch
+from classifiers import accuracy, prepared, train
+from torch import Tensor, nn
+
+from seedpack.nn import FastFeedforward, fastfeedforward_from, hardening_loss
+
+FEATURES, HIDDEN = 1024, 4096
+DEPTH = 8
+
+
+def dense(features_in: int, hidden: int, features_out: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(features_in, hidden), nn.GELU(), nn.Linear(hidden, features_out))
+
+
+def medians(runs: dict[str, Callable[[], object]], times: int) -> dict[str, float]:
+    """Median seconds of each, in turn."""
+    spent: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(times + 2):
+        for label, run in runs.items():
+            started = time.perf_counter()
+            run()
+            spent[label].append(time.perf_counter() - started)
+    return {label: sorted(found[2:])[times // 2] for label, found in spent.items()}
+
+
+@torch.no_grad()
+def speed(result: report.Result) -> None:
+    """The tree against the dense block of the same training width, and of the tree's width at inference."""
+    width = HIDDEN // 2**DEPTH
+    tree, whole = FastFeedforward(FEATURES, FEATURES, DEPTH, width).eval(), dense(FEATURES, HIDDEN, FEATURES).eval()
+    half = copy.deepcopy(whole).bfloat16()
+    small = dense(FEATURES, width + DEPTH // 2, FEATURES).eval()
+    copied, source = torch.empty(1 << 25, dtype=torch.uint8), torch.ones(1 << 25, dtype=torch.uint8)
+    bandwidth = 2 * source.numel() / medians({"copy": lambda: copied.copy_(source)}, 20)["copy"]
+    rows = []
+    for tokens in (1, 8, 64, 256, 1024, 4096):
+        x = torch.randn(tokens, FEATURES)
+        y = x.bfloat16()
+        found = medians(
+            {"tree": lambda x=x: tree(x), "dense": lambda x=x: whole(x), "bfloat16": lambda y=y: half(y),
+             "small": lambda x=x: small(x)},
+            max(5, min(100, 2000 // tokens)),
+        )  # fmt: skip
+        leaves = len(tree.leaves(x).unique())
+        floor = (
+            4 * (min(tokens * DEPTH, 2**DEPTH) * FEATURES + leaves * 2 * width * FEATURES + 2 * x.numel()) / bandwidth
+        )
+        rows.append(
+            (f"{tokens:,}", *(f"{1e3 * found[key]:.3f}" for key in ("tree", "dense", "bfloat16", "small")),
+             f"{1e3 * floor:.4f}", f"{found['dense'] / found['tree']:.1f}×", f"{found['bfloat16'] / found['tree']:.1f}×")
+        )  # fmt: skip
+    result.say(
+        f"## Time\n{FEATURES} features in and out, depth {DEPTH}, leaves of {width} units: a training width of {HIDDEN}, of which "
+        f"a token uses {DEPTH} rows of nodes and {width} units, {100 * (width + DEPTH / 2) / HIDDEN:.2f}% of the dense block's "
+        f"multiplications. Milliseconds, medians, {torch.get_num_threads()} cores; 'as small': a dense block that multiplies as "
+        f"much as one token's way. Floor: rows that are read once, at the {bandwidth / 1e9:.1f} GB/s of copying."
+    )
+    result.table(
+        ["tokens", "tree", "dense", "dense, bfloat16", "as small", "floor", "over dense", "over bfloat16"], rows
+    )
+
+
+class Net(nn.Sequential):
+    """A classifier of Fashion-MNIST whose hidden block is given."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__(nn.Flatten(), block)
+
+
+def trained(label: str, block: Callable[[], nn.Module], epochs: int, hardening: float) -> dict[str, Any]:
+    torch.manual_seed(0)
+    data = prepared(pictures.fashion_mnist())
+    model = Net(block())
+    extra = (lambda: hardening * hardening_loss(model)) if hardening else None
+    train(model, data, epochs, 1e-3, label=label, extra_loss=extra)
+    tree = model[1]
+    found = {"accuracy": accuracy(model, data)}
+    if isinstance(tree, FastFeedforward):
+        x = data.test.flatten(1)
+        with torch.no_grad():
+            used = tree.leaves(x).bincount(minlength=2**tree.depth)
+            soft = tree.train()(x)
+            found |= {"soft": float((soft.argmax(1) == data.test_classes).float().mean())}
+        found |= {"leaves": int((used > 0).sum())}
+    return found
+
+
+def accuracies(result: report.Result) -> None:
+    epochs, width = 10, 4096
+    methods: dict[str, tuple[Callable[[], nn.Module], float]] = {
+        f"dense, {width} units": (lambda: dense(784, width, 10), 0.0),
+        "dense, 16 units": (lambda: dense(784, 16, 10), 0.0),
+    }
+    for depth in (2, 4, 6, 8):
+        methods[f"tree of depth {depth}, leaves of {width // 2**depth}"] = (
+            lambda d=depth: FastFeedforward(784, 10, d, width // 2**d), 0.1
+        )  # fmt: skip
+    rows = result.joined(
+        [
+            report.kept("fast_feedforward", label, lambda how=how, each=label: trained(each, how[0], epochs, how[1]))
+            for label, how in methods.items()
+            if result.wanted(label)
+        ]
+    )
+    result.say(
+        f"## Trained\nFashion-MNIST, one hidden block, Adam, {epochs} epochs, hardening loss times 0.1. 'Soft': all leaves, "
+        "weighted, as in training; 'leaves': how many of them any test picture goes to."
+    )
+    result.table(
+        ["block", "accuracy", "soft", "leaves", "measured"],
+        [
+            (r["label"], f"{100 * r['accuracy']:.2f}%", f"{100 * r['soft']:.2f}%" if "soft" in r else "",
+             r.get("leaves", ""), r["measured"])
+            for label in methods for r in rows if r["label"] == label
+        ],
+    )  # fmt: skip
+
+
+def texts() -> tuple[list[str], list[str]]:
+    """Sentences to learn from and others to be judged by: the two halves of WikiText-2 validation."""
+    lines = [line.strip() for line in models.text()[1].splitlines() if len(line.split()) > 8]
+    return lines[: len(lines) // 2], lines[len(lines) // 2 :]
+
+
+class Encoder:
+    """all-MiniLM-L6-v2, what its blocks see, and its embeddings."""
+
+    def __init__(self) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = models.minilm()
+        self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    def batches(self, lines: list[str]) -> Iterator[dict[str, Tensor]]:
+        for first in range(0, len(lines), 64):
+            some = lines[first : first + 64]
+            yield dict(self.tokenizer(some, padding=True, truncation=True, max_length=128, return_tensors="pt"))
+
+    @torch.no_grad()
+    def embeddings(self, model: nn.Module, lines: list[str]) -> Tensor:
+        found = []
+        for batch in self.batches(lines):
+            hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+            found.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def inputs(self, model: nn.Module, layer: int, lines: list[str]) -> Tensor:
+        """What the block of a layer sees of real tokens, padding left out."""
+        seen: list[Tensor] = []
+        mask: list[Tensor] = []
+        hook = model.encoder.layer[layer].intermediate.register_forward_pre_hook(
+            lambda _, given: seen.append(given[0][mask[-1].bool()])
+        )
+        for batch in self.batches(lines):
+            mask.append(batch["attention_mask"])
+            model(**batch)
+        hook.remove()
+        return torch.cat(seen)
+
+
+class Block(nn.Module):
+    """A layer's linear, GELU, linear, without the residual and the norm behind."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.first, self.second = layer.intermediate.dense, layer.output.dense
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(nn.functional.gelu(self.first(x)))
+        return y
+
+
+def distilled(encoder: Encoder, layers: range, depth: int, width: int) -> dict[str, Any]:
+    """Blocks of a model, each distilled on what it sees behind those before it."""
+    given, judged = texts()
+    model = copy.deepcopy(encoder.model)
+    for number in layers:
+        layer = model.encoder.layer[number]
+        x = encoder.inputs(model, number, given)
+        tree = fastfeedforward_from(Block(layer), x, depth, width, steps=1000)
+        layer.intermediate = nn.Identity()
+        layer.output.dense = tree
+        print(f"depth {depth}, leaves of {width}: layer {number} of {len(layers)}", flush=True)
+    before, after = encoder.embeddings(encoder.model, judged), encoder.embeddings(model, judged)
+    features, hidden = encoder.model.config.hidden_size, encoder.model.config.intermediate_size
+    kept = (depth * features + 2 * width * features) / (2 * hidden * features)
+    return {"kept": kept, "moved": float(1 - (before * after).sum(1).mean()), "family": f"{len(layers)} blocks"}
+
+
+def distillation(result: report.Result) -> None:
+    encoder = Encoder()
+    count = encoder.model.config.num_hidden_layers
+    methods = {
+        f"{len(layers)} blocks, depth {depth}, leaves of {width}": (layers, depth, width)
+        for layers in (range(count), range(count - 1, count))
+        for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 384), (4, 192), (4, 96), (6, 96), (6, 48))
+    }
+    rows = result.joined(
+        [
+            report.kept("fast_feedforward", label, lambda how=how: distilled(encoder, *how))
+            for label, how in methods.items()
+            if result.wanted(label)
+        ]
+    )
+    rows = [row for label in methods for row in rows if row["label"] == label]
+    result.say(
+        "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384), or the last alone, by `fastfeedforward_from`, layer by layer "
+        "on half of WikiText-2 validation; 1 − cosine of the other half's sentence embeddings with the original's, against the "
+        "share of the blocks' multiplications that is left. Depth 0 is a smaller dense block."
+    )
+    result.table(
+        ["distilled", "multiplications kept", "1 − cosine", "measured"],
+        [(r["label"], f"{100 * r['kept']:.1f}%", f"{r['moved']:.4f}", r["measured"]) for r in rows],
+    )
+    if rows:
+        drawn = [{**r, "share": 100 * r["kept"], "family": r["label"].rpartition(", ")[0]} for r in rows]
+        plots.curves(
+            result, drawn, "moved", "1 − cosine", "MiniLM's blocks as trees", (0, 60), "distilled",
+            ("share", "multiplications kept (%)"),
+        )  # fmt: skip
+
+
+def measure(result: report.Result) -> None:
+    speed(result)
+    accuracies(result)
+    distillation(result)
+
+
+if __name__ == "__main__":
+    report.run("fast_feedforward", "Fast feedforward layers", measure)
