@@ -86,7 +86,8 @@ def learning_rate(count: int) -> float:
 
 def train(
     model: nn.Module, pictures: Pictures, epochs: int, lr: float, *, size: int = 128, augment: bool = False, bfloat16: bool = False,
-    label: str = "", after_step: Callable[[], object] = lambda: None, extra_loss: Callable[[], Tensor] | None = None,
+    label: str = "", after_step: Callable[[], object] = lambda: None,
+    after_epoch: Callable[[], object] = lambda: None, extra_loss: Callable[[], Tensor] | None = None,
 ) -> nn.Module:  # fmt: skip
     """Train in place by Adam, its learning rate falling to zero along a half cosine; returns the model, in evaluation."""
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
@@ -114,6 +115,7 @@ def train(
             f"{label}: epoch {epoch + 1}/{epochs}, loss {total / len(pictures.train):.4f}, {spent:.0f} s, {left:.0f} s left",
             file=sys.stderr, flush=True,
         )  # fmt: skip
+        after_epoch()
     return model.eval()
 
 

@@ -22,7 +22,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = basis_(LeNet(), options.count, coef_bits=options.coef_bits)
-    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    optimiser = torch.optim.Adam(model.parameters(), 0.15 / options.count**0.5)
     steps = options.epochs * -(-len(x) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     seen = []
