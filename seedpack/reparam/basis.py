@@ -162,8 +162,9 @@ class Basis(SharedCoefficients):
 
     def hold(self, *_: object) -> None:
         """Before a forward pass: make it once for all tensors; in nested training, of the first few levels alone."""
+        self._count = self.coefs.shape[1]
         if self.nested and self.holder.training:  # drawn here: checkpointing makes the same weights again
-            ends = [here.stop for here in level_slices(self.coefs.shape[1], self.codec.levels).values()]
+            ends = [here.stop for here in level_slices(self._count, self.codec.levels).values()]
             self._count = ends[int(torch.randint(self.codec.levels, ()))]
         self._held = None
         self._held = self.flat()

@@ -221,6 +221,15 @@ def test_checkpointing_makes_the_same_weights_again() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+def test_nested_training_can_be_turned_off() -> None:
+    model, x = basis_(nn.Linear(6, 8), 64, levels=8), torch.randn(5, 6)
+    with torch.no_grad():
+        whole = model.eval()(x)
+        assert any(not torch.equal(model.train()(x), whole) for _ in range(9))
+        model.parametrizations.weight[0].basis.nested = False  # type: ignore[union-attr, index]
+        assert all(torch.equal(model.train()(x), whole) for _ in range(9))
+
+
 def test_holders_of_every_kind(tmp_path: Path) -> None:
     shared = nn.Linear(4, 4)
     twice = basis_(nn.Sequential(shared, nn.ReLU(), shared), 10, per="layer").eval()
