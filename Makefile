@@ -44,7 +44,7 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/bench: $(VENV)/demo benchmarks/requirements.txt
-	$(INSTALL) --editable '.[gguf,plot]' --requirement benchmarks/requirements.txt
+	$(INSTALL) --editable '.[gguf,mask,plot]' --requirement benchmarks/requirements.txt
 	touch $@
 
 clean:

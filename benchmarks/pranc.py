@@ -321,6 +321,14 @@ def measure(result: report.Result) -> None:
                 for i in range(LEVELS)
             ],
         )
+        received = [
+            {**point, "percent": 100 * point["accuracy"], "family": r["label"].rpartition(", ")[2]}
+            for r in curves for point in r["curve"]
+        ]  # fmt: skip
+        plots.curves(
+            result, received, "percent", "accuracy (%)", "Accuracy against bytes received, MNIST", (3000, 110_000), "levels",
+            ("bytes", "bytes received"), "x",
+        )  # fmt: skip
     trained = [r for r in rows if "energy" in r]
     if trained:
         result.say(
