@@ -38,3 +38,14 @@ def test_language_model(tmp_path: Path) -> None:
     line = next(line for line in said.splitlines() if line.startswith("nats a byte"))
     before, after, loaded = map(float, re.findall(r"\d\.\d+", line))
     assert after < before and loaded == after
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not MNIST.is_dir(), reason=f"no pictures at {MNIST}")
+def test_mnist_study(tmp_path: Path) -> None:
+    said = run(tmp_path, "mnist_study.py", "--limit", "3000", "--epochs", "2", "--output", "study")
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line.startswith(("baseline ", "L2 ", "L1 "))}
+    assert len(rows) == 3 and all(float(row[2].rstrip("%")) > 75 for row in rows.values())
+    bounds = [line.split() for line in said.splitlines() if re.match(r"\d+ +\d+ +0 ", line)]
+    assert len(bounds) == 10 and all(float(row[3]) < float(row[4]) for row in bounds)
+    assert all(name in said for name in ("trellis", "seedlm", "svd", "basis", "mask"))
