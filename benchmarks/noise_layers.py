@@ -42,7 +42,7 @@ def scales(linear: Callable[[int, int], nn.Module], seed: int) -> tuple[float, f
     y = blocks(x)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(2)))
     assert x.grad is not None
-    return float((y - x).std()), float(x.grad.std())
+    return (y - x).std().item(), x.grad.std().item()
 
 
 READY = f"""
