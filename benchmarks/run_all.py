@@ -23,6 +23,7 @@ for name in (
     "pranc",
     "masks",
     "pranc_resnet",
+    "fast_feedforward",
 ):
     print(f"== {name}", flush=True)
     subprocess.run([sys.executable, str(Path(__file__).parent / f"{name}.py"), "--write"], check=True)

@@ -19,6 +19,7 @@ from classifiers import accuracy, prepared, train
 from torch import Tensor, nn
 
 import seedpack
+from seedpack.errors import SeedpackError
 from seedpack.linalg import effective_rank, randomized_svd, singular_values
 
 PENALTIES = {"baseline": (0, 0.0), "L2": (2, 1e-5), "L1": (1, 2e-6)}  # power of the weights, and its factor
@@ -159,7 +160,7 @@ def by_codecs(model: Classifier, data: pictures.Pictures) -> dict[str, list[tupl
                 file = Path(folder) / f"{name}-{number}.safetensors"
                 try:
                     seedpack.compress(model, file, codec=codec, include=["4.weight"])
-                except ImportError as error:
+                except SeedpackError as error:
                     print(f"{name} left out: {error}", file=sys.stderr)
                     break
                 packed = seedpack.load(file, model=Classifier())

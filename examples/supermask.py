@@ -21,7 +21,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = mask_(LeNet(), options.kept)
     seen: list[float] = []
-    train(model, data, options.epochs, 3e-3, label="mask", after_epoch=lambda: seen.append(100 * accuracy(model, data)))
+    train(model, data, options.epochs, 1e-3, label="mask", after_epoch=lambda: seen.append(100 * accuracy(model, data)))
     seedpack.save(model, options.output, force=True)
     loaded = seedpack.load(options.output, model=LeNet()).eval()
     size, weights = options.output.stat().st_size, sum(p.numel() for p in LeNet().parameters())

@@ -1,8 +1,11 @@
-"""Shape annotations: jaxtyping's where it is installed (the tests check them), plain tensors elsewhere."""
+"""Shape annotations (jaxtyping's where it is installed, which the tests check; plain tensors elsewhere), and the one shape that
+users get wrong."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+
+from seedpack.errors import ModelError
 
 if TYPE_CHECKING:
     from jaxtyping import Float as Float
@@ -18,3 +21,9 @@ else:
                 return item[0]
 
         Float = Int = UInt8 = _Unchecked
+
+
+def require_columns(what: str, x: Any, columns: int) -> None:
+    """Raise a ModelError unless an input [..., columns] fits: a regenerated weight would take any width for its own."""
+    if x.shape[-1] != columns:
+        raise ModelError(f"{what}: an input {list(x.shape)}, expected [..., {columns}]")

@@ -166,8 +166,28 @@ def test_distilling_is_repeatable_and_leaves_all_else_alone() -> None:
     assert other.leaf_in.weight.dtype == torch.bfloat16 and not other.training
 
 
+def test_part_of_a_layer_packed(tmp_path: Path) -> None:
+    layer, x = FastFeedforward(32, 16, 2, 4).eval(), torch.randn(9, 32)
+    for name in ("nodes", "leaf_in", "leaf_out"):
+        seedpack.compress(layer, tmp_path / name, codec=TrellisCodec(code_bits=8), include=[f"{name}.weight"])
+        loaded = seedpack.load(tmp_path / name, model=FastFeedforward(32, 16, 2, 4))
+        with torch.no_grad():
+            assert torch.equal(loaded.train()(x), loaded.eval()(x))
+            if name == "nodes":
+                assert loaded.leaves(x).shape == (9,)
+                with pytest.raises(ModelError, match="packed fast feedforward layer does not train"):
+                    loaded.mixture(x)
+
+
 def test_mistakes() -> None:
     mlp, x = mlp_and_inputs()
+    for width in (3, 5):
+        with torch.no_grad(), pytest.raises(ModelError, match=rf"an input \[2, {width}\], expected \[..., 4\]"):
+            FastFeedforward(4, 4, 1, 1).eval()(torch.randn(2, width))
+    with pytest.raises(ModelError, match=r"got 4, 4, 1, 1.5 and 0.0"):
+        FastFeedforward(4, 4, 1.5, 1)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="0 tokens for 2 leaves"):
+        fastfeedforward_from(mlp, [], 1, 4)
     with pytest.raises(ModelError, match="unknown activation 'tanh'; known: relu, gelu, silu"):
         FastFeedforward(4, 4, 1, 1, activation="tanh")
     with pytest.raises(ModelError, match="a depth of 0 to 24"):

@@ -115,3 +115,18 @@ def test_indices_out_of_range() -> None:
         with pytest.raises(IndexError, match="out of range 0 … 4"):
             layer(torch.tensor([0, wrong]))
     assert layer(torch.empty(0, 2, dtype=torch.long)).shape == (0, 2, 4)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_an_input_of_another_width_is_refused(generator: str, tmp_path: Path) -> None:
+    """A regenerated weight has no width of its own that a product would trip over."""
+    layer = snn.Linear(12, 7, 5, generator=generator)
+    for width in (6, 24):
+        with pytest.raises(ModelError, match=rf"seedpack.nn.Linear: an input \[2, {width}\], expected \[..., 12\]"):
+            layer(torch.randn(2, width))
+    with pytest.raises(ModelError, match=r"seedpack.nn.Conv2d: an input .* expected \[..., 27\]"):
+        snn.Conv2d(3, 6, 3, 9, generator=generator)(torch.randn(1, 4, 8, 8))
+    seedpack.save(layer, tmp_path / "layer")
+    packed = seedpack.load(tmp_path / "layer", model=nn.Linear(12, 7))
+    with pytest.raises(ModelError, match=r"a packed Linear: an input \[2, 6\], expected \[..., 12\]"):
+        packed(torch.randn(2, 6))

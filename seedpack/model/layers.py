@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from seedpack._shapes import require_columns
 from seedpack.codecs.base import Codec, matrix_shape
 from seedpack.codecs.registry import codec_to_json
 from seedpack.dtypes import TORCH_DTYPES
@@ -67,6 +68,7 @@ class PackedLinear(PackedModule, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         self._require_float(input)
+        require_columns("a packed Linear", input, self.matrix[1])
         parts = self.packed_parts()
         return ops.linear(input, parts, self.codec_text, self.matrix, self.bias, self.int8_activations)
 

@@ -49,10 +49,11 @@ def fastfeedforward_from(
     Raises:
         ModelError: the block or the data do not fit.
     """
-    batches = (data,) if isinstance(data, Tensor) else data
-    x = torch.cat([each.detach().reshape(-1, each.shape[-1]) for each in batches])
-    if len(x) < 2**depth:
-        raise ModelError(f"{len(x)} tokens for {2**depth} leaves: give more data or a smaller depth")
+    batches = [each.detach().reshape(-1, each.shape[-1]) for each in ((data,) if isinstance(data, Tensor) else data)]
+    tokens = sum(map(len, batches))
+    if tokens == 0 or tokens < 2**depth:
+        raise ModelError(f"{tokens} tokens for {2**depth} leaves: give more data or a smaller depth")
+    x = torch.cat(batches)
     mlp = copy.deepcopy(mlp).eval()
     with torch.no_grad():
         y = torch.cat([mlp(some) for some in x.split(BATCH)])
@@ -64,9 +65,9 @@ def fastfeedforward_from(
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
         torch.manual_seed(seed)
         layer = FastFeedforward(x.shape[1], y.shape[1], depth, leaf_width, activation=activation).to(x.device)
-        tokens = _grow(layer, x, y)
-        _start_leaves(layer, mlp, x, y, tokens)
-        _train_leaves(layer, x, y, tokens, steps, lr, progress)
+        regions = _grow(layer, x, y)
+        _start_leaves(layer, mlp, x, y, regions)
+        _train_leaves(layer, x, y, regions, steps, lr, progress)
     return layer.to(dtype).eval()
 
 

@@ -45,7 +45,9 @@ class FastFeedforward(torch_nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ModelError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-        if min(in_features, out_features, leaf_width) < 1 or not 0 <= depth <= 24 or not 0 <= leak < 1:
+        sizes = (in_features, out_features, leaf_width)
+        whole = all(type(size) is int for size in (*sizes, depth))
+        if not whole or min(sizes) < 1 or not 0 <= depth <= 24 or not 0 <= leak < 1:
             raise ModelError(
                 f"a fast feedforward layer needs features and leaf_width from 1, a depth of 0 to 24 and a leak from 0 and below "
                 f"1; got {in_features}, {out_features}, {leaf_width}, {depth} and {leak}"
@@ -72,8 +74,9 @@ class FastFeedforward(torch_nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
-        if not self.training or isinstance(self.leaf_in, PackedModule):
-            return fast_feedforward(x, self._tree(), self.activation)
+        tree = self._tree()
+        if not self.training or not tree.dense:
+            return fast_feedforward(x, tree, self.activation)
         mixture, self.entropy = self._route(x)
         hidden = torch_nn.functional.linear(x, self.leaf_in.weight, self.in_bias.flatten())
         hidden = ACTIVATIONS[self.activation](hidden).unflatten(-1, self.in_bias.shape) * mixture.unsqueeze(-1)
@@ -82,6 +85,8 @@ class FastFeedforward(torch_nn.Module):
 
     def mixture(self, x: Tensor) -> Tensor:
         """How much of each leaf a token takes in training: [..., in_features] -> [..., 2^depth], sums of 1."""
+        if isinstance(self.nodes, PackedModule):
+            raise ModelError("a packed fast feedforward layer does not train, and has no mixture; ask for its leaves")
         return self._route(x)[0]
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:

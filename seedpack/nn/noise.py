@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch import nn as torch_nn
 
+from seedpack._shapes import require_columns
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import as_stored
 from seedpack.kernels.basis_decode.reference import HADAMARD
@@ -66,6 +67,7 @@ class _Noise(Coefficients, torch_nn.Module):
         return self.made(as_stored(self.coefs, self.codec.coef_bits), index)
 
     def _linear(self, x: Tensor) -> Tensor:
+        require_columns(f"seedpack.nn.{type(self).__name__}", x, math.prod(self.stored_shape[1:]))
         coefs = as_stored(self.coefs, self.codec.coef_bits)
         y = basis_linear(x, coefs, seed=self.codec.seed, generator=self.codec.generator, rows=self.stored_shape[0])
         return y if self.bias is None else y + self.bias

@@ -83,6 +83,16 @@ def test_nan_stays_nan(backend: Any) -> None:
         assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
 
 
+def test_tables_that_are_functions() -> None:
+    x, tree = torch.randn(5, 16), tree_of(16, 5, 2, 3)
+    looked_up = tree._replace(leaf_in=lambda index: tree.leaf_in[index])  # type: ignore[index]
+    exact = fast_feedforward(x, tree, "relu", backend="reference")
+    for backend in ("auto", "reference"):
+        assert torch.equal(fast_feedforward(x, looked_up, "relu", backend=backend), exact)  # type: ignore[arg-type]
+    with pytest.raises(BackendError, match="backend 'cpu' cannot run: a table is a function"):
+        fast_feedforward(x, looked_up, "relu", backend="cpu")
+
+
 def test_compiled_model_sees_one_operator() -> None:
     tree = tree_of(16, 5, 2, 3)
     run = torch.compile(lambda x: fast_feedforward(x * 1, tree, "relu"), backend="aot_eager", fullgraph=True)

@@ -7,6 +7,8 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from seedpack._shapes import require_columns
+from seedpack.errors import BackendError
 from seedpack.kernels.dispatch import Backend, choose
 from seedpack.kernels.fast_feedforward import reference
 from seedpack.kernels.fast_feedforward.reference import ACTIVATIONS as ACTIVATIONS
@@ -20,13 +22,21 @@ def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = 
     """x [..., in] -> [..., out] in the dtype of x; where a gradient is wanted or a table is a function, by the reference.
 
     Raises:
+        ModelError: x has another width than the tables.
         BackendError: an explicit choice cannot run.
     """
+    for table in (tree.nodes, tree.leaf_in):
+        if isinstance(table, Tensor):
+            require_columns("fast feedforward", x, table.shape[1])
     tokens = x.reshape(-1, x.shape[-1])
     tensors = [value for value in tree if isinstance(value, Tensor)]
     graded = torch.is_grad_enabled() and any(value.requires_grad for value in (x, *tensors))
-    if backend == "auto" and (graded or len(tensors) < len(tree)):
+    if backend == "reference" or (backend == "auto" and (graded or not tree.dense)):
         y = reference.forward(tokens, tree, activation)
+    elif not tree.dense:
+        raise BackendError(
+            f"fast_feedforward: backend {backend!r} cannot run: a table is a function, as a packed one is"
+        )
     else:
         y = (_operator if torch.compiler.is_compiling() else _forward)(tokens, tensors, activation, backend)
     return y.view(*x.shape[:-1], y.shape[-1])
@@ -38,9 +48,8 @@ def _forward(x: Tensor, tensors: list[Tensor], activation: str, backend: str) ->
     return import_module(f"seedpack.kernels.fast_feedforward.{chosen}").forward(x, Tree(*tensors), activation)  # type: ignore[no-any-return]
 
 
-_operator = torch.library.custom_op(
-    "seedpack::fast_feedforward", _forward, mutates_args=()
-)  # opaque; costs 20 µs a call
+# Opaque to the compiler; a call through it costs 20 µs.
+_operator = torch.library.custom_op("seedpack::fast_feedforward", _forward, mutates_args=())
 
 
 @_operator.register_fake

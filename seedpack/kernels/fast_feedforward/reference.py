@@ -34,6 +34,11 @@ class Tree(NamedTuple):
         """d."""
         return len(self.out_bias).bit_length() - 1
 
+    @property
+    def dense(self) -> bool:
+        """Whether all tables are tensors."""
+        return all(isinstance(value, Tensor) for value in self)
+
 
 def _rows(table: Tensor | Lookup, index: Tensor) -> Tensor:
     return table[index] if isinstance(table, Tensor) else table(index)
