@@ -66,14 +66,16 @@ def prepared(pictures: Pictures) -> Pictures:
 
 
 def batches(
-    pictures: Pictures, size: int, augment: bool, generator: torch.Generator
+    pictures: Pictures, size: int, moved: int, mirrored: bool, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass in random order; augmented: moved by up to 4 pixels, and mirrored half of the time."""
+    """One pass in random order, each batch moved by up to so many pixels, and half of the pictures mirrored if wanted."""
     for index in torch.randperm(len(pictures.train), generator=generator).split(size):
         x = pictures.train[index]
-        if augment:
-            shift = torch.randint(0, 9, (2,), generator=generator).tolist()
-            x = nn.functional.pad(x, (4, 4, 4, 4))[:, :, shift[0] : shift[0] + 32, shift[1] : shift[1] + 32]
+        if moved:
+            down, right = torch.randint(0, 2 * moved + 1, (2,), generator=generator).tolist()
+            height, width = x.shape[2:]
+            x = nn.functional.pad(x, (moved,) * 4)[:, :, down : down + height, right : right + width]
+        if mirrored:
             flip = torch.rand(len(x), generator=generator) < 0.5
             x = torch.where(flip[:, None, None, None], x.flip(3), x)
         yield x, pictures.train_classes[index]
@@ -97,7 +99,7 @@ def train(
     for epoch in range(epochs):
         model.train()
         total = 0.0
-        for x, classes in batches(pictures, size, augment, generator):
+        for x, classes in batches(pictures, size, 4 * augment, augment, generator):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 out = model(x)
             loss = nn.functional.cross_entropy(out.float(), classes)
