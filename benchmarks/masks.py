@@ -57,7 +57,7 @@ def measure(result: report.Result) -> None:
     for name, make, load, epochs, shares in (
         ("LeNet-5, Fashion-MNIST", LeNet, pictures.fashion_mnist, (10, 10), (None, 0.5, 0.3)),
         ("Conv-4, Fashion-MNIST", Conv4, pictures.fashion_mnist, (5, 10), (None, 0.5)),
-        (f"ResNet-20 of width {WIDE}, CIFAR-10", lambda: ResNet20(WIDE), pictures.cifar10, (5, 10), (None, 0.5)),
+        (f"ResNet-20 of width {WIDE}, CIFAR-10", lambda: ResNet20(WIDE), pictures.cifar10, (4, 8), (None, 0.5)),
     ):
         for kept in shares:
             label = f"{name}: {'all weights trained' if kept is None else f'{100 * kept:.0f}% kept'}"

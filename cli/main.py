@@ -22,6 +22,7 @@ COMMANDS = {
     "verify": "Check every byte of a packed checkpoint against its digests.",
     "unpack": "Rebuild the dense model.",
     "compare": "Error and effective rank of one model's tensors against another's.",
+    "image": "Compress an image into a neural field, and render it.",
     "eval": "Perplexity and KL divergence of a packed model against its original.",
 }
 

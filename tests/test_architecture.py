@@ -15,11 +15,12 @@ LAYERS = [
     {"formats"},
     {"_shapes", "dtypes", "keys", "prng", "linalg"},
     {"kernels"},
+    {"fields"},
     {"codecs"},
     {"model"},
     {"calibration"},
     {"api"},
-    {"hf", "eval", "reparam"},
+    {"hf", "eval", "image", "reparam"},
     {"nn"},
     {"cli"},
 ]

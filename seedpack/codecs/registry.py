@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 from seedpack.codecs.base import Codec
 from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.field import FieldCodec
 from seedpack.codecs.mask import MaskCodec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
@@ -74,7 +75,7 @@ def codec_to_json(codec: Codec) -> str:
 def _register_own() -> None:
     from seedpack.codecs.svd import SVDCodec  # imports this module, to look its factors' codec up
 
-    for codec in (BasisCodec, MaskCodec, RawCodec, SeedLMCodec, SVDCodec, TrellisCodec):
+    for codec in (BasisCodec, FieldCodec, MaskCodec, RawCodec, SeedLMCodec, SVDCodec, TrellisCodec):
         register_codec(codec)
 
 

@@ -1,0 +1,170 @@
+"""An image as a neural field: a pyramid of grids of whole numbers, and a small network of pseudorandom bases that turns them into
+pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
+from seedpack.errors import CodecError
+from seedpack.fields import coding
+from seedpack.fields.network import Network
+from seedpack.formats import PartSpec
+from seedpack.kernels.dispatch import Backend
+
+LEVELS = 7
+STEP_BYTES = 4
+PARTS = 4
+
+
+@dataclass(frozen=True)
+class Field:
+    """What an image is made of.
+
+    Attributes:
+        coefs: codes of the network's coefficients, int32 [count].
+        step: what they are multiplied by, float32.
+        grids: finest first, int32 [planes, h, w] each; missing finer ones are None.
+    """
+
+    coefs: coding.Ints
+    step: float
+    grids: list[coding.Ints | None]
+
+
+@dataclass(frozen=True)
+class FieldCodec(Codec):
+    """An image [height, width, channels] of bytes as a neural field. Parts, each of uint8 [bytes, 1, 1]:
+
+    - weight: the tables of the coder, the step of the network's coefficients and their distribution, then one stream of
+      Constriction's range coder (words of 32 bits, little-endian): the coefficients and all grids but the finest three.
+    - more_1, more_2, more_3: the next finer grid each; a prefix of the file gives a blurred image.
+
+    `seedpack.image.compress` makes it; of a weight that is given it makes nothing.
+
+    Attributes:
+        channels: 1 or 3.
+        hidden: width of the network.
+        count: coefficients of the network.
+        seed: of its bases.
+        sizes: bytes of each part.
+    """
+
+    id: ClassVar[str] = "field"
+    version: ClassVar[int] = 0
+    channels: int = 3
+    hidden: int = 8
+    count: int = 512
+    seed: int = 0
+    sizes: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3) or type(self.channels) is not int:
+            raise CodecError(f"{self.id}: channels must be 1 or 3, got {self.channels!r}")
+        require_whole(self.id, "hidden", self.hidden, 1, 256)
+        require_whole(self.id, "count", self.count, 1, 1 << 20)
+        require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
+        if not isinstance(self.sizes, (list, tuple)) or len(self.sizes) != PARTS:
+            raise CodecError(f"{self.id}: sizes must be {PARTS} numbers of bytes, got {self.sizes!r}")
+        for size in self.sizes:
+            require_whole(self.id, "sizes", size, 0, 2**31)
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+
+    def network(self, shape: Shape) -> Network:
+        """Of an image whose matrix is [height, width · channels]."""
+        if shape[1] % self.channels:
+            raise CodecError(f"{self.id}: a row of {shape[1]} numbers is not of {self.channels} channels")
+        return Network(shape[0], shape[1] // self.channels, self.channels, LEVELS, self.hidden, self.seed)
+
+    def parts(self, shape: Shape) -> dict[str, PartSpec]:
+        """Streams of the sizes that the settings give."""
+        return {f"more_{i}" if i else "weight": ("U8", (size, 1, 1)) for i, size in enumerate(self.sizes)}
+
+    def encode(
+        self, weight: Tensor, importance: Tensor | None = None, *, progress: Progress | None = None, backend: Backend = "auto"
+    ) -> Parts:  # fmt: skip
+        """Refused: how many bytes an image takes is known when it is fitted."""
+        raise CodecError("field: for images; make one with seedpack.image.compress or `seedpack image compress`")
+
+    def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
+        """0 … 255, whole numbers, in any dtype; without the last parts a blurred image."""
+        pixels = rendered(self.network(shape), self.field(parts, shape), parts["weight"].device)
+        whole = (pixels * 255).round().clamp(0, 255)
+        return whole.permute(1, 2, 0).reshape(shape).to(dtype)
+
+    def decode_rows(
+        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
+    ) -> Tensor:
+        """Of the whole."""
+        return self.decode(parts, shape, dtype, backend)[index]
+
+    def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
+        """Beside the parts' form: the streams can be decoded."""
+        super().check(parts, shape)
+        self.network(shape)
+        if parts["weight"].device.type != "meta":
+            self.field(dict(parts), shape)
+
+    def field(self, parts: Parts, shape: Shape) -> Field:
+        """What the parts hold."""
+        network = self.network(shape)
+        streams = [
+            part.flatten().cpu().numpy().tobytes()
+            for part in (parts[name] for name in self.parts(shape) if name in parts)
+        ]
+        head = coding.Sizes.nbytes(LEVELS) + STEP_BYTES + 1
+        if len(streams[0]) < head or any(
+            len(stream) % coding.WORD_BYTES for stream in (streams[0][head:], *streams[1:])
+        ):
+            raise CodecError(f"{self.id}: a stream has no whole number of words; the file is corrupt")
+        sizes = coding.Sizes.from_bytes(streams[0][: head - STEP_BYTES - 1], LEVELS)
+        step = float(np.frombuffer(streams[0][head - STEP_BYTES - 1 : head - 1], "<f4")[0])
+        if not math.isfinite(step):
+            raise CodecError(f"{self.id}: the step of the coefficients is NaN or Inf; the file is corrupt")
+        grids: list[Any] = [None] * (LEVELS + 1)
+        try:
+            decoder = coding.decoder(streams[0][head:])
+            coefs = coding.read_codes(decoder, streams[0][head - 1] % coding.SIZES, self.count)
+            for level, form in reversed(list(enumerate(network.grids()))):
+                if level < PARTS - 1:
+                    if PARTS - 1 - level >= len(streams):
+                        break
+                    decoder = coding.decoder(streams[PARTS - 1 - level])
+                grids[level] = coding.read_grid(decoder, sizes, level, form, grids[level + 1])
+        except AssertionError as error:  # what the coder raises for data that no encoder wrote
+            raise CodecError(f"{self.id}: a stream is corrupt ({error})") from None
+        return Field(coefs, step, grids[:-1])
+
+
+def packed(field: Field) -> list[bytes]:
+    """The streams of a whole field, in the order of the parts."""
+    grids: list[Any] = [*field.grids, None]
+    sizes, size = coding.fitted_sizes(grids[:-1]), coding.best_size(field.coefs)
+    head = sizes.to_bytes() + np.float32(field.step).astype("<f4").tobytes() + bytes([size])
+    encoder, streams = coding.encoder(), []
+    coding.write_codes(encoder, size, field.coefs)
+    for level in reversed(range(len(field.grids))):
+        if level < PARTS - 1:
+            streams.append(coding.coded(encoder))
+            encoder = coding.encoder()
+        coding.write_grid(encoder, sizes, level, grids[level], grids[level + 1])
+    streams.append(coding.coded(encoder))
+    return [head + streams[0], *streams[1:]]
+
+
+def rendered(network: Network, field: Field, device: torch.device | None = None) -> Tensor:
+    """Pixels [channels, height, width], about 0 to 1."""
+    grids = [
+        torch.zeros(shape, device=device) if grid is None else torch.from_numpy(grid).to(device, torch.float32)
+        for shape, grid in zip(network.grids(), field.grids, strict=True)
+    ]
+    coefs = torch.from_numpy(field.coefs).to(device, torch.float32)[None] * field.step
+    with torch.no_grad():
+        return network.render(coefs, grids)

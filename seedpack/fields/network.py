@@ -1,0 +1,116 @@
+"""The network of a neural field: grids of numbers to pixels, its weights one combination of pseudorandom bases."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.kernels.basis_decode.reference import HADAMARD
+from seedpack.kernels.basis_decode.weight import basis_weight
+
+CELL = 2  # pixels a side that one place of the network stands for
+GAIN, GROWTH = 12.0, 1.5  # numbers of a grid to one of its values; more for coarser ones, which stand for more pixels
+LEARNT = 0.05  # what the network starts by adding, beside numbers of about 1
+COLOURS = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))  # brightness and differences to RGB
+
+
+def gain_of(level: int) -> float:
+    """What a grid's numbers are divided by."""
+    return GAIN * GROWTH**level
+
+
+@dataclass(frozen=True)
+class Network:
+    """Grids → pixels.
+
+    Grid l, from 1, has a plane of one number for each 2^l by 2^l pixels; from 2 on, of an image in colours, two more. All are
+    brought to the size of grid 1 (bicubic). Their sum is brightness and two colour differences (those of JPEG); to the pixels
+    of each place a linear map and a network of three layers, which see all planes there, add what they have learnt.
+
+    Attributes:
+        height: of the image.
+        width: of the image.
+        channels: of the image.
+        levels: grids.
+        hidden: width of the network.
+        seed: of the bases.
+    """
+
+    height: int
+    width: int
+    channels: int
+    levels: int
+    hidden: int
+    seed: int
+
+    def grids(self) -> list[tuple[int, int, int]]:
+        """Shapes [planes, height, width], finest first."""
+        return [
+            (1 if level == 1 else self.channels, -(-self.height >> level), -(-self.width >> level))
+            for level in range(1, self.levels + 1)
+        ]
+
+    def shapes(self) -> list[tuple[tuple[int, ...], float]]:
+        """Of the weights, in their order, and the standard deviation that each starts at."""
+        inputs, hidden, out = sum(planes for planes, _, _ in self.grids()), self.hidden, CELL * CELL * self.channels
+        weights: list[tuple[int, ...]] = [
+            (hidden, inputs, 1, 1),
+            (hidden, hidden, 3, 3),
+            (out, hidden, 3, 3),
+            (out, inputs, 1, 1),
+        ]
+        gains = (1.0, 1.0, LEARNT, LEARNT)
+        sizes = [(shape, gain * math.prod(shape[1:]) ** -0.5) for shape, gain in zip(weights, gains, strict=True)]
+        biased: list[tuple[tuple[int, ...], float]] = []
+        for shape, std in sizes:
+            biased += [(shape, std), (shape[:1], 0.5 * std)]
+        return biased[:-1]
+
+    def weights(self, coefs: Tensor) -> list[Tensor]:
+        """Of coefficients [1, count]."""
+        shapes = self.shapes()
+        counts = [math.prod(shape) for shape, _ in shapes]
+        flat = basis_weight(
+            coefs, seed=self.seed, generator=HADAMARD, rows=1, columns=sum(counts), key="", index=None
+        ).flatten()
+        return [part.view(shape) * std for part, (shape, std) in zip(flat.split(counts), shapes, strict=True)]
+
+    def cells(self, coefs: Tensor, grids: list[Tensor]) -> Tensor:
+        """What each place gives: the pixels of its cell, [1, channels · CELL², height / CELL, width / CELL], rounded up.
+
+        Args:
+            coefs: float32 [1, count].
+            grids: float32, whole numbers, finest first, of the shapes that `grids` gives.
+        """
+        first, first_bias, second, second_bias, third, third_bias, past = self.weights(coefs)
+        _, height, width = grids[0].shape
+        larger = [grids[0] / gain_of(0)]
+        for level, grid in enumerate(grids[1:], 1):
+            down, right = (_upsampling(n, m, grid.device) for n, m in zip(grid.shape[1:], (height, width), strict=True))
+            larger.append(down @ (grid / gain_of(level)) @ right.T)
+        seen = torch.cat(larger).permute(1, 2, 0)
+        y = nn.functional.gelu(nn.functional.linear(seen, first.flatten(1), first_bias)).permute(2, 0, 1)[None]
+        y = nn.functional.gelu(nn.functional.conv2d(y, second, second_bias, padding=1))
+        straight = nn.functional.linear(seen, past.flatten(1) + self._colours(seen.device)).permute(2, 0, 1)[None]
+        return 0.5 + straight + nn.functional.conv2d(y, third, third_bias, padding=1)
+
+    def _colours(self, device: torch.device) -> Tensor:
+        """The sum of each kind of plane to the pixels of a cell, [channels · CELL², planes]."""
+        each = COLOURS if self.channels == 3 else ((1.0,),)
+        every = torch.tensor(each, device=device).repeat_interleave(CELL * CELL, 0)
+        return torch.cat([every[:, :planes] for planes, _, _ in self.grids()], 1)
+
+    def render(self, coefs: Tensor, grids: list[Tensor]) -> Tensor:
+        """Pixels [channels, height, width], about 0 to 1, not clipped."""
+        return nn.functional.pixel_shuffle(self.cells(coefs, grids), CELL)[0, :, : self.height, : self.width]
+
+
+@functools.lru_cache(maxsize=64)
+def _upsampling(size: int, larger: int, device: torch.device) -> Tensor:
+    """Bicubic interpolation of a column of numbers as a matrix [larger, size]: far faster so on CPUs."""
+    columns = torch.eye(size)[None, None]
+    return nn.functional.interpolate(columns, (larger, size), mode="bicubic", align_corners=False)[0, 0].to(device)
