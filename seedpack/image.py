@@ -64,13 +64,13 @@ class Report:
 class _Fit(nn.Module):
     """A field while it is trained: grids in the codes' unit, coefficients, and how bits follow from what is near a code."""
 
-    def __init__(self, image: Tensor, hidden: int, count: int, seed: int):
+    def __init__(self, image: Tensor, codec: FieldCodec):
         super().__init__()
         odd = (0, image.shape[2] % CELL, 0, image.shape[1] % CELL)
         self.cells = nn.functional.pixel_unshuffle(nn.functional.pad(image[None], odd, mode="replicate"), CELL)
-        self.network = Network(image.shape[1], image.shape[2], image.shape[0], LEVELS, hidden, seed)
-        self.noise = torch.Generator().manual_seed(seed)
-        self.coefs = nn.Parameter(torch.randn(1, count, generator=self.noise) * count**-0.5)
+        self.network = codec.network((image.shape[1], image.shape[2] * codec.channels))
+        self.noise = torch.Generator().manual_seed(codec.seed)
+        self.coefs = nn.Parameter(torch.randn(1, codec.count, generator=self.noise) * codec.count**-0.5)
         self.grids = nn.ParameterList(_pyramid(image, self.network))
         self.sizes = nn.Parameter(torch.tensor([-0.5, 0.5, 0.4]).repeat(LEVELS, 2, 1))
         self.around = torch.tensor([[1.0, 2.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])[None, None] / 6
@@ -78,7 +78,7 @@ class _Fit(nn.Module):
     @property
     def step(self) -> float:
         """Of the coefficients' codes."""
-        return float(self.coefs.detach().abs().max()) / LIMIT
+        return max(float(self.coefs.detach().abs().max()), 1e-6) / LIMIT
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """Mean squared error, and expected bits; differentiable as if nothing were rounded. In training numbers are rounded up
@@ -143,31 +143,27 @@ def _laplace_bits(x: Tensor, scale: Tensor) -> Tensor:
 
 def fitted(
     image: Tensor,
+    codec: FieldCodec,
     *,
     bits: int | None = None,
     psnr: float = 0.0,
     steps: int = STEPS,
-    hidden: int = 8,
-    count: int = 512,
-    seed: int = 0,
     watch: Watch = lambda done: None,
 ) -> Field:
     """Train a field on an image: the price of a bit moves until the streams take `bits`, or the image is as good as `psnr`.
 
     Args:
         image: float32 [channels, height, width], 0 to 1.
+        codec: its settings but the sizes.
         bits: that the streams may take.
         psnr: in dB, of the decoded image, where no bits are given.
         steps: of Adam; some more follow where the aim is not met by then.
-        hidden: width of the network.
-        count: its coefficients.
-        seed: of its bases.
         watch: called with the steps done since the last call.
 
     Raises:
         ModelError: the aim cannot be met.
     """
-    fit = _Fit(image, hidden, count, seed)
+    fit = _Fit(image, codec)
     rates = [(fit.grids.parameters(), 0.1), ([fit.coefs], 0.01), ([fit.sizes], 0.01)]
     optimiser = torch.optim.Adam([{"params": list(some), "lr": rate} for some, rate in rates], betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -231,6 +227,7 @@ def compress(
 
     Raises:
         ModelError: the image cannot be read or has transparency, or the aim cannot be met.
+        CodecError: it is too large.
         OutputError: the output exists or cannot be written.
     """
     started = time.perf_counter()
@@ -243,22 +240,14 @@ def compress(
     pixels, output = _usable(image if isinstance(image, Tensor) else read(image)), Path(output)
     height, width, channels = pixels.shape
     codec = FieldCodec(channels=channels, seed=seed, sizes=(0,) * PARTS)
+    network = codec.network((height, width * channels))
     empty = file_bytes([_planned(codec, pixels)], {}, WRITER) + HEADROOM
     if size is not None and size <= empty:
         raise ModelError(f"a file of {size:,} bytes is too small: its header alone takes {empty:,}")
     with staged(output, force=force) as partial:
         chosen = pixels.permute(2, 0, 1).float() / 255
         bits = None if size is None else 8 * (size - empty)
-        field = fitted(
-            chosen,
-            bits=bits,
-            psnr=psnr or 0.0,
-            steps=steps,
-            hidden=codec.hidden,
-            count=codec.count,
-            seed=seed,
-            watch=watch,
-        )
+        field = fitted(chosen, codec, bits=bits, psnr=psnr or 0.0, steps=steps, watch=watch)
         streams = packed(field)
         codec = dataclasses.replace(codec, sizes=tuple(map(len, streams)))
         planned = _planned(codec, pixels)
@@ -268,7 +257,7 @@ def compress(
                 {part: (*planned.parts[part], stream) for part, stream in zip(planned.parts, streams, strict=True)},
             )
         written = partial.stat().st_size
-    decoded = rendered(codec.network((height, width * channels)), field)
+    decoded = rendered(network, field)
     return Report(
         output, written, 8 * written / (height * width), _psnr(chosen, decoded), time.perf_counter() - started
     )

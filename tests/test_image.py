@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 import seedpack
 from seedpack import image
 from seedpack.cli.main import cli
+from seedpack.codecs.field import FieldCodec
 from seedpack.errors import CodecError, FormatError, ModelError, OutputError
 
 
@@ -119,6 +121,23 @@ def test_aims_out_of_reach_are_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="exists already"):
         image.compress(noise, tmp_path / "there.spi", size=5000)
     assert [f.name for f in tmp_path.iterdir()] == ["there.spi"] and (tmp_path / "there.spi").read_bytes() == b"mine"
+
+
+def test_forged_streams_are_refused_or_decoded(packed: Path) -> None:
+    draw = np.random.default_rng(0)
+    codec = FieldCodec(sizes=(400, 40, 40, 40))
+    for _ in range(20):
+        parts = {
+            name: torch.from_numpy(draw.integers(0, 256, shape, np.uint8))
+            for name, (_, shape) in codec.parts((9, 30)).items()
+        }
+        with contextlib.suppress(CodecError):
+            codec.check(parts, (9, 30))
+            assert torch.isfinite(codec.decode(parts, (9, 30), torch.float32)).all()
+    with pytest.raises(CodecError, match="up to 32,768 pixels a side"):
+        codec.network((1 << 16, 3))
+    with pytest.raises(CodecError, match="65,536 × 1"):
+        image.compress(torch.zeros(1 << 16, 1, 3, dtype=torch.uint8), packed.with_name("b"), size=9000)
 
 
 def test_files_of_images(tmp_path: Path) -> None:

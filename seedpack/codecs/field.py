@@ -22,6 +22,8 @@ from seedpack.kernels.dispatch import Backend
 LEVELS = 7
 STEP_BYTES = 4
 PARTS = 4
+MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26
+MAX_STEP = 64.0
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class FieldCodec(Codec):
         """Of an image whose matrix is [height, width · channels]."""
         if shape[1] % self.channels:
             raise CodecError(f"{self.id}: a row of {shape[1]} numbers is not of {self.channels} channels")
+        if max(shape[0], shape[1] // self.channels) > MAX_SIDE or math.prod(shape) // self.channels > MAX_PIXELS:
+            raise CodecError(
+                f"{self.id}: images have up to {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in all, this one "
+                f"{shape[0]:,} × {shape[1] // self.channels:,}"
+            )
         return Network(shape[0], shape[1] // self.channels, self.channels, LEVELS, self.hidden, self.seed)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
@@ -126,8 +133,8 @@ class FieldCodec(Codec):
             raise CodecError(f"{self.id}: a stream has no whole number of words; the file is corrupt")
         sizes = coding.Sizes.from_bytes(streams[0][: head - STEP_BYTES - 1], LEVELS)
         step = float(np.frombuffer(streams[0][head - STEP_BYTES - 1 : head - 1], "<f4")[0])
-        if not math.isfinite(step):
-            raise CodecError(f"{self.id}: the step of the coefficients is NaN or Inf; the file is corrupt")
+        if not 0 < step <= MAX_STEP:
+            raise CodecError(f"{self.id}: the step of the coefficients is {step}; the file is corrupt")
         grids: list[Any] = [None] * (LEVELS + 1)
         try:
             decoder = coding.decoder(streams[0][head:])
