@@ -4,11 +4,11 @@ pixels."""
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
 
 LEVELS = 7
-STEP_BYTES = 4
+HEAD = struct.Struct("<fB")  # behind the tables: step and distribution of the coefficients
 PARTS = 4
 MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26
 MAX_STEP = 64.0
@@ -126,19 +126,17 @@ class FieldCodec(Codec):
             part.flatten().cpu().numpy().tobytes()
             for part in (parts[name] for name in self.parts(shape) if name in parts)
         ]
-        head = coding.Sizes.nbytes(LEVELS) + STEP_BYTES + 1
-        if len(streams[0]) < head or any(
-            len(stream) % coding.WORD_BYTES for stream in (streams[0][head:], *streams[1:])
-        ):
+        tables = coding.Sizes.nbytes(LEVELS)
+        head, streams[0] = streams[0][: tables + HEAD.size], streams[0][tables + HEAD.size :]
+        if len(head) < tables + HEAD.size or any(len(stream) % coding.WORD_BYTES for stream in streams):
             raise CodecError(f"{self.id}: a stream has no whole number of words; the file is corrupt")
-        sizes = coding.Sizes.from_bytes(streams[0][: head - STEP_BYTES - 1], LEVELS)
-        step = float(np.frombuffer(streams[0][head - STEP_BYTES - 1 : head - 1], "<f4")[0])
+        sizes, (step, size) = coding.Sizes.from_bytes(head[:tables], LEVELS), HEAD.unpack(head[tables:])
         if not 0 < step <= MAX_STEP:
             raise CodecError(f"{self.id}: the step of the coefficients is {step}; the file is corrupt")
         grids: list[Any] = [None] * (LEVELS + 1)
         try:
-            decoder = coding.decoder(streams[0][head:])
-            coefs = coding.read_codes(decoder, streams[0][head - 1] % coding.SIZES, self.count)
+            decoder = coding.decoder(streams[0])
+            coefs = coding.read_codes(decoder, size % coding.SIZES, self.count)
             for level, form in reversed(list(enumerate(network.grids()))):
                 if level < PARTS - 1:
                     if PARTS - 1 - level >= len(streams):
@@ -154,7 +152,7 @@ def packed(field: Field) -> list[bytes]:
     """The streams of a whole field, in the order of the parts."""
     grids: list[Any] = [*field.grids, None]
     sizes, size = coding.fitted_sizes(grids[:-1]), coding.best_size(field.coefs)
-    head = sizes.to_bytes() + np.float32(field.step).astype("<f4").tobytes() + bytes([size])
+    head = sizes.to_bytes() + HEAD.pack(field.step, size)
     encoder, streams = coding.encoder(), []
     coding.write_codes(encoder, size, field.coefs)
     for level in reversed(range(len(field.grids))):
