@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from seedpack.api import WRITER
 from seedpack.codecs.base import matrix_shape
-from seedpack.codecs.field import LEVELS, PARTS, Field, FieldCodec, packed, rendered
+from seedpack.codecs.field import PARTS, Field, FieldCodec, packed, rendered
 from seedpack.errors import ModelError
 from seedpack.fields.coding import LIMIT
-from seedpack.fields.network import CELL, COLOURS, Network, gain_of
+from seedpack.fields.network import COLOURS, Network, cells_of
 from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.writer import file_bytes
 from seedpack.model.sources.base import first_line
@@ -35,6 +35,7 @@ STEPS = 600
 FIRST_PRICE, SETTLING, REACTION = 6e-3, 20, 0.03
 CHECKED = 20
 BY_CHANCE = 0.9  # of the steps
+FINE = 0.35  # bits a pixel from which a number for each pixel pays
 HEADROOM = 12  # bytes that larger numbers of bytes may add to the header
 Watch = Callable[[int], object]
 
@@ -66,13 +67,12 @@ class _Fit(nn.Module):
 
     def __init__(self, image: Tensor, codec: FieldCodec):
         super().__init__()
-        odd = (0, image.shape[2] % CELL, 0, image.shape[1] % CELL)
-        self.cells = nn.functional.pixel_unshuffle(nn.functional.pad(image[None], odd, mode="replicate"), CELL)
+        self.cells = cells_of(image)[None]
         self.network = codec.network((image.shape[1], image.shape[2] * codec.channels))
         self.noise = torch.Generator().manual_seed(codec.seed)
         self.coefs = nn.Parameter(torch.randn(1, codec.count, generator=self.noise) * codec.count**-0.5)
         self.grids = nn.ParameterList(_pyramid(image, self.network))
-        self.sizes = nn.Parameter(torch.tensor([-0.5, 0.5, 0.4]).repeat(LEVELS, 2, 1))
+        self.sizes = nn.Parameter(torch.tensor([-0.5, 0.5, 0.4]).repeat(len(self.grids), 2, 1))
         self.around = torch.tensor([[1.0, 2.0, 1.0], [2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])[None, None] / 6
 
     @property
@@ -91,7 +91,7 @@ class _Fit(nn.Module):
             ]
         coefs = _straight(self.coefs, (self.coefs / self.step).round() * self.step)
         cells = self.network.cells(coefs, codes)
-        bits = [self._bits(level, whole) for level in range(LEVELS)]
+        bits = [self._bits(level, whole) for level in range(len(self.grids))]
         return (cells - self.cells).square().mean(), torch.stack(bits).sum()
 
     def _bits(self, level: int, whole: list[Tensor]) -> Tensor:
@@ -100,7 +100,7 @@ class _Fit(nn.Module):
         first, near_by, above_by = self.sizes[level, [0, 1, 1][:planes], :, None, None].unbind(1)
         near = nn.functional.pad(whole[level].detach().abs()[:, None], (1, 1, 1, 1))
         scale = first + near_by * torch.log(nn.functional.conv2d(near, self.around)[:, 0] + 0.05)
-        if level + 1 < LEVELS:
+        if level + 1 < len(self.grids):
             above = whole[level + 1][:planes].detach().abs().repeat_interleave(2, 1).repeat_interleave(2, 2)
             scale = scale + above_by * torch.log(above[:, : grid.shape[1], : grid.shape[2]] + 0.05)
         scale, below = scale.exp().clamp(1e-2, 1e3), grid.detach().floor()
@@ -119,12 +119,12 @@ def _pyramid(image: Tensor, network: Network) -> list[Tensor]:
     if len(image) == 3:
         grey = torch.linalg.solve(torch.tensor(COLOURS), grey.flatten(1)).view_as(image)
     shapes, grids = network.grids(), []
-    for level, (planes, *size) in enumerate(shapes):
+    for level, ((planes, *size), gain) in enumerate(zip(shapes, network.gains(), strict=True)):
         here = nn.functional.interpolate(grey[None], size, mode="area")
         if level + 1 < len(shapes):
             coarser = nn.functional.interpolate(grey[None], shapes[level + 1][1:], mode="area")
             here = here - nn.functional.interpolate(coarser, size, mode="bicubic")
-        grids.append(here[0, :planes] * gain_of(level))
+        grids.append(here[0, :planes] * gain)
     return grids
 
 
@@ -239,7 +239,8 @@ def compress(
         raise ModelError(f"steps must be a whole number from 1, got {steps!r}")
     pixels, output = _usable(image if isinstance(image, Tensor) else read(image)), Path(output)
     height, width, channels = pixels.shape
-    codec = FieldCodec(channels=channels, seed=seed, sizes=(0,) * PARTS)
+    fine = size is None or 8 * size > FINE * height * width
+    codec = FieldCodec(channels=channels, finest=0 if fine else 1, seed=seed, sizes=(0,) * PARTS)
     network = codec.network((height, width * channels))
     empty = file_bytes([_planned(codec, pixels)], {}, WRITER) + HEADROOM
     if size is not None and size <= empty:

@@ -19,7 +19,6 @@ from seedpack.fields.network import Network
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
 
-LEVELS = 7
 HEAD = struct.Struct("<fB")  # behind the tables: step and distribution of the coefficients
 PARTS = 4
 MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26
@@ -53,6 +52,7 @@ class FieldCodec(Codec):
 
     Attributes:
         channels: 1 or 3.
+        finest: the finest grid: 1 has a number for two by two pixels, 0 for each.
         hidden: width of the network.
         count: coefficients of the network.
         seed: of its bases.
@@ -62,6 +62,7 @@ class FieldCodec(Codec):
     id: ClassVar[str] = "field"
     version: ClassVar[int] = 0
     channels: int = 3
+    finest: int = 1
     hidden: int = 8
     count: int = 512
     seed: int = 0
@@ -70,6 +71,7 @@ class FieldCodec(Codec):
     def __post_init__(self) -> None:
         if self.channels not in (1, 3) or type(self.channels) is not int:
             raise CodecError(f"{self.id}: channels must be 1 or 3, got {self.channels!r}")
+        require_whole(self.id, "finest", self.finest, 0, 1)
         require_whole(self.id, "hidden", self.hidden, 1, 256)
         require_whole(self.id, "count", self.count, 1, 1 << 20)
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
@@ -88,7 +90,7 @@ class FieldCodec(Codec):
                 f"{self.id}: images have up to {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in all, this one "
                 f"{shape[0]:,} × {shape[1] // self.channels:,}"
             )
-        return Network(shape[0], shape[1] // self.channels, self.channels, LEVELS, self.hidden, self.seed)
+        return Network(shape[0], shape[1] // self.channels, self.channels, self.finest, self.hidden, self.seed)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Streams of the sizes that the settings give."""
@@ -126,14 +128,15 @@ class FieldCodec(Codec):
             part.flatten().cpu().numpy().tobytes()
             for part in (parts[name] for name in self.parts(shape) if name in parts)
         ]
-        tables = coding.Sizes.nbytes(LEVELS)
+        levels = len(network.grids())
+        tables = coding.Sizes.nbytes(levels)
         head, streams[0] = streams[0][: tables + HEAD.size], streams[0][tables + HEAD.size :]
         if len(head) < tables + HEAD.size or any(len(stream) % coding.WORD_BYTES for stream in streams):
             raise CodecError(f"{self.id}: a stream has no whole number of words; the file is corrupt")
-        sizes, (step, size) = coding.Sizes.from_bytes(head[:tables], LEVELS), HEAD.unpack(head[tables:])
+        sizes, (step, size) = coding.Sizes.from_bytes(head[:tables], levels), HEAD.unpack(head[tables:])
         if not 0 < step <= MAX_STEP:
             raise CodecError(f"{self.id}: the step of the coefficients is {step}; the file is corrupt")
-        grids: list[Any] = [None] * (LEVELS + 1)
+        grids: list[Any] = [None] * (levels + 1)
         try:
             decoder = coding.decoder(streams[0])
             coefs = coding.read_codes(decoder, size % coding.SIZES, self.count)

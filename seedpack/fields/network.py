@@ -13,29 +13,26 @@ from seedpack.kernels.basis_decode.reference import HADAMARD
 from seedpack.kernels.basis_decode.weight import basis_weight
 
 CELL = 2  # pixels a side that one place of the network stands for
-GAIN, GROWTH = 12.0, 1.5  # numbers of a grid to one of its values; more for coarser ones, which stand for more pixels
+COARSEST = 7
+GAIN, GROWTH = 12.0, 1.5
 LEARNT = 0.05  # what the network starts by adding, beside numbers of about 1
 COLOURS = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))  # brightness and differences to RGB
-
-
-def gain_of(level: int) -> float:
-    """What a grid's numbers are divided by."""
-    return GAIN * GROWTH**level
 
 
 @dataclass(frozen=True)
 class Network:
     """Grids → pixels.
 
-    Grid l, from 1, has a plane of one number for each 2^l by 2^l pixels; from 2 on, of an image in colours, two more. All are
-    brought to the size of grid 1 (bicubic). Their sum is brightness and two colour differences (those of JPEG); to the pixels
-    of each place a linear map and a network of three layers, which see all planes there, add what they have learnt.
+    Grid l, from `finest` to COARSEST, has a plane of one number for each 2^l by 2^l pixels; from 2 on, of an image in colours,
+    two more. All are brought to the size of grid 1 (by bicubic interpolation; grid 0, which has a number for each pixel, as four
+    planes). Their sum is brightness and two colour differences (those of JPEG); to the pixels of each place a linear map and a
+    network of three layers, which see all planes there, add what they have learnt.
 
     Attributes:
         height: of the image.
         width: of the image.
         channels: of the image.
-        levels: grids.
+        finest: number of the finest grid, 0 or 1.
         hidden: width of the network.
         seed: of the bases.
     """
@@ -43,20 +40,24 @@ class Network:
     height: int
     width: int
     channels: int
-    levels: int
+    finest: int
     hidden: int
     seed: int
 
     def grids(self) -> list[tuple[int, int, int]]:
         """Shapes [planes, height, width], finest first."""
         return [
-            (1 if level == 1 else self.channels, -(-self.height >> level), -(-self.width >> level))
-            for level in range(1, self.levels + 1)
+            (1 if level < 2 else self.channels, -(-self.height >> level), -(-self.width >> level))
+            for level in range(self.finest, COARSEST + 1)
         ]
+
+    def gains(self) -> list[float]:
+        """What each grid's numbers are divided by: coarse ones stand for more pixels, and are finer."""
+        return [GAIN * GROWTH ** (level - 1) for level in range(self.finest, COARSEST + 1)]
 
     def shapes(self) -> list[tuple[tuple[int, ...], float]]:
         """Of the weights, in their order, and the standard deviation that each starts at."""
-        inputs, hidden, out = sum(planes for planes, _, _ in self.grids()), self.hidden, CELL * CELL * self.channels
+        inputs, hidden, out = self._colours(torch.device("cpu")).shape[1], self.hidden, CELL * CELL * self.channels
         weights: list[tuple[int, ...]] = [
             (hidden, inputs, 1, 1),
             (hidden, hidden, 3, 3),
@@ -87,11 +88,16 @@ class Network:
             grids: float32, whole numbers, finest first, of the shapes that `grids` gives.
         """
         first, first_bias, second, second_bias, third, third_bias, past = self.weights(coefs)
-        _, height, width = grids[0].shape
-        larger = [grids[0] / gain_of(0)]
-        for level, grid in enumerate(grids[1:], 1):
-            down, right = (_upsampling(n, m, grid.device) for n, m in zip(grid.shape[1:], (height, width), strict=True))
-            larger.append(down @ (grid / gain_of(level)) @ right.T)
+        height, width = -(-self.height // CELL), -(-self.width // CELL)
+        larger = []
+        for level, (grid, gain) in enumerate(zip(grids, self.gains(), strict=True), self.finest):
+            if level == 0:
+                larger.append(cells_of(grid / gain))
+            else:
+                down, right = (
+                    _upsampling(n, m, grid.device) for n, m in zip(grid.shape[1:], (height, width), strict=True)
+                )
+                larger.append(grid / gain if level == 1 else down @ (grid / gain) @ right.T)
         seen = torch.cat(larger).permute(1, 2, 0)
         y = nn.functional.gelu(nn.functional.linear(seen, first.flatten(1), first_bias)).permute(2, 0, 1)[None]
         y = nn.functional.gelu(nn.functional.conv2d(y, second, second_bias, padding=1))
@@ -100,13 +106,23 @@ class Network:
 
     def _colours(self, device: torch.device) -> Tensor:
         """The sum of each kind of plane to the pixels of a cell, [channels · CELL², planes]."""
-        each = COLOURS if self.channels == 3 else ((1.0,),)
-        every = torch.tensor(each, device=device).repeat_interleave(CELL * CELL, 0)
-        return torch.cat([every[:, :planes] for planes, _, _ in self.grids()], 1)
+        each = torch.tensor(COLOURS if self.channels == 3 else ((1.0,),), device=device)
+        every = each.repeat_interleave(CELL * CELL, 0)
+        sums = [every[:, :planes] for planes, _, _ in self.grids()]
+        if not self.finest:
+            sums[0] = torch.kron(each[:, :1], torch.eye(CELL * CELL, device=device))
+        return torch.cat(sums, 1)
 
     def render(self, coefs: Tensor, grids: list[Tensor]) -> Tensor:
         """Pixels [channels, height, width], about 0 to 1, not clipped."""
         return nn.functional.pixel_shuffle(self.cells(coefs, grids), CELL)[0, :, : self.height, : self.width]
+
+
+def cells_of(image: Tensor) -> Tensor:
+    """The pixels of each place of an image [channels, height, width]: [channels · CELL², height / CELL, width / CELL], both
+    rounded up; what is outside is as the pixel beside."""
+    odd = (0, image.shape[2] % CELL, 0, image.shape[1] % CELL)
+    return nn.functional.pixel_unshuffle(nn.functional.pad(image[None], odd, mode="replicate"), CELL)[0]
 
 
 @functools.lru_cache(maxsize=64)
