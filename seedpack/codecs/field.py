@@ -64,7 +64,7 @@ class FieldCodec(Codec):
     channels: int = 3
     finest: int = 1
     hidden: int = 8
-    count: int = 512
+    count: int = 256
     seed: int = 0
     sizes: Sequence[int] = ()
 
