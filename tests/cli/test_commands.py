@@ -136,7 +136,7 @@ def test_options_reach_the_library(model: Path) -> None:
         (
             ["compress", "MODEL", "-o", "x", "--codec", "zip"],
             1,
-            "unknown codec 'zip'; known: basis, mask, raw, seedlm, svd, trellis",
+            "unknown codec 'zip'; known: basis, field, mask, raw, seedlm, svd, trellis",
         ),
         (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
         (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "dtype 'int3': choose float32, float16"),
