@@ -113,6 +113,11 @@ def measure(result: report.Result) -> None:
             for r in sorted(rows, key=lambda r: r["count"])
         ],
     )  # fmt: skip
+    result.say(
+        "What limits them: after the first cycle 1,000 coefficients have 60.3% on the training pictures too, so that moved ones only "
+        "distract; after the last they have 67.7%. 10,000 coefficients have 87.4% there after the third cycle, 7 points more than "
+        "on the test pictures: its mirrored pictures alone are learnt by heart, and a further cycle should move them again."
+    )
     points = [
         {"family": r["family"], "hours": spent / 3600, "percent": 100 * share}
         for r in rows for spent, share in r["curve"]
