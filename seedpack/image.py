@@ -32,8 +32,9 @@ from seedpack.model.stored import stored_dense
 
 NAME = "image"
 STEPS = 600
-FIRST_PRICE, SETTLING, REACTION = 6e-3, 20, 0.03
-CHECKED = 20
+FIRST_PRICE, REACTION = 6e-3, 0.06
+CHECKED = 20  # every so many steps, after the first quarter
+CLOSE = 0.02  # 2% of the bits, or 0.04 dB
 BY_CHANCE = 0.9  # of the steps
 FINE = 0.35  # bits a pixel from which a number for each pixel pays
 HEADROOM = 12  # bytes that larger numbers of bytes may add to the header
@@ -149,8 +150,9 @@ def fitted(
     psnr: float = 0.0,
     steps: int = STEPS,
     watch: Watch = lambda done: None,
-) -> Field:
-    """Train a field on an image: the price of a bit moves until the streams take `bits`, or the image is as good as `psnr`.
+) -> tuple[Field, list[bytes]]:
+    """Train a field on an image; returns it and its streams. The price of a bit moves until they take `bits`, or the image is as
+    good as `psnr`.
 
     Args:
         image: float32 [channels, height, width], 0 to 1.
@@ -167,26 +169,29 @@ def fitted(
     rates = [(fit.grids.parameters(), 0.1), ([fit.coefs], 0.01), ([fit.sizes], 0.01)]
     optimiser = torch.optim.Adam([{"params": list(some), "lr": rate} for some, rate in rates], betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: max(0.02, 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps)))
+        optimiser, lambda step: max(0.02, 0.5 + 0.5 * math.cos(math.pi * step / steps)) if step < steps else 0.1
     )
     nearest = int(BY_CHANCE * steps)  # the step from which numbers are rounded so
-    checks = {steps // 2, 3 * steps // 4, *range(nearest + CHECKED // 2, 2 * steps, CHECKED), steps}
-    price, real = math.log(FIRST_PRICE), 1.0  # of a bit a pixel in squared error; bits over those that are expected
-    best: Field | None = None
+    checks = {*range(steps // 4, 2 * steps, CHECKED), steps}
+    price, bias = math.log(FIRST_PRICE), 0.0  # of a bit a pixel in squared error; what expectations were short by
+    best: tuple[Field, list[bytes]] | None = None
     for step in range(2 * steps):
         error, expected = fit.train(step < nearest)()
+        past = _past(bits, psnr, expected.item(), -10 * math.log10(error.item()))
         if step in checks:
             field = fit.field()
-            found = 8 * sum(map(len, packed(field)))
-            real = found / expected.item()
-            met = found <= bits if bits is not None else _psnr(image, rendered(fit.network, field)) >= psnr
-            best = field if met and step >= steps else best
-            if best is not None and (step >= 1.2 * steps or bits is None or found > 0.98 * bits):
+            streams = packed(field)
+            found = _past(bits, psnr, 8 * sum(map(len, streams)), _psnr(image, rendered(fit.network, field)))
+            if step >= steps and (found >= 0 if bits is None else found <= 0):
+                best = field, streams
+            if best is not None and (step >= 1.2 * steps or abs(found) < CLOSE):
                 return best
-        if step >= SETTLING:  # how far the aim is passed: bits too many, or decibels to spare
-            spent, good = math.log(real * expected.item()), -10 * math.log10(error.item())
-            past = spent - math.log(0.995 * bits) if bits is not None else (good - psnr - 0.01) / 4
-            price += REACTION * max(-1.0, min(1.0, past))
+            bias = found - past
+        if step >= steps // 4:  # before, most bits are still those of the start
+            push = past + bias + (CLOSE / 2 if bits is not None else -CLOSE / 2)
+            if step >= steps:  # what is left to mend is small, and must move all the same
+                push = math.copysign(max(abs(push), 0.3), push)
+            price += REACTION * max(-1.0, min(1.0, push))
         loss = error + math.exp(price) * expected / image[0].numel()
         optimiser.zero_grad()
         loss.backward()
@@ -196,10 +201,13 @@ def fitted(
             watch(1)
     if best is not None:
         return best
-    aim = f"{bits // 8:,} bytes" if bits is not None else f"{psnr} dB"
-    raise ModelError(
-        f"the image cannot be brought to {aim}; ask for {'more' if bits is not None else 'less'}, or allow more steps"
-    )
+    aim, more = (f"{bits // 8:,} bytes", "more") if bits is not None else (f"{psnr} dB", "less")
+    raise ModelError(f"the image cannot be brought to {aim}; ask for {more}, or allow more steps")
+
+
+def _past(bits: int | None, psnr: float, spent: float, good: float) -> float:
+    """How far an aim is passed: the logarithm of bits spent over those to spend, or half of the decibels to spare."""
+    return math.log(spent / bits) if bits is not None else (good - psnr) / 2
 
 
 def compress(
@@ -244,12 +252,11 @@ def compress(
     network = codec.network((height, width * channels))
     empty = file_bytes([_planned(codec, pixels)], {}, WRITER) + HEADROOM
     if size is not None and size <= empty:
-        raise ModelError(f"a file of {size:,} bytes is too small: its header alone takes {empty:,}")
+        raise ModelError(f"a file of {size:,} bytes is too small: its header alone takes {empty:,}; ask for more")
     with staged(output, force=force) as partial:
         chosen = pixels.permute(2, 0, 1).float() / 255
         bits = None if size is None else 8 * (size - empty)
-        field = fitted(chosen, codec, bits=bits, psnr=psnr or 0.0, steps=steps, watch=watch)
-        streams = packed(field)
+        field, streams = fitted(chosen, codec, bits=bits, psnr=psnr or 0.0, steps=steps, watch=watch)
         codec = dataclasses.replace(codec, sizes=tuple(map(len, streams)))
         planned = _planned(codec, pixels)
         with CheckpointWriter(partial, [planned], {}, WRITER) as writer:
@@ -283,13 +290,13 @@ def decompress(path: str | Path, *, fraction: float | None = None) -> Tensor:
 
 
 def read(path: str | Path) -> Tensor:
-    """An image file as uint8 [height, width, channels], grey or RGB.
+    """An image file as uint8 [height, width, channels], grey or RGB, turned as its EXIF data say.
 
     Raises:
         ModelError: Pillow cannot read it, or it has transparency or more than 8 bits a channel.
     """
     try:
-        from PIL import Image
+        from PIL import Image, ImageOps
     except ImportError:
         raise ModelError("image files are read by Pillow; pip install seedpack[image]") from None
     try:
@@ -298,10 +305,10 @@ def read(path: str | Path) -> Tensor:
                 raise ModelError(f"{path}: has transparency, which would be lost; flatten it first")
             if opened.mode[0] in "IF":
                 raise ModelError(f"{path}: has more than 8 bits a channel ({opened.mode}); convert it first")
+            upright = ImageOps.exif_transpose(opened)
             grey = opened.mode in ("1", "L")
-            return torch.from_numpy(np.array(opened.convert("L" if grey else "RGB"))).reshape(
-                opened.height, opened.width, -1
-            )
+            pixels = np.array(upright.convert("L" if grey else "RGB"))
+            return torch.from_numpy(pixels).reshape(upright.height, upright.width, -1)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ModelError(f"{path}: is no image that can be read ({first_line(error)})") from None
 
@@ -337,6 +344,5 @@ def _planned(codec: FieldCodec, image: Tensor) -> PlannedTensor:
 
 
 def _psnr(image: Tensor, pixels: Tensor) -> float:
-    """Of pixels 0 to 1 as bytes, in dB; of equal images that of a quarter of a step."""
-    whole = (pixels * 255).round().clamp(0, 255) / 255
-    return -10 * math.log10(max(float((whole - image).square().mean()), (0.25 / 255) ** 2))
+    """Of an image 0 to 1 and pixels 0 … 255, in dB; of equal ones that of a quarter of a step."""
+    return -10 * math.log10(max(float((pixels / 255 - image).square().mean()), (0.25 / 255) ** 2))

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
     {"errors", "_transformers"},
     {"formats"},
-    {"_shapes", "dtypes", "keys", "prng", "linalg"},
+    {"_constriction", "_shapes", "dtypes", "keys", "prng", "linalg"},
     {"kernels"},
     {"fields"},
     {"codecs"},

@@ -148,6 +148,10 @@ def test_files_of_images(tmp_path: Path) -> None:
     shown = picture(20, 30)
     image.write(shown, tmp_path / "a.png")
     torch.testing.assert_close(image.read(tmp_path / "a.png"), shown)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera held upright
+    Image.fromarray(shown.numpy()).save(tmp_path / "turned.png", exif=turned)
+    torch.testing.assert_close(image.read(tmp_path / "turned.png"), shown.rot90(-1))
     Image.fromarray(np.arange(200, dtype=np.uint8).reshape(10, 20)).save(tmp_path / "grey.png")
     assert image.read(tmp_path / "grey.png").shape == (10, 20, 1)
     Image.new("RGBA", (4, 4)).save(tmp_path / "clear.png")

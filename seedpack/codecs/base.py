@@ -7,7 +7,7 @@ integer tensors, its *parts*, laid out [out_features, groups along the input, â€
     parts(shape)                     what will be stored, known before fitting
     encode(weight, importance)       weight -> parts
     decode(parts, shape, dtype)      parts -> weight; the definition
-    rows(parts, index)               the parts of some rows, for embeddings (or decode_rows, which rebuilds them)
+    rows(parts, index)               the parts of some rows, for embeddings, where parts belong to rows
     matmul(x, parts, shape, bias)    x @ weight.T + bias
     matmul_transposed(grad, â€¦)       grad @ weight, for the backward pass
 
@@ -92,7 +92,9 @@ class Codec:
     def decode_rows(
         self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
     ) -> Tensor:
-        """Some rows of the weight, [n, in]; codecs whose parts belong to no rows define it in place of `rows`."""
+        """Some rows of the weight, [n, in]: of their parts, or, where a codec has no `rows`, of the whole weight."""
+        if type(self).rows is Codec.rows:
+            return self.decode(parts, shape, dtype, backend)[index]
         return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
 
     def matmul(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
+from seedpack.codecs.derived import derived
 from seedpack.errors import CodecError
 from seedpack.fields import coding
 from seedpack.fields.network import Network
@@ -105,14 +106,7 @@ class FieldCodec(Codec):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """0 … 255, whole numbers, in any dtype; without the last parts a blurred image."""
         pixels = rendered(self.network(shape), self.field(parts, shape), parts["weight"].device)
-        whole = (pixels * 255).round().clamp(0, 255)
-        return whole.permute(1, 2, 0).reshape(shape).to(dtype)
-
-    def decode_rows(
-        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
-    ) -> Tensor:
-        """Of the whole."""
-        return self.decode(parts, shape, dtype, backend)[index]
+        return pixels.permute(1, 2, 0).reshape(shape).to(dtype)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """Beside the parts' form: the streams can be decoded."""
@@ -122,7 +116,11 @@ class FieldCodec(Codec):
             self.field(dict(parts), shape)
 
     def field(self, parts: Parts, shape: Shape) -> Field:
-        """What the parts hold."""
+        """What the parts hold; decoded once for a check and what follows."""
+        places = tuple((name, part.data_ptr()) for name, part in parts.items())
+        return derived(parts["weight"], (self, shape, places), lambda: self._field(parts, shape))
+
+    def _field(self, parts: Parts, shape: Shape) -> Field:
         network = self.network(shape)
         streams = [
             part.flatten().cpu().numpy().tobytes()
@@ -168,11 +166,11 @@ def packed(field: Field) -> list[bytes]:
 
 
 def rendered(network: Network, field: Field, device: torch.device | None = None) -> Tensor:
-    """Pixels [channels, height, width], about 0 to 1."""
+    """Pixels [channels, height, width], whole numbers 0 … 255."""
     grids = [
         torch.zeros(shape, device=device) if grid is None else torch.from_numpy(grid).to(device, torch.float32)
         for shape, grid in zip(network.grids(), field.grids, strict=True)
     ]
     coefs = torch.from_numpy(field.coefs).to(device, torch.float32)[None] * field.step
     with torch.no_grad():
-        return network.render(coefs, grids)
+        return (network.render(coefs, grids) * 255).round().clamp(0, 255)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seedpack._constriction import stream
 from seedpack._shapes import Float
 from seedpack.codecs.base import (
     Codec,
@@ -110,7 +111,7 @@ class MaskCodec(Codec):
         """The parts of a mask, bool [out, in], that keeps exactly the share that it should."""
         if int(mask.sum()) != (kept := kept_of(self.kept, mask.numel())):
             raise CodecError(f"{self.id}: a mask of {mask.numel()} weights keeps {int(mask.sum())}, expected {kept}")
-        coder = _coder()
+        coder = stream("mask", "mask")
         encoder = coder.queue.RangeEncoder()
         encoder.encode(mask.flatten().cpu().numpy().astype(np.int32), self._model(coder, mask.numel()))
         words = encoder.get_compressed()
@@ -123,7 +124,7 @@ class MaskCodec(Codec):
 
     def mask(self, parts: Parts, shape: Shape) -> Tensor:
         """The mask, bool [out, in], on the CPU."""
-        coder = _coder()
+        coder = stream("mask", "mask")
         words = parts["weight"].flatten().cpu().numpy().view("<u4").astype(np.uint32)
         mask = np.zeros(math.prod(shape), np.bool_)
         decoder, model = coder.queue.RangeDecoder(words), self._model(coder, len(mask))
@@ -138,12 +139,6 @@ class MaskCodec(Codec):
         scale = parts["scale"].view(torch.float32)
         values = torch.stack((torch.zeros_like(scale), scale, -scale)).flatten().to(dtype)
         return values[_bits(kept, shape) * (1 + _bits(negative, shape))]
-
-    def decode_rows(
-        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
-    ) -> Tensor:
-        """Of the whole."""
-        return self.decode(parts, shape, dtype, backend)[index]
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """Beside the parts' form: the scale is finite, and the mask keeps as many weights as it should."""
@@ -196,12 +191,3 @@ def _bits(packed: Tensor, shape: Shape) -> Tensor:
     """Bits as int64 of a shape."""
     places = torch.arange(8, device=packed.device)
     return (packed[:, None].long() >> places & 1).flatten()[: math.prod(shape)].view(shape)
-
-
-def _coder() -> Any:
-    try:
-        import constriction
-    except ImportError:
-        raise CodecError("mask: masks are coded by Constriction; pip install seedpack[mask]") from None
-    stream: Any = constriction.stream
-    return stream

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from seedpack.errors import CodecError
+from seedpack._constriction import stream
 
 Ints = NDArray[np.int32]
 LIMIT = 127  # of a number's magnitude
@@ -65,7 +65,8 @@ class Sizes:
 def distributions() -> NDArray[np.float32]:
     """Shares of −LIMIT … LIMIT in each distribution, float32 [SIZES, 2·LIMIT + 1]; multiples of 2^-24."""
     out = np.zeros((SIZES, 2 * LIMIT + 1), np.int64)
-    for size, (zero, ratio) in enumerate(GEOMETRIC):
+    for size in range(SIZES):
+        zero, ratio = _geometric(size)
         out[size, LIMIT] = zero << 8
         tail = ((1 << 24) - (zero << 8)) * ((1 << 16) - ratio) >> 17
         for magnitude in range(1, LIMIT + 1):
@@ -79,9 +80,6 @@ def _geometric(size: int) -> tuple[int, int]:
     has of the one before, in units of 2^-16."""
     scale = 2.0 ** (size / 6 - 4)
     return min(round(-np.expm1(-0.5 / scale) * 2**16), 2**16 - 4), max(round(np.exp(-1 / scale) * 2**16), 1)
-
-
-GEOMETRIC = tuple(_geometric(size) for size in range(SIZES))
 
 
 @functools.cache
@@ -132,7 +130,7 @@ def fitted_sizes(grids: list[Ints]) -> Sizes:
             others = np.squeeze(rest[0] + rest[1], axis).reshape(-1)
             for entry in np.flatnonzero(np.moveaxis(counts, axis, 0).reshape(len(table), -1).any(1)):
                 here = np.take(price, entry, axis).reshape(-1, SIZES)
-                bits = [here[np.arange(len(here)), np.clip(others + shift, 0, SIZES - 1)].sum() for shift in tried]
+                bits = np.take_along_axis(here, np.clip(others[:, None] + tried, 0, SIZES - 1), 1).sum(0)
                 table[entry] = tried[int(np.argmin(bits))]
     return Sizes(tables[0], tables[1], tables[2].reshape(-1, 2))
 
@@ -147,10 +145,15 @@ def _waves(height: int, width: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     return waves
 
 
+def _categorical(*shares: Any) -> Any:
+    """The coder's model of shares that are given here, or with each call."""
+    return stream("field", "image").model.Categorical(*shares, perfect=False)
+
+
 def write_grid(encoder: Any, sizes: Sizes, level: int, grid: Ints, coarser: Ints | None) -> None:
     """Code a grid [planes, h, w]; `coarser` is the next one, or None."""
     chosen = sizes.chosen(*contexts(grid, coarser), level)
-    model, table = _coder().model.Categorical(perfect=False), distributions()
+    model, table = _categorical(), distributions()
     for rows, columns in _waves(*grid.shape[1:]):
         symbols = (grid[:, rows, columns] + LIMIT).flatten().astype(np.int32)
         encoder.encode(symbols, model, table[chosen[:, rows, columns].flatten()])
@@ -161,7 +164,7 @@ def read_grid(decoder: Any, sizes: Sizes, level: int, shape: tuple[int, int, int
     planes, height, width = shape
     grid, near = np.zeros(shape, np.int32), np.zeros((planes, height + 1, width + 2), np.int32)
     above = _class(_above(shape, coarser), ABOVE)
-    model, table = _coder().model.Categorical(perfect=False), distributions()
+    model, table = _categorical(), distributions()
     for rows, columns in _waves(height, width):
         around = 2 * (near[:, rows + 1, columns] + near[:, rows, columns + 1])
         around += near[:, rows, columns] + near[:, rows, columns + 2]
@@ -174,12 +177,12 @@ def read_grid(decoder: Any, sizes: Sizes, level: int, shape: tuple[int, int, int
 
 def write_codes(encoder: Any, size: int, codes: Ints) -> None:
     """Code numbers [n] that have no neighbours, by one distribution."""
-    encoder.encode(codes + LIMIT, _coder().model.Categorical(distributions()[size], perfect=False))
+    encoder.encode(codes + LIMIT, _categorical(distributions()[size]))
 
 
 def read_codes(decoder: Any, size: int, count: int) -> Ints:
     """The numbers that `write_codes` coded."""
-    found: Ints = decoder.decode(_coder().model.Categorical(distributions()[size], perfect=False), count) - LIMIT
+    found: Ints = decoder.decode(_categorical(distributions()[size]), count) - LIMIT
     return found
 
 
@@ -190,7 +193,7 @@ def best_size(codes: Ints) -> int:
 
 def encoder() -> Any:
     """A range encoder."""
-    return _coder().queue.RangeEncoder()
+    return stream("field", "image").queue.RangeEncoder()
 
 
 def coded(encoder: Any) -> bytes:
@@ -201,13 +204,4 @@ def coded(encoder: Any) -> bytes:
 
 def decoder(data: bytes) -> Any:
     """A range decoder."""
-    return _coder().queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
-
-
-def _coder() -> Any:
-    try:
-        import constriction
-    except ImportError:
-        raise CodecError("field: images are coded by Constriction; pip install seedpack[image]") from None
-    stream: Any = constriction.stream
-    return stream
+    return stream("field", "image").queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))

@@ -57,7 +57,8 @@ class Network:
 
     def shapes(self) -> list[tuple[tuple[int, ...], float]]:
         """Of the weights, in their order, and the standard deviation that each starts at."""
-        inputs, hidden, out = self._colours(torch.device("cpu")).shape[1], self.hidden, CELL * CELL * self.channels
+        hidden, out = self.hidden, CELL * CELL * self.channels
+        inputs = sum(planes for planes, _, _ in self.grids()) + (0 if self.finest else CELL * CELL - 1)
         weights: list[tuple[int, ...]] = [
             (hidden, inputs, 1, 1),
             (hidden, hidden, 3, 3),
