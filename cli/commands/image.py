@@ -21,7 +21,7 @@ def command() -> None:
 )
 @click.option("--bytes", "size", help="What the file may take, as 20000 or 20KB.")
 @click.option("--psnr", type=float, help="Quality in dB instead: 25 is rough, 30 fair, 35 good.")
-@click.option("--steps", type=click.IntRange(1), help="Of training; more are slower and better. Default: 1000.")
+@click.option("--steps", type=click.IntRange(1), help="Of training; more are slower and better. Default: 200.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the network's bases.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

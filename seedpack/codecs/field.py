@@ -1,5 +1,4 @@
-"""An image as a neural field: a pyramid of grids of whole numbers, and a small network of pseudorandom bases that turns them into
-pixels."""
+"""An image as a neural field: bands of whole numbers, and a small network of pseudorandom bases that turns them into pixels."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,11 +16,13 @@ from seedpack.codecs.derived import derived
 from seedpack.errors import CodecError
 from seedpack.fields import coding
 from seedpack.fields.network import Network
+from seedpack.fields.wavelet import LEVELS, Band, with_context
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
 
-HEAD = struct.Struct("<fB")  # behind the tables: step and distribution of the coefficients
+HEAD = struct.Struct("<ffB")  # behind the tables: unit of the bands, step and distribution of the coefficients
 PARTS = 4
+LOW = 8.0  # units that a number of the low pass stands for: few numbers, each of many pixels, are large
 MAX_SIDE, MAX_PIXELS = 1 << 15, 1 << 26
 MAX_STEP = 64.0
 
@@ -33,27 +34,29 @@ class Field:
     Attributes:
         coefs: codes of the network's coefficients, int32 [count].
         step: what they are multiplied by, float32.
-        grids: finest first, int32 [planes, h, w] each; missing finer ones are None.
+        unit: the same of the bands.
+        bands: coarse ones first, int32 of the shapes that the network's `bands` give; finer ones may be missing.
     """
 
     coefs: coding.Ints
     step: float
-    grids: list[coding.Ints | None]
+    unit: float
+    bands: list[coding.Ints]
 
 
 @dataclass(frozen=True)
 class FieldCodec(Codec):
     """An image [height, width, channels] of bytes as a neural field. Parts, each of uint8 [bytes, 1, 1]:
 
-    - weight: the tables of the coder, the step of the network's coefficients and their distribution, then one stream of
-      Constriction's range coder (words of 32 bits, little-endian): the coefficients and all grids but the finest three.
-    - more_1, more_2, more_3: the next finer grid each; a prefix of the file gives a blurred image.
+    - weight: the tables of the coder, the unit of the bands, the step of the network's coefficients and their distribution,
+      then one stream of Constriction's range coder (words of 32 bits, little-endian): the coefficients and the bands of all
+      levels but the finest three.
+    - more_1, more_2, more_3: the next finer level each; a prefix of the file gives a blurred image.
 
     `seedpack.image.compress` makes it; of a weight that is given it makes nothing.
 
     Attributes:
         channels: 1 or 3.
-        finest: the finest grid: 1 has a number for two by two pixels, 0 for each.
         hidden: width of the network.
         count: coefficients of the network.
         seed: of its bases.
@@ -63,7 +66,6 @@ class FieldCodec(Codec):
     id: ClassVar[str] = "field"
     version: ClassVar[int] = 0
     channels: int = 3
-    finest: int = 1
     hidden: int = 8
     count: int = 256
     seed: int = 0
@@ -72,7 +74,6 @@ class FieldCodec(Codec):
     def __post_init__(self) -> None:
         if self.channels not in (1, 3) or type(self.channels) is not int:
             raise CodecError(f"{self.id}: channels must be 1 or 3, got {self.channels!r}")
-        require_whole(self.id, "finest", self.finest, 0, 1)
         require_whole(self.id, "hidden", self.hidden, 1, 256)
         require_whole(self.id, "count", self.count, 1, 1 << 20)
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
@@ -91,7 +92,7 @@ class FieldCodec(Codec):
                 f"{self.id}: images have up to {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in all, this one "
                 f"{shape[0]:,} × {shape[1] // self.channels:,}"
             )
-        return Network(shape[0], shape[1] // self.channels, self.channels, self.finest, self.hidden, self.seed)
+        return Network(shape[0], shape[1] // self.channels, self.channels, self.hidden, self.seed)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Streams of the sizes that the settings give."""
@@ -126,51 +127,64 @@ class FieldCodec(Codec):
             part.flatten().cpu().numpy().tobytes()
             for part in (parts[name] for name in self.parts(shape) if name in parts)
         ]
-        levels = len(network.grids())
-        tables = coding.Sizes.nbytes(levels)
+        tables = coding.Sizes.nbytes(self.channels)
         head, streams[0] = streams[0][: tables + HEAD.size], streams[0][tables + HEAD.size :]
         if len(head) < tables + HEAD.size or any(len(stream) % coding.WORD_BYTES for stream in streams):
             raise CodecError(f"{self.id}: a stream has no whole number of words; the file is corrupt")
-        sizes, (step, size) = coding.Sizes.from_bytes(head[:tables], levels), HEAD.unpack(head[tables:])
-        if not 0 < step <= MAX_STEP:
-            raise CodecError(f"{self.id}: the step of the coefficients is {step}; the file is corrupt")
-        grids: list[Any] = [None] * (levels + 1)
+        sizes = coding.Sizes.from_bytes(head[:tables], self.channels)
+        unit, step, size = HEAD.unpack(head[tables:])
+        if not (0 < step <= MAX_STEP and 0 < unit <= MAX_STEP):
+            raise CodecError(f"{self.id}: the steps are {unit} and {step}; the file is corrupt")
+        found: list[coding.Ints] = []
         try:
-            decoder = coding.decoder(streams[0])
-            coefs = coding.read_codes(decoder, size % coding.SIZES, self.count)
-            for level, form in reversed(list(enumerate(network.grids()))):
-                if level < PARTS - 1:
-                    if PARTS - 1 - level >= len(streams):
-                        break
-                    decoder = coding.decoder(streams[PARTS - 1 - level])
-                grids[level] = coding.read_grid(decoder, sizes, level, form, grids[level + 1])
+            decoders = [coding.decoder(stream) for stream in streams]
+            coefs = coding.read_codes(decoders[0], size % coding.SIZES, self.count)
+            for band, parent, before in with_context(network.bands(), found):
+                if _part(band) >= len(streams):
+                    break
+                found.append(coding.read_band(decoders[_part(band)], sizes, band, parent, before))
         except AssertionError as error:  # what the coder raises for data that no encoder wrote
             raise CodecError(f"{self.id}: a stream is corrupt ({error})") from None
-        return Field(coefs, step, grids[:-1])
+        return Field(coefs, step, unit, found)
 
 
-def packed(field: Field) -> list[bytes]:
+def _part(band: Band) -> int:
+    """The stream that a band is in."""
+    return max(0, PARTS - 1 - band.level)
+
+
+def packed(field: Field, sizes: coding.Sizes, bands: list[Band]) -> list[bytes]:
     """The streams of a whole field, in the order of the parts."""
-    grids: list[Any] = [*field.grids, None]
-    sizes, size = coding.fitted_sizes(grids[:-1]), coding.best_size(field.coefs)
-    head = sizes.to_bytes() + HEAD.pack(field.step, size)
-    encoder, streams = coding.encoder(), []
-    coding.write_codes(encoder, size, field.coefs)
-    for level in reversed(range(len(field.grids))):
-        if level < PARTS - 1:
-            streams.append(coding.coded(encoder))
-            encoder = coding.encoder()
-        coding.write_grid(encoder, sizes, level, grids[level], grids[level + 1])
-    streams.append(coding.coded(encoder))
-    return [head + streams[0], *streams[1:]]
+    size = coding.best_size(field.coefs)
+    encoders = [coding.encoder() for _ in range(PARTS)]
+    coding.write_codes(encoders[0], size, field.coefs)
+    for numbers, (band, parent, before) in zip(field.bands, with_context(bands, field.bands), strict=True):
+        coding.write_band(encoders[_part(band)], sizes, band, numbers, parent, before)
+    head = sizes.to_bytes() + HEAD.pack(field.unit, field.step, size)
+    first, *others = map(coding.coded, encoders)
+    return [head + first, *others]
+
+
+def packed_bytes(field: Field, sizes: coding.Sizes, bands: list[Band]) -> int:
+    """About as many as `packed` makes, in a moment."""
+    bits = coding.costs(coding.LIMITS[0])[coding.best_size(field.coefs), abs(field.coefs)].sum()
+    for numbers, (band, parent, before) in zip(field.bands, with_context(bands, field.bands), strict=True):
+        which = coding.chosen(sizes, band, numbers, parent, before)
+        bits += coding.costs(coding.limit_of(band.level))[which, abs(numbers)].sum()
+    return len(sizes.to_bytes()) + HEAD.size + math.ceil(bits / 8) + PARTS * coding.WORD_BYTES
+
+
+def unit_of(band: Band) -> float:
+    """What a band's numbers stand for, in the field's unit."""
+    return LOW if band.level == LEVELS else 1.0
 
 
 def rendered(network: Network, field: Field, device: torch.device | None = None) -> Tensor:
     """Pixels [channels, height, width], whole numbers 0 … 255."""
-    grids = [
-        torch.zeros(shape, device=device) if grid is None else torch.from_numpy(grid).to(device, torch.float32)
-        for shape, grid in zip(network.grids(), field.grids, strict=True)
-    ]
+    bands = network.bands()
+    values = [torch.zeros(band.shape, device=device) for band in bands]
+    for place, (band, numbers) in enumerate(zip(bands, field.bands, strict=False)):
+        values[place] = torch.from_numpy(numbers).to(device, torch.float32) * (field.unit * unit_of(band))
     coefs = torch.from_numpy(field.coefs).to(device, torch.float32)[None] * field.step
     with torch.no_grad():
-        return (network.render(coefs, grids) * 255).round().clamp(0, 255)
+        return (network.render(coefs, values) * 255).round().clamp(0, 255)

@@ -1,7 +1,8 @@
-"""Grids of whole numbers as bytes: a range coder whose probabilities follow from what was coded before.
+"""Bands of whole numbers as bytes: a range coder whose probabilities follow from what was coded before.
 
-Each number's neighbours that are known, and the number at its place in the next coarser grid, say how large it will be; a
-geometric distribution of that size codes it. All of it is whole numbers, so that every machine decodes the same.
+How large a number will be is a weighted sum of the magnitudes around it that are known: of its neighbours, of the coarser band
+and of the colour before (as Wu's ECECOW, 1997, does); a geometric distribution of that size codes it. All of it is whole
+numbers, so that every machine decodes the same.
 """
 
 from __future__ import annotations
@@ -14,129 +15,140 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seedpack._constriction import stream
+from seedpack.fields.wavelet import LEVELS, Band
 
 Ints = NDArray[np.int32]
-LIMIT = 127  # of a number's magnitude
-SIZES = 64  # distributions, from the narrowest to the widest
-NEAR = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # classes of 2·(left + above) + above left + above right
-ABOVE = (0, 1, 2, 4, 8, 16)  # classes of the coarser grid's magnitude
+SIZES = 84  # distributions, from the narrowest to the widest
+LIMITS = (127, 255, 1023)  # of magnitudes, by level; the last one for all others
+UNIT = 128  # of weights and sizes
+NEAR = (
+    ((0, -1),),
+    ((-1, 0),),
+    ((-1, -1), (-1, 1)),
+    ((0, -2),),
+    ((-2, 0),),
+    ((-2, -1), (-2, 1)),
+)  # rows, columns, by weight
+WEIGHTS = len(NEAR) + 3  # and the number in the coarser band, the eight around that one, and that of the colour before
+DIRECTIONS = 4  # three of details, and the low pass
 WORD_BYTES = 4
-TURNS = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Which distribution codes a number: the sum of three entries, kept in 0 … SIZES − 1.
+    """From which a number's distribution follows.
 
     Attributes:
-        near: by class of the neighbours.
-        above: by class of the number in the coarser grid.
-        level: by grid, finest first: of its first plane, and of others.
+        weights: of what is known, int32 [kinds of colours, DIRECTIONS, WEIGHTS], 0 to 255, in units of 1 / UNIT. The first kind
+            is brightness, the second one all differences.
+        least: by level, the distribution where all around is 0, int32 [LEVELS + 1, kinds of colours].
     """
 
-    near: Ints
-    above: Ints
-    level: Ints
+    weights: Ints
+    least: Ints
 
     def to_bytes(self) -> bytes:
-        """As int8."""
-        return np.concatenate((self.near, self.above, self.level.flatten())).astype(np.int8).tobytes()
+        """As uint8."""
+        return np.concatenate((self.weights.flatten(), self.least.flatten())).astype(np.uint8).tobytes()
 
     @classmethod
-    def from_bytes(cls, data: bytes, levels: int) -> Sizes:
-        """Of `nbytes(levels)` bytes."""
-        every = np.frombuffer(data, np.int8).astype(np.int32)
-        near, above, level = np.split(every, [len(NEAR), len(NEAR) + len(ABOVE)])
-        return cls(near, above, level.reshape(levels, 2))
-
-    def chosen(self, near: Ints, above: Ints, level: int) -> Ints:
-        """The distribution of each number of a grid, or of some of its places, [planes, …], from its classes."""
-        offset = self.level[level, np.minimum(np.arange(len(near)), 1)].reshape(-1, *[1] * (near.ndim - 1))
-        found: Ints = np.clip(self.near[near] + self.above[above] + offset, 0, SIZES - 1)
-        return found
+    def from_bytes(cls, data: bytes, channels: int) -> Sizes:
+        """Of `nbytes(channels)` bytes."""
+        kinds, every = min(channels, 2), np.frombuffer(data, np.uint8).astype(np.int32)
+        weights, least = np.split(every, [kinds * DIRECTIONS * WEIGHTS])
+        return cls(weights.reshape(kinds, DIRECTIONS, WEIGHTS), least.reshape(LEVELS + 1, kinds) % SIZES)
 
     @staticmethod
-    def nbytes(levels: int) -> int:
-        """Of so many grids."""
-        return len(NEAR) + len(ABOVE) + 2 * levels
+    def nbytes(channels: int) -> int:
+        """For so many channels."""
+        return min(channels, 2) * (DIRECTIONS * WEIGHTS + LEVELS + 1)
+
+    def of(self, band: Band) -> tuple[Ints, int]:
+        """The weights of a band [WEIGHTS, planes, 1], and the size where all around is 0."""
+        kind = min(band.colour, 1)
+        weights = self.weights[kind, DIRECTIONS - 1 :] if band.shape[0] == 1 else self.weights[kind, : DIRECTIONS - 1]
+        return weights.T[:, :, None], round(UNIT * scale_of(int(self.least[band.level, kind])))
+
+
+def scale_of(size: float) -> float:
+    """Of a distribution's numbers: the mean magnitude is a little less."""
+    return float(2.0 ** (size / 6 - 4))
 
 
 @functools.cache
-def distributions() -> NDArray[np.float32]:
-    """Shares of −LIMIT … LIMIT in each distribution, float32 [SIZES, 2·LIMIT + 1]; multiples of 2^-24."""
-    out = np.zeros((SIZES, 2 * LIMIT + 1), np.int64)
+def _bounds() -> Ints:
+    """The sum from which on each distribution but the first is taken."""
+    return np.array([round(UNIT * scale_of(size - 0.5)) for size in range(1, SIZES)], np.int32)
+
+
+def limit_of(level: int) -> int:
+    """The largest magnitude at a level."""
+    return LIMITS[min(level, len(LIMITS) - 1)]
+
+
+@functools.cache
+def distributions(limit: int) -> NDArray[np.float32]:
+    """Shares of −limit … limit in each distribution, float32 [SIZES, 2·limit + 1]; multiples of 2^-24."""
+    out = np.zeros((SIZES, 2 * limit + 1), np.int64)
     for size in range(SIZES):
         zero, ratio = _geometric(size)
-        out[size, LIMIT] = zero << 8
+        out[size, limit] = zero << 8
         tail = ((1 << 24) - (zero << 8)) * ((1 << 16) - ratio) >> 17
-        for magnitude in range(1, LIMIT + 1):
-            out[size, LIMIT + magnitude] = out[size, LIMIT - magnitude] = max(tail, 1)
+        for magnitude in range(1, limit + 1):
+            out[size, limit + magnitude] = out[size, limit - magnitude] = max(tail, 1)
             tail = tail * ratio >> 16
     return (out / 2.0**24).astype(np.float32)
 
 
 def _geometric(size: int) -> tuple[int, int]:
-    """Of a Laplace distribution of scale 2^(size / 6 − 4), rounded to whole numbers: the share of 0, and what each magnitude
-    has of the one before, in units of 2^-16."""
-    scale = 2.0 ** (size / 6 - 4)
+    """Of a Laplace distribution of that scale, rounded to whole numbers: the share of 0, and what each magnitude has of the one
+    before, in units of 2^-16."""
+    scale = scale_of(size)
     return min(round(-np.expm1(-0.5 / scale) * 2**16), 2**16 - 4), max(round(np.exp(-1 / scale) * 2**16), 1)
 
 
 @functools.cache
-def costs() -> NDArray[np.float64]:
-    """Bits of each magnitude 0 … LIMIT in each distribution, with its sign, float64 [SIZES, LIMIT + 1]."""
-    shares = distributions()[:, LIMIT:].astype(np.float64)
+def costs(limit: int) -> NDArray[np.float64]:
+    """Bits of each magnitude 0 … limit in each distribution, with its sign, float64 [SIZES, limit + 1]."""
+    shares = distributions(limit)[:, limit:].astype(np.float64)
     total = 2 * shares.sum(1, keepdims=True) - shares[:, :1]
     found: NDArray[np.float64] = -np.log2(shares / total)
     return found
 
 
-def contexts(grid: Ints, coarser: Ints | None) -> tuple[Ints, Ints]:
-    """The classes of each number of a grid [planes, h, w]."""
-    near = np.pad(np.abs(grid), ((0, 0), (1, 0), (1, 1)))
-    around = 2 * (near[:, 1:, :-2] + near[:, :-1, 1:-1]) + near[:, :-1, :-2] + near[:, :-1, 2:]
-    return _class(around, NEAR), _class(_above(grid.shape, coarser), ABOVE)
+def _base(sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> Ints:
+    """What the least size, the coarser band and the colour before add to each number's sum."""
+    weights, least = sizes.of(band)
+    weights = weights[..., None]
+    total = np.full(band.shape, least, np.int32)
+    if parent is not None:
+        above = np.pad(np.abs(parent), ((0, 0), (1, 1), (1, 1)))
+        rows = above[:, :-2] + above[:, 1:-1] + above[:, 2:]
+        around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] - above[:, 1:-1, 1:-1]
+        added = weights[-3] * above[:, 1:-1, 1:-1] + weights[-2] * around
+        total += added.repeat(2, 1).repeat(2, 2)[:, : band.shape[1], : band.shape[2]]
+    if before is not None:
+        total += weights[-1] * np.abs(before)
+    return total
 
 
-def _above(shape: tuple[int, ...], coarser: Ints | None) -> Ints:
-    """The magnitude of the coarser grid's number at each place."""
-    if coarser is None:
-        return np.zeros(shape, np.int32)
-    return np.abs(coarser[: shape[0]]).repeat(2, 1).repeat(2, 2)[:, : shape[1], : shape[2]]
+def chosen(sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> Ints:
+    """The distribution of each number of a band [planes, h, w]; `parent` is the same colour's next coarser band, `before` the
+    same level's band of the colour before, or None."""
+    total, weights = _base(sizes, band, parent, before), sizes.of(band)[0][..., None]
+    (_, height, width), near = band.shape, np.pad(np.abs(numbers), ((0, 0), (2, 0), (2, 2)))
+    for weight, places in zip(weights, NEAR, strict=False):
+        for row, column in places:
+            total += weight * near[:, 2 + row : 2 + row + height, 2 + column : 2 + column + width]
+    return _distribution(total)
 
 
-def _class(value: Ints, bounds: tuple[int, ...]) -> Ints:
-    return (np.searchsorted(bounds, value, "right") - 1).astype(np.int32)
-
-
-def fitted_sizes(grids: list[Ints]) -> Sizes:
-    """Those that code some grids, finest first, in the fewest bits: by turns of one entry at a time."""
-    counts = np.zeros((len(NEAR), len(ABOVE), 2 * len(grids), LIMIT + 1))
-    for level, grid in enumerate(grids):
-        near, above = contexts(grid, grids[level + 1] if level + 1 < len(grids) else None)
-        kind = np.broadcast_to(2 * level + np.minimum(np.arange(len(grid)), 1)[:, None, None], grid.shape)
-        np.add.at(counts, (near, above, kind, np.abs(grid)), 1)
-    price = np.tensordot(counts, costs(), (3, 1))  # bits of each class in each distribution
-    tables = [np.zeros(size, np.int32) for size in price.shape[:3]]
-    tables[0][:] = 3 * np.arange(len(NEAR)) + 6
-    tried = np.arange(-SIZES, SIZES)
-    for _ in range(TURNS):
-        for axis, table in enumerate(tables):
-            rest = [
-                np.expand_dims(part, [i for i in range(3) if i != own])
-                for own, part in enumerate(tables)
-                if own != axis
-            ]
-            others = np.squeeze(rest[0] + rest[1], axis).reshape(-1)
-            for entry in np.flatnonzero(np.moveaxis(counts, axis, 0).reshape(len(table), -1).any(1)):
-                here = np.take(price, entry, axis).reshape(-1, SIZES)
-                bits = np.take_along_axis(here, np.clip(others[:, None] + tried, 0, SIZES - 1), 1).sum(0)
-                table[entry] = tried[int(np.argmin(bits))]
-    return Sizes(tables[0], tables[1], tables[2].reshape(-1, 2))
+def _distribution(total: Ints) -> Ints:
+    return np.searchsorted(_bounds(), total, "right").astype(np.int32)
 
 
 def _waves(height: int, width: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Places that can be coded together: their left and upper neighbours lie in earlier waves."""
+    """Places that can be coded together: their neighbours lie in earlier waves."""
     rows = np.arange(height)
     waves = []
     for wave in range(width + 2 * (height - 1)):
@@ -150,45 +162,47 @@ def _categorical(*shares: Any) -> Any:
     return stream("field", "image").model.Categorical(*shares, perfect=False)
 
 
-def write_grid(encoder: Any, sizes: Sizes, level: int, grid: Ints, coarser: Ints | None) -> None:
-    """Code a grid [planes, h, w]; `coarser` is the next one, or None."""
-    chosen = sizes.chosen(*contexts(grid, coarser), level)
-    model, table = _categorical(), distributions()
-    for rows, columns in _waves(*grid.shape[1:]):
-        symbols = (grid[:, rows, columns] + LIMIT).flatten().astype(np.int32)
-        encoder.encode(symbols, model, table[chosen[:, rows, columns].flatten()])
+def write_band(encoder: Any, sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> None:
+    """Code a band [planes, h, w], with what `chosen` knows."""
+    which, limit = chosen(sizes, band, numbers, parent, before), limit_of(band.level)
+    model, table = _categorical(), distributions(limit)
+    for rows, columns in _waves(*band.shape[1:]):
+        symbols = (numbers[:, rows, columns] + limit).flatten().astype(np.int32)
+        encoder.encode(symbols, model, table[which[:, rows, columns].flatten()])
 
 
-def read_grid(decoder: Any, sizes: Sizes, level: int, shape: tuple[int, int, int], coarser: Ints | None) -> Ints:
-    """The grid [planes, h, w] that `write_grid` coded."""
-    planes, height, width = shape
-    grid, near = np.zeros(shape, np.int32), np.zeros((planes, height + 1, width + 2), np.int32)
-    above = _class(_above(shape, coarser), ABOVE)
-    model, table = _categorical(), distributions()
+def read_band(decoder: Any, sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> Ints:
+    """The band [planes, h, w] that `write_band` coded."""
+    (planes, height, width), limit = band.shape, limit_of(band.level)
+    numbers, near = np.zeros(band.shape, np.int32), np.zeros((planes, height + 2, width + 4), np.int32)
+    base, weights = _base(sizes, band, parent, before), sizes.of(band)[0]
+    model, table = _categorical(), distributions(limit)
     for rows, columns in _waves(height, width):
-        around = 2 * (near[:, rows + 1, columns] + near[:, rows, columns + 1])
-        around += near[:, rows, columns] + near[:, rows, columns + 2]
-        chosen = sizes.chosen(_class(around, NEAR), above[:, rows, columns], level)
-        values = decoder.decode(model, table[chosen.flatten()]).reshape(chosen.shape) - LIMIT
-        grid[:, rows, columns] = values
-        near[:, rows + 1, columns + 1] = np.abs(values)
-    return grid
+        total = base[:, rows, columns]
+        for weight, places in zip(weights, NEAR, strict=False):
+            for row, column in places:
+                total += weight * near[:, rows + 2 + row, columns + 2 + column]
+        which = _distribution(total)
+        values = decoder.decode(model, table[which.flatten()]).reshape(which.shape) - limit
+        numbers[:, rows, columns] = values
+        near[:, rows + 2, columns + 2] = np.abs(values)
+    return numbers
 
 
 def write_codes(encoder: Any, size: int, codes: Ints) -> None:
     """Code numbers [n] that have no neighbours, by one distribution."""
-    encoder.encode(codes + LIMIT, _categorical(distributions()[size]))
+    encoder.encode(codes + LIMITS[0], _categorical(distributions(LIMITS[0])[size]))
 
 
 def read_codes(decoder: Any, size: int, count: int) -> Ints:
     """The numbers that `write_codes` coded."""
-    found: Ints = decoder.decode(_categorical(distributions()[size]), count) - LIMIT
+    found: Ints = decoder.decode(_categorical(distributions(LIMITS[0])[size]), count) - LIMITS[0]
     return found
 
 
 def best_size(codes: Ints) -> int:
     """The distribution that codes numbers in the fewest bits."""
-    return int(np.argmin(costs()[:, np.abs(codes)].sum(1)))
+    return int(np.argmin(costs(LIMITS[0])[:, np.abs(codes)].sum(1)))
 
 
 def encoder() -> Any:

@@ -1,4 +1,4 @@
-"""Grids as bytes."""
+"""Bands as bytes."""
 
 from __future__ import annotations
 
@@ -6,75 +6,92 @@ import numpy as np
 import pytest
 
 from seedpack.fields import coding
+from seedpack.fields.wavelet import LEVELS, Band, bands, with_context
 
 
-def pyramid(shapes: list[tuple[int, int, int]], seed: int = 0) -> list[coding.Ints]:
-    """Grids, finest first, of patches that are more or less alive, coarser ones larger."""
-    draw, grids = np.random.default_rng(seed), []
-    for level, shape in enumerate(shapes):
-        patches = np.exp(2 * draw.normal(size=(shape[0], -(-shape[1] // 16), -(-shape[2] // 16))) + level - 1)
-        active = patches.repeat(16, 1).repeat(16, 2)[:, : shape[1], : shape[2]]
-        grids.append(np.clip(np.rint(draw.laplace(size=shape) * active), -127, 127).astype(np.int32))
-    return grids
+def sizes(channels: int, seed: int = 0) -> coding.Sizes:
+    draw, kinds = np.random.default_rng(seed), min(channels, 2)
+    return coding.Sizes(
+        draw.integers(0, 40, (kinds, coding.DIRECTIONS, coding.WEIGHTS)).astype(np.int32),
+        draw.integers(6, 30, (LEVELS + 1, kinds)).astype(np.int32),
+    )
 
 
-def coded(grids: list[coding.Ints]) -> tuple[coding.Sizes, bytes]:
-    sizes, encoder = coding.fitted_sizes(grids), coding.encoder()
-    for level in reversed(range(len(grids))):
-        coding.write_grid(encoder, sizes, level, grids[level], grids[level + 1] if level + 1 < len(grids) else None)
-    return sizes, coding.coded(encoder)
+def numbers(places: list[Band], seed: int = 0) -> list[coding.Ints]:
+    """Of patches that are more or less alive, coarser ones larger."""
+    draw, found = np.random.default_rng(seed), []
+    for band in places:
+        (planes, height, width), limit = band.shape, coding.limit_of(band.level)
+        patches = np.exp(2 * draw.normal(size=(planes, -(-height // 16), -(-width // 16))) + band.level - 1)
+        active = patches.repeat(16, 1).repeat(16, 2)[:, :height, :width]
+        found.append(np.clip(np.rint(draw.laplace(size=band.shape) * active), -limit, limit).astype(np.int32))
+    return found
 
 
-@pytest.mark.parametrize(
-    "shapes",
-    [
-        [(1, 1, 1)],
-        [(1, 1, 7), (1, 1, 4)],
-        [(1, 9, 1), (3, 5, 1)],
-        [(1, 33, 50), (3, 17, 25), (3, 9, 13)],
-        [(3, 64, 3), (3, 32, 2)],
-    ],
-)
-def test_what_is_written_is_read(shapes: list[tuple[int, int, int]]) -> None:
-    grids = pyramid(shapes)
-    sizes, data = coded(grids)
-    again = coding.Sizes.from_bytes(sizes.to_bytes(), len(grids))
-    decoder, coarser = coding.decoder(data), None
-    for level in reversed(range(len(grids))):
-        coarser = coding.read_grid(decoder, again, level, shapes[level], coarser)
-        np.testing.assert_array_equal(coarser, grids[level])
+def coded(given: coding.Sizes, places: list[Band], found: list[coding.Ints]) -> bytes:
+    encoder = coding.encoder()
+    for own, (band, parent, before) in zip(found, with_context(places, found), strict=True):
+        coding.write_band(encoder, given, band, own, parent, before)
+    return coding.coded(encoder)
 
 
-def test_the_largest_numbers_can_be_coded() -> None:
-    grid = np.array([[[127, -127, 0, 127], [-127, 1, 0, 0]]], np.int32)
-    sizes, data = coded([grid])
-    np.testing.assert_array_equal(coding.read_grid(coding.decoder(data), sizes, 0, (1, 2, 4), None), grid)
+@pytest.mark.parametrize(("channels", "height", "width"), [(1, 1, 1), (3, 1, 7), (3, 9, 1), (3, 66, 100), (1, 129, 3)])
+def test_what_is_written_is_read(channels: int, height: int, width: int) -> None:
+    places = bands(channels, height, width)
+    given, expected = sizes(channels), numbers(places)
+    decoder = coding.decoder(coded(given, places, expected))
+    again, found = coding.Sizes.from_bytes(given.to_bytes(), channels), []
+    assert len(given.to_bytes()) == coding.Sizes.nbytes(channels)
+    for band, parent, before in with_context(places, found):
+        found.append(coding.read_band(decoder, again, band, parent, before))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2, LEVELS])
+def test_the_largest_numbers_can_be_coded(level: int) -> None:
+    most = coding.limit_of(level)
+    plane = np.array([[most, -most, 0, most], [-most, 1, 0, 0]], np.int32)
+    band = Band(level, 0, (1 if level == LEVELS else 3, 2, 4))
+    whole = plane[None].repeat(band.shape[0], 0)
+    largest = coding.Sizes(np.full((1, 4, coding.WEIGHTS), 255, np.int32), np.full((LEVELS + 1, 1), 83, np.int32))
+    for given in (sizes(1), largest):
+        encoder = coding.encoder()
+        coding.write_band(encoder, given, band, whole, None, None)
+        decoder = coding.decoder(coding.coded(encoder))
+        np.testing.assert_array_equal(coding.read_band(decoder, given, band, None, None), whole)
 
 
 def test_bytes_follow_from_the_costs() -> None:
-    grids = pyramid([(1, 128, 192), (3, 64, 96)])
-    sizes, data = coded(grids)
-    bits = 0.0
-    for level, grid in enumerate(grids):
-        near, above = coding.contexts(grid, grids[level + 1] if level == 0 else None)
-        bits += coding.costs()[sizes.chosen(near, above, level), np.abs(grid)].sum()
-    assert 8 * len(data) == pytest.approx(bits, rel=0.01, abs=64)
+    places = bands(3, 256, 384)
+    given, found, bits = sizes(3), numbers(places), 0.0
+    for own, (band, parent, before) in zip(found, with_context(places, found), strict=True):
+        which = coding.chosen(given, band, own, parent, before)
+        bits += coding.costs(coding.limit_of(band.level))[which, np.abs(own)].sum()
+    assert 8 * len(coded(given, places, found)) == pytest.approx(bits, rel=0.01, abs=64)
 
 
-def test_neighbours_save_bytes() -> None:
-    grids = pyramid([(1, 128, 192)])
-    _, counts = np.unique(grids[0], return_counts=True)
-    alone = -(counts * np.log2(counts / counts.sum())).sum() / 8
-    assert len(coded(grids)[1]) < 0.95 * alone
+def test_what_is_known_saves_bytes() -> None:
+    places = bands(1, 128, 192)
+    found = numbers(places)
+    weights = np.array([26, 26, 6, 6, 5, 1, 6, 2, 8], np.int32)[None, None].repeat(coding.DIRECTIONS, 1)
+    least = np.full((LEVELS + 1, 1), 14, np.int32)
+    alone = min(
+        len(coded(coding.Sizes(0 * weights, 0 * least + size), places, found)) for size in range(0, coding.SIZES, 3)
+    )
+    assert len(coded(coding.Sizes(weights, least), places, found)) < 0.9 * alone
 
 
 def test_distributions_are_whole_numbers_that_no_machine_rounds_otherwise() -> None:
-    units = coding.distributions().astype(np.float64) * 2**24
-    assert (units == np.rint(units)).all() and (units >= 1).all()
+    for limit in coding.LIMITS:
+        units = coding.distributions(limit).astype(np.float64) * 2**24
+        assert (units == np.rint(units)).all() and (units >= 1).all()
     for size in range(coding.SIZES):
-        scale = 2.0 ** (size / 6 - 4)
-        for exact in (-np.expm1(-0.5 / scale) * 2**16, np.exp(-1 / scale) * 2**16):
-            assert abs(exact - np.floor(exact) - 0.5) > 1e-6, "no tie that two exponentials could break apart"
+        scale = coding.scale_of(size)
+        exacts = [-np.expm1(-0.5 / scale) * 2**16, np.exp(-1 / scale) * 2**16]
+        exacts += [coding.UNIT * coding.scale_of(size - 0.5), coding.UNIT * scale] if size % 6 else []
+        for exact in exacts:
+            assert abs(exact - np.floor(exact) - 0.5) > 1e-6, "no tie that two machines could break apart"
 
 
 def test_codes_without_neighbours() -> None:

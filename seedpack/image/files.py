@@ -1,0 +1,67 @@
+"""Image files, by Pillow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from seedpack.errors import ModelError
+from seedpack.formats import staged
+from seedpack.model.sources.base import first_line
+
+
+def read(path: str | Path) -> Tensor:
+    """An image file as uint8 [height, width, channels], grey or RGB, turned as its EXIF data say.
+
+    Raises:
+        ModelError: Pillow cannot read it, or it has transparency or more than 8 bits a channel.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError:
+        raise ModelError("image files are read by Pillow; pip install seedpack[image]") from None
+    try:
+        with Image.open(path) as opened:
+            if "A" in opened.getbands() or "transparency" in opened.info:
+                raise ModelError(f"{path}: has transparency, which would be lost; flatten it first")
+            if opened.mode[0] in "IF":
+                raise ModelError(f"{path}: has more than 8 bits a channel ({opened.mode}); convert it first")
+            upright = ImageOps.exif_transpose(opened)
+            grey = opened.mode in ("1", "L")
+            pixels = np.array(upright.convert("L" if grey else "RGB"))
+            return torch.from_numpy(pixels).reshape(upright.height, upright.width, -1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ModelError(f"{path}: is no image that can be read ({first_line(error)})") from None
+
+
+def write(image: Tensor, path: str | Path, *, force: bool = False) -> None:
+    """Write uint8 [height, width, 1 or 3] in the format that the name's end says, as .png.
+
+    Raises:
+        ModelError: Pillow knows no such format.
+        OutputError: the output exists or cannot be written.
+    """
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ModelError(f"{path}: name an image by its format, as .png")
+    pixels = usable(image).numpy()
+    with staged(Path(path), force=force) as partial, partial.open("wb") as file:
+        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
+
+
+def usable(image: Tensor) -> Tensor:
+    """An image on the CPU.
+
+    Raises:
+        ModelError: it is not uint8 [height, width, 1 or 3].
+    """
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] not in (1, 3) or 0 in image.shape:
+        raise ModelError(
+            f"an image is uint8 [height, width, 1 or 3], got {str(image.dtype).removeprefix('torch.')} {list(image.shape)}"
+        )
+    return image.cpu()

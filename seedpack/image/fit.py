@@ -1,0 +1,229 @@
+"""Fields trained on one image, until they have a size or a quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.codecs.field import Field, FieldCodec, packed, packed_bytes, rendered, unit_of
+from seedpack.errors import ModelError
+from seedpack.fields import coding
+from seedpack.fields.network import cells_of
+from seedpack.fields.wavelet import LEVELS, Band, analysed, synthesised, with_context
+
+STEPS = 200
+PRICE = 0.18  # of a bit in squared error, over the squared unit of the bands
+SMALLEST, LARGEST = 0.01, 1.0  # unit
+SAVED, LOST = 0.15, 0.3  # of the bits, and in dB, by training
+REACTION = 10  # of the price, over all steps, to what the aim is missed by
+CHECKS = 10  # in so many steps, after the first quarter
+CLOSE = 0.02  # 2% of the bits, or 0.04 dB
+BY_CHANCE = 0.95  # of the steps
+LAST = 1.2  # times the steps: an aim that is not met by then takes a unit that moves again, which costs quality
+WIDE = 0.15  # by which rounding at first prefers zeros
+START = (0.2, 0.2, 0.05, 0.05, 0.04, 0.01, 0.05, 0.02, 0.06)  # weights of what is near a number
+Watch = Callable[[int], object]
+
+
+class Fit(nn.Module):
+    """A field while it is trained: numbers of bands, coefficients, and how bits follow from what is near a number.
+
+    Args:
+        image: float32 [channels, height, width], 0 to 1.
+        codec: its settings but the sizes.
+    """
+
+    def __init__(self, image: Tensor, codec: FieldCodec):
+        super().__init__()
+        self.cells = cells_of(image)[None]
+        self.network = codec.network((image.shape[1], image.shape[2] * codec.channels))
+        self.bands = self.network.bands()
+        self.noise = torch.Generator().manual_seed(codec.seed)
+        self.coefs = nn.Parameter(torch.randn(1, codec.count, generator=self.noise) * codec.count**-0.5)
+        self.numbers = nn.ParameterList(
+            x / unit_of(band) for x, band in zip(analysed(image - 0.5), self.bands, strict=True)
+        )
+        kinds = min(codec.channels, 2)
+        self.weights = nn.Parameter(torch.tensor(START).expm1().log().repeat(kinds, coding.DIRECTIONS, 1))
+        self.least = nn.Parameter(torch.full((LEVELS + 1, kinds), -2.0))
+        self.unit = self.first = 1.0
+        self.places = torch.zeros(len(coding.NEAR), 3, 5)
+        for place, near in zip(self.places, coding.NEAR, strict=True):
+            for row, column in near:
+                place[2 + row, 2 + column] = 1
+
+    @property
+    def step(self) -> float:
+        """Of the coefficients' codes."""
+        return max(float(self.coefs.detach().abs().max()), 1e-6) / coding.LIMITS[0]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Mean squared error, and expected bits; differentiable as if nothing were rounded. In training numbers are rounded up
+        or down by chance, in proportion, so that both are smooth in them; in evaluation to the nearest."""
+        numbers = [x * (self.first / self.unit) for x in self.numbers]
+        whole = _whole(numbers, self.bands)
+        taken = whole
+        if self.training:
+            taken = [(x.detach() + torch.rand(x.shape, generator=self.noise)).floor() for x in numbers]
+        coefs = _straight(self.coefs, (self.coefs / self.step).round() * self.step)
+        values = [
+            _straight(x, rounded) * (self.unit * unit_of(band))
+            for x, rounded, band in zip(numbers, taken, self.bands, strict=True)
+        ]
+        cells = self.network.cells(coefs, values)
+        return (cells - self.cells).square().mean(), self.bits(numbers, whole)
+
+    def bits(self, numbers: list[Tensor], whole: list[Tensor]) -> Tensor:
+        """Expected, as the coder would know what is near; of a number between two whole ones in proportion."""
+        magnitudes, total = [x.detach().abs() for x in whole], torch.zeros(())
+        weights, least = nn.functional.softplus(self.weights), nn.functional.softplus(self.least)
+        context = with_context(self.bands, magnitudes)
+        for x, near, (band, parent, before) in zip(numbers, magnitudes, context, strict=True):
+            kind, (planes, height, width) = min(band.colour, 1), band.shape
+            some = weights[kind, -1:] if planes == 1 else weights[kind, :-1]
+            kernels = torch.einsum("pk,krc->prc", some[:, : len(coding.NEAR)], self.places)[:, None]
+            near = nn.functional.pad(near[None], (2, 2, 2, 0))
+            scale = least[band.level, kind] + nn.functional.conv2d(near, kernels, groups=planes)[0]
+            own, around, colour = some[:, len(coding.NEAR) :, None, None].unbind(1)
+            if parent is not None:
+                above = (own - around) * parent + 9 * around * nn.functional.avg_pool2d(parent, 3, 1, 1)
+                scale = scale + above.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
+            if before is not None:
+                scale = scale + colour * before
+            total = total + _laplace_bits(x.abs(), scale).sum()
+        return total
+
+    def start(self, bits: int | None, psnr: float) -> None:
+        """From the unit that is about right for an aim."""
+        low, high = math.log(SMALLEST), math.log(LARGEST)
+        with torch.no_grad():
+            for _ in range(9):
+                unit = math.exp((low + high) / 2)
+                first = [x.sign() * (x.abs() / unit + 0.5 - WIDE).floor() for x in self.numbers]
+                if bits is not None:
+                    coarser = (1 - SAVED) * float(self.bits(first, first)) > bits
+                else:
+                    values = [x * (unit * unit_of(band)) for x, band in zip(first, self.bands, strict=True)]
+                    image, _ = synthesised(values, self.network.channels, self.network.height, self.network.width)
+                    error = (cells_of(image)[None] + 0.5 - self.cells).square().mean()
+                    coarser = float(error) < 10 ** (-(psnr + LOST) / 10)
+                low, high = (math.log(unit), high) if coarser else (low, math.log(unit))
+            self.unit = self.first = unit
+            for x in self.numbers:
+                x /= unit
+
+    def sizes(self) -> coding.Sizes:
+        """As the coder takes them."""
+        weights = (nn.functional.softplus(self.weights.detach()) * coding.UNIT).round().clamp(0, 255)
+        least = 6 * (nn.functional.softplus(self.least.detach()).log2() + 4)
+        return coding.Sizes(weights.int().numpy(), least.round().clamp(0, coding.SIZES - 1).int().numpy())
+
+    def field(self) -> Field:
+        """As it is stored."""
+        whole = _whole([x.detach() * (self.first / self.unit) for x in self.numbers], self.bands)
+        codes = (self.coefs.detach() / self.step).round().int()[0].numpy()
+        return Field(codes, self.step, self.unit, [x.int().numpy() for x in whole])
+
+
+def _whole(numbers: list[Tensor], bands: list[Band]) -> list[Tensor]:
+    """The nearest that can be coded."""
+    limits = [coding.limit_of(band.level) for band in bands]
+    return [x.detach().round().clamp(-limit, limit) for x, limit in zip(numbers, limits, strict=True)]
+
+
+def _straight(x: Tensor, value: Tensor) -> Tensor:
+    """A value of x whose gradient passes straight through to it."""
+    return x + (value - x).detach()
+
+
+def _laplace_bits(magnitude: Tensor, scale: Tensor) -> Tensor:
+    """−log2 of what Laplace distributions give [k − ½, k + ½] for whole k; straight lines between."""
+    rate = 1 / scale.clamp(coding.scale_of(0), coding.scale_of(coding.SIZES - 1))
+    zero = -torch.log2(-torch.expm1(-0.5 * rate))
+    more = rate / math.log(2)  # for each magnitude beyond 1
+    one = 1 + zero + 0.5 * more - torch.log2(1 + torch.exp(-0.5 * rate))
+    return zero + magnitude.clamp_max(1) * (one - zero) + (magnitude - 1).clamp_min(0) * more
+
+
+def fitted(
+    image: Tensor,
+    codec: FieldCodec,
+    *,
+    bits: int | None = None,
+    psnr: float = 0.0,
+    steps: int = STEPS,
+    watch: Watch = lambda done: None,
+) -> tuple[Field, list[bytes]]:
+    """Train a field on an image; returns it and its streams. The price of a bit moves until they take `bits`, or the image is as
+    good as `psnr`; so does the bands' unit in the first half of the steps, and where all else has failed.
+
+    Args:
+        image: float32 [channels, height, width], 0 to 1.
+        codec: its settings but the sizes.
+        bits: that the streams may take.
+        psnr: in dB, of the decoded image, where no bits are given.
+        steps: of Adam; some more follow where the aim is not met by then.
+        watch: called with the steps done since the last call.
+
+    Raises:
+        ModelError: the aim cannot be met.
+    """
+    fit = Fit(image, codec)
+    fit.start(bits, psnr)
+    rates = [(fit.numbers.parameters(), 0.03), ([fit.coefs], 0.02), ([fit.weights, fit.least], 0.05)]
+    optimiser = torch.optim.Adam([{"params": list(some), "lr": rate} for some, rate in rates], betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step / steps))
+    nearest = int(BY_CHANCE * steps)  # the step from which numbers are rounded so
+    checks = {*range(steps // 4, 2 * steps, max(1, steps // CHECKS)), steps}
+    price, bias = math.log(PRICE * fit.unit**2), 0.0  # of a bit in squared error; what expectations were short by
+    best: tuple[Field, coding.Sizes] | None = None
+    for step in range(2 * steps):
+        fit.weights.requires_grad_(step % 4 == 0)  # half the work of a step is their gradient
+        error, expected = fit.train(step < nearest)()
+        past = _past(bits, psnr, expected.item(), -10 * math.log10(error.item()))
+        if step in checks:
+            field = fit.field()
+            spent = 8 * packed_bytes(field, fit.sizes(), fit.bands)
+            found = _past(bits, psnr, spent, psnr_of(image, rendered(fit.network, field)))
+            if step >= steps and (found >= 0 if bits is None else found <= 0):
+                best = field, fit.sizes()
+            if best is not None and (step >= LAST * steps or abs(found) < CLOSE):
+                break
+            bias = found - past
+        if step >= steps // 4:  # before, most bits are still those of the start
+            push = past + bias + (CLOSE / 2 if bits is not None else -CLOSE / 2)
+            if step >= steps:  # what is left to mend is small, and must move all the same
+                push = math.copysign(max(abs(push), 0.3), push)
+            price += REACTION / steps * max(-1.0, min(1.0, push))
+            if step < steps // 2 or step > LAST * steps:
+                fit.unit = min(LARGEST, max(SMALLEST, math.exp(0.5 * (price - math.log(PRICE)))))
+        loss = error + math.exp(price) * expected / image.numel()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+        if step < steps:
+            watch(1)
+    if best is None:
+        aim, more = (f"{bits // 8:,} bytes", "more") if bits is not None else (f"{psnr} dB", "less")
+        raise ModelError(f"the image cannot be brought to {aim}; ask for {more}, or allow more steps")
+    field, sizes = best
+    return field, packed(field, sizes, fit.bands)
+
+
+def _share(done: float) -> float:
+    """Of the learning rates, when so much of the steps is done."""
+    return max(0.02, 0.5 + 0.5 * math.cos(math.pi * done)) if done < 1 else 0.1 if done < LAST else 1.0
+
+
+def _past(bits: int | None, psnr: float, spent: float, good: float) -> float:
+    """How far an aim is passed: the logarithm of bits spent over those to spend, or half of the decibels to spare."""
+    return math.log(spent / bits) if bits is not None else (good - psnr) / 2
+
+
+def psnr_of(image: Tensor, pixels: Tensor) -> float:
+    """Of an image 0 to 1 and pixels 0 … 255, in dB; of equal ones that of a quarter of a step."""
+    return -10 * math.log10(max(float((pixels / 255 - image).square().mean()), (0.25 / 255) ** 2))
