@@ -4,6 +4,7 @@ against rank, randomized against exact SVD with its bound, and seedpack's codecs
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 import tempfile
@@ -200,7 +201,9 @@ def figure_of(draws: list[Callable[[Any], None]], file: Path) -> None:
 
 
 def main() -> None:
-    options = common.options(__doc__, "mnist-study").parse_args()
+    parser = common.options(__doc__, "mnist-study")
+    parser.set_defaults(epochs=5)
+    options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     data = prepared(pictures.fashion_mnist() if options.fashion else pictures.mnist())
     data = data._replace(train=data.train[: options.limit], train_classes=data.train_classes[: options.limit])
@@ -231,11 +234,12 @@ def main() -> None:
     for rank, exact, spent, ratio in times(weight):
         print(f"{rank:<5} {exact:<13.3f} {spent:<14.4f} {exact / spent:<13.1f} {ratio:.4f}")
 
+    whole_accuracy = curves["baseline"]["SVD"][-1][1]
     packed = by_codecs(models["baseline"][0], data)
     print("\ncodec     bytes of the layer: accuracy")
     for name, points in packed.items():
         print(f"{name:<9} " + ", ".join(f"{size:,.0f}: {right:.2f}%" for size, right in points))
-    direct = {rank: loss_and_accuracy(factors(data, options.epochs // 2, rank), data) for rank in (8, 32)}
+    direct = {rank: loss_and_accuracy(factors(data, options.epochs, rank), data) for rank in (8, 32)}
     for rank, (loss, right) in direct.items():
         print(f"factors of rank {rank}, trained directly: {right:.2f}%, loss {loss:.4f}")
 
@@ -244,15 +248,14 @@ def main() -> None:
             axes.plot(ranks, marker="o", label=name)
         axes.set(xlabel="epoch", ylabel="effective rank", title="The 1000×1000 layer while training")
 
-    def draw_accuracy(axes: Any) -> None:
+    def draw_truncated(axes: Any, which: int, of: Callable[[float], float], label: str) -> None:
         for name, curve in curves.items():
-            line = axes.plot(RANKS, [p[1] for p in curve["SVD"]], marker="o", label=f"{name}, SVD")
-            axes.plot(RANKS, [p[1] for p in curve["randomized SVD"]], marker="x", linestyle="--",
+            line = axes.plot(RANKS, [of(p[which]) for p in curve["SVD"]], marker="o", label=f"{name}, SVD")
+            axes.plot(RANKS, [of(p[which]) for p in curve["randomized SVD"]], marker="x", linestyle="--",
                       color=line[0].get_color(), label=f"{name}, randomized")  # fmt: skip
-        axes.scatter(
-            list(direct), [p[1] for p in direct.values()], color="black", zorder=3, label="factors trained directly"
-        )
-        axes.set(xscale="log", xlabel="rank", ylabel="accuracy (%)", title="Truncated", ylim=(80, 99))
+        axes.scatter(list(direct), [of(p[which]) for p in direct.values()], color="black", zorder=3,
+                     label="factors trained directly")  # fmt: skip
+        axes.set(xscale="log", yscale="log", xlabel="rank", ylabel=label, title="Truncated")
 
     def draw_bound(axes: Any) -> None:
         for power in (0, 1, 2):
@@ -262,16 +265,19 @@ def main() -> None:
         some = [row for row in found if row["rank"] == 64 and row["power"] == 0]
         axes.plot([r["oversampling"] for r in some], [r["bound"] / r["best"] for r in some], color="black",
                   linestyle="--", label="bound on the mean, none")  # fmt: skip
-        axes.set(
-            xscale="log", xlabel="oversampling", ylabel="error over the optimal one", title="Range finder, rank 64"
-        )
+        axes.set(xscale="log", yscale="log", xlabel="oversampling", ylabel="error over the optimal one",
+                 title="Range finder, rank 64")  # fmt: skip
+        axes.set_xticks([r["oversampling"] for r in some], [r["oversampling"] for r in some])
 
     def draw_codecs(axes: Any) -> None:
         for name, points in packed.items():
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
-        axes.set(xscale="log", xlabel="bytes of the layer", ylabel="accuracy (%)", title="Codecs", ylim=(80, 99))
+            axes.plot([size for size, _ in points], [100 - right for _, right in points], marker="o", label=name)
+        axes.axhline(100 - whole_accuracy, color="black", linestyle="--", label="4,000,000 bytes, float32")
+        axes.set(xscale="log", yscale="log", xlabel="bytes of the layer", ylabel="errors (%)", title="Codecs")
 
-    figure_of([draw_ranks, draw_accuracy], options.output / "ranks.png")
+    errors = functools.partial(draw_truncated, which=1, of=lambda right: 100 - right, label="errors (%)")
+    losses = functools.partial(draw_truncated, which=0, of=lambda loss: loss, label="loss")
+    figure_of([draw_ranks, errors, losses], options.output / "ranks.png")
     figure_of([draw_bound, draw_codecs], options.output / "codecs.png")
 
 

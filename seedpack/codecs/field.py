@@ -167,10 +167,10 @@ def packed(field: Field, sizes: coding.Sizes, bands: list[Band]) -> list[bytes]:
 
 def packed_bytes(field: Field, sizes: coding.Sizes, bands: list[Band]) -> int:
     """About as many as `packed` makes, in a moment."""
-    bits = coding.costs(coding.LIMITS[0])[coding.best_size(field.coefs), abs(field.coefs)].sum()
+    bits = float(coding.costs(coding.LIMITS[0])[coding.best_size(field.coefs), abs(field.coefs)].sum())
     for numbers, (band, parent, before) in zip(field.bands, with_context(bands, field.bands), strict=True):
         which = coding.chosen(sizes, band, numbers, parent, before)
-        bits += coding.costs(coding.limit_of(band.level))[which, abs(numbers)].sum()
+        bits += float(coding.costs(coding.limit_of(band.level))[which, abs(numbers)].sum())
     return len(sizes.to_bytes()) + HEAD.size + math.ceil(bits / 8) + PARTS * coding.WORD_BYTES
 
 

@@ -3,11 +3,11 @@ by an orthonormal matrix. Bands of a size that is odd are rounded up."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -44,14 +44,14 @@ def bands(channels: int, height: int, width: int) -> list[Band]:
     ]
 
 
-def with_context(bands: list[Band], numbers: list[T]) -> Iterator[tuple[Band, T | None, T | None]]:
+def with_context(bands: list[Band], numbers: Sequence[T]) -> Iterator[tuple[Band, T | None, T | None]]:
     """Each band with the numbers of the same colour's next coarser details, and those of the same level's colour before; `numbers`
     may grow meanwhile."""
     places = {(band.level, band.colour): place for place, band in enumerate(bands)}
     for band in bands:
-        parent = places[band.level + 1, band.colour] if band.level + 1 < LEVELS else None
-        before = places[band.level, band.colour - 1] if band.colour else None
-        yield band, *(None if place is None else numbers[place] for place in (parent, before))
+        parent = numbers[places[band.level + 1, band.colour]] if band.level + 1 < LEVELS else None
+        before = numbers[places[band.level, band.colour - 1]] if band.colour else None
+        yield band, parent, before
 
 
 def analysed(image: Tensor) -> list[Tensor]:
@@ -90,7 +90,7 @@ def _joined(low: Tensor, details: Tensor, size: tuple[int, int]) -> Tensor:
 def _colours(like: Tensor) -> Tensor:
     """Orthonormal, [channels, channels]."""
     rows = torch.tensor(COLOURS if len(like) == 3 else ((1.0,),), device=like.device)
-    return rows / rows.norm(dim=1, keepdim=True)
+    return nn.functional.normalize(rows)
 
 
 def _halved(height: int, width: int, times: int) -> tuple[int, int]:
