@@ -180,7 +180,7 @@ def measure(result: report.Result) -> None:
                         f"{kind}, {file.stem}, {rate}",
                         lambda file=file, rate=rate, kind=kind: other(file, kind, rate),
                     )
-        yield f"SIREN, {files[2].stem}, 0.3", lambda: siren(files[2], 0.3, 5)
+        yield f"SIREN, {files[2].stem}, 0.3", lambda: siren(files[2], 0.3, 10)
 
     wanted = [(label, how) for label, how in methods() if result.wanted(label)]
     rows = {r["label"]: r for r in result.joined([report.kept("kodak", label, how) for label, how in wanted])}
