@@ -157,7 +157,7 @@ def crossing(means: dict[tuple[str, float], dict[str, float]], kind: str) -> str
     theirs = np.interp(np.log(rates), np.log(RATES), [means[kind, rate]["psnr"] for rate in RATES])
     gaps = [means["seedpack", rate]["psnr"] - other for rate, other in zip(RATES, theirs, strict=True)]
     said = (
-        "by "
+        ""
         + ", ".join(f"{gap:+.2f}" for gap in gaps)
         + f" dB at {', '.join(f'{rate:.2f}' for rate in rates)} bits a pixel"
     )
@@ -200,7 +200,7 @@ def measure(result: report.Result) -> None:
         ["bits a pixel", "format", "images", "PSNR, dB", "MS-SSIM", "encode, s", "decode, s"],
         [
             (f"{m['rate']:.3f}", NAMES.get(kind, kind), m["images"], f"{m['psnr']:.2f}", f"{m['ms_ssim']:.4f}",
-             f"{m['encode']:.2f}", f"{m['decode']:.2f}")
+             f"{m['encode']:.3f}", f"{m['decode']:.3f}")
             for (kind, _), m in means.items()
         ],
     )  # fmt: skip

@@ -18,6 +18,7 @@ for name in (
     "ingredients",
     "sentences",
     "images",
+    "kodak",
     "kernels",
     "noise_layers",
     "pranc",
