@@ -156,11 +156,8 @@ def crossing(means: dict[tuple[str, float], dict[str, float]], kind: str) -> str
     rates = [means["seedpack", rate]["rate"] for rate in RATES]
     theirs = np.interp(np.log(rates), np.log(RATES), [means[kind, rate]["psnr"] for rate in RATES])
     gaps = [means["seedpack", rate]["psnr"] - other for rate, other in zip(RATES, theirs, strict=True)]
-    said = (
-        ""
-        + ", ".join(f"{gap:+.2f}" for gap in gaps)
-        + f" dB at {', '.join(f'{rate:.2f}' for rate in rates)} bits a pixel"
-    )
+    sizes = ", ".join(f"{rate:.2f}" for rate in rates)
+    said = ", ".join(f"{gap:+.2f}" for gap in gaps) + f" dB at {sizes} bits a pixel"
     for i in range(1, len(RATES)):
         if gaps[i - 1] * gaps[i] < 0:
             share = gaps[i - 1] / (gaps[i - 1] - gaps[i])
