@@ -50,6 +50,13 @@ def test_what_is_promised_is_decoded(tmp_path: Path) -> None:
     assert (tmp_path / "a.spi").read_bytes() == (tmp_path / "b.spi").read_bytes(), "it can be repeated"
 
 
+def test_a_size_is_never_passed(tmp_path: Path) -> None:
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8))
+    for size in (1700, 1820, 1903, 2220):
+        report = image.compress(noise, tmp_path / "a.spi", size=size, steps=20, force=True)
+        assert 0.9 * size < report.file_bytes <= size
+
+
 def test_quality_is_met(tmp_path: Path) -> None:
     report = image.compress(picture(), tmp_path / "a.spi", psnr=24, steps=80)
     assert report.psnr >= 24 and psnr(image.decompress(tmp_path / "a.spi"), picture()) >= 24

@@ -118,7 +118,9 @@ class FieldCodec(Codec):
 
     def field(self, parts: Parts, shape: Shape) -> Field:
         """What the parts hold; decoded once for a check and what follows."""
-        places = tuple((name, part.data_ptr()) for name, part in parts.items())
+        places = tuple(
+            (name, part.data_ptr(), 0 if part.is_inference() else part._version) for name, part in parts.items()
+        )
         return derived(parts["weight"], (self, shape, places), lambda: self._field(parts, shape))
 
     def _field(self, parts: Parts, shape: Shape) -> Field:
@@ -127,9 +129,9 @@ class FieldCodec(Codec):
             part.flatten().cpu().numpy().tobytes()
             for part in (parts[name] for name in self.parts(shape) if name in parts)
         ]
-        tables = coding.Sizes.nbytes(self.channels)
-        head, streams[0] = streams[0][: tables + HEAD.size], streams[0][tables + HEAD.size :]
-        if len(head) < tables + HEAD.size or any(len(stream) % coding.WORD_BYTES for stream in streams):
+        tables, ahead = coding.Sizes.nbytes(self.channels), head_bytes(self.channels)
+        head, streams[0] = streams[0][:ahead], streams[0][ahead:]
+        if len(head) < ahead or any(len(stream) % coding.WORD_BYTES for stream in streams):
             raise CodecError(f"{self.id}: a stream has no whole number of words; the file is corrupt")
         sizes = coding.Sizes.from_bytes(head[:tables], self.channels)
         unit, step, size = HEAD.unpack(head[tables:])
@@ -163,6 +165,11 @@ def packed(field: Field, sizes: coding.Sizes, bands: list[Band]) -> list[bytes]:
     head = sizes.to_bytes() + HEAD.pack(field.unit, field.step, size)
     first, *others = map(coding.coded, encoders)
     return [head + first, *others]
+
+
+def head_bytes(channels: int) -> int:
+    """Of what stands before the first stream."""
+    return coding.Sizes.nbytes(channels) + HEAD.size
 
 
 def packed_bytes(field: Field, sizes: coding.Sizes, bands: list[Band]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from seedpack.api import WRITER
@@ -21,7 +22,6 @@ from seedpack.image.fit import STEPS, Watch, fitted, psnr_of
 from seedpack.model.stored import stored_dense
 
 NAME = "image"
-HEADROOM = 12  # bytes that larger numbers of bytes may add to the header
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,10 @@ def compress(
     height, width, channels = pixels.shape
     codec = FieldCodec(channels=channels, seed=seed, sizes=(0,) * PARTS)
     network = codec.network((height, width * channels))
-    empty = file_bytes([_planned(codec, pixels)], {}, WRITER) + HEADROOM
+    empty = 0
+    if size is not None:  # a header with streams of this size, which has no fewer digits
+        most = dataclasses.replace(codec, sizes=(size,) * PARTS)
+        empty = file_bytes([_planned(most, pixels)], {}, WRITER) - PARTS * size
     if size is not None and size <= empty:
         raise ModelError(f"a file of {size:,} bytes is too small: its header alone takes {empty:,}; ask for more")
     with staged(output, force=force) as partial:
@@ -121,7 +124,10 @@ def decompress(path: str | Path, *, fraction: float | None = None) -> Tensor:
         entry = checkpoint.manifest.tensors.get(NAME)
         if entry is None or checkpoint.manifest.codec_of(NAME).id != FieldCodec.id:
             raise ModelError(f"{path}: holds no image; seedpack load reads other checkpoints")
-        return stored_dense(checkpoint, NAME)
+        image = stored_dense(checkpoint, NAME)
+    if image.dtype != torch.uint8 or image.dim() != 3:
+        raise ModelError(f"{path}: holds no image but {str(image.dtype).removeprefix('torch.')} {list(image.shape)}")
+    return image
 
 
 def _planned(codec: FieldCodec, image: Tensor) -> PlannedTensor:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from seedpack.codecs.field import Field, FieldCodec, packed, packed_bytes, rendered, unit_of
+from seedpack.codecs.field import Field, FieldCodec, head_bytes, packed, packed_bytes, rendered, unit_of
 from seedpack.errors import ModelError
 from seedpack.fields import coding
 from seedpack.fields.network import cells_of
@@ -21,6 +21,7 @@ SAVED, LOST = 0.15, 0.3  # of the bits, and in dB, by training
 REACTION = 10  # of the price, over all steps, to what the aim is missed by
 CHECKS = 10  # in so many steps, after the first quarter
 CLOSE = 0.02  # 2% of the bits, or 0.04 dB
+CODE_BITS = 7  # about, of a coefficient
 BY_CHANCE = 0.95  # of the steps
 LAST = 1.2  # times the steps: an aim that is not met by then takes a unit that moves again, which costs quality
 WIDE = 0.15  # by which rounding at first prefers zeros
@@ -50,6 +51,7 @@ class Fit(nn.Module):
         self.weights = nn.Parameter(torch.tensor(START).expm1().log().repeat(kinds, coding.DIRECTIONS, 1))
         self.least = nn.Parameter(torch.full((LEVELS + 1, kinds), -2.0))
         self.unit = self.first = 1.0
+        self.fixed = 8 * head_bytes(codec.channels) + CODE_BITS * codec.count
         self.places = torch.zeros(len(coding.NEAR), 3, 5)
         for place, near in zip(self.places, coding.NEAR, strict=True):
             for row, column in near:
@@ -74,7 +76,7 @@ class Fit(nn.Module):
             for x, rounded, band in zip(numbers, taken, self.bands, strict=True)
         ]
         cells = self.network.cells(coefs, values)
-        return (cells - self.cells).square().mean(), self.bits(numbers, whole)
+        return (cells - self.cells).square().mean(), self.bits(numbers, whole) + self.fixed
 
     def bits(self, numbers: list[Tensor], whole: list[Tensor]) -> Tensor:
         """Expected, as the coder would know what is near; of a number between two whole ones in proportion."""
@@ -104,7 +106,7 @@ class Fit(nn.Module):
                 unit = math.exp((low + high) / 2)
                 first = [x.sign() * (x.abs() / unit + 0.5 - WIDE).floor() for x in self.numbers]
                 if bits is not None:
-                    coarser = (1 - SAVED) * float(self.bits(first, first)) > bits
+                    coarser = (1 - SAVED) * float(self.bits(first, first)) + self.fixed > bits
                 else:
                     values = [x * (unit * unit_of(band)) for x, band in zip(first, self.bands, strict=True)]
                     image, _ = synthesised(values, self.network.channels, self.network.height, self.network.width)
@@ -177,9 +179,13 @@ def fitted(
     optimiser = torch.optim.Adam([{"params": list(some), "lr": rate} for some, rate in rates], betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step / steps))
     nearest = int(BY_CHANCE * steps)  # the step from which numbers are rounded so
-    checks = {*range(steps // 4, 2 * steps, max(1, steps // CHECKS)), steps}
+    checks = {
+        *range(steps // 4, int(LAST * steps), max(1, steps // CHECKS)),
+        steps,
+        *range(int(LAST * steps), 2 * steps),
+    }
     price, bias = math.log(PRICE * fit.unit**2), 0.0  # of a bit in squared error; what expectations were short by
-    best: tuple[Field, coding.Sizes] | None = None
+    best: tuple[Field, list[bytes]] | None = None
     for step in range(2 * steps):
         fit.weights.requires_grad_(step % 4 == 0)  # half the work of a step is their gradient
         error, expected = fit.train(step < nearest)()
@@ -189,7 +195,9 @@ def fitted(
             spent = 8 * packed_bytes(field, fit.sizes(), fit.bands)
             found = _past(bits, psnr, spent, psnr_of(image, rendered(fit.network, field)))
             if step >= steps and (found >= 0 if bits is None else found <= 0):
-                best = field, fit.sizes()
+                streams = packed(field, fit.sizes(), fit.bands)
+                if bits is None or 8 * sum(map(len, streams)) <= bits:
+                    best = field, streams
             if best is not None and (step >= LAST * steps or abs(found) < CLOSE):
                 break
             bias = found - past
@@ -197,9 +205,10 @@ def fitted(
             push = past + bias + (CLOSE / 2 if bits is not None else -CLOSE / 2)
             if step >= steps:  # what is left to mend is small, and must move all the same
                 push = math.copysign(max(abs(push), 0.3), push)
-            price += REACTION / steps * max(-1.0, min(1.0, push))
-            if step < steps // 2 or step > LAST * steps:
-                fit.unit = min(LARGEST, max(SMALLEST, math.exp(0.5 * (price - math.log(PRICE)))))
+            move = REACTION / steps * max(-1.0, min(1.0, push))
+            price += move
+            if step < steps // 2 or step >= LAST * steps:
+                fit.unit = min(LARGEST, max(SMALLEST, fit.unit * math.exp(0.5 * move)))
         loss = error + math.exp(price) * expected / image.numel()
         optimiser.zero_grad()
         loss.backward()
@@ -208,10 +217,12 @@ def fitted(
         if step < steps:
             watch(1)
     if best is None:
-        aim, more = (f"{bits // 8:,} bytes", "more") if bits is not None else (f"{psnr} dB", "less")
-        raise ModelError(f"the image cannot be brought to {aim}; ask for {more}, or allow more steps")
-    field, sizes = best
-    return field, packed(field, sizes, fit.bands)
+        if bits is None:
+            raise ModelError(
+                f"the image cannot be brought to {psnr} dB; ask for less, or allow more steps (sharp edges of colours cap it)"
+            )
+        raise ModelError(f"the image cannot be brought to so few bytes ({bits // 8:,} beside the header); ask for more")
+    return best
 
 
 def _share(done: float) -> float:
