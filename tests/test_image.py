@@ -94,6 +94,15 @@ def test_it_is_a_checkpoint_like_any_other(packed: Path, tmp_path: Path) -> None
         assert result.exit_code == 0, result.output
 
 
+def test_what_is_set_around_changes_nothing(packed: Path, tmp_path: Path) -> None:
+    expected = image.decompress(packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(image.decompress(packed), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        image.compress(picture(), tmp_path / "a.spi", size=2600, steps=60)
+    assert (tmp_path / "a.spi").read_bytes() == packed.read_bytes()
+
+
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.9])
 def test_damage_is_found(packed: Path, tmp_path: Path, place: float) -> None:
     data = bytearray(packed.read_bytes())

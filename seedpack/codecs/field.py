@@ -74,7 +74,7 @@ class FieldCodec(Codec):
     def __post_init__(self) -> None:
         if self.channels not in (1, 3) or type(self.channels) is not int:
             raise CodecError(f"{self.id}: channels must be 1 or 3, got {self.channels!r}")
-        require_whole(self.id, "hidden", self.hidden, 1, 256)
+        require_whole(self.id, "hidden", self.hidden, 1, 32)
         require_whole(self.id, "count", self.count, 1, 1 << 20)
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
         if not isinstance(self.sizes, (list, tuple)) or len(self.sizes) != PARTS:
@@ -189,9 +189,9 @@ def unit_of(band: Band) -> float:
 def rendered(network: Network, field: Field, device: torch.device | None = None) -> Tensor:
     """Pixels [channels, height, width], whole numbers 0 … 255."""
     bands = network.bands()
-    values = [torch.zeros(band.shape, device=device) for band in bands]
+    values = [torch.zeros(band.shape, dtype=torch.float32, device=device) for band in bands]
     for place, (band, numbers) in enumerate(zip(bands, field.bands, strict=False)):
         values[place] = torch.from_numpy(numbers).to(device, torch.float32) * (field.unit * unit_of(band))
     coefs = torch.from_numpy(field.coefs).to(device, torch.float32)[None] * field.step
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(coefs.device.type, enabled=False):
         return (network.render(coefs, values) * 255).round().clamp(0, 255)

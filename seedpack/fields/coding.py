@@ -89,14 +89,13 @@ def limit_of(level: int) -> int:
 @functools.cache
 def distributions(limit: int) -> NDArray[np.float32]:
     """Shares of −limit … limit in each distribution, float32 [SIZES, 2·limit + 1]; multiples of 2^-24."""
+    zero, ratio = np.array([_geometric(size) for size in range(SIZES)]).T
     out = np.zeros((SIZES, 2 * limit + 1), np.int64)
-    for size in range(SIZES):
-        zero, ratio = _geometric(size)
-        out[size, limit] = zero << 8
-        tail = ((1 << 24) - (zero << 8)) * ((1 << 16) - ratio) >> 17
-        for magnitude in range(1, limit + 1):
-            out[size, limit + magnitude] = out[size, limit - magnitude] = max(tail, 1)
-            tail = tail * ratio >> 16
+    out[:, limit] = zero << 8
+    tail = ((1 << 24) - (zero << 8)) * ((1 << 16) - ratio) >> 17
+    for magnitude in range(1, limit + 1):
+        out[:, limit + magnitude] = out[:, limit - magnitude] = np.maximum(tail, 1)
+        tail = tail * ratio >> 16
     return (out / 2.0**24).astype(np.float32)
 
 
@@ -116,30 +115,29 @@ def costs(limit: int) -> NDArray[np.float64]:
     return found
 
 
-def _base(sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> Ints:
-    """What the least size, the coarser band and the colour before add to each number's sum."""
+def _base(sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> tuple[Ints, Ints]:
+    """What the least size, the coarser band and the colour before add to each number's sum, and the band's weights."""
     weights, least = sizes.of(band)
-    weights = weights[..., None]
     total = np.full(band.shape, least, np.int32)
     if parent is not None:
         above = np.pad(np.abs(parent), ((0, 0), (1, 1), (1, 1)))
         rows = above[:, :-2] + above[:, 1:-1] + above[:, 2:]
         around = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] - above[:, 1:-1, 1:-1]
-        added = weights[-3] * above[:, 1:-1, 1:-1] + weights[-2] * around
+        added = weights[-3, ..., None] * above[:, 1:-1, 1:-1] + weights[-2, ..., None] * around
         total += added.repeat(2, 1).repeat(2, 2)[:, : band.shape[1], : band.shape[2]]
     if before is not None:
-        total += weights[-1] * np.abs(before)
-    return total
+        total += weights[-1, ..., None] * np.abs(before)
+    return total, weights
 
 
 def chosen(sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> Ints:
     """The distribution of each number of a band [planes, h, w]; `parent` is the same colour's next coarser band, `before` the
     same level's band of the colour before, or None."""
-    total, weights = _base(sizes, band, parent, before), sizes.of(band)[0][..., None]
+    total, weights = _base(sizes, band, parent, before)
     (_, height, width), near = band.shape, np.pad(np.abs(numbers), ((0, 0), (2, 0), (2, 2)))
     for weight, places in zip(weights, NEAR, strict=False):
         for row, column in places:
-            total += weight * near[:, 2 + row : 2 + row + height, 2 + column : 2 + column + width]
+            total += weight[..., None] * near[:, 2 + row : 2 + row + height, 2 + column : 2 + column + width]
     return _distribution(total)
 
 
@@ -175,7 +173,7 @@ def read_band(decoder: Any, sizes: Sizes, band: Band, parent: Ints | None, befor
     """The band [planes, h, w] that `write_band` coded."""
     (planes, height, width), limit = band.shape, limit_of(band.level)
     numbers, near = np.zeros(band.shape, np.int32), np.zeros((planes, height + 2, width + 4), np.int32)
-    base, weights = _base(sizes, band, parent, before), sizes.of(band)[0]
+    base, weights = _base(sizes, band, parent, before)
     model, table = _categorical(), distributions(limit)
     for rows, columns in _waves(height, width):
         total = base[:, rows, columns]

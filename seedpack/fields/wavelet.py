@@ -89,7 +89,7 @@ def _joined(low: Tensor, details: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _colours(like: Tensor) -> Tensor:
     """Orthonormal, [channels, channels]."""
-    rows = torch.tensor(COLOURS if len(like) == 3 else ((1.0,),), device=like.device)
+    rows = torch.tensor(COLOURS if len(like) == 3 else ((1.0,),), dtype=like.dtype, device=like.device)
     return nn.functional.normalize(rows)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +18,20 @@ def read(path: str | Path) -> Tensor:
     """An image file as uint8 [height, width, channels], grey or RGB, turned as its EXIF data say.
 
     Raises:
-        ModelError: Pillow cannot read it, or it has transparency or more than 8 bits a channel.
+        ModelError: Pillow cannot read it, or it has transparency or more than 8 bits a channel (colours of 16 bits it reads as 8).
     """
+    pillow = _pillow()
     try:
-        from PIL import Image, ImageOps
-    except ImportError:
-        raise ModelError("image files are read by Pillow; pip install seedpack[image]") from None
-    try:
-        with Image.open(path) as opened:
+        with pillow.Image.open(path) as opened:
             if "A" in opened.getbands() or "transparency" in opened.info:
                 raise ModelError(f"{path}: has transparency, which would be lost; flatten it first")
             if opened.mode[0] in "IF":
                 raise ModelError(f"{path}: has more than 8 bits a channel ({opened.mode}); convert it first")
-            upright = ImageOps.exif_transpose(opened)
+            upright = pillow.ImageOps.exif_transpose(opened)
             grey = opened.mode in ("1", "L")
             pixels = np.array(upright.convert("L" if grey else "RGB"))
             return torch.from_numpy(pixels).reshape(upright.height, upright.width, -1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
         raise ModelError(f"{path}: is no image that can be read ({first_line(error)})") from None
 
 
@@ -44,14 +42,22 @@ def write(image: Tensor, path: str | Path, *, force: bool = False) -> None:
         ModelError: Pillow knows no such format.
         OutputError: the output exists or cannot be written.
     """
-    from PIL import Image
-
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
+    pillow = _pillow()
+    kind = pillow.Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in pillow.Image.SAVE:
         raise ModelError(f"{path}: name an image by its format, as .png")
     pixels = usable(image).numpy()
     with staged(Path(path), force=force) as partial, partial.open("wb") as file:
-        Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
+        pillow.Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image
+        import PIL.ImageOps
+    except ImportError:
+        raise ModelError("image files are read and written by Pillow; pip install seedpack[image]") from None
+    return PIL
 
 
 def usable(image: Tensor) -> Tensor:

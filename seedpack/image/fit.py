@@ -50,7 +50,7 @@ class Fit(nn.Module):
         kinds = min(codec.channels, 2)
         self.weights = nn.Parameter(torch.tensor(START).expm1().log().repeat(kinds, coding.DIRECTIONS, 1))
         self.least = nn.Parameter(torch.full((LEVELS + 1, kinds), -2.0))
-        self.unit = self.first = 1.0
+        self.unit = self.start_unit = 1.0
         self.fixed = 8 * head_bytes(codec.channels) + CODE_BITS * codec.count
         self.places = torch.zeros(len(coding.NEAR), 3, 5)
         for place, near in zip(self.places, coding.NEAR, strict=True):
@@ -62,10 +62,14 @@ class Fit(nn.Module):
         """Of the coefficients' codes."""
         return max(float(self.coefs.detach().abs().max()), 1e-6) / coding.LIMITS[0]
 
+    def codes(self) -> list[Tensor]:
+        """Of the numbers, which are trained in the unit at the start, in today's; not rounded."""
+        return [x * (self.start_unit / self.unit) for x in self.numbers]
+
     def forward(self) -> tuple[Tensor, Tensor]:
         """Mean squared error, and expected bits; differentiable as if nothing were rounded. In training numbers are rounded up
         or down by chance, in proportion, so that both are smooth in them; in evaluation to the nearest."""
-        numbers = [x * (self.first / self.unit) for x in self.numbers]
+        numbers = self.codes()
         whole = _whole(numbers, self.bands)
         taken = whole
         if self.training:
@@ -113,7 +117,7 @@ class Fit(nn.Module):
                     error = (cells_of(image)[None] + 0.5 - self.cells).square().mean()
                     coarser = float(error) < 10 ** (-(psnr + LOST) / 10)
                 low, high = (math.log(unit), high) if coarser else (low, math.log(unit))
-            self.unit = self.first = unit
+            self.unit = self.start_unit = unit
             for x in self.numbers:
                 x /= unit
 
@@ -125,7 +129,7 @@ class Fit(nn.Module):
 
     def field(self) -> Field:
         """As it is stored."""
-        whole = _whole([x.detach() * (self.first / self.unit) for x in self.numbers], self.bands)
+        whole = _whole(self.codes(), self.bands)
         codes = (self.coefs.detach() / self.step).round().int()[0].numpy()
         return Field(codes, self.step, self.unit, [x.int().numpy() for x in whole])
 
@@ -150,6 +154,7 @@ def _laplace_bits(magnitude: Tensor, scale: Tensor) -> Tensor:
     return zero + magnitude.clamp_max(1) * (one - zero) + (magnitude - 1).clamp_min(0) * more
 
 
+@torch.enable_grad()
 def fitted(
     image: Tensor,
     codec: FieldCodec,
