@@ -101,6 +101,12 @@ def test_what_is_set_around_changes_nothing(packed: Path, tmp_path: Path) -> Non
     with torch.no_grad():
         image.compress(picture(), tmp_path / "a.spi", size=2600, steps=60)
     assert (tmp_path / "a.spi").read_bytes() == packed.read_bytes()
+    torch.set_default_dtype(torch.float64)
+    try:
+        torch.testing.assert_close(image.decompress(packed), expected, rtol=0, atol=0)
+        assert image.compress(picture(), tmp_path / "b.spi", size=2600, steps=20).file_bytes <= 2600
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("place", [0.3, 0.6, 0.9])

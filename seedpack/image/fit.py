@@ -43,16 +43,20 @@ class Fit(nn.Module):
         self.network = codec.network((image.shape[1], image.shape[2] * codec.channels))
         self.bands = self.network.bands()
         self.noise = torch.Generator().manual_seed(codec.seed)
-        self.coefs = nn.Parameter(torch.randn(1, codec.count, generator=self.noise) * codec.count**-0.5)
+        self.coefs = nn.Parameter(
+            torch.randn(1, codec.count, generator=self.noise, dtype=image.dtype) * codec.count**-0.5
+        )
         self.numbers = nn.ParameterList(
             x / unit_of(band) for x, band in zip(analysed(image - 0.5), self.bands, strict=True)
         )
         kinds = min(codec.channels, 2)
-        self.weights = nn.Parameter(torch.tensor(START).expm1().log().repeat(kinds, coding.DIRECTIONS, 1))
-        self.least = nn.Parameter(torch.full((LEVELS + 1, kinds), -2.0))
+        self.weights = nn.Parameter(
+            torch.tensor(START, dtype=image.dtype).expm1().log().repeat(kinds, coding.DIRECTIONS, 1)
+        )
+        self.least = nn.Parameter(torch.full((LEVELS + 1, kinds), -2.0, dtype=image.dtype))
         self.unit = self.start_unit = 1.0
         self.fixed = 8 * head_bytes(codec.channels) + CODE_BITS * codec.count
-        self.places = torch.zeros(len(coding.NEAR), 3, 5)
+        self.places = torch.zeros(len(coding.NEAR), 3, 5, dtype=image.dtype)
         for place, near in zip(self.places, coding.NEAR, strict=True):
             for row, column in near:
                 place[2 + row, 2 + column] = 1
@@ -73,7 +77,7 @@ class Fit(nn.Module):
         whole = _whole(numbers, self.bands)
         taken = whole
         if self.training:
-            taken = [(x.detach() + torch.rand(x.shape, generator=self.noise)).floor() for x in numbers]
+            taken = [(x.detach() + torch.rand(x.shape, generator=self.noise, dtype=x.dtype)).floor() for x in numbers]
         coefs = _straight(self.coefs, (self.coefs / self.step).round() * self.step)
         values = [
             _straight(x, rounded) * (self.unit * unit_of(band))
@@ -84,7 +88,7 @@ class Fit(nn.Module):
 
     def bits(self, numbers: list[Tensor], whole: list[Tensor]) -> Tensor:
         """Expected, as the coder would know what is near; of a number between two whole ones in proportion."""
-        magnitudes, total = [x.detach().abs() for x in whole], torch.zeros(())
+        magnitudes, total = [x.detach().abs() for x in whole], whole[0].new_zeros(())
         weights, least = nn.functional.softplus(self.weights), nn.functional.softplus(self.least)
         context = with_context(self.bands, magnitudes)
         for x, near, (band, parent, before) in zip(numbers, magnitudes, context, strict=True):
