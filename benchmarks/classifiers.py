@@ -89,13 +89,12 @@ def learning_rate(count: int) -> float:
 def train(
     model: nn.Module, pictures: Pictures, epochs: int, lr: float, *, size: int = 128, augment: bool = False, bfloat16: bool = False,
     label: str = "", after_step: Callable[[], object] = lambda: None,
-    after_epoch: Callable[[], object] = lambda: None, extra_loss: Callable[[], Tensor] | None = None, decay: bool = True,
+    after_epoch: Callable[[], object] = lambda: None, extra_loss: Callable[[], Tensor] | None = None,
 ) -> nn.Module:  # fmt: skip
-    """Train in place by Adam, its learning rate falling to zero along a half cosine, or constant; returns the model, in
-    evaluation."""
+    """Train in place by Adam, its learning rate falling to zero along a half cosine; returns the model, in evaluation."""
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
     steps = epochs * -(-len(pictures.train) // size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps, eta_min=0.0 if decay else lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     generator, started = torch.Generator().manual_seed(0), time.perf_counter()
     for epoch in range(epochs):
         model.train()
