@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from seedpack.nn import FastFeedforward, fastfeedforward_from, hardening_loss
 
 FEATURES, HIDDEN = 1024, 4096
 DEPTH = 8
+EPOCHS = 5
 
 
 def dense(features_in: int, hidden: int, features_out: int) -> nn.Sequential:
@@ -97,44 +99,64 @@ class Net(nn.Sequential):
         super().__init__(nn.Flatten(), block)
 
 
-def trained(label: str, block: Callable[[], nn.Module], epochs: int, hardening: float) -> dict[str, Any]:
+@functools.cache
+def fashion() -> pictures.Pictures:
+    return prepared(pictures.fashion_mnist())
+
+
+def trained(label: str, block: Callable[[], nn.Module], hardening: float) -> Net:
     torch.manual_seed(0)
-    data = prepared(pictures.fashion_mnist())
     model = Net(block())
     extra = (lambda: hardening * hardening_loss(model)) if hardening else None
-    train(model, data, epochs, 1e-3, label=label, extra_loss=extra)
-    tree = model[1]
+    train(model, fashion(), EPOCHS, 1e-3, label=label, extra_loss=extra)
+    return model
+
+
+@functools.cache
+def trained_dense(hidden: int) -> Net:
+    return trained(f"dense, {hidden} units", lambda: dense(784, hidden, 10), 0.0)
+
+
+def trained_tree(depth: int) -> Net:
+    width = HIDDEN // 2**depth
+    return trained(f"depth {depth}", lambda: FastFeedforward(784, 10, depth, width), 0.1)
+
+
+def tree_from_dense(depth: int) -> Net:
+    mlp = trained_dense(HIDDEN)[1]
+    return Net(fastfeedforward_from(mlp, fashion().train.flatten(1), depth, HIDDEN // 2**depth))
+
+
+@torch.no_grad()
+def judged(model: Net) -> dict[str, Any]:
+    data, tree = fashion(), model[1]
     found = {"accuracy": accuracy(model, data)}
     if isinstance(tree, FastFeedforward):
         x = data.test.flatten(1)
-        with torch.no_grad():
-            used = tree.leaves(x).bincount(minlength=2**tree.depth)
-            soft = tree.train()(x)
-            found |= {"soft": float((soft.argmax(1) == data.test_classes).float().mean())}
-        found |= {"leaves": int((used > 0).sum())}
+        used = tree.leaves(x).bincount(minlength=2**tree.depth)
+        soft = tree.train()(x)
+        found |= {"soft": float((soft.argmax(1) == data.test_classes).float().mean()), "leaves": int((used > 0).sum())}
     return found
 
 
 def accuracies(result: report.Result) -> None:
-    epochs, width = 5, 4096
-    methods: dict[str, tuple[Callable[[], nn.Module], float]] = {
-        f"dense, {width} units": (lambda: dense(784, width, 10), 0.0),
-        "dense, 16 units": (lambda: dense(784, 16, 10), 0.0),
+    methods: dict[str, Callable[[], Net]] = {
+        f"dense, {hidden} units": lambda hidden=hidden: trained_dense(hidden) for hidden in (HIDDEN, 16)
     }
-    for depth in (2, 4, 6, 8):
-        methods[f"tree of depth {depth}, leaves of {width // 2**depth}"] = (
-            lambda d=depth: FastFeedforward(784, 10, d, width // 2**d), 0.1
-        )  # fmt: skip
+    for how, make in (("tree", trained_tree), ("from the dense block, tree", tree_from_dense)):
+        for depth in (2, 4, 6, 8):
+            methods[f"{how} of depth {depth}, leaves of {HIDDEN // 2**depth}"] = lambda d=depth, make=make: make(d)
     rows = result.joined(
         [
-            report.kept("fast_feedforward", label, lambda how=how, each=label: trained(each, how[0], epochs, how[1]))
-            for label, how in methods.items()
+            report.kept("fast_feedforward", label, lambda make=make: judged(make()))
+            for label, make in methods.items()
             if result.wanted(label)
         ]
     )
     result.say(
-        f"## Trained\nFashion-MNIST, one hidden block, Adam, {epochs} epochs, hardening loss times 0.1. 'Soft': all leaves, "
-        "weighted, as in training; 'leaves': how many of them any test picture goes to."
+        f"## Trained\nFashion-MNIST, one hidden block, Adam, {EPOCHS} epochs, trees with hardening loss times 0.1; then trees that "
+        "`fastfeedforward_from` makes of the trained dense block. 'Soft': all leaves, weighted, as in training; 'leaves': how "
+        "many of them any test picture goes to."
     )
     result.table(
         ["block", "accuracy", "soft", "leaves", "measured"],
@@ -147,9 +169,9 @@ def accuracies(result: report.Result) -> None:
 
 
 def texts() -> tuple[list[str], list[str]]:
-    """Sentences to learn from and others to be judged by: the two halves of WikiText-2 validation."""
+    """Sentences to learn from and others to be judged by: the two halves of WikiText-2 validation, each by length."""
     lines = [line.strip() for line in models.text()[1].splitlines() if len(line.split()) > 8]
-    return lines[: len(lines) // 2], lines[len(lines) // 2 :]
+    return sorted(lines[: len(lines) // 2], key=len), sorted(lines[len(lines) // 2 :], key=len)
 
 
 class Encoder:
@@ -160,6 +182,8 @@ class Encoder:
 
         folder = models.minilm()
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+        self.given, self.judged_by = texts()
+        self.embedded = self.embeddings(self.model)
 
     def batches(self, lines: list[str]) -> Iterator[dict[str, Tensor]]:
         for first in range(0, len(lines), 64):
@@ -167,25 +191,29 @@ class Encoder:
             yield dict(self.tokenizer(some, padding=True, truncation=True, max_length=128, return_tensors="pt"))
 
     @torch.no_grad()
-    def embeddings(self, model: nn.Module, lines: list[str]) -> Tensor:
+    def embeddings(self, model: nn.Module) -> Tensor:
+        """Of the sentences to be judged by."""
         found = []
-        for batch in self.batches(lines):
+        for batch in self.batches(self.judged_by):
             hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
             found.append(nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1))
         return torch.cat(found)
 
     @torch.no_grad()
-    def inputs(self, model: nn.Module, layer: int, lines: list[str]) -> Tensor:
+    def inputs(self, model: nn.Module, layer: int) -> Tensor:
         """What the block of a layer sees of real tokens, padding left out."""
         seen: list[Tensor] = []
         mask: list[Tensor] = []
+        layers = model.encoder.layer
+        model.encoder.layer = layers[: layer + 1]  # those behind have no say
         hook = model.encoder.layer[layer].intermediate.register_forward_pre_hook(
             lambda _, given: seen.append(given[0][mask[-1].bool()])
         )
-        for batch in self.batches(lines):
+        for batch in self.batches(self.given):
             mask.append(batch["attention_mask"])
             model(**batch)
         hook.remove()
+        model.encoder.layer = layers
         return torch.cat(seen)
 
 
@@ -201,29 +229,24 @@ class Block(nn.Module):
         return y
 
 
-def distilled(encoder: Encoder, layers: range, depth: int, width: int) -> dict[str, Any]:
-    """Blocks of a model, each distilled on what it sees behind those before it."""
-    given, judged = texts()
+def distilled(encoder: Encoder, depth: int, width: int) -> dict[str, Any]:
+    """All blocks of a model, each distilled on what it sees behind those before it."""
     model = copy.deepcopy(encoder.model)
-    for number in layers:
-        layer = model.encoder.layer[number]
-        x = encoder.inputs(model, number, given)
-        tree = fastfeedforward_from(Block(layer), x, depth, width, steps=1000)
+    for number, layer in enumerate(model.encoder.layer):
+        tree = fastfeedforward_from(Block(layer), encoder.inputs(model, number), depth, width, steps=1000)
         layer.intermediate = nn.Identity()
         layer.output.dense = tree
-        print(f"depth {depth}, leaves of {width}: layer {number} of {len(layers)}", flush=True)
-    before, after = encoder.embeddings(encoder.model, judged), encoder.embeddings(model, judged)
+        print(f"depth {depth}, leaves of {width}: block {number + 1} of {len(model.encoder.layer)}", flush=True)
+    cosine = (encoder.embedded * encoder.embeddings(model)).sum(1)
     features, hidden = encoder.model.config.hidden_size, encoder.model.config.intermediate_size
     kept = (depth * features + 2 * width * features) / (2 * hidden * features)
-    return {"kept": kept, "moved": float(1 - (before * after).sum(1).mean()), "family": f"{len(layers)} blocks"}
+    return {"kept": kept, "moved": float(1 - cosine.mean())}
 
 
 def distillation(result: report.Result) -> None:
     encoder = Encoder()
-    count = encoder.model.config.num_hidden_layers
     methods = {
-        f"{len(layers)} blocks, depth {depth}, leaves of {width}": (layers, depth, width)
-        for layers in (range(count), range(count - 1, count))
+        f"depth {depth}, leaves of {width}": (depth, width)
         for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 192), (4, 96), (6, 48))
     }
     rows = result.joined(
@@ -235,16 +258,19 @@ def distillation(result: report.Result) -> None:
     )
     rows = [row for label in methods for row in rows if row["label"] == label]
     result.say(
-        "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384), or the last alone, by `fastfeedforward_from`, layer by layer "
-        "on half of WikiText-2 validation; 1 − cosine of the other half's sentence embeddings with the original's, against the "
-        "share of the blocks' multiplications that is left. Depth 0 is a smaller dense block."
+        "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384) by `fastfeedforward_from`, block by block on half of "
+        "WikiText-2 validation; 1 − cosine of the other half's sentence embeddings with the original's, against the share of the "
+        "blocks' multiplications that is left. Depth 0 is a smaller dense block."
     )
     result.table(
         ["distilled", "multiplications kept", "1 − cosine", "measured"],
         [(r["label"], f"{100 * r['kept']:.1f}%", f"{r['moved']:.4f}", r["measured"]) for r in rows],
     )
     if rows:
-        drawn = [{**r, "share": 100 * r["kept"], "family": r["label"].rpartition(", ")[0]} for r in rows]
+        drawn = [
+            {**r, "share": 100 * r["kept"], "family": "smaller, dense" if r["label"].startswith("depth 0") else "trees"}
+            for r in rows
+        ]
         plots.curves(
             result, drawn, "moved", "1 − cosine", "MiniLM's blocks as trees", (0, 60), "distilled",
             ("share", "multiplications kept (%)"),
