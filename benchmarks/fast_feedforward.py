@@ -21,6 +21,7 @@ from seedpack.nn import FastFeedforward, fastfeedforward_from, hardening_loss
 FEATURES, HIDDEN = 1024, 4096
 DEPTH = 8
 EPOCHS = 5
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any], Tensor]  # hidden states, what else goes to a layer, its mask
 
 
 def dense(features_in: int, hidden: int, features_out: int) -> nn.Sequential:
@@ -183,7 +184,7 @@ class Encoder:
         folder = models.minilm()
         self.tokenizer, self.model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
         self.given, self.judged_by = texts()
-        self.embedded = self.embeddings(self.model)
+        self.embedded, self.calls = self.embeddings(self.model), self.states()
 
     def batches(self, lines: list[str]) -> Iterator[dict[str, Tensor]]:
         for first in range(0, len(lines), 64):
@@ -200,21 +201,34 @@ class Encoder:
         return torch.cat(found)
 
     @torch.no_grad()
-    def inputs(self, model: nn.Module, layer: int) -> Tensor:
-        """What the block of a layer sees of real tokens, padding left out."""
-        seen: list[Tensor] = []
-        mask: list[Tensor] = []
-        layers = model.encoder.layer
-        model.encoder.layer = layers[: layer + 1]  # those behind have no say
-        hook = model.encoder.layer[layer].intermediate.register_forward_pre_hook(
-            lambda _, given: seen.append(given[0][mask[-1].bool()])
+    def states(self) -> list[Call]:
+        """With what the first layer is called, for each batch to learn from, and which tokens are not padding."""
+        calls: list[Call] = []
+        model = copy.deepcopy(self.model)
+        model.encoder.layer = model.encoder.layer[:1]
+        hook = model.encoder.layer[0].register_forward_pre_hook(
+            lambda _, given, named: calls.append((given[0], given[1:], named, mask.bool())), with_kwargs=True
         )
         for batch in self.batches(self.given):
-            mask.append(batch["attention_mask"])
+            mask = batch["attention_mask"]
             model(**batch)
         hook.remove()
-        model.encoder.layer = layers
-        return torch.cat(seen)
+        return calls
+
+
+@torch.no_grad()
+def passed(layer: Any, calls: list[Call]) -> tuple[list[Call], Tensor]:
+    """The calls of the next layer, and what this layer's block sees of real tokens."""
+    seen: list[Tensor] = []
+    hook = layer.attention.register_forward_hook(lambda _, given, found: seen.append(first(found)))
+    after = [(first(layer(x, *given, **named)), given, named, mask) for x, given, named, mask in calls]
+    hook.remove()
+    return after, torch.cat([x[call[-1]] for x, call in zip(seen, calls, strict=True)])
+
+
+def first(found: Any) -> Tensor:
+    """Layers of some versions of transformers return tuples."""
+    return found if isinstance(found, Tensor) else found[0]
 
 
 class Block(nn.Module):
@@ -231,11 +245,12 @@ class Block(nn.Module):
 
 def distilled(encoder: Encoder, depth: int, width: int) -> dict[str, Any]:
     """All blocks of a model, each distilled on what it sees behind those before it."""
-    model = copy.deepcopy(encoder.model)
+    model, calls = copy.deepcopy(encoder.model), encoder.calls
     for number, layer in enumerate(model.encoder.layer):
-        tree = fastfeedforward_from(Block(layer), encoder.inputs(model, number), depth, width, steps=1000)
+        tree = fastfeedforward_from(Block(layer), passed(layer, calls)[1], depth, width, steps=1000)
         layer.intermediate = nn.Identity()
         layer.output.dense = tree
+        calls = passed(layer, calls)[0]
         print(f"depth {depth}, leaves of {width}: block {number + 1} of {len(model.encoder.layer)}", flush=True)
     cosine = (encoder.embedded * encoder.embeddings(model)).sum(1)
     features, hidden = encoder.model.config.hidden_size, encoder.model.config.intermediate_size
@@ -244,14 +259,14 @@ def distilled(encoder: Encoder, depth: int, width: int) -> dict[str, Any]:
 
 
 def distillation(result: report.Result) -> None:
-    encoder = Encoder()
+    encoder = functools.cache(Encoder)  # not for rows that are known
     methods = {
         f"depth {depth}, leaves of {width}": (depth, width)
         for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 192), (4, 96), (6, 48))
     }
     rows = result.joined(
         [
-            report.kept("fast_feedforward", label, lambda how=how: distilled(encoder, *how))
+            report.kept("fast_feedforward", label, lambda how=how: distilled(encoder(), *how))
             for label, how in methods.items()
             if result.wanted(label)
         ]
