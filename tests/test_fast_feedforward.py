@@ -209,6 +209,10 @@ def test_mistakes() -> None:
         FastFeedforward(4, 4, -1, 1)
     with pytest.raises(ModelError, match="3 tokens for 8 leaves"):
         fastfeedforward_from(mlp, x[:3], 3, 4)
+    with pytest.raises(ModelError, match=r"the block does not take inputs \[8, 23\] of torch.float32: mat1"):
+        fastfeedforward_from(mlp, x[:8, :23], 1, 4)
+    with pytest.raises(ModelError, match="different widths: 23, 24; expected one"):
+        fastfeedforward_from(mlp, (x[:8], x[:8, :23]), 1, 4)
     with pytest.raises(ModelError, match=r"expected \[8, out\]"):
         fastfeedforward_from(nn.Flatten(0), x[:8], 1, 4)
     x[3, 3] = float("inf")

@@ -56,10 +56,15 @@ def fastfeedforward_from(
     tokens = sum(map(len, batches))
     if tokens == 0 or tokens < 2**depth:
         raise ModelError(f"{tokens} tokens for {2**depth} leaves: give more data or a smaller depth")
+    if len(widths := {each.shape[-1] for each in batches}) > 1:
+        raise ModelError(f"batches of inputs of different widths: {', '.join(map(str, sorted(widths)))}; expected one")
     x = torch.cat(batches)
     mlp = copy.deepcopy(mlp).eval()
-    with torch.no_grad():
-        y = torch.cat([mlp(some) for some in x.split(BATCH)])
+    try:
+        with torch.no_grad():
+            y = torch.cat([mlp(some) for some in x.split(BATCH)])
+    except RuntimeError as error:
+        raise ModelError(f"the block does not take inputs {list(x.shape)} of {x.dtype}: {error}") from error
     if y.shape[:-1] != x.shape[:-1]:
         raise ModelError(f"the block turns {list(x.shape)} into {list(y.shape)}; expected [{len(x)}, out]")
     dtype, x, y = x.dtype, x.float(), y.float()
