@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from pathlib import Path
 
 import pytest
@@ -147,7 +146,7 @@ def test_a_block_is_distilled() -> None:
             mlp, (x[:2000], x[2000:5000]), depth, 12, steps=300, progress=lambda *found: seen.append(found)
         )
         counts = layer.leaves(x[:5000]).bincount(minlength=2**depth)
-        assert int(counts.max()) < 2 * counts.float().mean() < 4 * int(counts.min())
+        assert int(counts.max()) - int(counts.min()) <= 4  # a boundary halves its tokens, but for rounding
         with torch.no_grad():
             errors.append(relative(layer(x[5000:]), exact))
     assert errors[1] < 0.5 * errors[0] and errors[1] < 0.12, errors
@@ -162,7 +161,7 @@ def test_tokens_near_a_boundary_train_both_of_its_sides() -> None:
     for x in (torch.randn(1000, 24), torch.ones(1000, 24), torch.randn(8, 24)):
         layer = FastFeedforward(24, 20, 3, 4)
         regions = _grow(layer, x, x[:, :20].square())
-        assert [1 <= len(mine) <= math.ceil(len(x) * 0.6**3) + 2 for mine in regions] == [True] * 8
+        assert min(map(len, regions)) >= 1 and sum(map(len, regions)) <= 1.2**3 * len(x) + 16
         assert torch.equal(torch.cat(regions).unique(), torch.arange(len(x)))
         if len(x[:, 0].unique()) == 1000:
             leaves = layer.leaves(x)

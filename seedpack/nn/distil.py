@@ -81,21 +81,27 @@ def fastfeedforward_from(
 
 @torch.no_grad()
 def _grow(layer: FastFeedforward, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Set the nodes, level by level; returns the tokens that train each leaf, at least one."""
-    regions = [torch.arange(len(x), device=x.device)]
+    """Set the nodes, level by level; returns the tokens that train each leaf, at least one.
+
+    A boundary halves the tokens that go to its node; others of `near`, from beyond the boundaries above, train it too."""
+    regions = [(torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device))]
     for node in range(2**layer.depth - 1):
-        mine = regions.pop(0)
-        centre = x[mine].mean(0)
-        covariance = (x[mine] - centre).T @ (y[mine] - y[mine].mean(0))
+        near, goes = regions.pop(0)
+        centre = x[near].mean(0)
+        covariance = (x[near] - centre).T @ (y[near] - y[near].mean(0))
         direction = torch.svd_lowrank(covariance, q=min(4, *covariance.shape))[0][:, 0]
-        score = x[mine] @ direction
-        order = score.argsort(stable=True)
-        middle = score[order[(len(mine) - 1) // 2 : len(mine) // 2 + 1]].mean()
+        score, order = (x[near] @ direction).sort(stable=True)
+        near, goes = near[order], goes[order]
+        places = goes.nonzero()[:, 0]
+        half = (len(places) + 1) // 2
+        middle = score[places[half - 1 : half + 1]].mean()
         scale = (score - middle).abs().mean().clamp_min(1e-6)
         layer.nodes.weight[node], layer.node_bias[node] = direction / scale, -middle / scale
-        most = math.ceil((0.5 + OVERLAP) * len(mine))
-        regions += [mine[order[:most]], mine[order[-most:]]]
-    return regions
+        cut, margin = int(places[half - 1]) + 1, math.ceil(OVERLAP * len(near))
+        left, right = slice(cut + margin), slice(max(0, cut - margin), None)
+        goes_left = goes & (torch.arange(len(near), device=x.device) < cut)
+        regions += [(near[left], goes_left[left]), (near[right], (goes & ~goes_left)[right])]
+    return [near for near, _ in regions]
 
 
 @torch.no_grad()
