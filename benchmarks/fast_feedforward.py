@@ -39,58 +39,64 @@ def medians(runs: dict[str, Callable[[], object]], times: int) -> dict[str, floa
     return {label: sorted(found[2:])[times // 2] for label, found in spent.items()}
 
 
-@torch.no_grad()
-def speed(result: report.Result) -> None:
-    """The tree against the dense block of the same training width, and of the tree's width at inference."""
+@functools.cache
+def blocks() -> tuple[FastFeedforward, dict[str, nn.Module], float]:
+    """The tree, dense blocks of its training width and of its width at inference, and bytes copied a second."""
     width = HIDDEN // 2**DEPTH
     tree, whole = FastFeedforward(FEATURES, FEATURES, DEPTH, width).eval(), dense(FEATURES, HIDDEN, FEATURES).eval()
-    half = copy.deepcopy(whole).bfloat16()
     small = dense(FEATURES, width + DEPTH // 2, FEATURES).eval()
     copied, source = torch.empty(1 << 25, dtype=torch.uint8), torch.ones(1 << 25, dtype=torch.uint8)
     bandwidth = 2 * source.numel() / medians({"copy": lambda: copied.copy_(source)}, 20)["copy"]
-    rows = []
-    for tokens in (1, 8, 64, 256, 1024, 4096):
-        x = torch.randn(tokens, FEATURES)
-        y = x.bfloat16()
-        runs: dict[str, Callable[[], object]] = {
-            "tree": lambda x=x: tree(x), "dense": lambda x=x: whole(x), "bfloat16": lambda y=y: half(y),
-            "small": lambda x=x: small(x),
-        }  # fmt: skip
-        times = max(5, min(100, 2000 // tokens))
-        found = medians(runs, times)
-        alone = {label: medians({label: runs[label]}, times)[label] for label in ("tree", "dense")}
-        leaves = len(tree.leaves(x).unique())
-        floor = (
-            4 * (min(tokens * DEPTH, 2**DEPTH) * FEATURES + leaves * 2 * width * FEATURES + 2 * x.numel()) / bandwidth
-        )
-        rows.append(
-            (f"{tokens:,}", *(f"{1e3 * found[key]:.3f}" for key in ("tree", "dense", "bfloat16", "small")),
-             f"{1e3 * floor:.4f}", f"{found['dense'] / found['tree']:.1f}×", f"{found['bfloat16'] / found['tree']:.1f}×",
-             f"{1e3 * alone['tree']:.3f}", f"{1e3 * alone['dense']:.3f}", f"{alone['dense'] / alone['tree']:.1f}×")
-        )  # fmt: skip
+    return tree, {"dense": whole, "bfloat16": copy.deepcopy(whole).bfloat16(), "small": small}, bandwidth
+
+
+@torch.no_grad()
+def timed(tokens: int) -> dict[str, Any]:
+    """Milliseconds of every block in turn with the others, and alone."""
+    (tree, others, bandwidth), x = blocks(), torch.randn(tokens, FEATURES)
+    given = {"bfloat16": x.bfloat16()}
+    runs: dict[str, Callable[[], object]] = {
+        label: functools.partial(block, given.get(label, x)) for label, block in {"tree": tree, **others}.items()
+    }
+    times = max(5, min(100, 2000 // tokens))
+    found = medians(runs, times)
+    found |= {f"{label}, alone": medians({label: runs[label]}, times)[label] for label in ("tree", "dense")}
+    leaves = len(tree.leaves(x).unique())
+    rows = min(tokens * DEPTH, 2**DEPTH) + leaves * 2 * tree.leaf_width
+    found["floor"] = 4 * (rows * FEATURES + 2 * x.numel()) / bandwidth
+    return {label: 1e3 * seconds for label, seconds in found.items()} | {"bandwidth": bandwidth / 1e9}
+
+
+def speed(result: report.Result) -> None:
+    """The tree against the dense block of the same training width, and of the tree's width at inference."""
+    methods = {f"time, {tokens:,} tokens": tokens for tokens in (1, 8, 64, 256, 1024, 4096)}
+    rows = measured(result, {label: functools.partial(timed, tokens) for label, tokens in methods.items()})
+    width = HIDDEN // 2**DEPTH
     result.say(
         f"## Time\n{FEATURES} features in and out, depth {DEPTH}, leaves of {width} units: a training width of {HIDDEN}, of which "
         f"a token uses {DEPTH} rows of nodes and {width} units, {100 * (width + DEPTH / 2) / HIDDEN:.2f}% of the dense block's "
         f"multiplications. Milliseconds, medians, {torch.get_num_threads()} cores; 'as small': a dense block that multiplies as "
-        f"much as one token's way. Floor: rows that are read once, at the {bandwidth / 1e9:.1f} GB/s of copying. Blocks run in turn, so "
-        "that each finds caches that another one filled, as in a model of many layers; 'alone': each in a loop of its own."
+        "much as one token's way. Floor: rows that are read once, at the speed of copying. Blocks run in turn, so that each "
+        "finds caches that another one filled, as in a model of many layers; 'alone': each in a loop of its own."
     )
     result.table(
+        ["tokens", "tree", "dense", "dense, bfloat16", "as small", "floor", "copying, GB/s", "over dense", "over bfloat16",
+         "tree, alone", "dense, alone", "over dense, alone", "measured"],
         [
-            "tokens",
-            "tree",
-            "dense",
-            "dense, bfloat16",
-            "as small",
-            "floor",
-            "over dense",
-            "over bfloat16",
-            "tree, alone",
-            "dense, alone",
-            "over dense, alone",
+            (f"{methods[r['label']]:,}", *(f"{r[key]:.3f}" for key in ("tree", "dense", "bfloat16", "small")),
+             f"{r['floor']:.4f}", f"{r['bandwidth']:.1f}", f"{r['dense'] / r['tree']:.1f}×",
+             f"{r['bfloat16'] / r['tree']:.1f}×", f"{r['tree, alone']:.3f}", f"{r['dense, alone']:.3f}",
+             f"{r['dense, alone'] / r['tree, alone']:.1f}×", r["measured"])
+            for r in rows
         ],
-        rows,
-    )
+    )  # fmt: skip
+
+
+def measured(result: report.Result, methods: dict[str, Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows that are asked for, and those known from before, in the methods' order."""
+    found = [report.kept("fast_feedforward", label, make) for label, make in methods.items() if result.wanted(label)]
+    by_label = {row["label"]: row for row in result.joined(found)}
+    return [by_label[label] for label in methods if label in by_label]
 
 
 class Net(nn.Sequential):
@@ -147,13 +153,7 @@ def accuracies(result: report.Result) -> None:
     for how, make in (("tree", trained_tree), ("from the dense block, tree", tree_from_dense)):
         for depth in (2, 4, 6, 8):
             methods[f"{how} of depth {depth}, leaves of {HIDDEN // 2**depth}"] = lambda d=depth, make=make: make(d)
-    rows = result.joined(
-        [
-            report.kept("fast_feedforward", label, lambda make=make: judged(make()))
-            for label, make in methods.items()
-            if result.wanted(label)
-        ]
-    )
+    rows = measured(result, {label: lambda make=make: judged(make()) for label, make in methods.items()})
     result.say(
         f"## Trained\nFashion-MNIST, one hidden block, Adam, {EPOCHS} epochs, trees with hardening loss times 0.1; then trees that "
         "`fastfeedforward_from` makes of the trained dense block. 'Soft': all leaves, weighted, as in training; 'leaves': how "
@@ -164,7 +164,7 @@ def accuracies(result: report.Result) -> None:
         [
             (r["label"], f"{100 * r['accuracy']:.2f}%", f"{100 * r['soft']:.2f}%" if "soft" in r else "",
              r.get("leaves", ""), r["measured"])
-            for label in methods for r in rows if r["label"] == label
+            for r in rows
         ],
     )  # fmt: skip
 
@@ -264,14 +264,7 @@ def distillation(result: report.Result) -> None:
         f"depth {depth}, leaves of {width}": (depth, width)
         for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 192), (4, 96), (6, 48))
     }
-    rows = result.joined(
-        [
-            report.kept("fast_feedforward", label, lambda how=how: distilled(encoder(), *how))
-            for label, how in methods.items()
-            if result.wanted(label)
-        ]
-    )
-    rows = [row for label in methods for row in rows if row["label"] == label]
+    rows = measured(result, {label: lambda how=how: distilled(encoder(), *how) for label, how in methods.items()})
     result.say(
         "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384) by `fastfeedforward_from`, block by block on half of "
         "WikiText-2 validation; 1 − cosine of the other half's sentence embeddings with the original's, against the share of the "
