@@ -110,11 +110,10 @@ class FastFeedforward(torch_nn.Module):
         return leaves(x.reshape(-1, x.shape[-1]), self._tree()).view(x.shape[:-1])
 
     def _tree(self) -> Tree:
-        tables = (
+        nodes, leaf_in, leaf_out = [
             table if isinstance(table, PackedModule) else table.weight
             for table in (self.nodes, self.leaf_in, self.leaf_out)
-        )
-        nodes, leaf_in, leaf_out = tables
+        ]
         return Tree(nodes, self.node_bias, leaf_in, self.in_bias, leaf_out, self.out_bias)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib import import_module
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from seedpack._shapes import require_columns
 from seedpack.errors import BackendError
-from seedpack.kernels.dispatch import Backend, choose
+from seedpack.kernels.dispatch import NOTHING, Backend, choose
 from seedpack.kernels.fast_feedforward import reference
 from seedpack.kernels.fast_feedforward.reference import ACTIVATIONS as ACTIVATIONS
 from seedpack.kernels.fast_feedforward.reference import Tree as Tree
@@ -31,9 +33,9 @@ def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = 
     tokens = x.reshape(-1, x.shape[-1])
     tensors = [value for value in tree if isinstance(value, Tensor)]
     graded = torch.is_grad_enabled() and any(value.requires_grad for value in (x, *tensors))
-    if backend == "reference" or (backend == "auto" and (graded or not tree.dense)):
+    if backend == "reference" or (backend == "auto" and (graded or len(tensors) < len(tree))):
         y = reference.forward(tokens, tree, activation)
-    elif not tree.dense:
+    elif len(tensors) < len(tree):
         raise BackendError(
             f"fast_feedforward: backend {backend!r} cannot run: a table is a function, as a packed one is"
         )
@@ -42,10 +44,16 @@ def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = 
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
+@functools.cache
+def _kernel(backend: str) -> Callable[[Tensor, Tree, str], Tensor]:
+    return import_module(f"seedpack.kernels.fast_feedforward.{backend}").forward  # type: ignore[no-any-return]
+
+
 def _forward(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
-    unable = {"cpu": None if all(value.dtype == torch.float32 for value in (x, *tensors)) else "it takes float32 alone"}
+    single = all([value.dtype == torch.float32 for value in (x, *tensors)])
+    unable = NOTHING if single else {"cpu": "it takes float32 alone"}
     chosen = choose("fast_feedforward", backend, x.device, BACKENDS, unable)  # type: ignore[arg-type]
-    return import_module(f"seedpack.kernels.fast_feedforward.{chosen}").forward(x, Tree(*tensors), activation)  # type: ignore[no-any-return]
+    return _kernel(chosen)(x, Tree(*tensors), activation)
 
 
 # Opaque to the compiler; a call through it costs 20 µs.

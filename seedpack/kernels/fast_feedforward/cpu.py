@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import carray, njit, prange, types  # type: ignore[attr-defined]
+from numba.extending import intrinsic
 from torch import Tensor
 
 from seedpack.kernels.fast_feedforward.reference import ACTIVATIONS, Tree
 
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
 FEW_VALUES = 1 << 20  # read by all tokens together: below it one thread is done before others have begun
+SUMS = {"reassoc", "contract", "nsz"}  # in any order; of the function that a sum is inlined into
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"}, inline="always")
+@njit(cache=True, nogil=True, fastmath=SUMS, inline="always")
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for i in range(a.shape[0]):
@@ -24,7 +26,7 @@ def _dot(a: Any, b: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _leaf(x: Any, nodes: Any, node_bias: Any, depth: int) -> int:
     node = 0
     for _ in range(depth):
@@ -41,7 +43,7 @@ def _activated(value: Any, activation: int) -> Any:
     return value / np.float32(1 + math.exp(-value))
 
 
-@njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@njit(cache=True, nogil=True, fastmath=SUMS)
 def _through(
     x: Any, leaf: int, leaf_in: Any, in_bias: Any, leaf_out: Any, out_bias: Any, activation: int, out: Any
 ) -> None:
@@ -53,14 +55,30 @@ def _through(
             out[i] += hidden * leaf_out[row, i]
 
 
+@intrinsic
+def _floats(context: Any, address: Any) -> Any:
+    """A pointer from an address."""
+
+    def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(address), cast
+
+
 @njit(cache=True, nogil=True)
 def _one_by_one(
-    x: Any, nodes: Any, node_bias: Any, leaf_in: Any, in_bias: Any, leaf_out: Any, out_bias: Any, depth: int,
-    activation: int, out: Any,
+    x: int, nodes: int, node_bias: int, leaf_in: int, in_bias: int, leaf_out: int, out_bias: int, out: int,
+    tokens: int, columns: int, depth: int, width: int, outputs: int, activation: int,
 ) -> None:  # fmt: skip
-    for t in range(x.shape[0]):
-        leaf = _leaf(x[t], nodes, node_bias, depth)
-        _through(x[t], leaf, leaf_in, in_bias, leaf_out, out_bias, activation, out[t])
+    """By addresses: to make arrays of so many tensors takes longer than one token's products."""
+    leaves, units = 1 << depth, width << depth
+    given, found = carray(_floats(x), (tokens, columns)), carray(_floats(out), (tokens, outputs))  # type: ignore[call-arg]
+    nodes_, node_bias_ = carray(_floats(nodes), (leaves, columns)), carray(_floats(node_bias), leaves)
+    leaf_in_, in_bias_ = carray(_floats(leaf_in), (units, columns)), carray(_floats(in_bias), (leaves, width))
+    leaf_out_, out_bias_ = carray(_floats(leaf_out), (units, outputs)), carray(_floats(out_bias), (leaves, outputs))
+    for t in range(tokens):
+        leaf = _leaf(given[t], nodes_, node_bias_, depth)
+        _through(given[t], leaf, leaf_in_, in_bias_, leaf_out_, out_bias_, activation, found[t])
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -80,15 +98,17 @@ def _in_order(
 
 def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
     """As `reference.forward`, summed in another order; float32. Many tokens go leaf by leaf, so that rows stay in cache."""
-    nodes, node_bias, leaf_in, in_bias, leaf_out, out_bias = (value.detach().contiguous().numpy() for value in tree)  # type: ignore[union-attr]
-    given, number = x.detach().contiguous().numpy(), NUMBERS[activation]
-    out = torch.empty(len(x), out_bias.shape[1])
-    read = len(x) * (tree.depth * x.shape[1] + in_bias.shape[1] * (x.shape[1] + out.shape[1]))
-    if read < FEW_VALUES:
-        _one_by_one(given, nodes, node_bias, leaf_in, in_bias, leaf_out, out_bias, tree.depth, number, out.numpy())
+    values: list[Any] = [value if value.is_contiguous() else value.contiguous() for value in (x, *tree)]  # type: ignore[union-attr]
+    tokens, columns = x.shape
+    (leaves, width), outputs = tree.in_bias.shape, tree.out_bias.shape[1]
+    out = torch.empty(tokens, outputs)
+    depth, number = leaves.bit_length() - 1, NUMBERS[activation]
+    if tokens * (depth * columns + width * (columns + outputs)) < FEW_VALUES:
+        addresses: Any = [value.data_ptr() for value in (*values, out)]
+        _one_by_one(*addresses, tokens, columns, depth, width, outputs, number)  # type: ignore[call-arg]
         return out
-    leaves = np.empty(len(given), np.int64)
-    _all_leaves(given, nodes, node_bias, tree.depth, leaves)
-    order = np.argsort(leaves, kind="stable")
-    _in_order(given, order, leaves, leaf_in, in_bias, leaf_out, out_bias, number, out.numpy())
+    given, nodes, node_bias, *leaf_tables = [value.detach().numpy() for value in values]
+    chosen = np.empty(tokens, np.int64)
+    _all_leaves(given, nodes, node_bias, depth, chosen)
+    _in_order(given, np.argsort(chosen, kind="stable"), chosen, *leaf_tables, number, out.numpy())  # type: ignore[call-arg]
     return out
