@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seedpack.errors import BackendError
+from seedpack.kernels import dispatch
 from seedpack.kernels.fast_feedforward import Tree, fast_feedforward, leaves
 from seedpack.kernels.fast_feedforward import cpu as cpu_kernel
 from tests.kernels.products import error
@@ -63,6 +64,25 @@ def test_many_tokens_on_the_cpu(poison: None, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(fast_feedforward(x, tree, "gelu", backend="cpu"), alone)
 
 
+def test_tensors_without_an_address_of_their_own() -> None:
+    """The compiled kernel takes addresses: of strided tables it makes copies, of other kinds of tensors none are taken."""
+
+    class Wrapped(Tensor):
+        pass
+
+    x, tree = torch.randn(4, 12), tree_of(12, 7, 2, 3)
+    exact = fast_feedforward(x, tree, "gelu", backend="cpu")
+    strided = Tree(*(torch.stack((-value, value), -1)[..., 1] for value in tree))  # type: ignore[arg-type]
+    assert not strided.leaf_in.is_contiguous()  # type: ignore[union-attr]
+    assert torch.equal(fast_feedforward(x.T.contiguous().T, strided, "gelu", backend="cpu"), exact)
+    with pytest.raises(BackendError, match="plain float32 tensors alone"):
+        fast_feedforward(x.as_subclass(Wrapped), tree, "gelu", backend="cpu")
+    dispatch._warn_fallback.cache_clear()
+    with pytest.warns(RuntimeWarning, match="'cpu' passed over, it takes plain float32 tensors alone"):
+        found = fast_feedforward(x.as_subclass(Wrapped), tree, "gelu")
+    torch.testing.assert_close(found.as_subclass(Tensor), exact)
+
+
 @pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtypes(backend: Any, dtype: torch.dtype, poison: None) -> None:
@@ -70,7 +90,7 @@ def test_dtypes(backend: Any, dtype: torch.dtype, poison: None) -> None:
     _, exact = by_hand(x, tree, "silu")
     found = fast_feedforward(x, tree, "silu", backend=backend)
     assert found.dtype == dtype and error(found, exact) < 0.02
-    with pytest.raises(BackendError, match="float32 alone"):
+    with pytest.raises(BackendError, match="plain float32 tensors alone"):
         fast_feedforward(x, tree, "silu", backend="cpu")
 
 

@@ -18,6 +18,7 @@ from seedpack.kernels.fast_feedforward.reference import Tree as Tree
 from seedpack.kernels.fast_feedforward.reference import leaves as leaves
 
 BACKENDS = ("cpu", "triton", "reference")
+PLAIN = (Tensor, torch.nn.Parameter)  # others may have no address
 
 
 def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = "auto") -> Tensor:
@@ -50,8 +51,8 @@ def _kernel(backend: str) -> Callable[[Tensor, Tree, str], Tensor]:
 
 
 def _forward(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
-    single = all([value.dtype == torch.float32 for value in (x, *tensors)])
-    unable = NOTHING if single else {"cpu": "it takes float32 alone"}
+    plain = all([value.dtype == torch.float32 and type(value) in PLAIN for value in (x, *tensors)])
+    unable = NOTHING if plain else {"cpu": "it takes plain float32 tensors alone"}
     chosen = choose("fast_feedforward", backend, x.device, BACKENDS, unable)  # type: ignore[arg-type]
     return _kernel(chosen)(x, Tree(*tensors), activation)
 
