@@ -170,7 +170,7 @@ def accuracies(result: report.Result) -> None:
 
 
 def texts() -> tuple[list[str], list[str]]:
-    """Sentences to learn from and others to be judged by: the two halves of WikiText-2 validation, each by length."""
+    """Sentences to learn from and others to be judged by: the two halves of a text, each by length."""
     lines = [line.strip() for line in models.text()[1].splitlines() if len(line.split()) > 8]
     return sorted(lines[: len(lines) // 2], key=len), sorted(lines[len(lines) // 2 :], key=len)
 
@@ -255,7 +255,7 @@ def distilled(encoder: Encoder, depth: int, width: int) -> dict[str, Any]:
     cosine = (encoder.embedded * encoder.embeddings(model)).sum(1)
     features, hidden = encoder.model.config.hidden_size, encoder.model.config.intermediate_size
     kept = (depth * features + 2 * width * features) / (2 * hidden * features)
-    return {"kept": kept, "moved": float(1 - cosine.mean())}
+    return {"kept": kept, "moved": float(1 - cosine.mean()), "text": models.text()[0]}
 
 
 def distillation(result: report.Result) -> None:
@@ -266,13 +266,13 @@ def distillation(result: report.Result) -> None:
     }
     rows = measured(result, {label: lambda how=how: distilled(encoder(), *how) for label, how in methods.items()})
     result.say(
-        "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384) by `fastfeedforward_from`, block by block on half of "
-        "WikiText-2 validation; 1 − cosine of the other half's sentence embeddings with the original's, against the share of the "
+        "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384) by `fastfeedforward_from`, block by block on half of a "
+        "text; 1 − cosine of the other half's sentence embeddings with the original's, against the share of the "
         "blocks' multiplications that is left. Depth 0 is a smaller dense block."
     )
     result.table(
-        ["distilled", "multiplications kept", "1 − cosine", "measured"],
-        [(r["label"], f"{100 * r['kept']:.1f}%", f"{r['moved']:.4f}", r["measured"]) for r in rows],
+        ["distilled", "text", "multiplications kept", "1 − cosine", "measured"],
+        [(r["label"], r["text"], f"{100 * r['kept']:.1f}%", f"{r['moved']:.4f}", r["measured"]) for r in rows],
     )
     if rows:
         drawn = [
