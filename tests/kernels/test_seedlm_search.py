@@ -28,7 +28,7 @@ def reconstruct(found: Found, block: int, seed_bits: int, bias: int) -> torch.Te
 @pytest.mark.parametrize(
     ("seed_bits", "block", "rank", "count"),
     [
-        (16, 8, 3, 1000),
+        (16, 8, 3, 400),
         (16, 12, 4, 300),
         (12, 8, 3, 200),
         (9, 4, 2, 200),
