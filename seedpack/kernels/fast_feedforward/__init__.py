@@ -32,11 +32,11 @@ def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = 
         if isinstance(table, Tensor):
             require_columns("fast feedforward", x, table.shape[1])
     tokens = x.reshape(-1, x.shape[-1])
-    tensors = [value for value in tree if isinstance(value, Tensor)]
+    dense, tensors = tree.dense, [value for value in tree if isinstance(value, Tensor)]
     graded = torch.is_grad_enabled() and any(value.requires_grad for value in (x, *tensors))
-    if backend == "reference" or (backend == "auto" and (graded or len(tensors) < len(tree))):
+    if backend == "reference" or (backend == "auto" and (graded or not dense)):
         y = reference.forward(tokens, tree, activation)
-    elif len(tensors) < len(tree):
+    elif not dense:
         raise BackendError(
             f"fast_feedforward: backend {backend!r} cannot run: a table is a function, as a packed one is"
         )

@@ -100,9 +100,9 @@ def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
     """As `reference.forward`, summed in another order; float32. Many tokens go leaf by leaf, so that rows stay in cache."""
     values: list[Any] = [value if value.is_contiguous() else value.contiguous() for value in (x, *tree)]  # type: ignore[union-attr]
     tokens, columns = x.shape
-    (leaves, width), outputs = tree.in_bias.shape, tree.out_bias.shape[1]
+    width, outputs = tree.in_bias.shape[1], tree.out_bias.shape[1]
     out = torch.empty(tokens, outputs)
-    depth, number = leaves.bit_length() - 1, NUMBERS[activation]
+    depth, number = tree.depth, NUMBERS[activation]
     if tokens * (depth * columns + width * (columns + outputs)) < FEW_VALUES:
         addresses: Any = [value.data_ptr() for value in (*values, out)]
         _one_by_one(*addresses, tokens, columns, depth, width, outputs, number)  # type: ignore[call-arg]
