@@ -198,6 +198,8 @@ def test_mistakes() -> None:
     for width in (3, 5):
         with torch.no_grad(), pytest.raises(ModelError, match=rf"an input \[2, {width}\], expected \[..., 4\]"):
             FastFeedforward(4, 4, 1, 1).eval()(torch.randn(2, width))
+        with pytest.raises(ModelError, match=rf"an input \[2, {width}\], expected \[..., 4\]"):
+            FastFeedforward(4, 4, 1, 1)(torch.randn(2, width))
     with pytest.raises(ModelError, match=r"got 4, 4, 1, 1.5 and 0.0"):
         FastFeedforward(4, 4, 1.5, 1)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="0 tokens for 2 leaves"):

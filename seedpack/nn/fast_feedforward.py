@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch import nn as torch_nn
 
+from seedpack._shapes import require_columns
 from seedpack.errors import ModelError
 from seedpack.kernels.fast_feedforward import ACTIVATIONS, Tree, fast_feedforward, leaves
 from seedpack.model.layers import PackedModule
@@ -91,6 +92,7 @@ class FastFeedforward(torch_nn.Module):
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The mixture, and its entropy, mean over tokens: that of each node's choice by the share that comes by."""
+        require_columns("fast feedforward", x, self.in_features)
         scores = torch_nn.functional.linear(x, self.nodes.weight, self.node_bias)
         right = scores.sigmoid()
         unsure = (
