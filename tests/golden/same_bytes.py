@@ -26,7 +26,7 @@ from seedpack import image
 from seedpack.calibration.calibrate import Calibration
 from seedpack.prng import philox_words
 from seedpack.reparam import basis_, mask_
-from tests.hf.models import ARCHITECTURES, llama
+from tests.hf.models import ARCHITECTURES
 from tests.model.test_gguf import write_gguf
 
 HERE = Path(__file__).resolve().parent
