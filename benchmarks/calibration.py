@@ -21,10 +21,10 @@ from language import CONTEXT, TOKENS, Recorded
 from transformers import AutoTokenizer
 
 import seedpack
-from seedpack.calibration.calibrate import Calibration, calibrated
-from seedpack.calibration.tokens import from_text
+from seedpack.converter.calibration.calibrate import Calibration, calibrated
+from seedpack.converter.calibration.tokens import from_text
+from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
-from seedpack.model.sources import open_source
 
 CALIBRATION_TOKENS = 16384
 Found = tuple[float, LanguageReport]  # bits a weight, and what became of the model

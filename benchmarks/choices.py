@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.trellis import TrellisCodec
+from seedpack.converter.sources.base import Source
+from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import compare_language_models, load_language_model, windows
-from seedpack.model.sources import Source, open_source
 
 CONTEXT, TOKENS = 1024, 4096
 Importance = Callable[[Tensor, Tensor | None], Tensor]  # weight [out, in], power [in] -> h [in]

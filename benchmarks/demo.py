@@ -15,9 +15,9 @@ from rich.table import Table
 import seedpack
 from seedpack.api import plan_for
 from seedpack.cli.output import progress, quiet_transformers, size
+from seedpack.converter.fitting import Report
+from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
-from seedpack.model.fitting import Report
-from seedpack.model.sources import open_source
 
 PROMPT = "The capital of France is"
 CONTEXT, TOKENS = 1024, 4096

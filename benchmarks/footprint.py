@@ -56,7 +56,7 @@ codec = SeedLMCodec(8, 8, 3)
 codec.decode(codec.encode(torch.randn(64, 64)), (64, 64), torch.float32)  # kernels compiled
 seedpack.compress({"w.weight": torch.randn(64, 64)}, sys.argv[2] + ".one", codec=codec, force=True)
 from transformers import LlamaForCausalLM
-from seedpack.model.skeleton import Skeleton
+from seedpack.hf.checkpoint_names import Skeleton
 Skeleton.of_folder(__import__("pathlib").Path(sys.argv[1]))
 report, found = watched(lambda: seedpack.compress(sys.argv[1], sys.argv[2], codec=codec, force=True))
 print(json.dumps(found | {"weights": report.plan.packed_weights}))
@@ -86,8 +86,9 @@ CALIBRATE = (
     + """
 import shutil
 from pathlib import Path
-from seedpack.calibration.calibrate import Calibration, calibrated
-from seedpack.model.sources import folder, open_source
+from seedpack.converter.calibration.calibrate import Calibration, calibrated
+from seedpack.hf import folder
+from seedpack.converter.sources.open import open_source
 folder._free_bytes = lambda: 0
 ids = torch.randint(0, 16384, (8, 512))
 def work(text):

@@ -19,9 +19,10 @@ from torch.nn.functional import linear
 from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.gpu import configs, launch
-from seedpack.kernels.tiles import FEW_TOKENS
-from seedpack.model.layers import pack_module_
+from seedpack.kernels.common import gpu_configs as configs
+from seedpack.kernels.common import gpu_launch as launch
+from seedpack.kernels.common.row_tiles import FEW_TOKENS
+from seedpack.loader.layers import pack_module_
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 TOKENS = (1, 2, 4, 8, 16, 256, 4096)
@@ -137,7 +138,7 @@ def encoders(result: report.Result) -> None:
 
 
 def configurations(result: report.Result) -> None:
-    """What `triton.autotune` chose, for `seedpack.kernels.gpu.configs.TUNED`."""
+    """What `triton.autotune` chose, for `seedpack.kernels.common.gpu_configs.TUNED`."""
     rows = [
         (name, str(tile and tile.__name__), str(key), str(config))
         for (name, tile), tuner in launch.tuners.items() for key, config in tuner.cache.items()

@@ -16,14 +16,14 @@ import torch
 from language import CONTEXT, Recorded
 from torch import Tensor, nn
 
-from seedpack.calibration.calibrate import Calibration, calibrated
-from seedpack.calibration.layerwise import differentiable, recomputed
-from seedpack.calibration.store import Store
 from seedpack.codecs import trellis
 from seedpack.codecs.trellis import TrellisCodec
+from seedpack.converter.calibration.calibrate import Calibration, calibrated
+from seedpack.converter.calibration.layerwise import differentiable, recomputed
+from seedpack.converter.calibration.store import Store
+from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import compare_language_models, load_language_model, windows
 from seedpack.linalg import answer
-from seedpack.model.sources import open_source
 
 TOKENS, BITS, ROWS = 4096, 3, 192
 Sketches = dict[str, tuple[Tensor, Tensor]]  # of a weight: E[‖g‖²·x·xᵀ] [in, in] and E[‖x‖²·g·gᵀ] [out, out]

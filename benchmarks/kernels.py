@@ -20,7 +20,7 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
-from seedpack.kernels.basis_matmul import basis_matmul
+from seedpack.kernels.basis.matmul import basis_matmul
 
 SIDE, NEW_TOKENS = 8192, 128
 CODECS: dict[str, Codec] = {

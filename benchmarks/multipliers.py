@@ -10,7 +10,7 @@ from torch import Tensor
 
 from seedpack import prng
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.trellis_search import cpu
+from seedpack.kernels.trellis import search_cpu as cpu
 
 CANDIDATES, REFINED = 256, 6
 SCREEN, SAMPLE = (48, 1024), (256, 2048)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import seedpack.nn as snn
-from seedpack.kernels.basis_decode import basis_dense
-from seedpack.kernels.basis_matmul import basis_matmul
+from seedpack.kernels.basis.decode import basis_dense
+from seedpack.kernels.basis.matmul import basis_matmul
 
 BLOCKS, WIDTH, HEADS, TOKENS = 12, 256, 4, 64
 ROWS, COUNT = 4096, 128
@@ -47,8 +47,8 @@ def scales(linear: Callable[[int, int], nn.Module], seed: int) -> tuple[float, f
 
 READY = f"""
 import torch
-from seedpack.kernels.basis_decode import basis_dense
-from seedpack.kernels.basis_matmul import basis_matmul
+from seedpack.kernels.basis.decode import basis_dense
+from seedpack.kernels.basis.matmul import basis_matmul
 x, coefs = torch.randn(1, {ROWS}), torch.randn({ROWS}, {COUNT})
 settings = dict(seed=1, generator="philox")
 basis_matmul(x[:, :64], coefs[:4], rows=4, **settings)

@@ -15,8 +15,9 @@ from models import smollm2
 
 import seedpack
 from seedpack.codecs.seedlm import SeedLMCodec
-from seedpack.kernels.seedlm_search import reference, seedlm_search
-from seedpack.model.sources import open_source
+from seedpack.converter.sources.open import open_source
+from seedpack.kernels.seedlm import search_reference as reference
+from seedpack.kernels.seedlm.search import seedlm_search
 
 GAUSSIAN = 1 << 20
 LANES, DEPTH = 2048, 32

@@ -8,8 +8,8 @@ import report
 import torch
 from models import smollm2
 
+from seedpack.converter.sources.open import open_source
 from seedpack.linalg import effective_rank, randomized_svd
-from seedpack.model.sources import open_source
 
 LAYERS = [
     "model.layers.0.self_attn.q_proj.weight",

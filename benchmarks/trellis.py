@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.trellis import EFFORTS, TrellisCodec
-from seedpack.kernels.trellis_decode import trellis_decode
+from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.prng import trellis_key
 
 SHAPE = (256, 4096)

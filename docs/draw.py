@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot
 
 from seedpack.codecs.mask import frozen_signs
-from seedpack.kernels.basis_decode import basis_dense
+from seedpack.kernels.basis.decode import basis_dense
 
 matplotlib.use("Agg")
 SIDE = 24

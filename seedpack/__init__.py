@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from seedpack._transformers import install as _install
+from seedpack._version import __version__ as __version__
 from seedpack.errors import SeedpackError as SeedpackError
+from seedpack.hf.register import install as _install
 
 if TYPE_CHECKING:
     from seedpack.api import compress as compress
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
     from seedpack.codecs.base import Codec as Codec
     from seedpack.codecs.registry import get_codec as get_codec
     from seedpack.codecs.registry import register_codec as register_codec
-    from seedpack.model.plan import Plan as Plan
+    from seedpack.converter.plan import Plan as Plan
 
-__version__ = "0.1.0"
 __all__ = [
     "Codec",
     "Plan",
@@ -36,7 +36,7 @@ __all__ = [
 ]
 _HOME = {
     "Codec": "seedpack.codecs.base",
-    "Plan": "seedpack.model.plan",
+    "Plan": "seedpack.converter.plan",
     "compress": "seedpack.api",
     "get_codec": "seedpack.codecs.registry",
     "load": "seedpack.api",

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import seedpack
-from seedpack.calibration.calibrate import (
+from seedpack._version import WRITER
+from seedpack.codecs.base import Codec
+from seedpack.converter.budget import Costs, is_budget, with_bits, with_size
+from seedpack.converter.calibration.calibrate import (
     Calibration,
     Text,
     calibrated,
@@ -22,28 +24,25 @@ from seedpack.calibration.calibrate import (
     measured_costs,
     tuned,
 )
-from seedpack.calibration.layerwise import Watch as CalibrationWatch
-from seedpack.calibration.store import Store
-from seedpack.codecs.base import Codec
+from seedpack.converter.calibration.layerwise import Watch as CalibrationWatch
+from seedpack.converter.calibration.store import Store
+from seedpack.converter.fitting import Found, Inputs, Report, Watch, fit, fitting_device, leave_nonfinite, retold
+from seedpack.converter.plan import Plan, codec_for, make_plan
+from seedpack.converter.sources.base import Source, find_shared
+from seedpack.converter.sources.open import open_source
 from seedpack.dtypes import PACKABLE, dtype_name, to_bytes, torch_dtype
-from seedpack.errors import FormatError, ModelError, SeedpackError
+from seedpack.errors import FormatError, ModelError, SeedpackError, first_line
 from seedpack.formats import Checkpoint, CheckpointWriter, staged
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE, file_bytes
+from seedpack.hf.checkpoint_names import architecture
 from seedpack.kernels.dispatch import Backend
 from seedpack.keys import given
-from seedpack.model.budget import Costs, is_budget, with_bits, with_size
-from seedpack.model.fitting import Found, Inputs, Report, Watch, fit, fitting_device, leave_nonfinite, retold
-from seedpack.model.module import raw_planned, stored_form
-from seedpack.model.plan import Plan, codec_for, make_plan
-from seedpack.model.skeleton import architecture
-from seedpack.model.sources import Source, open_source
-from seedpack.model.sources.base import find_shared, first_line
-from seedpack.model.stored import dense_forms, dense_tensors
-from seedpack.model.surgery import fill_, use_int8_activations_
+from seedpack.loader.dense import dense_forms, dense_tensors
+from seedpack.loader.fill import fill_, use_int8_activations_
+from seedpack.loader.save import raw_planned, stored_form
 
 Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
-WRITER = f"seedpack {seedpack.__version__}"
 
 
 def _float_dtype(name: str) -> torch.dtype:

@@ -60,3 +60,8 @@ class OutputError(SeedpackError, OSError):
 
 class BackendError(SeedpackError, RuntimeError):
     """The backend asked for cannot run here."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of a foreign exception's message, for one line of ours."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -11,17 +11,19 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = [
-    {"errors", "_transformers"},
+    {"errors", "_version"},
     {"formats"},
-    {"_constriction", "_shapes", "dtypes", "keys", "prng", "linalg"},
+    {"_shapes", "dtypes", "keys", "prng", "linalg"},
     {"kernels"},
-    {"fields"},
     {"codecs"},
-    {"model"},
-    {"calibration"},
-    {"api"},
-    {"hf", "eval", "image", "reparam"},
+    {"loader"},
+    {"converter"},
+    {"reparam"},
     {"nn"},
+    {"hf"},
+    {"image"},
+    {"eval"},
+    {"api"},
     {"cli"},
 ]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}

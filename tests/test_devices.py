@@ -14,7 +14,7 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import ModelError
 from tests.conftest import Net
-from tests.fake_cuda import FakeCuda
+from tests.helpers.fake_cuda import FakeCuda
 
 SMALL = SeedLMCodec(8, 8, 3)
 CODECS = (TrellisCodec(1, 9), SMALL, SVDCodec(rank=3), SVDCodec.over(SMALL, rank=3))

@@ -14,17 +14,18 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.basis_decode import basis_dense
-from seedpack.kernels.basis_matmul import basis_grad_coefs
-from seedpack.kernels.basis_matmul.linear import basis_linear
+from seedpack.kernels.basis.decode import basis_dense
+from seedpack.kernels.basis.linear import basis_linear
+from seedpack.kernels.basis.matmul import basis_grad_coefs
 from seedpack.kernels.rotation import mix
-from seedpack.kernels.seedlm_search import seedlm_search
-from seedpack.kernels.trellis_matmul import reference, trellis_matmul
-from seedpack.kernels.trellis_search import trellis_search
-from seedpack.model.layers import pack_module_
+from seedpack.kernels.seedlm.search import seedlm_search
+from seedpack.kernels.trellis import matmul_reference as reference
+from seedpack.kernels.trellis.matmul import trellis_matmul
+from seedpack.kernels.trellis.search import trellis_search
+from seedpack.loader.layers import pack_module_
 from seedpack.prng import philox_words, rademacher, squirrel5
 from tests.conftest import Net
-from tests.kernels.products import LIMIT, error, seedlm, trellis
+from tests.helpers.products import LIMIT, error, seedlm, trellis
 
 pytestmark = [
     pytest.mark.gpu,

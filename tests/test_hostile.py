@@ -20,9 +20,9 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import CodecError, FormatError, ModelError, OutputError, SeedpackError, VersionError
 from seedpack.eval.tensors import compare_tensors
 from seedpack.formats import Checkpoint
-from seedpack.model.layers import pack_module_
-from tests.formats import make
-from tests.hf.models import Folders, llama
+from seedpack.loader.layers import pack_module_
+from tests.helpers import checkpoints as make
+from tests.helpers.models import Folders, llama
 
 CODEC = SeedLMCodec(10, 8, 3)
 

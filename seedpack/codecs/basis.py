@@ -25,9 +25,9 @@ from seedpack.codecs.base import (
 from seedpack.codecs.coefficients import MAX_LEVELS, WIDTHS, coefficient_parts, stored, values_of
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.basis_decode import basis_dense, basis_reduce
-from seedpack.kernels.basis_decode.reference import GENERATORS, HADAMARD
-from seedpack.kernels.basis_matmul import basis_matmul, basis_matmul_transposed
+from seedpack.kernels.basis.decode import basis_dense, basis_reduce
+from seedpack.kernels.basis.decode_reference import GENERATORS, HADAMARD
+from seedpack.kernels.basis.matmul import basis_matmul, basis_matmul_transposed
 from seedpack.kernels.dispatch import Backend
 
 STEPS, TOLERANCE = 50, 1e-6  # of the least squares

@@ -10,7 +10,7 @@ from torch import Tensor
 from seedpack.codecs.base import Parts
 from seedpack.errors import NonfiniteError
 from seedpack.formats import PartSpec
-from seedpack.kernels.bits import pack, packed_shape, signed, unpack
+from seedpack.kernels.common.bits import pack, packed_shape, signed, unpack
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16, 32)  # bits a coefficient
 MAX_LEVELS = 64

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedpack._constriction import stream
 from seedpack._shapes import Float
 from seedpack.codecs.base import (
     Codec,
@@ -25,6 +24,7 @@ from seedpack.codecs.base import (
     require_whole,
 )
 from seedpack.codecs.derived import derived
+from seedpack.codecs.range_coder import stream
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend

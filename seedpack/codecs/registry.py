@@ -1,50 +1,63 @@
-"""Codec ids to classes: seedpack's own and third parties' by the entry-point group `seedpack.codecs`."""
+"""Codec ids and their classes: seedpack's own, and those of other rooms and packages by the entry-point group `seedpack.codecs`."""
 
 from __future__ import annotations
 
 import json
 from functools import lru_cache
+from importlib import import_module
 from importlib.metadata import entry_points
 
 from seedpack.codecs.base import Codec
-from seedpack.codecs.basis import BasisCodec
-from seedpack.codecs.field import FieldCodec
-from seedpack.codecs.mask import MaskCodec
-from seedpack.codecs.raw import RawCodec
-from seedpack.codecs.seedlm import SeedLMCodec
-from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
 from seedpack.formats import CodecSpec
 from seedpack.formats.header import dumps_canonical
 
 _REGISTRY: dict[str, type[Codec]] = {}
+_OWN = {
+    "basis": "seedpack.codecs.basis:BasisCodec",
+    "mask": "seedpack.codecs.mask:MaskCodec",
+    "raw": "seedpack.codecs.raw:RawCodec",
+    "seedlm": "seedpack.codecs.seedlm:SeedLMCodec",
+    "svd": "seedpack.codecs.svd:SVDCodec",
+    "trellis": "seedpack.codecs.trellis:TrellisCodec",
+}  # imported when asked for; known without an installation too
 
 
 def register_codec(codec: type[Codec]) -> type[Codec]:
     """Make a codec class known under its `id`; usable as a decorator. Another class of that id is refused."""
-    if _REGISTRY.setdefault(codec.id, codec) is not codec:
-        raise CodecError(f"codec id {codec.id!r} is taken by {_REGISTRY[codec.id].__qualname__}; choose another")
+    if (known := _known(codec.id) or codec) is not codec:
+        raise CodecError(f"codec id {codec.id!r} is taken by {known.__qualname__}; choose another")
+    _REGISTRY[codec.id] = codec
     return codec
 
 
 def get_codec(id: str) -> type[Codec]:
-    """The codec class of an id.
+    """Return the codec class of an id.
 
     Raises:
         UnknownCodecError: none is registered; the message lists those that are.
     """
-    if not isinstance(id, str) or id not in _REGISTRY:
+    if isinstance(id, str):
+        if (known := _known(id)) is not None:
+            return known
         for entry in entry_points(group="seedpack.codecs", name=id):
             return register_codec(entry.load())
-        raise UnknownCodecError(
-            f"unknown codec {id!r}; known: {', '.join(codec_ids())}; install the package that provides it"
-        )
-    return _REGISTRY[id]
+    raise UnknownCodecError(
+        f"unknown codec {id!r}; known: {', '.join(codec_ids())}; install the package that provides it"
+    )
+
+
+def _known(id: str) -> type[Codec] | None:
+    """Return the class that is registered under an id, or seedpack's own of that id."""
+    if id in _OWN and id not in _REGISTRY:
+        module, _, name = _OWN[id].partition(":")
+        _REGISTRY[id] = getattr(import_module(module), name)
+    return _REGISTRY.get(id)
 
 
 def codec_ids() -> list[str]:
     """All known ids."""
-    return sorted(_REGISTRY.keys() | {entry.name for entry in entry_points(group="seedpack.codecs")})
+    return sorted(_OWN.keys() | _REGISTRY.keys() | {entry.name for entry in entry_points(group="seedpack.codecs")})
 
 
 def codec_from_spec(spec: CodecSpec) -> Codec:
@@ -70,13 +83,3 @@ def codec_from_json(text: str) -> Codec:
 def codec_to_json(codec: Codec) -> str:
     """The canonical JSON of a codec's spec."""
     return dumps_canonical(codec.spec().to_json())
-
-
-def _register_own() -> None:
-    from seedpack.codecs.svd import SVDCodec  # imports this module, to look its factors' codec up
-
-    for codec in (BasisCodec, FieldCodec, MaskCodec, RawCodec, SeedLMCodec, SVDCodec, TrellisCodec):
-        register_codec(codec)
-
-
-_register_own()

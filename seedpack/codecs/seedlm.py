@@ -14,12 +14,12 @@ from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.bits import pack, packed_shape, unpack
+from seedpack.kernels.common.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
-from seedpack.kernels.seedlm_decode import seedlm_decode
-from seedpack.kernels.seedlm_decode.reference import CODE_BITS
-from seedpack.kernels.seedlm_matmul import seedlm_matmul, seedlm_matmul_transposed
-from seedpack.kernels.seedlm_search import seedlm_search
+from seedpack.kernels.seedlm.decode import seedlm_decode
+from seedpack.kernels.seedlm.decode_reference import CODE_BITS
+from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed
+from seedpack.kernels.seedlm.search import seedlm_search
 from seedpack.linalg import answer
 
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.

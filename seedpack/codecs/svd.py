@@ -12,6 +12,7 @@ from torch import Tensor
 from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
 from seedpack.codecs.coefficients import MAX_LEVELS, level_slices
+from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
 from seedpack.kernels.dispatch import Backend
@@ -79,8 +80,6 @@ class SVDCodec(Codec):
     def _inner(self) -> Codec | None:
         if self.factors is None:
             return None
-        from seedpack.codecs.registry import codec_from_spec  # imports this module
-
         return codec_from_spec(CodecSpec(self.factors["id"], self.factors["version"], self.factors["config"]))
 
     def with_hessian(self) -> SVDCodec:

@@ -29,12 +29,12 @@ from seedpack.codecs.base import (
 from seedpack.codecs.derived import derived
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.bits import pack, packed_shape, unpack
+from seedpack.kernels.common.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import mix, rotate, signs, unrotate
-from seedpack.kernels.trellis_decode import trellis_decode, trellis_dense
-from seedpack.kernels.trellis_matmul import trellis_linear, trellis_matmul_transposed
-from seedpack.kernels.trellis_search import trellis_search
+from seedpack.kernels.trellis.decode import trellis_decode, trellis_dense
+from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul_transposed
+from seedpack.kernels.trellis.search import trellis_search
 from seedpack.prng import trellis_key
 
 WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}

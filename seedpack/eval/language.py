@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedpack.calibration.tokens import sequences
-from seedpack.errors import ModelError
-from seedpack.model.sources import looks_like_hub_id
-from seedpack.model.sources.base import first_line
+from seedpack.converter.calibration.tokens import sequences
+from seedpack.converter.sources.open import looks_like_hub_id
+from seedpack.errors import ModelError, first_line
 
 POSITIONS_AT_ONCE = 256
 

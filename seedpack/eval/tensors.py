@@ -12,13 +12,13 @@ from torch import Tensor
 from seedpack.codecs.base import matrix_shape
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.codecs.svd import SVDCodec
+from seedpack.converter.sources.open import open_source
 from seedpack.dtypes import to_tensor
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import Checkpoint
 from seedpack.linalg import captured_energy, effective_rank, singular_values
-from seedpack.model.layers import codec_matrix
-from seedpack.model.sources import open_source
-from seedpack.model.stored import stored_dense
+from seedpack.loader.dense import stored_dense
+from seedpack.loader.layers import codec_matrix
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.registry import codec_from_spec, codec_to_json
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
-from seedpack.model import ops
-from seedpack.model.layers import empty_part
-from seedpack.model.skeleton import Skeleton
+from seedpack.hf.checkpoint_names import Skeleton
+from seedpack.loader import ops
+from seedpack.loader.layers import empty_part
 
 
 @dataclass(frozen=True)

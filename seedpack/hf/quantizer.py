@@ -14,11 +14,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
+from seedpack.hf.checkpoint_names import Skeleton
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, check_experts, pack_experts_, unpack_experts_
 from seedpack.hf.stacking import StackParts
-from seedpack.model.layers import PackedModule, is_transposed, pack_module_, packed_class, unpack_module_
-from seedpack.model.skeleton import Skeleton
+from seedpack.loader.layers import PackedModule, is_transposed, pack_module_, packed_class, unpack_module_
 
 
 class SeedpackQuantizer(HfQuantizer):

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedpack.api import WRITER
+from seedpack._version import WRITER
 from seedpack.codecs.base import matrix_shape
-from seedpack.codecs.field import PARTS, FieldCodec, rendered
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.writer import file_bytes
+from seedpack.image.codec import PARTS, FieldCodec, rendered
 from seedpack.image.files import read, usable
 from seedpack.image.fit import STEPS, Watch, fitted, psnr_of
-from seedpack.model.stored import stored_dense
+from seedpack.loader.dense import stored_dense
 
 NAME = "image"
 

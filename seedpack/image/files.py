@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, first_line
 from seedpack.formats import staged
-from seedpack.model.sources.base import first_line
 
 
 def read(path: str | Path) -> Tensor:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from seedpack.codecs.field import Field, FieldCodec, head_bytes, packed, packed_bytes, rendered, unit_of
 from seedpack.errors import ModelError
-from seedpack.fields import coding
-from seedpack.fields.network import cells_of
-from seedpack.fields.wavelet import LEVELS, Band, analysed, synthesised, with_context
+from seedpack.image import coding
+from seedpack.image.codec import Field, FieldCodec, head_bytes, packed, packed_bytes, rendered, unit_of
+from seedpack.image.network import cells_of
+from seedpack.image.wavelet import LEVELS, Band, analysed, synthesised, with_context
 
 STEPS = 200
 PRICE = 0.18  # of a bit in squared error, over the squared unit of the bands

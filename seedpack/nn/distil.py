@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import nn as torch_nn
 
 from seedpack.errors import ModelError
-from seedpack.kernels.fast_feedforward import ACTIVATIONS
+from seedpack.kernels.feedforward import ACTIVATIONS
 from seedpack.nn.fast_feedforward import FastFeedforward
 
 BATCH = 4096  # tokens that pass the block at a time

@@ -10,8 +10,8 @@ from torch import nn as torch_nn
 
 from seedpack._shapes import require_columns
 from seedpack.errors import ModelError
-from seedpack.kernels.fast_feedforward import ACTIVATIONS, Tree, fast_feedforward, leaves
-from seedpack.model.layers import PackedModule
+from seedpack.kernels.feedforward import ACTIVATIONS, Tree, fast_feedforward, leaves
+from seedpack.loader.layers import PackedModule
 
 
 class FastFeedforward(torch_nn.Module):

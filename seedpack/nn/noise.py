@@ -16,9 +16,9 @@ from torch import nn as torch_nn
 from seedpack._shapes import require_columns
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import as_stored
-from seedpack.kernels.basis_decode.reference import HADAMARD
-from seedpack.kernels.basis_matmul.linear import basis_linear
-from seedpack.model.born import Coefficients
+from seedpack.kernels.basis.decode_reference import HADAMARD
+from seedpack.kernels.basis.linear import basis_linear
+from seedpack.loader.trained import Coefficients
 from seedpack.reparam.basis import NOISE_VARIANCE
 
 

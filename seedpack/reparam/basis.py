@@ -16,9 +16,9 @@ from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import as_stored, level_slices, values_of
 from seedpack.errors import ModelError
 from seedpack.formats import View
-from seedpack.kernels.basis_decode.reference import HADAMARD
+from seedpack.kernels.basis.decode_reference import HADAMARD
 from seedpack.keys import add_key, chosen_seed
-from seedpack.model.born import Piece, SharedCoefficients
+from seedpack.loader.trained import Piece, SharedCoefficients
 from seedpack.reparam.targets import BASIS_LEAF, Target, fan_in, refresh_recurrent, targets_of
 
 NOISE_VARIANCE = 1 / 3  # of uniform numbers in [-1, 1)

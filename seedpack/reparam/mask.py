@@ -16,7 +16,7 @@ from seedpack.codecs.base import matrix_shape
 from seedpack.codecs.mask import MaskCodec, frozen_signs, kept_of
 from seedpack.errors import NonfiniteError
 from seedpack.keys import add_key, chosen_seed
-from seedpack.model.born import Born, Stored
+from seedpack.loader.trained import Born, Stored
 from seedpack.reparam.targets import NORMS, fan_in, refresh_recurrent, targets_of
 
 

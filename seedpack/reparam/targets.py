@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.errors import ModelError
-from seedpack.model.born import Coefficients, joined
-from seedpack.model.layers import PackedModule, is_transposed
+from seedpack.loader.layers import PackedModule, is_transposed
+from seedpack.loader.trained import Coefficients, joined
 
 BASIS_LEAF = "seedpack_basis"  # name of the parameter that holds the coefficients of a basis
 

@@ -17,7 +17,7 @@ import seedpack
 from seedpack.cli.main import COMMANDS, cli
 from seedpack.cli.output import db, duration, parse_size, size
 from tests.conftest import Net
-from tests.hf.models import CODEC, Folders, llama
+from tests.helpers.models import CODEC, Folders, llama
 
 SET = ["--codec=seedlm", *(f"--set={key}={value}" for key, value in CODEC.spec().config.items())]
 

@@ -8,7 +8,7 @@ import torch
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import WIDTHS, coefficient_parts, rounded, stored, values_of
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
+from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 
 CODECS = [
     BasisCodec(count=20),

@@ -8,7 +8,7 @@ import torch
 
 from seedpack.codecs.mask import MaskCodec, frozen_signs, kept_of
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_refusals
+from tests.helpers.codecs import check_config, check_contract, check_refusals
 
 CODECS = [MaskCodec(), MaskCodec(0.3, seed=7), MaskCodec(0.02), MaskCodec(0.6)]
 

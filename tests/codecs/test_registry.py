@@ -11,7 +11,7 @@ from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_from_spec, codec_ids, get_codec, register_codec
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
 from seedpack.formats import CodecSpec
-from tests.codecs.common import check_config, check_contract
+from tests.helpers.codecs import check_config, check_contract
 
 
 def test_known_ids() -> None:

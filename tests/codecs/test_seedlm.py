@@ -5,7 +5,7 @@ import torch
 
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
+from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 
 CODECS = [
     SeedLMCodec(10, 8, 3),

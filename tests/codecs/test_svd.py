@@ -8,7 +8,7 @@ from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
+from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 
 SMALL = SeedLMCodec(10, 8, 3)
 CODECS = [

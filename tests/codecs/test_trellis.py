@@ -9,7 +9,7 @@ import torch
 from seedpack.codecs.base import guessed_importance
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
-from tests.codecs.common import check_config, check_contract, check_hessian, check_refusals
+from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 
 CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast")]
 

@@ -9,7 +9,7 @@ import torch
 from seedpack.errors import ModelError
 from seedpack.eval.language import compare_language_models, load_language_model
 from seedpack.eval.tensors import compare_tensors
-from tests.hf.models import llama
+from tests.helpers.models import llama
 
 
 @pytest.fixture

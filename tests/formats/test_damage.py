@@ -12,8 +12,8 @@ from seedpack.errors import FormatError, SeedpackError
 from seedpack.formats import Checkpoint
 from seedpack.formats.header import parse_header
 from seedpack.formats.manifest import loads_manifest
-from seedpack.model.stored import stored_dense
-from tests.formats import make
+from seedpack.loader.dense import stored_dense
+from tests.helpers import checkpoints as make
 
 QUICK = settings(max_examples=300, deadline=30_000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -29,8 +29,8 @@ from seedpack.errors import (
 from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, View
 from seedpack.formats.header import DTYPE_BYTES, level_of
 from seedpack.formats.manifest import loads_manifest
-from seedpack.kernels.bits import pack, unpack
-from seedpack.model.stored import stored_dense
+from seedpack.kernels.common.bits import pack, unpack
+from seedpack.loader.dense import stored_dense
 from seedpack.prng import (
     LFSR_TAPS,
     TRELLIS_MULTIPLIERS,
@@ -42,7 +42,7 @@ from seedpack.prng import (
     trellis_multiplier,
     trellis_values,
 )
-from tests.formats import make
+from tests.helpers import checkpoints as make
 
 SPEC = (Path(__file__).resolve().parent.parent.parent / "docs" / "format.md").read_text()
 

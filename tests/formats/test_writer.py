@@ -8,7 +8,7 @@ import pytest
 
 from seedpack.errors import FormatError, OutputError
 from seedpack.formats import CheckpointWriter, staged
-from tests.formats import make
+from tests.helpers import checkpoints as make
 
 
 def test_order_of_writing_does_not_matter(tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import seedpack
 from seedpack import image
-from seedpack.calibration.calibrate import Calibration
+from seedpack.converter.calibration.calibrate import Calibration
 from seedpack.prng import philox_words
 from seedpack.reparam import basis_, mask_
-from tests.hf.models import ARCHITECTURES
-from tests.model.test_gguf import write_gguf
+from tests.helpers.gguf import write_gguf
+from tests.helpers.models import ARCHITECTURES
 
 HERE = Path(__file__).resolve().parent
 SUMS = HERE / "same_bytes.json"
@@ -84,7 +84,7 @@ def of_folder(model: str, shards: str = "5GB", **options: Any) -> Callable[[Path
 
 def of_file(out: Path) -> Any:
     torch.save({"state_dict": state(), "epoch": 3}, out / "model.pt")
-    return seedpack.compress(out / "model.pt", out / "out.safetensors", bits=3)
+    return seedpack.compress(out / "model.pt", out / "out.safetensors", bits=3.0)
 
 
 def of_gguf(out: Path) -> Any:
@@ -111,7 +111,7 @@ def of_training(reparametrise: Callable[[Any], Any]) -> Callable[[Path], Any]:
 
 
 def unpacked(out: Path) -> Any:
-    report = of_folder("gpt2", codec="seedlm", bits=3)(out)
+    report = of_folder("gpt2", codec="seedlm", bits=3.0)(out)
     from seedpack.api import unpack
 
     (out / "out").rename(out / "packed")
@@ -125,12 +125,12 @@ def hessian(size: int) -> Tensor:
 
 
 CASES: dict[str, Callable[[Path], Any]] = {
-    "trellis-default": of_state(), "trellis-1-bit": of_state(bits=1), "trellis-fast": of_state(settings={"effort": "fast", "seed": 5}),
-    "trellis-best": of_state(bits=2, settings={"effort": "best"}, include=["odd.weight", "conv.weight"]),
-    "trellis-plain": of_state(bits=3, settings={"balance": False, "state_bits": 13, "circular": False}),
+    "trellis-default": of_state(), "trellis-1-bit": of_state(bits=1.0), "trellis-fast": of_state(settings={"effort": "fast", "seed": 5}),
+    "trellis-best": of_state(bits=2.0, settings={"effort": "best"}, include=["odd.weight", "conv.weight"]),
+    "trellis-plain": of_state(bits=3.0, settings={"balance": False, "state_bits": 13, "circular": False}),
     "trellis-importance": of_state(importance={"fc.weight": torch.linspace(0.5, 2, 96)}),
     "trellis-file": of_file, "trellis-bfloat16": of_state(dtype="bfloat16", exclude=["odd.*"]),
-    "seedlm-default": of_state(codec="seedlm"), "seedlm-3-bits": of_state(codec="seedlm", bits=3, settings={"exponents": 1}),
+    "seedlm-default": of_state(codec="seedlm"), "seedlm-3-bits": of_state(codec="seedlm", bits=3.0, settings={"exponents": 1}),
     "raw-state": of_state(codec="raw"),
     "plan-budget": of_state(bits=3.4), "plan-size": of_state(target_size=14000),
     "plan-by-hand": of_state(plan={"seedpack_plan": 1, "tensors": {"odd.weight": {"codec": "raw", "config": {"dtype": "F32"}}}}),
@@ -139,13 +139,13 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "hessian-svd": of_state(codec="svd+trellis", importance={"fc.weight": hessian(96), "odd.weight": hessian(37)}),
     "svd-bits": of_state(codec="svd"), "svd-rank": of_state(codec="svd", settings={"rank": 5, "levels": 2}),
     "svd-seedlm": of_state(codec="svd+seedlm"), "svd-trellis": of_state(codec="svd+trellis"),
-    "basis-hadamard": of_state(codec="basis", bits=1, settings={"coef_bits": 8}),
+    "basis-hadamard": of_state(codec="basis", bits=1.0, settings={"coef_bits": 8}),
     "basis-philox": of_state(codec="basis", settings={"generator": "philox", "count": 6}),
     "mask-default": of_state(codec="mask"),
     "field-image": of_image, "training-basis": of_training(lambda net: basis_(net, 40, coef_bits=8)), "training-mask": of_training(mask_),
     "folder-plain": of_folder("llama"), "folder-tied": of_folder("llama-tied"), "folder-transposed": of_folder("gpt2"),
     "folder-encoder": of_folder("bert"), "folder-t5": of_folder("t5"), "folder-gemma": of_folder("gemma3"),
-    "folder-head-bits": of_folder("llama-tied", bits=2, head_bits=6), "folder-budget": of_folder("llama", bits=3.4),
+    "folder-head-bits": of_folder("llama-tied", bits=2.0, head_bits=6), "folder-budget": of_folder("llama", bits=3.4),
     "folder-size": of_folder("llama-tied", target_size=16000),
     "folder-shards": of_folder("llama", shards="20KB", shard_bytes=12000),
     "folder-experts": of_folder("mixtral"), "folder-experts-budget": of_folder("qwen3-moe", bits=2.6),

@@ -16,7 +16,7 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.formats import Checkpoint
 from seedpack.kernels.dispatch import Backend
-from seedpack.model.stored import stored_parts
+from seedpack.loader.dense import stored_parts
 from tests.golden import make
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import seedpack
 from seedpack.formats import Checkpoint
-from tests.hf.models import ARCHITECTURES, Folders, output
+from tests.helpers.models import ARCHITECTURES, Folders, output
 
 MIXTURES = {"mixtral", "qwen3-moe"}
 

@@ -16,8 +16,8 @@ import transformers
 import seedpack
 from seedpack.errors import FormatError, ModelError
 from seedpack.hf.config import SeedpackConfig
-from seedpack.model.layers import PackedLinear
-from tests.hf.models import ARCHITECTURES, IDS, Folders, llama, output
+from seedpack.loader.layers import PackedLinear
+from tests.helpers.models import ARCHITECTURES, IDS, Folders, llama, output
 
 
 @pytest.fixture(scope="module")

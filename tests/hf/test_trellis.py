@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import seedpack
 from seedpack.api import unpack
-from tests.hf.models import llama
+from tests.helpers.models import llama
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])

@@ -10,8 +10,9 @@ import pytest
 import torch
 import triton
 
-from seedpack.kernels.gpu import configs, launch
-from tests.kernels.products import LIMIT, Weight, error, seedlm, trellis
+from seedpack.kernels.common import gpu_configs as configs
+from seedpack.kernels.common import gpu_launch as launch
+from tests.helpers.products import LIMIT, Weight, error, seedlm, trellis
 
 if torch.cuda.is_available():
     pytest.skip("they measure in earnest there", allow_module_level=True)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from seedpack.errors import CodecError
-from seedpack.kernels.basis_decode import basis_dense
-from seedpack.kernels.basis_decode.reference import noise
-from seedpack.kernels.basis_matmul import basis_grad_coefs, basis_matmul, basis_matmul_transposed
-from seedpack.kernels.basis_matmul.linear import basis_linear
+from seedpack.kernels.basis.decode import basis_dense
+from seedpack.kernels.basis.decode_reference import noise
+from seedpack.kernels.basis.linear import basis_linear
+from seedpack.kernels.basis.matmul import basis_grad_coefs, basis_matmul, basis_matmul_transposed
 from seedpack.prng import philox_words, squirrel5
-from tests.kernels.products import LIMIT, error
+from tests.helpers.products import LIMIT, error
 
 SIZES = [(1, 8, 5, 37, 7), (3, 13, 7, 150, 2**40 + 5), (2, 30, 33, 70, 2**64 - 3), (7, 1, 7, 41, 9)]
 IDS = [f"{blocks}x{count}-{rows}x{columns}" for blocks, count, rows, columns, _ in SIZES]

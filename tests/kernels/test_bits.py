@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seedpack.kernels.bits import pack, packed_shape, signed, unpack
+from seedpack.kernels.common.bits import pack, packed_shape, signed, unpack
 
 
 @settings(max_examples=60, deadline=None)
@@ -31,5 +31,5 @@ def test_definition(bits: int) -> None:
 def test_large_inputs_are_packed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randint(0, 2**11, (40, 13))
     whole = pack(values, 11)
-    monkeypatch.setattr("seedpack.kernels.bits.BITS_AT_ONCE", 500)
+    monkeypatch.setattr("seedpack.kernels.common.bits.BITS_AT_ONCE", 500)
     assert torch.equal(pack(values, 11), whole) and torch.equal(unpack(whole, 13, 11), values)

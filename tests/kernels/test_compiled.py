@@ -33,7 +33,7 @@ SHARED_BYTES = {
 @cache
 def compiled(backend: str, arch: str) -> dict[str, dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.compiled", backend, arch]
+    command = [sys.executable, "-m", "tests.helpers.compiled", backend, arch]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return {found["name"]: found for found in map(json.loads, done.stdout.splitlines())}

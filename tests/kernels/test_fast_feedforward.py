@@ -10,9 +10,9 @@ from torch import Tensor
 
 from seedpack.errors import BackendError
 from seedpack.kernels import dispatch
-from seedpack.kernels.fast_feedforward import Tree, fast_feedforward, leaves
-from seedpack.kernels.fast_feedforward import cpu as cpu_kernel
-from tests.kernels.products import error
+from seedpack.kernels.feedforward import Tree, fast_feedforward, leaves
+from seedpack.kernels.feedforward import cpu as cpu_kernel
+from tests.helpers.products import error
 
 SIZES = [(1, 5, 3, 0, 1), (4, 37, 11, 3, 5), (70, 130, 20, 2, 17), (9, 16, 600, 1, 3)]
 

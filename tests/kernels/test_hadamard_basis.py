@@ -10,10 +10,10 @@ import torch
 
 from seedpack import keys
 from seedpack.errors import CodecError, KeyNeededError
-from seedpack.kernels import hadamard_basis
-from seedpack.kernels.basis_decode import basis_dense, basis_reduce
-from seedpack.kernels.basis_decode.weight import basis_weight
-from seedpack.kernels.hadamard_basis import expand, reduce, width_of
+from seedpack.kernels.basis import hadamard as hadamard_basis
+from seedpack.kernels.basis.decode import basis_dense, basis_reduce
+from seedpack.kernels.basis.hadamard import expand, reduce, width_of
+from seedpack.kernels.basis.weight import basis_weight
 from seedpack.prng import philox_words
 
 SIZES = [(1, 10, 1), (1, 64, 200), (3, 70, 300), (2, 200, 256), (1, 129, 5000)]

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from seedpack.errors import BackendError
-from seedpack.kernels.bits import packed_shape
+from seedpack.kernels.common.bits import packed_shape
 from seedpack.kernels.rotation import mix
-from seedpack.kernels.trellis_matmul import reference, trellis_linear, trellis_matmul
-from tests.kernels.products import LIMIT, Weight, error, seedlm, trellis
+from seedpack.kernels.trellis import matmul_reference as reference
+from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul
+from tests.helpers.products import LIMIT, Weight, error, seedlm, trellis
 
 WEIGHTS: dict[str, Callable[[], Weight]] = {
     "trellis-1-16-5x37": lambda: trellis(1, 16, 5, 37),
@@ -60,7 +61,7 @@ def test_products(weight: Weight, backend: str, tokens: int, dtype: torch.dtype,
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
 def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    monkeypatch.setattr("seedpack.kernels.gpu.configs.DENSE_WEIGHTS", rows_at_a_time * weight.columns)
+    monkeypatch.setattr("seedpack.kernels.common.gpu_configs.DENSE_WEIGHTS", rows_at_a_time * weight.columns)
     # twice the limit: here the weight is rounded to bfloat16 too
     dtype, dense = torch.bfloat16, weight.dense("reference").double()
     x, grad = torch.randn(weight.columns, 256).to(dtype).T, torch.randn(256, weight.rows).to(dtype)

@@ -7,8 +7,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from seedpack.kernels.bits import pack
-from seedpack.kernels.seedlm_decode import seedlm_decode
+from seedpack.kernels.common.bits import pack
+from seedpack.kernels.seedlm.decode import seedlm_decode
 from seedpack.prng import lfsr_matrix
 
 

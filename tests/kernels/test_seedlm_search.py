@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from seedpack.kernels.dispatch import Backend
-from seedpack.kernels.seedlm_search import Found, seedlm_search
-from seedpack.kernels.seedlm_search.reference import all_bases
+from seedpack.kernels.seedlm.search import Found, seedlm_search
+from seedpack.kernels.seedlm.search_reference import all_bases
 from seedpack.prng import lfsr_position
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from seedpack.kernels.bits import pack, packed_shape
-from seedpack.kernels.trellis_decode import trellis_decode
-from seedpack.kernels.trellis_decode.reference import windows
-from seedpack.kernels.trellis_search import trellis_search
+from seedpack.kernels.common.bits import pack, packed_shape
+from seedpack.kernels.trellis.decode import trellis_decode
+from seedpack.kernels.trellis.decode_reference import windows
+from seedpack.kernels.trellis.search import trellis_search
 from seedpack.prng import trellis_key, trellis_multiplier, trellis_values
 
 # (code bits, state bits, survivors): survivors below, at and far below L - k; tags wider than a symbol; two vectors

@@ -17,7 +17,7 @@ from seedpack.errors import FormatError, KeyNeededError, ModelError, NonfiniteEr
 from seedpack.formats import Checkpoint
 from seedpack.reparam import basis_
 from seedpack.reparam.basis import Basis
-from tests.reparam.nets import Net, batch, check_saved, trained
+from tests.helpers.nets import Net, batch, check_saved, trained
 
 SETTINGS: list[dict[str, Any]] = [
     {},

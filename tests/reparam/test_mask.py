@@ -12,10 +12,10 @@ from torch import nn
 import seedpack
 from seedpack.errors import CodecError, KeyNeededError, ModelError, NonfiniteError
 from seedpack.formats import Checkpoint
-from seedpack.model.layers import PackedConv2d, PackedLinear
+from seedpack.loader.layers import PackedConv2d, PackedLinear
 from seedpack.reparam import mask_
 from seedpack.reparam.mask import kept_mask
-from tests.reparam.nets import Net, batch, check_saved, trained
+from tests.helpers.nets import Net, batch, check_saved, trained
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.3])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seedpack.kernels.gpu import configs
+from seedpack.kernels.common import gpu_configs as configs
 from seedpack.kernels.rotation.reference import factors, matrix
 
 LEAST = 16  # the least side of a product on tensor cores

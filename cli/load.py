@@ -1,0 +1,121 @@
+"""seedpack load."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from seedpack.cli import output
+from seedpack.errors import ModelError
+
+
+@click.command("load")
+@click.argument("packed", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Generate from this text, greedily.")
+@click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(1))
+@output.fraction_option
+@output.key_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(packed: Path, prompt: str | None, max_new_tokens: int, fraction: float | None, as_json: bool) -> None:
+    """Load the checkpoint PACKED and report its layers, memory and time.
+
+    A Hugging Face folder becomes a model whose layers stay packed; of a single file every tensor is rebuilt once.
+    """
+    import seedpack
+
+    output.quiet_transformers()
+    started = time.perf_counter()
+    if prompt is not None and not prompt.strip():
+        raise click.UsageError("--prompt is empty")
+    if not (packed / "config.json").is_file():
+        if prompt is not None:
+            raise click.UsageError("--prompt needs a Hugging Face folder with a tokenizer")
+        state = seedpack.load(packed, dense=True, fraction=fraction)
+        report = {
+            "tensors": len(state),
+            "dense_bytes": sum(t.nbytes for t in state.values()),
+            "seconds": time.perf_counter() - started,
+        }
+        _show(packed, report, as_json)
+        return
+    model = seedpack.load(packed, fraction=fraction)
+    report = {
+        "architecture": type(model).__name__,
+        "layers": dict(_layers(model)),
+        "memory_bytes": model.get_memory_footprint(),
+        "dense_bytes": _dense_bytes(model),
+        "seconds": time.perf_counter() - started,
+    }
+    if prompt is not None:
+        report |= _generate(packed, model, prompt, max_new_tokens)
+    _show(packed, report, as_json)
+
+
+def _layers(model: Any) -> Counter[str]:
+    from seedpack.loader.layers import PackedModule
+
+    names = (type(m).__name__ for m in model.modules())
+    packed = {type(m).__name__ for m in model.modules() if isinstance(m, PackedModule)}
+    return Counter(name for name in names if name in packed or name.endswith("Experts"))
+
+
+def _dense_bytes(model: Any) -> int:
+    """What the same model takes unpacked."""
+    import math
+
+    element = model.dtype.itemsize
+    manifest = model.hf_quantizer.quantization_config.manifest
+    packed = sum(math.prod(entry.shape) for entry in manifest.tensors.values())
+    rest = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    return int((packed + rest) * element)
+
+
+def _generate(packed: Path, model: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
+    import torch
+    from transformers import AutoTokenizer
+
+    if not model.can_generate():
+        raise click.UsageError(f"a {type(model).__name__} does not generate text")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(packed)
+    except Exception as error:  # transformers fails in many ways where files are missing
+        raise ModelError(f"{packed}: has no tokenizer that transformers can load; --prompt needs one") from error
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )[0]
+    seconds = time.perf_counter() - started
+    count = len(ids) - inputs["input_ids"].shape[1]
+    return {
+        "text": tokenizer.decode(ids, skip_special_tokens=True),
+        "new_tokens": count,
+        "tokens_per_second": count / seconds,
+    }
+
+
+def _show(packed: Path, report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        output.show_json(report)
+        return
+    pairs = []
+    if "architecture" in report:
+        layers = ", ".join(f"{count} {name}" for name, count in report["layers"].items())
+        pairs += [
+            ("architecture", report["architecture"]),
+            ("packed layers", layers),
+            ("memory", f"{output.size(report['memory_bytes'])}, dense {output.size(report['dense_bytes'])}"),
+        ]
+    else:
+        pairs.append(("tensors", f"{report['tensors']}, {output.size(report['dense_bytes'])} when dense"))
+    pairs.append(("time", output.duration(report["seconds"])))
+    if "text" in report:
+        pairs.append(("generated", f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} a second"))
+    output.show_pairs(f"Loaded {packed}", pairs)
+    if "text" in report:
+        click.echo(report["text"])

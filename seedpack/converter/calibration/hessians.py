@@ -1,0 +1,132 @@
+"""Sums of x·xᵀ over the inputs of layers, while a model runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.errors import ModelError, first_line
+from seedpack.loader.layers import packed_class
+
+RECENT = 4  # inputs that a layer's input is compared with
+
+
+class Hessians:
+    """A context in which the inputs of some layers are summed up; layers that share an input share its sum.
+
+    Args:
+        layers: by any name; what is none that `layer_input` knows is left out.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self._layers = {name: layer for name, layer in layers.items() if measurable(layer)}
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._shared: dict[str, str] = {}
+        self._recent: deque[tuple[Tensor, str]] = deque(maxlen=RECENT)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Hessians:
+        for name, layer in self._layers.items():
+            self._hooks.append(
+                layer.register_forward_pre_hook(lambda layer, args, name=name: self._called(name, layer, args))
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._recent.clear()
+
+    def means(self) -> dict[str, Tensor]:
+        """E[x·xᵀ], float32 [in, in] on the CPU, of every layer that was called; one tensor for those that share it."""
+        means = {name: (total / max(1, count)).cpu() for name, (total, count) in self._sums.items()}
+        return means | {name: means[first] for name, first in self._shared.items() if first in means}
+
+    def _called(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if not args or not isinstance(args[0], Tensor):
+            return
+        alike = (known for tensor, known in self._recent if tensor is args[0] and known != name)
+        first = next((known for known in alike if _form(self._layers[known]) == _form(layer)), None)
+        if first is not None and name not in self._sums and self._shared.setdefault(name, first) == first:
+            return
+        self._shared.pop(name, None)
+        self._recent.append((args[0], name))
+        self.add(name, layer, args[0])
+
+    def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        """Count an input in that a layer is not called with."""
+        x = layer_input(layer, x.detach())
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device), 0
+        total, count = self._sums[name]
+        self._sums[name] = (total.addmm_(x.mT, x), count + len(x))
+
+
+def _form(layer: nn.Module) -> object:
+    """What layers of one input must have in common to see the same of it."""
+    names = ("kernel_size", "stride", "padding", "dilation")
+    return [getattr(layer, name) for name in names] if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
+
+
+def measurable(layer: nn.Module) -> bool:
+    """Whether `layer_input` knows a layer: linear ones, and convolutions of one group with zeros around them."""
+    if packed_class(layer) is None or isinstance(layer, nn.Embedding):
+        return False
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    return True
+
+
+def layer_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the rows of a layer's matrix are multiplied by, float32 [n, in]; for a convolution, patches."""
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        flat = isinstance(layer, nn.Conv1d)
+        sizes = [getattr(layer, name) for name in ("kernel_size", "dilation", "padding", "stride")]
+        x = torch.nn.functional.unfold(x[..., None, :] if flat else x, *(((0 if i == 2 else 1, *size) if flat else size)
+            for i, size in enumerate(sizes)))  # fmt: skip
+        return x.mT.reshape(-1, x.shape[-2]).float()
+    return x.reshape(-1, x.shape[-1]).float()
+
+
+def run(model: nn.Module, batches: Any, device: torch.device) -> dict[str, Tensor]:
+    """Hessians of all layers of a module that is run on batches: tensors, tuples of arguments, or dicts of keywords."""
+    with Hessians(dict(model.named_modules())) as hessians, torch.no_grad(), evaluated(model):
+        for number, batch in enumerate(batches):
+            args, keywords = _arguments(batch, device)
+            try:
+                model(*args, **keywords)
+            except (RuntimeError, TypeError, ValueError, LookupError) as error:  # the module's own
+                raise ModelError(
+                    f"calibration: {type(model).__name__} cannot run on batch {number} ({first_line(error)}); pass what its "
+                    "forward takes: a tensor, a tuple of arguments, or a dict of keywords"
+                ) from error
+    means = hessians.means()
+    if not means:
+        raise ModelError("calibration: no layer that can be calibrated was called; were there batches?")
+    return {f"{name}.weight" if name else "weight": value for name, value in means.items()}
+
+
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation; afterwards each of its modules is as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(batch, Mapping):
+        return (), {key: moved(value) for key, value in batch.items()}
+    return tuple(moved(value) for value in (batch if isinstance(batch, (tuple, list)) else (batch,))), {}

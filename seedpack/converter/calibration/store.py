@@ -1,0 +1,193 @@
+"""Hessians on disk: made once for a model and a text, used by every run after, and where an interrupted one goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import seedpack
+from seedpack.converter.fitting import TensorReport
+from seedpack.converter.plan import TensorPlan
+from seedpack.converter.sources.base import Source
+from seedpack.dtypes import to_bytes
+from seedpack.errors import ModelError, OutputError
+from seedpack.formats.digest import part_digest
+from seedpack.formats.reader import read_json
+
+FOLDER = "seedpack-calibration"
+VERSION = 2  # 1: texts without the token that a tokenizer puts first
+
+
+class Store:
+    """A folder of Hessians.
+
+    `index.json` holds what they were made of, and for each weight the file and the name in it. `output-….safetensors` is
+    what came out of the last layer that is done, until all are.
+    """
+
+    def __init__(self, folder: Path, made_of: Mapping[str, Any]):
+        self.folder = folder
+        self._index: dict[str, Any] = {"made_of": dict(made_of), "layers": [], "weights": {}}
+        if (folder / "index.json").is_file():
+            found: Any = read_json(folder / "index.json")
+            if not _sound(found) or found.get("made_of") != self._index["made_of"]:
+                raise ModelError(f"{folder}: holds another calibration; delete that folder")
+            self._index = found
+
+    @property
+    def fitted(self) -> Fitted:
+        """Tensors that were fitted with these Hessians."""
+        return Fitted(self.folder / "fitted")
+
+    @property
+    def complete(self) -> bool:
+        """Whether all layers are there."""
+        return "" in self._index["layers"]
+
+    def add(self, layer: str, hessians: Mapping[str, Tensor], output: Tensor | None) -> None:
+        """Keep a layer's Hessians by the names of weights, and its output to go on from; "" is the last one."""
+        file = f"layer-{len(self._index['layers']):04d}.safetensors"
+        firsts: dict[int, str] = {}
+        for name, value in hessians.items():
+            firsts.setdefault(id(value), name)
+        self._save({name: hessians[name] for name in firsts.values()}, file)
+        if output is not None:
+            self._save({"output": output.contiguous()}, f"output-{len(self._index['layers']):04d}.safetensors")
+        self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in hessians.items()}
+        self._index["layers"].append(layer)
+        text = json.dumps(self._index, indent=1)
+        write_file(self.folder / "index.json", lambda path: path.write_text(text))
+        last = len(self._index["layers"]) - 1
+        for old in self.folder.glob("output-*.safetensors"):
+            if not layer or old.name != f"output-{last:04d}.safetensors":
+                old.unlink(missing_ok=True)
+
+    def skip(self, layer: str, hidden: Tensor) -> Tensor | None:
+        """The output of a layer that is done: of the last one; of those before, anything of that shape."""
+        done = self._index["layers"]
+        if layer not in done:
+            return None
+        if layer != done[-1]:
+            return hidden
+        return self.tensor(f"output-{len(done) - 1:04d}.safetensors", "output").to(hidden.device)
+
+    def __contains__(self, weight: object) -> bool:
+        return weight in self._index["weights"]
+
+    def get(self, weight: str) -> Tensor | None:
+        """The Hessian of a weight's input, float32 [in, in], if it has one."""
+        where = self._index["weights"].get(weight)
+        return None if where is None else self.tensor(*where)
+
+    def save_output_costs(self, costs: dict[str, Tensor]) -> None:
+        """Keep what `sensitivity` measured."""
+        self._save(costs, "costs.safetensors")
+
+    def output_costs(self) -> dict[str, Tensor] | None:
+        """What `sensitivity` measured, if it is there."""
+        return self._read("costs.safetensors") if (self.folder / "costs.safetensors").is_file() else None
+
+    def save_tokens(self, tokens: Tensor) -> None:
+        """Keep the text that the model wrote."""
+        self._save({"tokens": tokens}, "tokens.safetensors")
+
+    def tokens(self) -> Tensor | None:
+        """The text that the model wrote, if it is there."""
+        return self.tensor("tokens.safetensors", "tokens") if (self.folder / "tokens.safetensors").is_file() else None
+
+    def tensor(self, file: str, name: str) -> Tensor:
+        """One tensor of one of the folder's files."""
+        return self._read(file, name)[name]
+
+    def _read(self, file: str, *names: str) -> dict[str, Tensor]:
+        """Some tensors of a file, or all."""
+        try:
+            with safe_open(self.folder / file, "pt") as tensors:
+                return {name: tensors.get_tensor(name) for name in names or tensors.keys()}
+        except Exception as error:  # the library's own, which differ by version
+            raise ModelError(f"{self.folder / file}: cannot be read ({error}); delete that folder") from None
+
+    def _save(self, tensors: dict[str, Tensor], file: str) -> None:
+        write_file(self.folder / file, lambda path: save_file(tensors, path))
+
+
+def _sound(index: Any) -> bool:
+    """Whether a document has an index's form, and names no file elsewhere."""
+    kinds = {"layers": list, "weights": dict}
+    if not isinstance(index, dict) or not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(
+        isinstance(where, list) and len(where) == 2 and all(isinstance(text, str) for text in where) and Path(where[0]).name == where[0]
+        for where in index["weights"].values()
+    )  # fmt: skip
+
+
+class Fitted:
+    """A folder of tensors that are fitted, for the run that goes on where an interrupted one stopped."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, tensor: TensorPlan) -> tuple[dict[str, Tensor], TensorReport] | None:
+        """A tensor's parts, if it was fitted with this codec."""
+        path = self._path(tensor)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                numbers = file.metadata()
+                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensor.codec.check(parts, tensor.codec_shape)
+            return parts, TensorReport(
+                tensor, float(numbers["error"]), float(numbers["energy"]), float(numbers["seconds"])
+            )
+        except Exception:  # half of a file, or another's: it is fitted again
+            return None
+
+    def put(self, parts: Mapping[str, Tensor], report: TensorReport) -> None:
+        """Keep a tensor's parts."""
+        path = self._path(report.plan)
+        numbers = {name: repr(getattr(report, name)) for name in ("error", "energy", "seconds")}
+        tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
+        write_file(path, lambda partial: save_file(tensors, partial, numbers))
+
+    def clear(self) -> None:
+        """Remove all of it: the output is written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, tensor: TensorPlan) -> Path:
+        text = json.dumps([seedpack.__version__, tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write beside a file, and put it in its place when it is whole."""
+    partial = path.parent / f".{path.name}.partial"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path.parent}: cannot be written: {error.strerror or error}") from error
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of a model's tensors and config."""
+    if source.fingerprint:
+        return source.fingerprint
+    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode())
+    for name in source.tensors:
+        digest.update(name.encode())
+        digest.update(part_digest(*to_bytes(source.read(name))).encode())
+    source.fingerprint = digest.hexdigest()
+    return source.fingerprint

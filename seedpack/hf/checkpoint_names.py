@@ -1,0 +1,170 @@
+"""A transformers model without weights: which module each name of a checkpoint belongs to.
+
+transformers renames and merges tensors while it loads (base-model prefixes, legacy names, experts of a mixture that
+lie apart on disk and in one 3-D parameter in memory). The same functions are asked here, so that a plan and a loader
+agree with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.converter.sources.base import Kind
+from seedpack.converter.sources.live import module_kind
+from seedpack.errors import ModelError, first_line
+from seedpack.hf.norm_power import followers, output_power
+
+_EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert's matrix: it becomes part of parameter `parameter` of the experts module at `module`."""
+
+    module: str
+    parameter: str
+    projection: str
+    index: int
+
+
+def architecture(config: object) -> Any:
+    """The transformers class that a config.json names, or None; only model classes are looked up."""
+    import transformers
+
+    names = config.get("architectures") if isinstance(config, dict) else None
+    found = (
+        getattr(transformers, names[0], None)
+        if isinstance(names, list) and names and isinstance(names[0], str)
+        else None
+    )
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+class Skeleton:
+    """Names of a checkpoint against the modules of a model (on meta or loaded)."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._state = model.state_dict()
+
+    @classmethod
+    def of_folder(cls, path: Path) -> Skeleton:
+        """Built from config.json on the meta device."""
+        import transformers
+
+        try:
+            config = transformers.AutoConfig.from_pretrained(path)
+            known = architecture({"architectures": getattr(config, "architectures", None)})
+            with torch.device("meta"):
+                model = known(config) if known else transformers.AutoModel.from_config(config)
+        except Exception as error:  # configs are checked by each model in its own way, or not at all
+            raise ModelError(
+                f"{path}: transformers {transformers.__version__} cannot build this model ({first_line(error)}); "
+                "pass its weight file instead to pack it as a state dict"
+            ) from None
+        return cls(model)
+
+    @cached_property
+    def tied(self) -> dict[str, str]:
+        """Parameters that are tied to another one, {tied: the one that is stored}."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    @cached_property
+    def _followers(self) -> dict[str, str]:
+        return followers(self.model)
+
+    def power(self, name: str, stored: Mapping[str, str], read: Callable[[str], Tensor]) -> Tensor | None:
+        """The power of each input channel of a checkpoint tensor's layer [in], if it takes the output of a norm.
+
+        Args:
+            name: the tensor's.
+            stored: names of the checkpoint by those of the model.
+            read: gives a tensor of the checkpoint.
+        """
+        for layer in sorted(parameter.rpartition(".")[0] for parameter in self.parameters(name)):
+            norm = self._followers.get(layer)
+            if norm is None:
+                continue
+            names = {leaf: stored.get(f"{norm}.{leaf}") for leaf, _ in self._modules[norm].named_parameters()}
+            if None not in names.values():
+                return output_power(self._modules[norm], {leaf: read(str(name)) for leaf, name in names.items()})
+        return None
+
+    @cached_property
+    def _conversions(self) -> tuple[list[Any], list[Any]]:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        mapping = get_model_conversion_mapping(self.model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return [entry for entry in mapping if not isinstance(entry, WeightConverter)], converters
+
+    def parameter(self, name: str) -> tuple[str, str | None]:
+        """The model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamings, converters = self._conversions
+        prefix = self.model.base_model_prefix
+        found, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
+        if found not in self._state and name in self._state:
+            found, pattern = rename_source_key(name, [], [], prefix, self._state)
+        return found, pattern
+
+    def parameters(self, name: str) -> list[str]:
+        """The model's names of a checkpoint tensor: of its parameter, and of those tied to it."""
+        target = self.parameter(name)[0]
+        return [target, *(tied for tied, origin in self.tied.items() if origin == target)]
+
+    def expert(self, name: str) -> Expert | None:
+        """Where an expert's matrix goes, if it is one that is merely stacked and concatenated in memory."""
+        match = _EXPERT.fullmatch(name)
+        if match is None:
+            return None
+        target, pattern = self.parameter(name)
+        module, _, parameter = target.rpartition(".")
+        if pattern is None or target not in self._state or self._state[target].dim() != 3:
+            return None
+        converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
+        operations = [type(op).__name__ for op in converter.operations]
+        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+            return None
+        return Expert(module, parameter, match["projection"], int(match["index"]))
+
+    def projections(self, name: str) -> list[str]:
+        """The projections that make up one expert parameter, in order, from one of its tensors' names."""
+        _, pattern = self.parameter(name)
+        converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
+        sources = getattr(converter, "_original_source_patterns", None) or converter.source_patterns
+        sources = [sources] if isinstance(sources, str) else list(sources)
+        return [
+            source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
+        ]
+
+    def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
+        """(kind, transposed, group) of a checkpoint tensor, as `SourceTensor` has them."""
+        expert = self.expert(name)
+        if expert is not None:
+            return "expert", False, f"{expert.module}.{expert.parameter}"
+        target, pattern = self.parameter(name)
+        module, _, leaf = target.rpartition(".")
+        if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
+            return "", False, ""
+        kind, transposed, group = module_kind(self._modules.get(module), leaf)
+        return "head" if kind and module in self._heads else kind, transposed, group
+
+    @cached_property
+    def _heads(self) -> set[str]:
+        """Modules that are a language model's output projection, or the embedding that is tied to it."""
+        head = self.model.get_output_embeddings()
+        names = {name for name, module in self._modules.items() if module is head and hasattr(head, "weight")}
+        tied = {self.tied.get(f"{name}.weight", "").rpartition(".")[0] for name in names}
+        return names | tied - {""}

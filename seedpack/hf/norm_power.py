@@ -1,0 +1,78 @@
+"""How strong each input channel of a layer is, without data: from the norm whose output the layer takes.
+
+A norm's output has the power gain² + bias² in each channel, if its normalised input is even. Which layer takes which
+norm's output is found by running the model without weights or data, on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.loader.layers import packed_class
+
+
+def followers(model: nn.Module) -> dict[str, str]:
+    """{name of a layer: name of the norm whose output is its input}, for a transformers model on the meta device.
+
+    A model whose forward pass cannot run so (it needs other inputs than token ids, or values) gives none.
+    """
+    outputs: list[tuple[Tensor, str]] = []  # kept, so that no other tensor gets the identity of one
+    found: dict[str, str] = {}
+    hooks = []
+
+    def norm_done(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                outputs.append((output, name))
+
+        return hook
+
+    def layer_called(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if args and isinstance(args[0], Tensor):
+                taken = (args[0], args[0]._base)
+                for output, norm in outputs:
+                    if output is taken[0] or output is taken[1]:
+                        found[name] = norm
+
+        return hook
+
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and weight.dim() == 1 and "norm" in type(module).__name__.lower():
+            hooks.append(module.register_forward_hook(norm_done(name)))
+        elif packed_class(module) is not None and not isinstance(module, nn.Embedding):
+            hooks.append(module.register_forward_pre_hook(layer_called(name)))
+    training = model.training
+    try:  # foreign code in conditions it was not made for: whatever it raises, what it reached so far stands
+        with suppress(Exception), torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long))
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
+    """gain² + bias² of each channel of a norm [width], float64; `values` are its parameters.
+
+    The gain is how far the output goes for ±1 from where it is for 0: so it is right for norms that add 1 to it.
+    """
+    norm = copy.deepcopy(norm).to_empty(device="cpu").double()
+    with torch.no_grad():
+        for name, parameter in norm.named_parameters():
+            parameter.copy_(values[name])
+        width = norm.get_parameter("weight").shape[0]
+        ones = 1.0 - 2.0 * (torch.arange(width, dtype=torch.float64) % 2)
+        rest = norm(torch.zeros(1, width, dtype=torch.float64))[0]
+        power: Tensor = (norm(ones[None])[0] - rest).square() + rest.square()
+    return power.double()

@@ -1,0 +1,95 @@
+"""The trellis's weights in Triton: a tile of integers from the words of its rows' streams."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seedpack.kernels.common import gpu_launch as launch
+from seedpack.kernels.common.gpu_launch import Regenerated
+from seedpack.prng import trellis_multiplier
+
+
+@triton.jit
+def byte_sum(word):
+    """The sum of the four bytes of a uint32, as int32."""
+    pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
+    return ((pairs * 0x00010001) >> 16).to(tl.int32)
+
+
+@triton.jit
+def byte_dot(word, activation, start, DP4A: tl.constexpr):
+    """start + Σ over the four bytes of a uint32 times a signed 8-bit activation, which stands in each byte of an int32."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, activation, start], dtype=tl.int32, is_pure=True, pack=1
+        )
+    return start + byte_sum(word) * ((activation << 24) >> 24)
+
+
+@triton.jit
+def stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED: tl.constexpr, CIRCULAR: tl.constexpr):
+    """Word i_word [n] of each row [m] of a stream of `size` bytes, uint32 [m, n].
+
+    A word beyond the end of a circular row is one of its beginning, beyond that, any; of another row, zero. Rows that are no whole number of words are read
+    byte by byte.
+    """
+    if ALIGNED:
+        p_row = stream_ptr.to(tl.pointer_type(tl.uint32)) + i_row[:, None] * words
+        if CIRCULAR:
+            i_word = tl.minimum(tl.where(i_word < words, i_word, i_word - words), words - 1)
+            word = tl.load(p_row + i_word[None, :])
+        else:
+            word = tl.load(p_row + i_word[None, :], (i_word < words)[None, :], other=0)
+    else:
+        p_row = stream_ptr + i_row[:, None] * size
+        word = tl.zeros((i_row.shape[0], i_word.shape[0]), tl.uint32)
+        for byte in tl.static_range(4):
+            i_byte = i_word * 4 + byte
+            octet = tl.load(p_row + (i_byte % size)[None, :], (CIRCULAR | (i_byte < size))[None, :], other=0)
+            word |= octet.to(tl.uint32) << (8 * byte)
+    return word
+
+
+@triton.jit
+def trellis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """See `gpu_tiles`; parts = stream, its words and bytes a row, a, c; SIZES = k, L, whether rows are whole words, and circular."""
+    stream_ptr, words, size, multiplier, key = parts
+    CODE_BITS: tl.constexpr = SIZES[0]
+    STATE_BITS: tl.constexpr = SIZES[1]
+    i_column = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    bit = i_column * CODE_BITS
+    low = stream_word(stream_ptr, i_row, bit >> 5, words, size, SIZES[2], SIZES[3])
+    high = stream_word(stream_ptr, i_row, (bit >> 5) + 1, words, size, SIZES[2], SIZES[3])
+    shift = (bit & 31).to(tl.uint32)[None, :]
+    window = ((low >> shift) | ((high << 1) << (31 - shift))) & ((1 << STATE_BITS) - 1)
+    mixed = window * tl.cast(multiplier, tl.uint32) + tl.cast(key, tl.uint32)
+    return i_column, (byte_sum(mixed) - 510).to(tl.float32)
+
+
+def regenerated(
+    stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int
+) -> Regenerated:
+    """A trellis weight for the kernels of `gpu_tiles`."""
+    stream = stream.contiguous().flatten(1)
+    size = stream.shape[1]
+    multiplier = trellis_multiplier(code_bits, state_bits)
+    parts = (stream, size // 4, size, multiplier, key)
+    return Regenerated(
+        trellis_tile, parts, (code_bits, state_bits, size % 4 == 0, circular), scale, stream.shape[0], columns
+    )
+
+
+def dense(
+    stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int
+) -> Tensor:
+    """As `reference.dense`, bit for bit."""
+    return launch.dense(regenerated(stream, scale, code_bits, state_bits, key, circular, columns), torch.float32)
+
+
+def decode(stream: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int) -> Tensor:
+    """As `reference.decode`, bit for bit."""
+    ones = torch.ones(1, device=stream.device)
+    return launch.dense(regenerated(stream, ones, code_bits, state_bits, key, circular, columns), torch.int16)

@@ -1,0 +1,185 @@
+"""The trellis's product in Triton: `gpu_tiles` for many tokens; for few a kernel that expands words in registers.
+
+A lane takes `PER` weights from `WORDS` words of a row's stream, as many as whole words hold. A weight costs a shift of two
+words, a mask, a multiply–add, the bytes' sum (one dp4a on NVIDIA), a conversion by the bits of a float, and for each
+token a multiply–add. With activations of 8 bits the sum of the bytes is their product at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seedpack.kernels.common import gpu_configs as configs
+from seedpack.kernels.common import gpu_launch as launch
+from seedpack.kernels.common.row_tiles import FEW_TOKENS, at_once, padded_tokens
+from seedpack.kernels.rotation.triton import mix_lanes
+from seedpack.kernels.trellis import matmul_reference as reference
+from seedpack.kernels.trellis.decode_triton import byte_dot, regenerated, stream_word
+from seedpack.kernels.trellis.matmul_reference import ACTIVATION_GROUP
+from seedpack.prng import trellis_multiplier
+
+TYPICAL_ROWS = 16  # of a program
+
+
+@triton.jit
+def few_tokens_kernel(
+    x_ptr, x_scale_ptr, out_ptr, scale_ptr, stream_ptr, words, size, multiplier, key, rows, blocks, per_program,
+    CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
+    CIRCULAR: tl.constexpr,
+    TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """out [parts, TOKENS, rows], to be summed over parts, = x · weight.T; a part is `per_program` blocks of the input.
+
+    x is [TOKENS, blocks, PER, BLOCK_G]: the j-th activations of a block's groups lie together. It is float32, or with
+    INT8 an 8-bit activation in each byte of an int32, with a scale [TOKENS, blocks], and behind those 510 times the sum
+    of each token's activations.
+    """
+    i_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_row = i_row < rows
+    i_row = tl.where(m_row, i_row, 0)
+    i_token, i_lane = tl.arange(0, TOKENS), tl.arange(0, BLOCK_G)
+    b_sum = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.float32)
+    b_ones = tl.full((BLOCK_N, BLOCK_G), 0x01010101, tl.int32)
+    b_float = tl.full((BLOCK_N, BLOCK_G), 0x4B000000, tl.int32)  # the bits of 2^23
+    first = tl.program_id(1) * per_program
+    for block in range(first, tl.minimum(first + per_program, blocks)):
+        i_word = (block * BLOCK_G + i_lane) * WORDS
+        p_x = x_ptr + (i_token[None, None, :] * blocks + block) * (PER * BLOCK_G) + i_lane[None, :, None]
+        b_dot = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.int32)
+        high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED, CIRCULAR)
+        for i in tl.static_range(WORDS):
+            low = high
+            high = stream_word(stream_ptr, i_row, i_word + (i + 1), words, size, ALIGNED, CIRCULAR)
+            for j in tl.static_range(PER):
+                if j * CODE_BITS // 32 == i:
+                    window = low >> (j * CODE_BITS % 32)
+                    if j * CODE_BITS % 32 + STATE_BITS > 32:
+                        window |= high << (32 - j * CODE_BITS % 32)
+                    mixed = (window & ((1 << STATE_BITS) - 1)) * tl.cast(multiplier, tl.uint32) + tl.cast(
+                        key, tl.uint32
+                    )
+                    b_x = tl.load(p_x + j * BLOCK_G)
+                    if INT8:
+                        words_of_all = tl.broadcast_to(mixed[:, :, None], b_dot.shape)
+                        b_dot = byte_dot(words_of_all, tl.broadcast_to(b_x, b_dot.shape), b_dot, DP4A)
+                    else:
+                        bits = byte_dot(mixed, b_ones, b_float, DP4A)  # of the float 2^23 + sum
+                        value = bits.to(tl.float32, bitcast=True) - 8389118.0  # 2^23 + 510
+                        b_sum += value[:, :, None] * b_x
+        if INT8:
+            b_sum += b_dot.to(tl.float32) * tl.load(x_scale_ptr + i_token * blocks + block)[None, None, :]
+    b_out = tl.sum(b_sum, 1)
+    if INT8 and tl.program_id(1) == 0:  # the bytes' sums are 510 too high
+        b_out -= tl.load(x_scale_ptr + TOKENS * blocks + i_token)[None, :]
+    b_out *= tl.load(scale_ptr + i_row)[:, None]
+    p_out = out_ptr + (tl.program_id(1) * TOKENS + i_token[None, :]) * tl.cast(rows, tl.int64) + i_row[:, None]
+    tl.store(p_out, b_out.to(out_ptr.dtype.element_ty), m_row[:, None])
+
+
+@triton.jit
+def eight_bits_kernel(x_ptr, codes_ptr, scale_ptr, blocks, tokens, GROUP: tl.constexpr):
+    """Each of `blocks` groups of a program's token rounded to 8 bits: codes, each in all bytes of an int32; scales; and
+    behind these, for `few_tokens_kernel`, 510 times the sum of the token's activations."""
+    token = tl.program_id(0)
+    offset = 0.0
+    for block in range(blocks):
+        i = (token * blocks + block) * GROUP + tl.arange(0, GROUP)
+        b_x = tl.load(x_ptr + i)
+        step = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-30), 127.0)
+        b_code = (tl.div_rn(b_x, step) + 12582912.0) - 12582912.0  # 3·2^22: to the nearest whole number, ties to even
+        offset += tl.sum(b_code, 0) * step
+        tl.store(codes_ptr + i, (b_code.to(tl.int32) & 255) * 0x01010101)
+        tl.store(scale_ptr + token * blocks + block, step)
+    tl.store(scale_ptr + tokens * blocks + token, 510 * offset)
+
+
+def eight_bits(lanes: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and scales of activations [tokens, blocks, …], see `eight_bits_kernel`; the definition is `reference.rounded`."""
+    tokens, blocks = lanes.shape[:2]
+    codes = torch.empty(lanes.shape, dtype=torch.int32, device=lanes.device)
+    scale = torch.empty(tokens * (blocks + 1), dtype=torch.float32, device=lanes.device)
+    with configs.current(lanes.device):
+        eight_bits_kernel[(tokens,)](lanes, codes, scale, blocks, tokens, GROUP=ACTIVATION_GROUP, num_warps=2)
+    return codes, scale
+
+
+def _per(code_bits: int) -> int:
+    """Weights of a lane: as many as whole words hold."""
+    return 32 // math.gcd(code_bits, 32)
+
+
+def mixed(x: Tensor, factor: Tensor, code_bits: int) -> Tensor:
+    """`rotation.mix` of x [tokens, columns] as `few_tokens` takes it."""
+    per, (tokens, columns) = _per(code_bits), x.shape
+    shape = (at_once(tokens), triton.cdiv(columns, ACTIVATION_GROUP) * ACTIVATION_GROUP)
+    out = (torch.empty if shape == x.shape else torch.zeros)(shape, dtype=torch.float32, device=x.device)
+    return mix_lanes(x, factor, out, ACTIVATION_GROUP, per).view(shape[0], -1, per, ACTIVATION_GROUP // per)
+
+
+def in_lanes(x: Tensor, code_bits: int) -> Tensor:
+    """Rotated activations [tokens, columns] as `few_tokens` takes them."""
+    per = _per(code_bits)
+    padded = padded_tokens(x, -x.shape[1] % ACTIVATION_GROUP)
+    return padded.view(len(padded), -1, ACTIVATION_GROUP // per, per).transpose(2, 3).contiguous()
+
+
+def few_tokens(
+    lanes: Tensor, count: int, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool,
+    dtype: torch.dtype, int8: bool = False,
+) -> Tensor:  # fmt: skip
+    """The product of `count` tokens, at most 8, in a dtype.
+
+    `lanes` is float32 [tokens, blocks, PER, lanes of 256 / PER]: the j-th activations of a block's lanes lie together.
+    """
+    stream, rows = stream.contiguous().flatten(1), len(scale)
+    tokens, blocks, per, block_g = lanes.shape
+    x_scale = lanes[:0]
+    if int8:
+        lanes, x_scale = eight_bits(lanes)
+    parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // triton.cdiv(rows, TYPICAL_ROWS)))
+    per_program = triton.cdiv(blocks, parts)
+    parts = triton.cdiv(blocks, per_program)
+    out = torch.empty(parts, tokens, rows, dtype=dtype if parts == 1 else torch.float32, device=lanes.device)
+    launch.start(
+        few_tokens_kernel, configs.trellis_few_tokens(tokens), lanes.device,
+        lambda block: (triton.cdiv(rows, block["BLOCK_N"]), parts),
+        lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
+        trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
+        CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
+        ALIGNED=stream.shape[1] % 4 == 0, CIRCULAR=circular, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(lanes.device), BLOCK_G=block_g,
+    )  # fmt: skip
+    return (out[0] if parts == 1 else out.sum(0).to(dtype))[:count]
+
+
+def matmul(
+    x: Tensor,
+    stream: Tensor,
+    scale: Tensor,
+    code_bits: int,
+    state_bits: int,
+    key: int,
+    circular: bool,
+    dtype: torch.dtype,
+    int8: bool,
+) -> Tensor:
+    """As `reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of a 16-bit dtype."""
+    if len(x) <= FEW_TOKENS:
+        lanes = in_lanes(x, code_bits)
+        return few_tokens(lanes, len(x), stream, scale, code_bits, state_bits, key, circular, dtype, int8)
+    weight = regenerated(stream, scale, code_bits, state_bits, key, circular, x.shape[1])
+    return launch.matmul(reference.rounded(x) if int8 else x, weight, dtype)
+
+
+def matmul_transposed(
+    grad: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """As `reference.matmul_transposed`, exact as `matmul` is."""
+    return launch.matmul_transposed(
+        grad, regenerated(stream, scale, code_bits, state_bits, key, circular, columns), dtype
+    )

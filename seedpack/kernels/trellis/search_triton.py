@@ -1,0 +1,161 @@
+"""The trellis's search in Triton: a program takes a row at a time, its survivors in scratch memory of its own.
+
+A weight costs 2^(m + k) edges. An edge is an addition (the window's product with the multiplier), the sum of four bytes
+less the value (one dp4a on NVIDIA), a multiply–add and a minimum, in 32-bit integers: exact, so streams agree bit for
+bit with the reference. The 2^k edges out of a state lie side by side, so that its metric is loaded once for them.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seedpack.kernels.common import gpu_configs as configs
+from seedpack.kernels.trellis.decode_triton import byte_dot
+from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Code, Seam
+from seedpack.prng import trellis_multiplier
+
+
+@triton.jit
+def _terms(p_x, PADDING: tl.constexpr, UNIT: tl.constexpr, SHAPE: tl.constexpr):
+    """What `byte_dot` takes for UNIT·(a window's value - x), in tiles: the factor of each byte, and the start."""
+    x = tl.load(p_x)
+    unit = tl.where(x == PADDING, 0, UNIT)
+    return tl.full(SHAPE, 0x01010101, tl.int32) * unit, tl.full(SHAPE, -510, tl.int32) * unit - x * unit
+
+
+@triton.jit
+def _given(p_given, i, option, BELOW: tl.constexpr):
+    """The i-th of the row's last symbols; the free bits of the first are an option."""
+    symbol = tl.load(p_given + i).to(tl.int32)
+    return tl.where(i == 0, (symbol & ((1 << BELOW) - 1)) | (option << BELOW), symbol)
+
+
+@triton.jit
+def walk_kernel(
+    x_ptr, memory_ptr, given_ptr, symbols_ptr, metric_ptr, base_ptr, best_ptr, history_ptr,
+    rows, steps, multiplier, key,
+    CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, SURVIVORS: tl.constexpr, TAG: tl.constexpr,
+    START: tl.constexpr, SEAM: tl.constexpr, BELOW: tl.constexpr, PADDING: tl.constexpr, CLOSED: tl.constexpr, CEILING: tl.constexpr,
+    DP4A: tl.constexpr, BLOCK: tl.constexpr, UNROLLED: tl.constexpr,
+):  # fmt: skip
+    """symbols [rows, steps] of least error for x [rows, steps], int32.
+
+    START says whether the walk starts from `memory` [rows], or anywhere. It ends with SEAM symbols `given` [rows, SEAM],
+    of whose first the bits from BELOW on are free. Scratch is each program's own: metric (with tags), base (the
+    window's older bits times the multiplier, plus the key), best [programs, 2^m]; history uint8 [programs, steps, 2^m].
+    """
+    STATES: tl.constexpr = 1 << SURVIVORS
+    SYMBOLS: tl.constexpr = 1 << CODE_BITS
+    GROUPS: tl.constexpr = BLOCK // SYMBOLS
+    STRIDE: tl.constexpr = STATES // SYMBOLS  # between the predecessors of a state
+    TAGS: tl.constexpr = (1 << TAG) - 1
+    MEMORY: tl.constexpr = (1 << (STATE_BITS - CODE_BITS)) - 1
+    UNIT: tl.constexpr = 1 << ((TAG + 1) // 2)
+    a, c = tl.cast(multiplier, tl.uint32), tl.cast(key, tl.uint32)
+    program = tl.program_id(0).to(tl.int64)
+    metric_ptr += program * STATES
+    base_ptr += program * STATES
+    best_ptr += program * STATES
+    history_ptr += program * steps * STATES
+    i_symbol = tl.arange(0, SYMBOLS)
+    for row in range(program, rows, tl.num_programs(0)):
+        x_row, symbols_row = x_ptr + row * steps, symbols_ptr + row * steps
+        if START:
+            start = tl.load(memory_ptr + row).to(tl.int32)
+        for first in range(0, STATES, BLOCK):
+            i_state = first + tl.arange(0, BLOCK)
+            b_memory = i_state
+            b_metric = tl.zeros((BLOCK,), tl.int32)
+            if START:
+                m_start = i_state == (start & (STATES - 1))
+                b_memory = tl.where(m_start, start, i_state)
+                b_metric = tl.where(m_start, 0, CLOSED)
+            tl.store(metric_ptr + i_state, b_metric + ((b_memory >> (SURVIVORS - CODE_BITS)) & TAGS))
+            tl.store(base_ptr + i_state, ((b_memory << CODE_BITS).to(tl.uint32) * a + c).to(tl.int32))
+        tl.debug_barrier()
+        for step in range(steps - SEAM):
+            b_unit, b_offset = _terms(x_row + step, PADDING, UNIT, (SYMBOLS, GROUPS))
+            least = tl.cast(CEILING, tl.int32)
+            for first in range(0, STATES, BLOCK):
+                i_group = first // SYMBOLS + tl.arange(0, GROUPS)
+                b_best = tl.full((SYMBOLS, GROUPS), CEILING, tl.int32)
+                for j in range(0, SYMBOLS, UNROLLED):
+                    for more in tl.static_range(UNROLLED):
+                        i_before = (j + more) * STRIDE + i_group
+                        if SURVIVORS == STATE_BITS - CODE_BITS:  # a state is its memory
+                            b_base = (i_before << CODE_BITS).to(tl.uint32) * a + c
+                        else:
+                            b_base = tl.load(base_ptr + i_before).to(tl.uint32)
+                        b_metric = tl.load(metric_ptr + i_before)
+                        mixed = b_base[None, :] + (i_symbol.to(tl.uint32) * a)[:, None]
+                        error = byte_dot(mixed, b_unit, b_offset, DP4A)
+                        b_best = tl.minimum(b_best, error * error + b_metric[None, :])
+                tl.store(best_ptr + i_group[None, :] * SYMBOLS + i_symbol[:, None], b_best)
+                least = tl.minimum(least, tl.min(tl.min(b_best, 0), 0))
+            tl.debug_barrier()
+            least &= ~TAGS
+            for first in range(0, STATES, BLOCK):
+                i_state = first + tl.arange(0, BLOCK)
+                b_best = tl.load(best_ptr + i_state)
+                b_tag = b_best & TAGS
+                b_memory = ((b_tag << SURVIVORS) | i_state) & MEMORY
+                after = (b_memory >> (SURVIVORS - CODE_BITS)) & TAGS
+                tl.store(metric_ptr + i_state, b_best - b_tag - least + after)
+                if SURVIVORS < STATE_BITS - CODE_BITS:
+                    tl.store(base_ptr + i_state, ((b_memory << CODE_BITS).to(tl.uint32) * a + c).to(tl.int32))
+                tl.store(history_ptr + tl.cast(step, tl.int64) * STATES + i_state, (b_tag & (SYMBOLS - 1)).to(tl.uint8))
+            tl.debug_barrier()
+
+        OPTIONS: tl.constexpr = 1 << (CODE_BITS - BELOW) if SEAM > 0 else 1
+        found = tl.cast((1 << 62), tl.int64)  # cost, state and what the oldest given symbol becomes, in this order
+        FEW: tl.constexpr = max(BLOCK // 8, SYMBOLS)  # long integers take two registers
+        for first in range(0, STATES, FEW):
+            i_state = first + tl.arange(0, FEW)
+            b_best = tl.load(best_ptr + i_state)
+            for option in range(OPTIONS):
+                b_memory = (((b_best & TAGS) << SURVIVORS) | i_state) & MEMORY
+                b_cost = (b_best & ~TAGS).to(tl.int64)
+                for i in range(SEAM):
+                    symbol = _given(given_ptr + row * SEAM, i, option, BELOW)
+                    b_window = (b_memory << CODE_BITS) | symbol
+                    b_unit, b_offset = _terms(x_row + steps - SEAM + i, PADDING, UNIT, (FEW,))
+                    error = byte_dot(b_window.to(tl.uint32) * a + c, b_unit, b_offset, DP4A).to(tl.int64)
+                    b_cost += error * error
+                    b_memory = b_window & MEMORY
+                found = tl.minimum(found, tl.min((b_cost * STATES + i_state) * OPTIONS + option, 0))
+        option = (found % OPTIONS).to(tl.int32)
+        state = (found // OPTIONS % STATES).to(tl.int32)
+        for i in range(SEAM):
+            tl.store(symbols_row + steps - SEAM + i, _given(given_ptr + row * SEAM, i, option, BELOW).to(tl.uint8))
+        for back in range(steps - SEAM):
+            step = steps - SEAM - 1 - back
+            tl.store(symbols_row + step, (state & (SYMBOLS - 1)).to(tl.uint8))
+            symbol = tl.load(history_ptr + tl.cast(step, tl.int64) * STATES + state).to(tl.int32)
+            state = (symbol << (SURVIVORS - CODE_BITS)) | (state >> CODE_BITS)
+        tl.debug_barrier()
+
+
+def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
+    """As `reference.walk`, bit for bit."""
+    (rows, steps), states = x.shape, 1 << code.survivors
+    config = configs.trellis_walk(code.code_bits, code.survivors, x.device)
+    programs = configs.programs(x.device, rows, config["num_warps"], steps * states)
+    scratch = torch.empty(3, programs, states, dtype=torch.int32, device=x.device)
+    history = torch.empty(programs, steps, states, dtype=torch.uint8, device=x.device)
+    symbols = torch.empty(rows, steps, dtype=torch.uint8, device=x.device)
+    count = 0 if seam is None else seam.given.shape[1]
+    with configs.current(x.device):
+        walk_kernel[(programs,)](
+            x.to(torch.int32).contiguous(),
+            symbols if seam is None else seam.memory.contiguous(),
+            symbols if seam is None else seam.given.to(torch.uint8).contiguous(),
+            symbols, scratch[0], scratch[1], scratch[2], history, rows, steps,
+            trellis_multiplier(code.code_bits, code.state_bits), code.key,
+            CODE_BITS=code.code_bits, STATE_BITS=code.state_bits, SURVIVORS=code.survivors, TAG=code.tag,
+            START=seam is not None, SEAM=count, BELOW=max(0, code.state_bits - code.code_bits * count), PADDING=PADDING, CLOSED=CLOSED, CEILING=CEILING,
+            DP4A=configs.is_nvidia(x.device), **config,
+        )  # fmt: skip
+    return symbols

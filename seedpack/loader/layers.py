@@ -1,0 +1,219 @@
+"""Layers that stay packed in memory: each packs a dense module in place and rebuilds its weight in the forward pass.
+
+The packed classes are subclasses of the dense ones, and the parts are parameters without gradient (offloaded and
+mapped to devices like any other; integers, so no cast touches them). `weight` is the principal part.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from seedpack._shapes import require_columns
+from seedpack.codecs.base import Codec, matrix_shape
+from seedpack.codecs.registry import codec_to_json
+from seedpack.dtypes import TORCH_DTYPES
+from seedpack.errors import ModelError
+from seedpack.loader import ops
+
+
+class PackedModule(nn.Module):
+    """What all packed layers have. Made by `pack_module_`, never by a constructor.
+
+    `matrix` is the shape [out, in] that the codec sees, `codec_text` the codec as operators take it.
+    """
+
+    codec: Codec
+    codec_text: str
+    part_names: tuple[str, ...]
+    weight_shape: tuple[int, ...]
+    matrix: tuple[int, int]
+    transposed: bool
+    compute_dtype: torch.dtype
+    dense_class: type[nn.Module]
+
+    def packed_parts(self) -> dict[str, Tensor]:
+        """The parts, by name."""
+        return {name: cast(Tensor, self._parameters[name]) for name in self.part_names}
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight rebuilt, in the dense layer's shape."""
+        weight = ops.decode(self.packed_parts(), self.codec_text, self.matrix, dtype or self.compute_dtype)
+        return weight.mT.contiguous() if self.transposed else weight.view(self.weight_shape)
+
+    def _require_float(self, x: Tensor) -> None:
+        """Some models cast a layer's input to the dtype of its weight; packed, that would be integers."""
+        if not x.is_floating_point():
+            raise ModelError(
+                f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "
+                "weight, which is packed here; leave this layer raw (--exclude)"
+            )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """The dense layer's, and the codec."""
+        return f"{list(self.weight_shape)}, {self.codec}, {self.codec.bits_per_weight(self.matrix):.3f} bits/weight"
+
+
+class PackedLinear(PackedModule, nn.Linear):
+    """A packed nn.Linear, or a packed transformers Conv1D (then the codec saw it transposed)."""
+
+    int8_activations: bool = False  # set by `surgery.use_int8_activations_`
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        self._require_float(input)
+        require_columns("a packed Linear", input, self.matrix[1])
+        parts = self.packed_parts()
+        return ops.linear(input, parts, self.codec_text, self.matrix, self.bias, self.int8_activations)
+
+
+class PackedEmbedding(PackedModule, nn.Embedding):
+    """A packed nn.Embedding: only the rows looked up are decoded."""
+
+    embed_scale_value: float | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices [...] -> [..., embedding_dim]."""
+        if input.device.type == "cpu" and not torch.compiler.is_compiling() and input.numel() and int(input.min()) < 0:
+            raise IndexError(f"embedding index {int(input.min())} is out of range")
+        rows = ops.decode_rows(self.packed_parts(), input.flatten(), self.codec_text, self.matrix, self.compute_dtype)
+        result = rows.view(*input.shape, self.embedding_dim)
+        if self.embed_scale_value is not None:
+            result = result * torch.tensor(self.embed_scale_value, dtype=self.compute_dtype, device=result.device)
+        return result
+
+
+class PackedConv1d(PackedModule, nn.Conv1d):
+    """A packed nn.Conv1d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, L] -> [N, out_channels, L']."""
+        self._require_float(input)
+        result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
+        return result
+
+
+class PackedConv2d(PackedModule, nn.Conv2d):
+    """A packed nn.Conv2d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
+        self._require_float(input)
+        result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
+        return result
+
+
+def codec_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
+    """The matrix [out, in] a codec sees of a stored weight."""
+    return (shape[1], shape[0]) if transposed else matrix_shape(shape)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weight [in, out], as transformers' Conv1D does."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def packed_class(module: nn.Module) -> type[PackedModule] | None:
+    """The packed class of a dense module, or None for one whose forward pass is not known here."""
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads its weight without calling it
+    if is_transposed(module):
+        return PackedLinear
+    if isinstance(module, nn.Embedding):
+        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
+        return PackedEmbedding if plain or _is_scaled_embedding(module) else None
+    dense: type[nn.Module]
+    for dense, packed in ((nn.Linear, PackedLinear), (nn.Conv1d, PackedConv1d), (nn.Conv2d, PackedConv2d)):
+        if isinstance(module, dense) and type(module).forward is dense.forward:
+            return cast("type[PackedModule]", packed)
+    return None
+
+
+def pack_module_(
+    module: nn.Module,
+    codec: Codec,
+    parts: dict[str, Tensor] | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> PackedModule:
+    """Turn a dense module into its packed class, in place.
+
+    Args:
+        module: one that `packed_class` knows; its `weight` gives shape and device.
+        codec: how the parts are to be decoded.
+        parts: the codec's parts; None leaves them unfilled, for a loader.
+        dtype: of the decoded weight; default the weight's.
+    """
+    kind = packed_class(module)
+    if kind is None:
+        raise ModelError(f"a {type(module).__qualname__} has no packed form; leave it dense")
+    weight = cast(Tensor, module.weight)
+    shape, transposed = tuple(weight.shape), is_transposed(module)
+    matrix = codec_matrix(shape, transposed)
+    if parts is not None:
+        codec.check(parts, matrix)
+    scale = getattr(module, "scalar_embed_scale", None)
+    dense_class = type(module)
+    del module._parameters["weight"]
+    module.__class__ = kind
+    packed = cast(PackedModule, module)
+    specs = {
+        name: spec for name, spec in codec.parts(matrix).items() if parts is None or name in parts
+    }  # or first levels
+    packed.codec, packed.codec_text, packed.part_names = (
+        codec,
+        codec_to_json(codec),
+        tuple(specs),
+    )
+    packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
+    packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
+    if isinstance(packed, PackedLinear):
+        packed.out_features, packed.in_features = matrix
+    if isinstance(packed, PackedEmbedding) and scale is not None:
+        packed.embed_scale_value = float(scale)
+        packed._buffers.pop("embed_scale")  # not persistent: a loader would leave it unfilled
+    for name, (part_dtype, part_shape) in specs.items():
+        value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name].to(weight.device)
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return packed
+
+
+def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Module:
+    """Turn a packed module back into its dense class, in place, with the weight rebuilt."""
+    weight = module.dense_weight(dtype)
+    for name in module.part_names:
+        del module._parameters[name]
+    if isinstance(module, PackedEmbedding) and module.embed_scale_value is not None:
+        scale = torch.tensor(module.__dict__.pop("embed_scale_value"), device=weight.device)
+        module.register_buffer("embed_scale", scale, persistent=False)
+    dense = cast(nn.Module, module)
+    module.__dict__.pop("int8_activations", None)
+    for name in (
+        "codec",
+        "codec_text",
+        "part_names",
+        "weight_shape",
+        "matrix",
+        "transposed",
+        "compute_dtype",
+    ):
+        delattr(module, name)
+    dense.__class__ = module.__dict__.pop("dense_class")
+    dense.register_parameter("weight", nn.Parameter(weight))
+    return dense
+
+
+def empty_part(dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An unfilled part."""
+    return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
+
+
+def _is_scaled_embedding(module: nn.Module) -> bool:
+    """transformers' embeddings that multiply by a constant (Gemma 3 and kin): they keep it as a plain number too."""
+    return isinstance(getattr(module, "scalar_embed_scale", None), (int, float))

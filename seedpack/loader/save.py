@@ -1,0 +1,88 @@
+"""Every stored tensor of a module in memory: packed layers, weights that are pseudorandom from the start, and the rest raw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from seedpack.codecs.base import Codec, matrix_shape
+from seedpack.codecs.raw import RawCodec
+from seedpack.dtypes import dtype_name
+from seedpack.errors import ModelError
+from seedpack.formats import PlannedTensor, View
+from seedpack.loader.layers import PackedModule
+from seedpack.loader.trained import Born, Coefficients, Piece, Stored, bases_of, joined, tensor_name
+
+
+@dataclass
+class StoredForm:
+    """What is to be written of a module: parts by tensor, plans, and views of stored tensors; `born`: some of its weights
+    are pseudorandom from the start."""
+
+    parts: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    planned: list[PlannedTensor] = field(default_factory=list)
+    views: dict[str, View] = field(default_factory=dict)
+    born: bool = False
+
+    def add(
+        self,
+        name: str,
+        codec: Codec,
+        dtype: str,
+        shape: tuple[int, ...],
+        parts: dict[str, Tensor],
+        transposed: bool = False,
+    ) -> None:
+        """A tensor under a codec."""
+        matrix = (shape[1], shape[0]) if transposed else matrix_shape(shape)
+        if parts.keys() != codec.parts(matrix).keys():
+            raise ModelError(
+                f"{name!r} holds the first levels of its coefficients alone; load the whole file to save it"
+            )
+        self.parts[name] = parts
+        self.planned.append(PlannedTensor(name, codec.spec(), dtype, shape, codec.parts(matrix), transposed))
+
+    def add_born(self, name: str, born: Born) -> None:
+        """A tensor that is pseudorandom from the start; such weights are float32."""
+        self.born = True
+        self.add(name, born.codec, "F32", born.shape, born.parts)
+
+
+def stored_form(model: nn.Module) -> StoredForm:
+    """How a module is stored."""
+    found, bases = StoredForm(), bases_of(model)
+    own = set(bases.names)  # names of the state that stand for what a codec stores
+    stored_as = {id(basis): name for name, basis in bases.stored.items()}
+    for name, basis in bases.stored.items():
+        found.add_born(name, basis.born())
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedModule):
+            parts = module.packed_parts()
+            own |= {joined(prefix, part) for part in parts}
+            dtype = dtype_name(module.compute_dtype)
+            found.add(joined(prefix, "weight"), module.codec, dtype, module.weight_shape, parts, module.transposed)
+        elif isinstance(module, Coefficients):
+            own.add(joined(prefix, "coefs"))
+            found.add_born(joined(prefix, "weight"), module.born())
+        elif isinstance(module, ParametrizationList) and any(isinstance(each, (Piece, Stored)) for each in module):
+            first, name = module[0], tensor_name(prefix)
+            if len(module) != 1:
+                raise ModelError(f"{name!r} has other parametrisations beside seedpack's; remove them before saving")
+            own |= {joined(prefix, key) for key in module.state_dict()}
+            if isinstance(first, Piece):
+                found.views[name] = replace(first.piece, tensor=stored_as[id(first.basis)])
+            elif isinstance(first, Stored):
+                found.add_born(name, first.born(module))
+    for name, tensor in model.state_dict().items():
+        if name not in own:
+            found.parts[name] = {"weight": tensor}
+            found.planned.append(raw_planned(name, dtype_name(tensor.dtype), tuple(tensor.shape)))
+    return found
+
+
+def raw_planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
+    """A tensor stored as it is."""
+    codec = RawCodec(dtype)
+    return PlannedTensor(name, codec.spec(), dtype, shape, codec.parts(shape))

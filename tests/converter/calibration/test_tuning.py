@@ -1,0 +1,86 @@
+"""Layers tuned one by one undo what factors of rows and gains can undo."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from seedpack.converter.calibration import layerwise, tuning
+from seedpack.errors import ModelError
+from tests.helpers.models import ARCHITECTURES
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    teacher = ARCHITECTURES[name]().float().eval()
+    student = copy.deepcopy(teacher)
+    layers = layerwise.decoder_layers(student)
+    inside = [(n, p) for n, p in student.named_parameters() if n.startswith(tuple(f"{layer}." for layer in layers))]
+    rows = {n: n for n, p in inside if p.dim() == 2}
+    values = [n for n, p in inside if p.dim() == 1]
+    with torch.no_grad():
+        for parameter in rows:
+            weight = student.get_parameter(parameter)
+            weight *= 1.2 if name != "gpt2" else torch.linspace(0.9, 1.1, weight.shape[1])
+    before = {n: p.clone() for n, p in student.state_dict().items()}
+    tokens = torch.randint(3, 96, (64, 16))
+    monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr(tuning, "RATE", 0.02)
+    watched: list[tuple[str, int, int]] = []
+
+    learnt = tuning.tune(student, teacher, rows, values, tokens, epochs=0, watch=lambda *told: watched.append(told))
+    for key, value in student.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers.values())
+    assert watched == [("Tuning, layers", 1, 2)] * 2
+    assert learnt.factors.keys() == rows.keys() and learnt.values.keys() == set(values)
+
+    def distance() -> float:
+        with torch.no_grad():
+            a, b = (m(input_ids=tokens).logits for m in (teacher, student))
+        return float(nn.functional.mse_loss(a, b))
+
+    untuned = distance()
+    with torch.no_grad():
+        for key, factor in learnt.factors.items():
+            weight = student.get_parameter(key)
+            weight *= factor if name == "gpt2" else factor[:, None]
+        for key, value in learnt.values.items():
+            student.get_parameter(key).copy_(value)
+    assert distance() < 0.3 * untuned
+
+
+def test_nothing_to_tune_is_nothing_learnt() -> None:
+    model = ARCHITECTURES["llama"]()
+    assert tuning.tune(model, model, {}, [], torch.zeros(1, 4, dtype=torch.int64)) == tuning.Tuned({}, {})
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
+    config = transformers.MptConfig(d_model=32, n_heads=heads, n_layers=2, vocab_size=96, max_seq_len=64)
+    model = transformers.MptForCausalLM(config).eval()
+    tokens = torch.randint(3, 96, (4, 16))
+    parts: list[torch.Tensor] = []
+
+    def call(name: str, forward: Any, fed: layerwise.Fed) -> Any:
+        out = [fed.some(forward, part) for part in layerwise.slices(4, 1)]
+        parts.append(layerwise.hidden_in(layerwise.joined(out)))
+        return (parts[-1], None)
+
+    with torch.no_grad():
+        whole = model(input_ids=tokens).logits
+        with layerwise.layer_by_layer(model, call):
+            torch.testing.assert_close(model(input_ids=tokens).logits, whole, rtol=1e-4, atol=1e-5)
+    assert len(parts) == 2
+
+
+def test_more_than_one_hidden_state_a_token_is_refused() -> None:
+    model, tokens = ARCHITECTURES["llama"](), torch.zeros(3, 8, dtype=torch.int64)
+    with pytest.raises(ModelError, match=r"fed \[4, 3, 8, 16\] for tokens \[3, 8\].*compress it without"):
+        layerwise.Fed((torch.zeros(4, 3, 8, 16),), {}, 4).require_one_stream(model, tokens)
