@@ -6,13 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import seedpack
+from benchmarks.lib import models
 from seedpack.api import plan_for
 from seedpack.cli.output import progress, quiet_transformers, size
 from seedpack.converter.fitting import Report
@@ -75,7 +75,7 @@ def generate(model: Any, tokenizer: Any) -> str:
 ROWS = (
     "on disk",
     "in memory",
-    "bits a weight",
+    "bits per weight",
     "weight error",
     "perplexity",
     "KL, nats",

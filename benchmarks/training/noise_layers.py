@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-import report
 import torch
 from torch import Tensor, nn
 
 import seedpack.nn as snn
+from benchmarks.lib import report
 from seedpack.kernels.basis.decode import basis_dense
 from seedpack.kernels.basis.matmul import basis_matmul
 
@@ -97,7 +97,7 @@ def measure(result: report.Result) -> None:
     apart = best(lambda: x @ basis_dense(coefs, rows=ROWS, columns=ROWS, **settings).T)
 
     def by_torch() -> Tensor:
-        """As one would write it: each row's noise drawn, times its coefficients, times the input."""
+        """Multiply as one would write it: draw each row's noise, times its coefficients, times the input."""
         weight = torch.empty(ROWS, ROWS)
         for row in range(ROWS):
             torch.mv(torch.rand(ROWS, COUNT).mul_(2).sub_(1), coefs[row], out=weight[row])

@@ -1,4 +1,4 @@
-"""What each part of the trellis's fit brings: balance, rotation, feedback, and sketches of the whole model's Hessian."""
+"""Measure what each part of the trellis's fit brings: per-channel scaling, rotation, error feedback, and sketches of the whole model's Hessian."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
-import models
-import report
 import torch
-from language import CONTEXT, Recorded
 from torch import Tensor, nn
 
+from benchmarks.language.table import CONTEXT, Recorded
+from benchmarks.lib import models, report
 from seedpack.codecs import trellis
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration.calibrate import Calibration, calibrated

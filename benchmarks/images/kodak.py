@@ -13,20 +13,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import models
 import numpy as np
-import plots
-import report
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 import seedpack
+from benchmarks.lib import models, plots, report
 from seedpack import image
 from seedpack.reparam import basis_
 
 FOLDER = models.DATA / "kodak"
-RATES = (0.2, 0.3, 0.5, 1.0)  # bits a pixel of the whole file
+RATES = (0.2, 0.3, 0.5, 1.0)  # bits per pixel of the whole file
 OTHERS: dict[str, Callable[[int], dict[str, Any]]] = {  # options for a setting from 0 to 100
     "JPEG": lambda setting: {"quality": setting, "optimize": True, "progressive": True},
     "JPEG2000": lambda setting: {
@@ -157,7 +155,7 @@ def crossing(means: dict[tuple[str, float], dict[str, float]], kind: str) -> str
     theirs = np.interp(np.log(rates), np.log(RATES), [means[kind, rate]["psnr"] for rate in RATES])
     gaps = [means["seedpack", rate]["psnr"] - other for rate, other in zip(RATES, theirs, strict=True)]
     sizes = ", ".join(f"{rate:.2f}" for rate in rates)
-    said = ", ".join(f"{gap:+.2f}" for gap in gaps) + f" dB at {sizes} bits a pixel"
+    said = ", ".join(f"{gap:+.2f}" for gap in gaps) + f" dB at {sizes} bits per pixel"
     for i in range(1, len(RATES)):
         if gaps[i - 1] * gaps[i] < 0:
             share = gaps[i - 1] / (gaps[i - 1] - gaps[i])
@@ -194,7 +192,7 @@ def measure(result: report.Result) -> None:
         f"{max((r['cores'] for r in rows.values()), default=0)} cores."
     )
     result.table(
-        ["bits a pixel", "format", "images", "PSNR, dB", "MS-SSIM", "encode, s", "decode, s"],
+        ["bits per pixel", "format", "images", "PSNR, dB", "MS-SSIM", "encode, s", "decode, s"],
         [
             (f"{m['rate']:.3f}", NAMES.get(kind, kind), m["images"], f"{m['psnr']:.2f}", f"{m['ms_ssim']:.4f}",
              f"{m['encode']:.3f}", f"{m['decode']:.3f}")
@@ -207,18 +205,18 @@ def measure(result: report.Result) -> None:
     prefixes = [(f"{rate}", *(f"{m[f'psnr at {share}']:.2f}" for share in PREFIXES), f"{m['psnr']:.2f}")
                 for (kind, rate), m in means.items() if kind == "seedpack"]  # fmt: skip
     result.say("PSNR of the beginning of a file, by the share of its levels:")
-    result.table(["bits a pixel", *PREFIXES, "all"], prefixes)
+    result.table(["bits per pixel", *PREFIXES, "all"], prefixes)
     for label, row in rows.items():
         if label.startswith("SIREN"):
             beside = rows.get(label.replace("SIREN", "seedpack"), {"psnr": math.nan})
             result.say(
-                f"A SIREN (five layers of 64) whose weights are one combination of bases, {label.partition(', ')[2]} bits a pixel, "
+                f"A SIREN (five layers of 64) whose weights are one combination of bases, {label.partition(', ')[2]} bits per pixel, "
                 f"{row['encode'] / 60:.0f} minutes: {row['psnr']:.2f} dB, where the bands have {beside['psnr']:.2f}."
             )
     drawn = [{**m, "family": NAMES.get(kind, kind)} for (kind, _), m in means.items()]
     if drawn:
         plots.curves(result, drawn, "psnr", "PSNR (dB)", f"{len(files)} Kodak images", (0.15, 1.05), "psnr",
-                     ("rate", "bits a pixel"), "")  # fmt: skip
+                     ("rate", "bits per pixel"), "")  # fmt: skip
 
 
 if __name__ == "__main__":

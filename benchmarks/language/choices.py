@@ -1,4 +1,4 @@
-"""What the trellis codec's defaults were chosen by: how channels are balanced, and what a bit is worth in each tensor."""
+"""Measure what the trellis codec's defaults were chosen by: per-channel scaling, and what a bit is worth in each tensor."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
-import report
 import torch
 from torch import Tensor
 
+from benchmarks.lib import models, report
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import open_source

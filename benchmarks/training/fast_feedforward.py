@@ -8,14 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import models
-import pictures
-import plots
-import report
 import torch
-from classifiers import accuracy, prepared, train
 from torch import Tensor, nn
 
+from benchmarks.lib import models, pictures, plots, report
+from benchmarks.lib.classifiers import accuracy, prepared, train
 from seedpack.nn import FastFeedforward, fastfeedforward_from, hardening_loss
 
 FEATURES, HIDDEN = 1024, 4096
@@ -193,7 +190,7 @@ class Encoder:
 
     @torch.no_grad()
     def embeddings(self, model: nn.Module) -> Tensor:
-        """Of the sentences to be judged by."""
+        """Return embeddings of the sentences to be judged by."""
         found = []
         for batch in self.batches(self.judged_by):
             hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]

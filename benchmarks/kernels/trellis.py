@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 import time
 
-import models
-import peers
-import report
 import torch
 from torch import Tensor
 
+from benchmarks.lib import peers, report
 from seedpack.codecs.trellis import EFFORTS, TrellisCodec
 from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.prng import trellis_key
@@ -49,14 +47,14 @@ def measure(result: report.Result) -> None:
         "rate–distortion limit 2^(−2R), with R all the bits that are stored, scales included. Encoding of the whole codec "
         "(rotation, search, scales; without the balance of channels, which are alike here) on all cores, compiled code, the best of three runs (one for `best`)."
     )
-    result.table(["k", "effort", "L", "m", "bits a weight", "gap, dB", "target", "million weights/s"], rows)
+    result.table(["k", "effort", "L", "m", "bits per weight", "gap, dB", "target", "million weights/s"], rows)
     others = []
     for label, (_, quantise) in peers.data_free().items():
         if not label.startswith(("HQQ", "GGUF IQ2")):
             rebuilt, bits = quantise(sample)
             others.append((label, f"{bits:.4f}", f"{gap(rebuilt, sample, bits):.3f}"))
     result.say("Others on the same samples (HQQ and IQ2_S take minutes for them; SeedLM: [seedlm](seedlm.md)):")
-    result.table(["", "bits a weight", "gap, dB"], others)
+    result.table(["", "bits per weight", "gap, dB"], others)
     floor(result)
     decoding(result)
     plot(result, points)
@@ -73,8 +71,8 @@ def floor(result: report.Result) -> None:
     codec = TrellisCodec(4)
     edges = 1 << codec.survivors + codec.code_bits
     result.say(
-        f"The search of `default` at k = 4 costs {edges:,} edges a weight, each a load, a subtraction, a multiply–add and a "
-        f"minimum: {3 * edges / 8:,.0f} vector instructions of 256 bits a weight, or {3 * edges / 8 / 2 / 3e3:.2f} µs a weight and "
+        f"The search of `default` at k = 4 costs {edges:,} edges per weight, each a load, a subtraction, a multiply–add and a "
+        f"minimum: {3 * edges / 8:,.0f} vector instructions of 256 bits per weight, or {3 * edges / 8 / 2 / 3e3:.2f} µs per weight and "
         "core at 3 GHz and two of them a cycle. The loads are lines of a 256 kB table in the order of the survivors' older "
         "bits, so they come from the L2 cache: there the rest of the time goes."
     )
@@ -117,12 +115,12 @@ def plot(result: report.Result, points: list[tuple[int, str, float, float]]) -> 
         axes.plot([p[0] for p in line], [p[1] for p in line], "o-", label=f"k = {code_bits}")
         for speed, found, effort in line:
             axes.annotate(effort, (speed, found), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xscale="log", xlabel="million weights a second, all cores", ylabel="dB above 2^(−2R)", ylim=(0, None),
+    axes.set(xscale="log", xlabel="million weights per second, all cores", ylabel="dB above 2^(−2R)", ylim=(0, None),
              title="trellis on N(0, 1): distortion against time")  # fmt: skip
     axes.grid(which="both", alpha=0.25)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(models.ROOT / "docs" / "benchmarks" / f"{result.name}.png")
+    figure.savefig(report.FOLDER / f"{result.name}.png")
     pyplot.close(figure)
     result.say(f"![Distortion against time]({result.name}.png)")
 

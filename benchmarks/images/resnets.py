@@ -7,15 +7,13 @@ import statistics
 import sys
 from typing import Any
 
-import models
-import peers
-import report
 import torch
 
 import seedpack
+from benchmarks.lib import models, peers, report
 
 IMAGES_AT_ONCE = 500
-SCALES = 0.04  # bits a weight that whole bits store beside the streams here: a budget of the same bytes
+SCALES = 0.04  # bits per weight that whole bits store beside the streams here: a budget of the same bytes
 SEEDS = (0, 1, 2)
 
 
@@ -62,9 +60,9 @@ def measure(result: report.Result) -> None:
             f"Rows of trellis are the mean over {len(SEEDS)} seeds of the code (least … most): seeds differ by about as much as "
             "methods of near bits. A budget gives layers different bits at the same bytes; how it weighs them was chosen on "
             "ResNet-32 and these images, among five exponents, so its rows are optimistic there; ResNet-20 had no part in it. "
-            "A layer that a peer's groups do not divide stays as it is for that peer, at 16 bits a weight."
+            "A layer that a peer's groups do not divide stays as it is for that peer, at 16 bits per weight."
         )
-        result.table(["method", "bits a weight", "relative error", "accuracy"], rows)
+        result.table(["method", "bits per weight", "relative error", "accuracy"], rows)
 
 
 if __name__ == "__main__":

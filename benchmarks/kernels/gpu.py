@@ -1,4 +1,4 @@
-"""Fused products on a GPU beside cuBLAS, a memory copy and other 4-bit kernels; tokens a second of whole models."""
+"""Fused products on a GPU beside cuBLAS, a memory copy and other 4-bit kernels; tokens per second of whole models."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import kernels
-import report
 import torch
 import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.kernels.products import random_parts
+from benchmarks.lib import report
 from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
@@ -96,7 +96,7 @@ def products(result: report.Result) -> None:
             dense = microseconds([lambda w=w, x=x: linear(x, w) for w in weights])
             row: list[object] = [f"{shape[0]}×{shape[1]}", tokens, f"{copy:.1f}", f"{dense:.1f}"]
             for codec in CODECS.values():
-                parts = kernels.random_parts(codec, shape)
+                parts = random_parts(codec, shape)
                 some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
                 ours = microseconds([lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s) for p in some])
                 row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
@@ -134,11 +134,11 @@ def encoders(result: report.Result) -> None:
         rows.append((label, f"{rate / 1e6:.1f} M", f"{error:.3f} dB", f"{codec.bits_per_weight(shape):.3f}"))
         print(rows[-1], flush=True)
     result.say(f"Fitting N(0, 1), {list(shape)}, on the GPU:")
-    result.table(["codec", "weights/s", "relative error", "bits a weight"], rows)
+    result.table(["codec", "weights/s", "relative error", "bits per weight"], rows)
 
 
 def configurations(result: report.Result) -> None:
-    """What `triton.autotune` chose, for `seedpack.kernels.common.gpu_configs.TUNED`."""
+    """Say what `triton.autotune` chose, for `seedpack.kernels.common.gpu_configs.TUNED`."""
     rows = [
         (name, str(tile and tile.__name__), str(key), str(config))
         for (name, tile), tuner in launch.tuners.items() for key, config in tuner.cache.items()
@@ -169,7 +169,7 @@ def llama(shape: dict[str, int], codec: TrellisCodec | None) -> Any:
         model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128256)).bfloat16().eval()  # type: ignore[arg-type]
     for module in list(model.modules()) if codec is not None else []:
         if isinstance(module, torch.nn.Linear):
-            pack_module_(module, codec, on_device(kernels.random_parts(codec, tuple(module.weight.shape))))
+            pack_module_(module, codec, on_device(random_parts(codec, tuple(module.weight.shape))))
     return model
 
 

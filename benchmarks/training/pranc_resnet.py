@@ -10,15 +10,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
-import pictures
-import plots
-import report
 import torch
-from classifiers import ResNet20, accuracy, batches, learning_rate, prepared
 from torch import nn
 
 import seedpack
+from benchmarks.lib import models, pictures, plots, report
+from benchmarks.lib.classifiers import ResNet20, accuracy, batches, learning_rate, prepared
 from seedpack.reparam import basis_
 
 PUBLISHED = {1000: 64.6, 10_000: 81.5}  # percent

@@ -11,14 +11,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
-import report
 import torch
-from kernels import random_parts
-from models import CACHE
 from torch import Tensor
 
 import seedpack
+from benchmarks.kernels.products import random_parts
+from benchmarks.lib import models, report
+from benchmarks.lib.models import CACHE
 from seedpack.codecs.trellis import TrellisCodec
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 16384
@@ -131,7 +130,7 @@ def build_packed() -> Path:
 
 
 def probe(script: str, *paths: Path) -> dict[str, int]:
-    """What a script prints, run in a process of its own."""
+    """Run a script in a process of its own and return what it prints."""
     command = [sys.executable, "-c", script, *map(str, paths)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))

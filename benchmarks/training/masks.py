@@ -7,13 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pictures
-import report
 import torch
-from classifiers import LeNet, ResNet20, accuracy, prepared, train
 from torch import nn
 
 import seedpack
+from benchmarks.lib import pictures, report
+from benchmarks.lib.classifiers import LeNet, ResNet20, accuracy, prepared, train
 from seedpack.reparam import mask_
 
 WIDE = 32  # channels of the first layer; ResNet-20 has 16
@@ -72,7 +71,7 @@ def measure(result: report.Result) -> None:
         "'Same': the loaded file predicts the same bits."
     )
     result.table(
-        ["network", "weights", "epochs", "accuracy", "file, bytes", "bits a weight", "same", "measured"],
+        ["network", "weights", "epochs", "accuracy", "file, bytes", "bits per weight", "same", "measured"],
         [
             (r["label"], f"{r['weights']:,}", r["epochs"], f"{100 * r['accuracy']:.2f}%", f"{r['bytes']:,}",
              f"{8 * r['bytes'] / r['weights']:.3f}", "yes" if r["same"] else "no", r["measured"])

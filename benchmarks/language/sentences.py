@@ -7,14 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import choices
-import language
-import models
-import peers
-import plots
-import report
-
 import seedpack
+from benchmarks.language import choices, table
+from benchmarks.lib import models, peers, plots, report
 
 
 def measure(result: report.Result) -> None:
@@ -44,10 +39,10 @@ def measure(result: report.Result) -> None:
         "used by any method. Peers as in [language](language.md)."
     )
     result.table(
-        ["method", "bits a weight", "relative error", "1 − cosine"],
+        ["method", "bits per weight", "relative error", "1 − cosine"],
         [(r["label"], f"{r['bits']:.3f}", f"{r['error_db']:.2f} dB", f"{r['cosine']:.5f}") for r in rows],
     )
-    language.compare(result, rows, "cosine", "1 − cosine")
+    table.compare(result, rows, "cosine", "1 − cosine")
     plots.curves(
         result, rows, "cosine", "1 − cosine to the original's embedding", "all-MiniLM-L6-v2: error against bits", (2, 6)
     )

@@ -1,4 +1,4 @@
-"""What calibration brings: a language model's linear layers packed with and without it, beside what a user would pick."""
+"""Measure what calibration brings: a language model's linear layers packed with and without it, beside what a user would pick."""
 
 from __future__ import annotations
 
@@ -11,23 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import gptq
-import models
-import peers
-import plots
-import report
 import torch
-from language import CONTEXT, TOKENS, Recorded
 from transformers import AutoTokenizer
 
 import seedpack
+from benchmarks.language.table import CONTEXT, TOKENS, Recorded
+from benchmarks.lib import gptq, models, peers, plots, report
 from seedpack.converter.calibration.calibrate import Calibration, calibrated
 from seedpack.converter.calibration.tokens import from_text
 from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 CALIBRATION_TOKENS = 16384
-Found = tuple[float, LanguageReport]  # bits a weight, and what became of the model
+Found = tuple[float, LanguageReport]  # bits per weight, and what became of the model
 IMATRIX_TYPES = ("Q2_K", "Q3_K", "Q4_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 
 
@@ -49,7 +45,7 @@ class Subject:
         return compare_language_models(self.original, model, self.original.ids)
 
     def text(self, text: str) -> torch.Tensor:
-        """As many token ids of a text as self-written ones."""
+        """Return as many token ids of a text as self-written ones."""
         return from_text([text], AutoTokenizer.from_pretrained(self.folder), CALIBRATION_TOKENS, 512, "the text")
 
     def other_text(self) -> torch.Tensor:
@@ -94,7 +90,7 @@ class Subject:
 
 
 def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[], Found]]]:
-    """What is measured, by label: a family, which is drawn as one line, and how."""
+    """List what is measured, by label: a family, which is drawn as one line, and how."""
     ours, methods = subject.ours, {}
     for bits in (4, 3, 2):
         methods[f"trellis {bits}"] = ("trellis", lambda b=bits: ours("trellis", b))
@@ -147,7 +143,7 @@ def measure(result: report.Result) -> None:
     wanted = {label: method for some in methods.values() for label, method in some.items() if result.wanted(label)}
     rows = result.joined([row(label, *method) for label, method in wanted.items()])
     result.say(
-        "Linear layers of language models (rescaled: `benchmarks/models.py`; in float32) packed, embedding and head as they are; "
+        "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32) packed, embedding and head as they are; "
         f"{TOKENS:,} tokens of {models.text()[0]}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512; "
         "`self` is written by the model, `WikiText` is the second half of the text whose beginning is scored. GGUF types with "
         "an importance matrix from the same self-written text, over blocks of 256 of rows laid end to end. GPTQ is "
@@ -163,7 +159,7 @@ def measure(result: report.Result) -> None:
         result.say(f"## {subject.title}\nPerplexity unpacked {mine[0]['perplexity_original']:.3f}.")
         shown(result, mine, subject.prefix)
         plots.curves(
-            result, mine, "kl_mean", "KL divergence to the original (nats a token)",
+            result, mine, "kl_mean", "KL divergence to the original (nats per token)",
             f"{subject.title} on WikiText-2, linear layers packed", (1.8, 5), subject.folder.name.removesuffix("-rescaled"),
         )  # fmt: skip
 
@@ -171,7 +167,7 @@ def measure(result: report.Result) -> None:
 def shown(result: report.Result, rows: list[dict[str, Any]], prefix: str) -> None:
     rows.sort(key=lambda r: (r["bits"], r["kl_mean"]))
     result.table(
-        ["method", "bits a weight", "perplexity", "over unpacked", "KL mean", "KL p99", "top-1", "seconds", "measured"],
+        ["method", "bits per weight", "perplexity", "over unpacked", "KL mean", "KL p99", "top-1", "seconds", "measured"],
         [
             (r["label"].removeprefix(prefix), f"{r['bits']:.3f}", f"{r['perplexity_packed']:,.2f}",
              f"{r['perplexity_packed'] - r['perplexity_original']:+,.2f}", f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}",

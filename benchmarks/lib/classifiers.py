@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from pictures import Pictures
 from torch import Tensor, nn
+
+from benchmarks.lib.pictures import Pictures
 
 
 class LeNet(nn.Sequential):

@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import numba
 import numpy as np
-import peers
-import report
 import torch
-from models import smollm2
 
 import seedpack
+from benchmarks.lib import peers, report
+from benchmarks.lib.models import smollm2
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.converter.sources.open import open_source
 from seedpack.kernels.seedlm import search_reference as reference
@@ -27,7 +26,7 @@ def measure(result: report.Result) -> None:
     result.say("## Distortion on N(0, 1)")
     result.say(
         "About a million samples. D is the mean squared error, the gap is to the Gaussian rate–distortion limit 2^(−2R) at the "
-        "row's own bits, everything stored counted. The paper's method tries one exponent a seed; `exponents=3` is the default."
+        "row's own bits, everything stored counted. The paper's method tries one exponent per seed; `exponents=3` is the default."
     )
     weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     wide = torch.randn(1024, 1008, generator=torch.Generator().manual_seed(0))
@@ -48,7 +47,7 @@ def measure(result: report.Result) -> None:
         "symmetric, clipped for least error, g128 (3 bits)": peers.rtn_clipped(weight, 3, 128),
     }.items():
         rows.append(row(name, bits, decoded, weight))
-    result.table(["method", "bits a weight", "D", "dB", "2^(−2R)", "gap"], rows)
+    result.table(["method", "bits per weight", "D", "dB", "2^(−2R)", "gap"], rows)
 
     result.say("## Speed of the exact search")
     peak = multiply_add_rate()
@@ -79,7 +78,7 @@ def measure(result: report.Result) -> None:
             "weights/s",
             "brute force in torch, weights/s",
             "ratio",
-            "floor, multiply–adds a weight",
+            "floor, multiply–adds per weight",
             "limit, weights/s",
             "of the limit",
         ],
@@ -87,7 +86,9 @@ def measure(result: report.Result) -> None:
     )
 
     result.say("## Real weights")
-    result.say("SmolLM2-135M-Instruct, rescaled (see `benchmarks/models.py`): relative error over some layers, in dB.")
+    result.say(
+        "SmolLM2-135M-Instruct, rescaled (see `benchmarks/lib/models.py`): relative error over some layers, in dB."
+    )
     source = open_source(smollm2())
     rows = []
     for name in (

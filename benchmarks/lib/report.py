@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import models
+from benchmarks.lib import models
 
 FOLDER = models.ROOT / "docs" / "benchmarks"
 
@@ -29,7 +29,7 @@ class Result:
         )
 
     def wanted(self, method: str) -> bool:
-        """Whether --only asks for a method, where a benchmark has many."""
+        """Tell whether --only asks for a method, where a benchmark has many."""
         return any(fnmatch.fnmatch(method, pattern) for pattern in self.only.split("|"))
 
     def say(self, text: str) -> None:
@@ -92,7 +92,8 @@ def run(name: str, title: str, measure: Callable[[Result], None]) -> None:
     parser.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{name}.md")
     parser.add_argument("--only", default="*", help="methods to measure, patterns with | between them")
     arguments = parser.parse_args()
-    result = Result(name, title, f"python benchmarks/{name}.py --write", arguments.only, arguments.write)
+    module = sys.modules["__main__"].__spec__.name
+    result = Result(name, title, f"python -m {module} --write", arguments.only, arguments.write)
     measure(result)
     if arguments.write:
         result.write()

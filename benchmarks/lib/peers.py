@@ -1,6 +1,6 @@
-"""What a user would pick instead: the peers' own quantisers where their package is installed, else their arithmetic.
+"""Quantisers a user would pick instead: the peers' own quantisers where their package is installed, else their arithmetic.
 
-Each takes a weight [out, in] and gives it back as the peer would rebuild it, and the bits a weight that it stores.
+Each takes a weight [out, in] and gives it back as the peer would rebuild it, and the bits per weight that it stores.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def data_free() -> dict[str, tuple[str, Quantiser]]:
 
 
 def versions() -> str:
-    """Of the peers' packages that are installed."""
+    """Name the versions of the peers' packages that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = []

@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import models
-import report
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from benchmarks.lib import models, report
 from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
@@ -47,7 +46,7 @@ print(json.dumps({"seconds": min(seconds), "model": model.get_memory_footprint()
 
 
 def milliseconds(*works: Callable[[], object], rounds: int = 9) -> list[float]:
-    """Of each of several pieces of work, taken in turn: the median."""
+    """Return the median time of each of several pieces of work, taken in turn."""
     times: list[list[float]] = [[] for _ in works]
     for turn in range(rounds + 1):
         for work, found in zip(works, times, strict=True):

@@ -10,15 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
-import pictures
-import plots
-import report
 import torch
-from classifiers import LeNet, ResNet20, accuracy, learning_rate, prepared, train
 from torch import nn
 
 import seedpack
+from benchmarks.lib import models, pictures, plots, report
+from benchmarks.lib.classifiers import LeNet, ResNet20, accuracy, learning_rate, prepared, train
 from seedpack.codecs.svd import SVDCodec
 from seedpack.formats import Checkpoint
 from seedpack.formats.header import level_of
@@ -42,7 +39,7 @@ def start() -> LeNet:
 
 
 def saved(model: nn.Module) -> tuple[float, int, int]:
-    """Whether the loaded file predicts the same bits, the file's bytes, and those of its coefficients."""
+    """Return whether the loaded file predicts the same bits, the file's bytes, and those of its coefficients."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         file = Path(folder) / "net.safetensors"
         seedpack.save(model, file)
@@ -81,7 +78,7 @@ def based(name: str, count: int, **settings: Any) -> dict[str, Any]:
 
 
 def pruned(name: str, stored: int) -> dict[str, Any]:
-    """As many weights as the bytes hold with 16 bits a weight and the mask at its entropy: the largest of a trained network,
+    """Keep as many weights as the bytes hold with 16 bits per weight and the mask at its entropy: the largest of a trained network,
     which is trained on while ever more become zero, by the cube of what is left of the first 60% of the steps (Zhu and Gupta,
     arXiv 1710.01878)."""
     model = start()
@@ -222,8 +219,8 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
 
 READY = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pranc import stepper
+sys.path.insert(0, {str(models.ROOT)!r})
+from benchmarks.training.pranc import stepper
 step = stepper(COUNT)
 step(1)
 """
@@ -245,7 +242,7 @@ def stepper(count: int | None) -> Callable[[int], None]:
 
 
 def step_times(result: report.Result) -> None:
-    """What coefficients add to one training step of ResNet-20, and to its memory."""
+    """Measure what coefficients add to one training step of ResNet-20, and to its memory."""
     size, count, pictures, times = 269_722, 10_000, 32, 20
     steps = {"all weights": stepper(None), f"{count:,} coefficients": stepper(count)}
     spent: dict[str, list[float]] = {label: [] for label in steps}
@@ -262,7 +259,7 @@ def step_times(result: report.Result) -> None:
     )
     medians = [1000 * sorted(found[2:])[times // 2] for found in spent.values()]
     result.table(
-        ["trained", "ms a step", "more", "memory of a step, MB", "more"],
+        ["trained", "ms per step", "more", "memory of a step, MB", "more"],
         [
             (label, f"{own:.1f}", f"{own - medians[0]:+.1f}", f"{used:.1f}", f"{used - memory[0]:+.1f}")
             for label, own, used in zip(steps, medians, memory, strict=True)
@@ -283,7 +280,7 @@ def measure(result: report.Result) -> None:
         f"LeNet-5 (44,426 parameters), Adam, {EPOCHS} epochs, learning rate {LR_DENSE} for weights and 0.15 / √count for coefficients, "
         "falling along a half cosine; structured bases unless said. Bytes are those of coefficients and their steps; the "
         "file's header of names, shapes and digests comes to them. Pruned: a trained network's largest weights, trained "
-        "as long again while the others go to zero step by step, 16 bits a weight and the mask at its entropy. 'Same': the loaded file predicts the same bits."
+        "as long again while the others go to zero step by step, 16 bits per weight and the mask at its entropy. 'Same': the loaded file predicts the same bits."
     )
     order = list(every)
     for name in SETS:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import statistics
 
-import report
 import torch
 from torch import Tensor
 
+from benchmarks.lib import report
 from seedpack import prng
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.kernels.trellis import search_cpu as cpu

@@ -27,7 +27,7 @@ def quantised(model: Path, tokens: Any, bits: int, group: int, work: Path) -> tu
         if not python.is_file():
             print("installing llm-compressor …", flush=True)
             subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-            packages = ["--constraint", Path(__file__).parent.parent / "constraints.txt", PACKAGE]
+            packages = ["--constraint", Path(__file__).parents[2] / "constraints.txt", PACKAGE]
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         save_file({"tokens": tokens}, work / "tokens.safetensors")
         command = [python, __file__, model, work / "tokens.safetensors", out, str(bits), str(group)]

@@ -8,14 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import models
-import peers
-import plots
-import report
 import torch
 from torch import Tensor
 
 import seedpack
+from benchmarks.lib import models, peers, plots, report
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 CONTEXT, TOKENS = 1024, 16384
@@ -56,14 +53,14 @@ def measure(result: report.Result) -> None:
         f"tokens scored, context {found['context']}, windows without overlap; perplexity unpacked "
         f"{found['perplexity_original']:.3f}. The model is the shipped one (Q4_1 in a GGUF file) with fixed random factors "
         "moved between neighbouring channels, which leaves its function as it is and takes the old grid away "
-        "(`benchmarks/models.py`). No calibration data anywhere. Peers are their own quantisers (their weights rebuilt "
+        "(`benchmarks/lib/models.py`). No calibration data anywhere. Peers are their own quantisers (their weights rebuilt "
         "and run densely), all linear layers and the embedding in one type; GGUF types are pure, over blocks of 256 of "
         "the flattened weight, without importance matrix. `trellis` rows give the output head, which is the embedding "
-        f"here, one bit more; the bits a weight count it. Peers' packages: {peers.versions()}."
+        f"here, one bit more; the bits per weight count it. Peers' packages: {peers.versions()}."
     )
     rows.sort(key=lambda r: r["bits"])
     result.table(
-        ["method", "bits a weight", "relative error", "perplexity", "KL mean", "KL p99", "top-1"],
+        ["method", "bits per weight", "relative error", "perplexity", "KL mean", "KL p99", "top-1"],
         [
             (r["label"], f"{r['bits']:.3f}", f"{r['error_db']:.2f} dB", f"{r['perplexity_packed']:,.2f}",
              f"{r['kl_mean']:.4f}", f"{r['kl_p99']:.3f}", f"{100 * r['top1_agreement']:.1f}%")
@@ -72,7 +69,7 @@ def measure(result: report.Result) -> None:
     )  # fmt: skip
     compare(result, rows, "kl_mean", "KL")
     plots.curves(
-        result, rows, "kl_mean", "KL divergence to the original (nats a token)",
+        result, rows, "kl_mean", "KL divergence to the original (nats per token)",
         "SmolLM2-135M on WikiText-2: divergence against bits, no calibration data", limit=(2, 6),
     )  # fmt: skip
 
@@ -94,7 +91,7 @@ def compare(result: report.Result, rows: list[dict[str, Any]], key: str, what: s
     result.say(
         f"At the same bits, the best peer (a family's values are interpolated in log {what} between its members):"
     )
-    result.table(["", "bits a weight", what, "best peer"], table)
+    result.table(["", "bits per weight", what, "best peer"], table)
 
 
 def row(label: str, family: str, run: Any) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-import report
 import torch
-from models import smollm2
 
+from benchmarks.lib import report
+from benchmarks.lib.models import smollm2
 from seedpack.converter.sources.open import open_source
 from seedpack.linalg import effective_rank, randomized_svd
 

@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any
 
-import report
+from benchmarks.lib import report
 
 OURS = {
     "trellis": "#e59866", "trellis + self": "#c0392b", "trellis + self, budget": "#7b241c",
@@ -26,7 +26,7 @@ def interpolated(rows: list[dict[str, Any]], key: str, bits: float) -> float | N
 
 def curves(
     result: report.Result, rows: list[dict[str, Any]], key: str, label: str, title: str, limit: tuple[float, float],
-    file: str = "", across: tuple[str, str] = ("bits", "bits a weight, all that is stored"), logarithmic: str = "y",
+    file: str = "", across: tuple[str, str] = ("bits", "bits per weight, all that is stored"), logarithmic: str = "y",
 ) -> None:  # fmt: skip
     """One line a family: a value against another one (its key and its label), "x" or "y" logarithmic."""
     try:

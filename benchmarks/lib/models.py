@@ -15,7 +15,7 @@ import torch
 
 import seedpack
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 CACHE = ROOT / ".cache"
 DATA = ROOT.parent / "shared" / "data"  # test material that lies beside some checkouts
 
@@ -195,7 +195,7 @@ def text() -> tuple[str, str]:
 
 
 def versions() -> str:
-    """What a result was measured with."""
+    """Name the versions a result was measured with."""
     from importlib.metadata import version
 
     names = [

