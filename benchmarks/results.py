@@ -20,12 +20,26 @@ NO_DATA = (
     "HQQ g64, 4 bits", "torchao int4 g64", "GGUF Q4_K", "GGUF IQ4_XS", "GGUF Q3_K", "HQQ g64, 3 bits", "GGUF Q2_K",
     "round to nearest, min/max, g128, 4 bits",
 )  # fmt: skip
-ENCODER = ("trellis, 4 bits", "trellis, 3 bits", "bitsandbytes NF4", "GGUF IQ4_XS", "GGUF Q4_K", "HQQ g64, 4 bits", "HQQ g64, 3 bits")
+ENCODER = (
+    "trellis, 4 bits",
+    "trellis, 3 bits",
+    "bitsandbytes NF4",
+    "GGUF IQ4_XS",
+    "GGUF Q4_K",
+    "HQQ g64, 4 bits",
+    "HQQ g64, 3 bits",
+)
 CLASSIFIERS = (
     "original", "trellis, budget of 4.04 bits", "trellis, 4 bits", "trellis, budget of 3.04 bits", "trellis, 3 bits",
     "trellis, budget of 2.04 bits", "trellis, 2 bits", "bitsandbytes NF4", "GGUF Q4_K", "HQQ g64, 4 bits", "HQQ g64, 3 bits",
 )  # fmt: skip
-GAUSSIAN = ("bitsandbytes NF4", "GGUF IQ4_XS", "GGUF Q4_K", "torchao int4 g64", "round to nearest, min/max, g128, 4 bits")
+GAUSSIAN = (
+    "bitsandbytes NF4",
+    "GGUF IQ4_XS",
+    "GGUF Q4_K",
+    "torchao int4 g64",
+    "round to nearest, min/max, g128, 4 bits",
+)
 RENAMED = {
     "NF4 (its arithmetic)": "NF4 (its arithmetic), no data",
     "rotation": "incoherence processing",
@@ -198,7 +212,9 @@ def subspace() -> str:
         size = next(f"{row['bytes']:,}" for row in both if row)
         return label, size, *(percent(row["accuracy"]) if row else "" for row in both)
 
-    labels = [label.removeprefix("MNIST: ") for label, row in found.items() if label.startswith("MNIST") and "bytes" in row]
+    labels = [
+        label.removeprefix("MNIST: ") for label, row in found.items() if label.startswith("MNIST") and "bytes" in row
+    ]
     family = {label: found[f"MNIST: {label}"]["family"] for label in labels}
     shown = sorted(
         (label for label in labels if family[label] not in ("float32", "generators")),
