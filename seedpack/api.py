@@ -237,7 +237,7 @@ def compress(
             shutil.copyfile(file, partial / file.name)
         planned = [tensor.for_writer() for tensor in chosen.tensors]
         reports = []
-        writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, folder=folder, shard_bytes=shard_bytes)
+        writer = CheckpointWriter(partial, planned, chosen.shared, WRITER, shard_bytes=shard_bytes)
         with writer:
             for tensor in chosen.tensors:
                 parts, report = fit(source, tensor, inputs, place, backend, None if learnt else watch, journal)
