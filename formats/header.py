@@ -82,7 +82,7 @@ def loads_strict(text: str, where: str) -> Any:
 
 
 def dumps_canonical(value: Any) -> str:
-    """Return the canonical JSON text of a value: keys sorted, no spaces, characters outside ASCII not escaped."""
+    """Return the canonical JSON text of a value: keys sorted, no spaces, only what must be escaped is."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -103,7 +103,7 @@ def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
 
 
 def level_of(key: str) -> int:
-    """Return the level of a part: N for a name that ends in more_N, which refines the levels before it, else 0 (M5, M26).
+    """Return the level of a part: N for a name that ends in more_N, which refines lower levels, else 0 (M5, M26).
 
     >>> level_of("a.b.more_2"), level_of("right_more_1"), level_of("a.b.weight")
     (2, 1, 0)
@@ -189,7 +189,7 @@ def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: s
 
 
 def layout(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, TensorInfo]:
-    """Lay tensors out in the canonical order: widest dtype first (so that all are aligned), then by level, then by name.
+    """Lay tensors out in the canonical order: widest dtype first (so that all are aligned), then by level and name.
 
     >>> layout({"b": ("U8", (3,)), "a": ("F32", (1,))})["b"].start
     4

@@ -61,7 +61,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class View:
-    """A tensor of the model that is a piece of a stored one: elements from `offset` on in row-major order, times `scale`."""
+    """A tensor of the model that is a piece of a stored one: its elements from `offset` on, row by row, times `scale`."""
 
     tensor: str
     offset: int
@@ -316,7 +316,7 @@ def _view(value: object, name: str, tensors: Mapping[str, TensorEntry], shared: 
 
 
 def _require_covered(views: Mapping[str, View], tensors: Mapping[str, TensorEntry], at: str) -> None:
-    """Require views to use all but less than a row of their tensor: a few bytes must not decode to more than the model needs."""
+    """Require views to use all but less than a row of their tensor, so that few bytes cannot decode to many for nothing."""
     used: dict[str, int] = {}
     for view in views.values():
         used[view.tensor] = used.get(view.tensor, 0) + math.prod(view.shape)

@@ -151,7 +151,7 @@ class Checkpoint:
         return {part: self.part(name, part, check=check) for part in self.part_names(name)}
 
     def part_names(self, name: str) -> list[str]:
-        """Return the parts of a tensor that are read: with a fraction only those of the first levels, as far as they are there.
+        """Return the parts of a tensor to read: with a fraction only those of the first levels, as far as they are there.
 
         Raises:
             FormatError: a part of the first level is cut off.
@@ -251,7 +251,7 @@ class Checkpoint:
         return manifest_from_config(read_json(config), str(config))
 
     def _check_parts(self) -> None:
-        """Require every part that the manifest names to be in the files, and raw tensors to have the dtype and shape it states."""
+        """Require every part that the manifest names to be in the files, and raw tensors to be of its dtype and shape."""
         for name, entry in self.manifest.tensors.items():
             for part, key in self.manifest.part_keys(name).items():
                 if key not in self._file_of:

@@ -47,7 +47,7 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
 
 
 def _require_replaceable(target: Path, directory: bool) -> None:
-    """Refuse to replace anything but an output of the same kind, even with `force`: no folder but a model's is deleted."""
+    """Refuse to replace what is not an output of the same kind, even with `force`: only a model's folder is deleted."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
