@@ -6,8 +6,8 @@ bounds of `transformers` in pyproject.toml are these; raise the upper one when t
 What is used, and what breaks if it moves:
 
 - `quantizers.auto`, its two mappings by method: transformers does not know packed models.
-- `conversion_mapping.get_model_conversion_mapping`, `core_model_loading.rename_source_key`: names of a checkpoint are not
-  matched to the model's.
+- `conversion_mapping.get_model_conversion_mapping`, `core_model_loading.rename_source_key`: names of a checkpoint are
+  not matched to the model's.
 - `core_model_loading.WeightConverter`, `MergeModulelist`, `SplitModulelist`, `_original_source_patterns`: mixtures of
   experts are neither packed nor loaded.
 - `all_tied_weights_keys`, `_tied_weights_keys`: tied weights are packed and saved twice.
@@ -38,7 +38,7 @@ def register_quantizer(quantizers: ModuleType, method: str, quantizer: Any, conf
 
 
 def conversions(model: Any) -> tuple[list[Any], list[Any]]:
-    """Return the renamings, and the converters that merge or split, by which transformers loads a model's checkpoints."""
+    """Return the renamings, and the converters that merge or split, that transformers loads a model's checkpoints by."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     mapping = get_model_conversion_mapping(model)
@@ -124,7 +124,7 @@ def tied_parameters(model: Any) -> dict[str, str]:
 
 
 def add_ties(model: Any, ties: Mapping[str, str]) -> None:
-    """Tie further parameters {tied: source}, for loading (the instance's mapping) and for saving (by default the class's)."""
+    """Tie further parameters {tied: source}: for loading, and for saving, which asks the class unless the model has its own."""
     if ties:
         model.all_tied_weights_keys.update(ties)
         saved = getattr(model, "_tied_weights_keys", None)

@@ -157,7 +157,7 @@ def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:
 
 
 def _tie_parts(model: Any, packed: set[str]) -> None:
-    """Where a packed embedding is tied to an output head, pack the head too and tie each part."""
+    """Pack each output head that is tied to a packed embedding, and tie each of its parts."""
     ties: dict[str, str] = {}
     for target, source in tied_parameters(model).items():
         path, head_path = source.removesuffix(".weight"), target.removesuffix(".weight")

@@ -47,7 +47,7 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
 def stored_dense(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Rebuild a tensor in its own dtype, or in `dtype` if it is a float tensor; with a device, on it and by its kernels."""
+    """Rebuild a tensor in its own dtype, or if it is a float tensor in `dtype`; with a device, on that device."""
     entry = checkpoint.manifest.tensors[name]
     codec, parts = stored_parts(checkpoint, name)
     if isinstance(codec, RawCodec):
@@ -87,7 +87,7 @@ def dense_forms(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[tuple
 
 
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a checkpoint, dense, one at a time; names that share one follow each other with the same tensor."""
+    """Yield every tensor of a checkpoint, dense, one at a time; names that share a tensor follow each other."""
     last, tensor = "", torch.empty(0)
     for name, stored, view in stored_names(checkpoint.manifest):
         if stored != last:
@@ -104,7 +104,7 @@ def viewed(tensor: Tensor, view: View) -> Tensor:
 
 
 def stored_names(manifest: Manifest) -> list[tuple[str, str, View | None]]:
-    """Return (name, stored tensor, the piece of it, None for all) of every tensor of the model, grouped by stored tensor."""
+    """Return (name, stored tensor, view of it or None for all) of the model's tensors, grouped by stored tensor."""
     aliases: dict[str, list[tuple[str, View | None]]] = {name: [(name, None)] for name in manifest.tensors}
     for view in manifest.views.values():
         aliases[view.tensor] = []  # a tensor that views are made of is none of the model's own

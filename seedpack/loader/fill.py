@@ -127,10 +127,10 @@ def _tensors_of(model: nn.Module, bases: Bases) -> tuple[dict[str, Tensor], dict
 def _targets(
     checkpoint: Checkpoint, state: Mapping[str, Tensor], trained: Mapping[str, Coefficients]
 ) -> dict[str, tuple[str, View | None]]:
-    """Return {name in the module: (stored tensor, the piece of it, None for all)}.
+    """Return {name in the module: (stored tensor, view of it or None for all)}.
 
-    A stored tensor that the module trains the coefficients of is filled itself, instead of its pieces. Names lose the prefix
-    of nn.DataParallel if the module's have none.
+    Where the module trains the coefficients of a stored tensor, that tensor is filled instead of its pieces. Names lose
+    the prefix of nn.DataParallel if the module's have none.
     """
     views = {name: view for name, view in checkpoint.manifest.views.items() if view.tensor not in trained}
     targets = {name: (stored, view) for name, stored, view in stored_names(replace(checkpoint.manifest, views=views))}
@@ -162,7 +162,7 @@ def _require_same(
 
 
 def _require_same_pieces(bases: Bases, checkpoint: Checkpoint) -> None:
-    """Require the module's pieces of a basis that the file has to be those of the file, and of its shapes."""
+    """Require a basis that the file has to have the same pieces in the module and in the file."""
     manifest = checkpoint.manifest
     if not bases.stored.keys() & manifest.tensors.keys():
         return
@@ -177,7 +177,7 @@ def _require_same_pieces(bases: Bases, checkpoint: Checkpoint) -> None:
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
-    """Switch off the fast path of nn.TransformerEncoderLayer where it would read a packed weight without calling its layer."""
+    """Switch off the fast path of nn.TransformerEncoderLayer, which reads weights without calling their packed layers."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             isinstance(part, PackedModule) for part in module.modules()

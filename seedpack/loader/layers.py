@@ -51,7 +51,7 @@ class PackedModule(nn.Module):
         return weight.mT.contiguous() if self.transposed else weight.view(self.weight_shape)
 
     def _require_float(self, x: Tensor) -> None:
-        """Refuse integers: some models cast a layer's input to the dtype of its weight, which is packed here."""
+        """Refuse an input of integers: some models cast it to the dtype of the weight, which is packed here."""
         if not x.is_floating_point():
             raise ModelError(
                 f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "

@@ -105,7 +105,7 @@ def linear(
     bias: Tensor | None,
     int8: bool = False,
 ) -> Tensor:
-    """Multiply x [..., in] by the packed weight [out, in] transposed, and add bias [out]; differentiable in x and bias.
+    """Multiply x [..., in] by the packed weight [out, in], transposed, and add bias [out]; differentiable in both.
 
     With `int8` x is rounded to 8 bits, which the gradient ignores.
     """
