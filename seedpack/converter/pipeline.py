@@ -175,7 +175,7 @@ def write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -> Report
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
     folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
-    with CheckpointWriter(partial, planned, plan.shared, WRITER, folder=folder, shard_bytes=shard_bytes) as writer:
+    with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
         for tensor in plan.tensors:
             parts, report = fit(run if tuned is None else run.quiet(), tensor, statistics)
             if tuned is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seedpack.converter.sources.base import Kind
 from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
+from seedpack.hf import internals
 from seedpack.hf.norm_power import norm_before_layer, output_power
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
@@ -73,7 +74,7 @@ class CheckpointNames:
     @cached_property
     def tied(self) -> dict[str, str]:
         """Parameters that are tied to another one: {tied: the one that is stored}."""
-        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        return internals.tied_parameters(self.model)
 
     @cached_property
     def _norms(self) -> dict[str, str]:
@@ -98,23 +99,12 @@ class CheckpointNames:
 
     @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        mapping = get_model_conversion_mapping(self.model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        return [entry for entry in mapping if not isinstance(entry, WeightConverter)], converters
+        return internals.conversions(self.model)
 
     def parameter(self, name: str) -> tuple[str, str | None]:
         """Return the model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
-        from transformers.core_model_loading import rename_source_key
-
         renamings, converters = self._conversions
-        prefix = self.model.base_model_prefix
-        target, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
-        if target not in self._state and name in self._state:
-            target, pattern = rename_source_key(name, [], [], prefix, self._state)
-        return target, pattern
+        return internals.model_name_of(name, renamings, converters, self.model.base_model_prefix, self._state)
 
     def parameters(self, name: str) -> list[str]:
         """Return the model's names of a checkpoint tensor: of its parameter, and of those tied to it."""
@@ -131,8 +121,7 @@ class CheckpointNames:
         if pattern is None or target not in self._state or self._state[target].dim() != 3:
             return None
         converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
-        operations = [type(op).__name__ for op in converter.operations]
-        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        if internals.operation_names(converter) not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             return None
         return Expert(module, parameter, match["projection"], int(match["index"]))
 
@@ -140,8 +129,7 @@ class CheckpointNames:
         """Return the projections that make up one expert parameter, in order, from one of its tensors' names."""
         _, pattern = self.parameter(name)
         converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
-        sources = getattr(converter, "_original_source_patterns", None) or converter.source_patterns
-        sources = [sources] if isinstance(sources, str) else list(sources)
+        sources = internals.source_patterns(converter)
         return [
             source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
         ]

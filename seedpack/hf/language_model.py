@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.sources.base import OpenModel
@@ -19,6 +19,7 @@ from seedpack.converter.sources.module import ModuleSource
 from seedpack.errors import ModelError, first_line
 from seedpack.formats.reader import read_json
 from seedpack.hf.checkpoint_names import architecture
+from seedpack.hf.internals import decoder_layers
 
 SEQUENCES_AT_ONCE = 64  # written side by side
 
@@ -69,14 +70,6 @@ def tokenizer_of(path: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path)
     except Exception:  # transformers fails in many ways where files are missing
         return None
-
-
-def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that a transformers model is a stack of, by name."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
-    return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}
 
 
 def generate_tokens(
