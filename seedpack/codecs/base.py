@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
+from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.dtypes import TORCH_DTYPES, dtype_name
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
@@ -65,7 +66,7 @@ class Codec:
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -75,7 +76,7 @@ class Codec:
         Args:
             weight: float [out, in], finite.
             importance: weight of the squared error of each input channel, positive [in], or, where `hessians` says so,
-                the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones.
+                the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones. `Importance.of` takes all of them.
             progress: called with the count of weights fitted since the last call.
             backend: which kernels to use.
         """
@@ -115,16 +116,17 @@ class Codec:
         """The relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1); of variants."""
         raise NotImplementedError
 
-    def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
+    def exposure(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
         """Σ over output channels of outputs·(squared error of the channel's output) for each unit of `expected_error`.
 
         Args:
             weight: [out, in].
-            hessian: of the layer's input [in, in], or its diagonal [in]; None is the identity.
+            importance: of the layer's input channels, best a Hessian.
             outputs: [out].
         """
-        h = torch.ones(weight.shape[1]) if hessian is None else hessian
-        h = (h.diagonal() if h.dim() == 2 else h).double().to(weight.device)
+        importance = Importance.of(importance)
+        h = importance.diagonal() if importance else torch.ones(weight.shape[1], dtype=torch.float64)
+        h = h.to(weight.device)
         pieces = zip(weight.split(EXPOSED_ROWS), outputs.to(weight.device).split(EXPOSED_ROWS), strict=True)
         return float(sum(rows.double().square() @ h @ costs for rows, costs in pieces))
 
@@ -178,29 +180,6 @@ class Codec:
 
 
 EXPOSED_ROWS = 4096
-DAMPING = 0.01  # of a Hessian's mean diagonal, added to it: what no input moved must not be moved at will
-
-
-def column_power(weight: Tensor) -> Tensor:
-    """The sum of squares of each column of a weight [out, in], float64 [in], some rows at a time."""
-    power = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for rows in weight.detach().cpu().split(max(1, (1 << 20) // weight.shape[1])):
-        power += rows.double().square().sum(0)
-    return power
-
-
-def guessed_importance(weight: Tensor, power: Tensor | None) -> Tensor:
-    """Importance of each input channel without data: its power, where known, over the norm of its weights [in].
-
-    Trained weights are smaller where the input is stronger; the exponent is measured (docs/codecs/trellis.md).
-
-    Args:
-        weight: [out, in].
-        power: of each input channel [in], as after a norm; None is all ones.
-    """
-    norm = column_power(weight).sqrt()
-    guess = 1 / norm.clamp_min(1e-3 * norm.mean()) if norm.any() else torch.ones_like(norm)
-    return guess if power is None else guess * power.double().clamp_min(1e-6 * power.mean().clamp_min(1e-30))
 
 
 def require_whole(codec: str, name: str, value: object, low: int, high: int) -> None:
@@ -221,29 +200,3 @@ def require_dtype(codec: str, value: object) -> None:
     """Refuse what is no safetensors dtype name."""
     if not isinstance(value, str) or value not in TORCH_DTYPES:
         raise CodecError(f"{codec}: dtype must be one of {', '.join(TORCH_DTYPES)}, got {value!r}")
-
-
-def require_importance(codec: str, importance: Tensor, columns: int) -> Tensor:
-    """Importance as float64 [in], scaled to mean 1 and kept off zero; wrong shapes and values are refused."""
-    if tuple(importance.shape) != (columns,):
-        raise CodecError(f"{codec}: importance must have one value for each of {columns} input channels, "
-                         f"got shape {list(importance.shape)}")  # fmt: skip
-    h = importance.double().cpu()
-    if not (torch.isfinite(h).all() and (h >= 0).all() and h.sum() > 0):
-        raise CodecError(f"{codec}: importance must be finite, not negative, and not all zero")
-    h = h / h.mean()
-    return h.clamp_min(1e-6)
-
-
-def require_hessian(codec: str, hessian: Tensor, columns: int) -> Tensor:
-    """A Hessian E[x·xᵀ] as float64 [in, in] of mean diagonal 1, damped; wrong shapes and values are refused."""
-    if tuple(hessian.shape) != (columns, columns):
-        raise CodecError(
-            f"{codec}: a Hessian of {columns} input channels has shape [{columns}, {columns}], got {list(hessian.shape)}"
-        )
-    scale = hessian.diagonal().double().mean()
-    if not torch.isfinite(hessian).all() or scale <= 0:
-        raise CodecError(f"{codec}: a Hessian must be finite, and its diagonal positive")
-    h = hessian.double() / scale
-    h.diagonal().add_(DAMPING)
-    return h

@@ -4,7 +4,7 @@ RANDUMB."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,11 +18,10 @@ from seedpack.codecs.base import (
     Progress,
     Shape,
     require_check,
-    require_hessian,
-    require_importance,
     require_whole,
 )
 from seedpack.codecs.coefficients import MAX_LEVELS, WIDTHS, coefficient_parts, stored, values_of
+from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.basis.decode import basis_dense, basis_reduce
@@ -111,14 +110,14 @@ class BasisCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
         """The projection onto the bases: least squares by conjugate gradients, of the output's error with importance."""
         shape = tuple(weight.shape)
-        weigh = self._weighting(importance, shape[1], weight.device)
+        weigh = _weighting(Importance.of(importance).require(self.id, shape[1]), weight.device)
 
         def reduced(error: Tensor) -> Tensor:
             return basis_reduce(
@@ -189,12 +188,13 @@ class BasisCodec(Codec):
             backend=backend,
         )  # fmt: skip
 
-    def _weighting(self, importance: Tensor | None, columns: int, device: torch.device) -> Any:
-        """What an error [out, in] is multiplied by."""
-        if importance is None:
-            return lambda error: error
-        if importance.dim() == 2:
-            hessian = require_hessian(self.id, importance, columns).to(device, torch.float32)
-            return lambda error: error @ hessian
-        h = require_importance(self.id, importance, columns).to(device, torch.float32)
+
+def _weighting(importance: Importance, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return what weighs an error [out, in] by its importance."""
+    if importance.has_hessian:
+        hessian = importance.damped().to(device, torch.float32)
+        return lambda error: error @ hessian
+    if importance:
+        h = importance.channel_weights().to(device, torch.float32)
         return lambda error: error * h
+    return lambda error: error

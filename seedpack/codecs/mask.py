@@ -19,11 +19,10 @@ from seedpack.codecs.base import (
     Progress,
     Shape,
     require_check,
-    require_hessian,
-    require_importance,
     require_whole,
 )
 from seedpack.codecs.derived import derived
+from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.range_coder import stream
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
@@ -88,14 +87,16 @@ class MaskCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
         """Keep the weights that agree most with their frozen sign; the scale is their mean."""
         value = weight.detach().float()
-        root = self._root(importance, value.shape[1], value.device)
+        importance = Importance.of(importance).require(self.id, value.shape[1])
+        root = importance.channel_weights().sqrt().float() if importance else torch.ones(value.shape[1])
+        root = root.to(value.device)
         agreeing = value * frozen_signs(self.seed, tuple(value.shape), value.device, self.key)
         kept = kept_of(self.kept, value.numel())
         chosen = (agreeing * root).flatten().topk(kept).indices
@@ -177,14 +178,6 @@ class MaskCodec(Codec):
 
     def _model(self, coder: Any, weights: int) -> Any:
         return coder.model.Bernoulli(self._share(weights), perfect=False)
-
-    def _root(self, importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
-        """The square root of each input channel's importance, float32 [in]."""
-        if importance is None:
-            return torch.ones(columns, device=device)
-        if importance.dim() == 2:
-            importance = require_hessian(self.id, importance, columns).diagonal()
-        return require_importance(self.id, importance, columns).sqrt().float().to(device)
 
 
 def _bits(packed: Tensor, shape: Shape) -> Tensor:

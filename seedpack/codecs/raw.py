@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_dtype
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
@@ -36,7 +37,7 @@ class RawCodec(Codec):
     def encode(
         self,
         weight: Tensor,
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
+from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -85,7 +86,7 @@ class SeedLMCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -96,10 +97,9 @@ class SeedLMCodec(Codec):
         to come have answered for them, and moved to answer for those before.
         """
         (rows, columns), device = weight.shape, weight.device
-        blocks = -(-columns // self.block)
-        padded = weight.detach().float()
-        if columns % self.block:
-            padded = torch.nn.functional.pad(padded, (0, blocks * self.block - columns))
+        importance = Importance.of(importance).require(self.id, columns)
+        blocks, padding = -(-columns // self.block), -columns % self.block
+        padded = torch.nn.functional.pad(weight.detach().float(), (0, padding))
         padded = padded.reshape(rows, blocks, self.block)
         bias = self._exponent_bias(padded)
         seeds = torch.empty(rows, blocks, dtype=torch.int32, device=device)
@@ -115,13 +115,13 @@ class SeedLMCodec(Codec):
             if progress:
                 progress(part.shape[0] * (min(columns, where[1].stop * self.block) - where[1].start * self.block))
 
-        if importance is None:
+        if importance.is_none:
             step = max(1, BATCH_BLOCKS // blocks)
             for row in range(0, rows, step):
                 here = slice(row, min(rows, row + step)), slice(0, blocks)
                 fit(here, padded[here], None)
-        elif importance.dim() == 2:
-            c = torch.linalg.cholesky(self._padded_hessian(importance, columns).to(device))
+        elif importance.has_hessian:
+            c = importance.cholesky(device, padding)
             wanted = padded.flatten(1).double()
             error = torch.zeros_like(wanted)
             for block in reversed(range(blocks)):
@@ -131,7 +131,8 @@ class SeedLMCodec(Codec):
                 found = self._values(seeds[here], codes[here], bias, backend)
                 error[:, low:high] = found - wanted[:, low:high]
         else:
-            for block, h in enumerate(self._block_importance(importance, columns)):
+            weights = torch.nn.functional.pad(importance.channel_weights(), (0, padding), value=1.0)
+            for block, h in enumerate(weights.view(blocks, self.block)):
                 here = slice(0, rows), slice(block, block + 1)
                 fit(here, padded[here], torch.diag(h.sqrt()))
         return {
@@ -191,18 +192,6 @@ class SeedLMCodec(Codec):
         nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int8, device=codes.device)
         nibbles[:, : blocks * width] = codes.flatten(1)
         return pack(nibbles, CODE_BITS).reshape(shape)
-
-    def _block_importance(self, importance: Tensor, columns: int) -> Tensor:
-        """[in] to [blocks, C], relative to the mean; places of padding count as the mean."""
-        h = torch.ones(-(-columns // self.block), self.block, dtype=torch.float64)
-        h.view(-1)[:columns] = require_importance(self.id, importance, columns)
-        return h
-
-    def _padded_hessian(self, hessian: Tensor, columns: int) -> Tensor:
-        """Of whole blocks; places of padding count as the mean, and for nothing but themselves."""
-        h = require_hessian(self.id, hessian, columns)
-        padded: Tensor = torch.block_diag(h, torch.eye(-columns % self.block, dtype=h.dtype, device=h.device))
-        return padded
 
     def _values(self, seeds: Tensor, codes: Tensor, bias: int, backend: Backend) -> Tensor:
         """The weights [rows, C] of one block a row."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.coefficients import MAX_LEVELS, level_slices
+from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
@@ -118,7 +119,7 @@ class SVDCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -129,14 +130,14 @@ class SVDCodec(Codec):
         Wang et al., arXiv 2403.07378, ICLR 2025).
         """
         rows, columns = weight.shape
-        whitened, factor = weight.float(), None
-        if importance is not None and importance.dim() == 2:
-            factor = torch.linalg.cholesky(require_hessian(self.id, importance, columns).to(weight.device))
-        elif importance is not None:
-            root = require_importance(self.id, importance, columns).sqrt().float().to(weight.device)
-            whitened = weight.float() * root
-        if factor is not None:
+        importance = Importance.of(importance).require(self.id, columns)
+        whitened = weight.float()
+        if importance.has_hessian:
+            factor = importance.cholesky(weight.device)
             whitened = (weight.double() @ factor).float()
+        elif importance:
+            root = importance.channel_weights().sqrt().float().to(weight.device)
+            whitened = weight.float() * root
         u, s, vh = randomized_svd(
             whitened,
             self.rank_of((rows, columns)),
@@ -145,9 +146,9 @@ class SVDCodec(Codec):
             seed=self.seed,
         )
         left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
-        if factor is not None:
+        if importance.has_hessian:
             right = torch.linalg.solve_triangular(factor, right.double(), upper=False, left=False).float()
-        elif importance is not None:
+        elif importance:
             right = right / root
         inner = self._inner()
         if inner is None:
@@ -161,13 +162,11 @@ class SVDCodec(Codec):
             here = level_slices(right.shape[0], self._levels(right.shape[0]))
             parts = {name: left[:, None, some].contiguous() for name, some in here.items()}
             return parts | {_right(name): right[some].contiguous() for name, some in here.items()}
-        left_importance = None
-        if importance is not None and importance.dim() == 2:
-            if inner.hessians:
-                left_importance = right.double() @ importance.to(right.device).double() @ right.double().mT
-                left_importance = left_importance if left_importance.any() else None
-            else:
-                importance = importance.diagonal()
+        left_importance = Importance()
+        if inner.hessians and importance.has_hessian:
+            left_importance = importance.through(right).zero_as_none()
+        elif not inner.hessians:
+            importance = importance.per_channel()
         left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)
         right_parts = inner.encode(right.contiguous(), importance, backend=backend)
         if progress:

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import (
-    Codec,
-    Parts,
-    Progress,
-    Shape,
-    column_power,
-    guessed_importance,
-    require_hessian,
-    require_importance,
-    require_whole,
-)
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
+from seedpack.codecs.importance import Importance, ImportanceLike, column_power
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -137,21 +128,22 @@ class TrellisCodec(Codec):
         state_bits = self.state_bits
         return [replace(self, code_bits=k, state_bits=max(state_bits, least_state_bits(k))) for k in range(1, 9)]
 
-    def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
+    def exposure(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
         """With a Hessian, what is left of errors that are answered for: in the basis that is searched, the mean of a row's
         squares times the squares of C's diagonal."""
-        if hessian is None or hessian.dim() == 1:
-            return super().exposure(weight, hessian, outputs)
+        importance = Importance.of(importance)
+        if not importance.has_hessian:
+            return super().exposure(weight, importance, outputs)
         (rows, columns), device = weight.shape, weight.device
-        h = require_hessian(self.id, hessian, columns).to(device)
-        scale = float(hessian.diagonal().double().mean())
+        importance = importance.require(self.id, columns)
+        scale = float(importance.diagonal().mean())
         balance = torch.ones(columns, dtype=torch.float64, device=device)
         if "balance" in self.parts((rows, columns)):
-            packed = pack(self._balance(weight, h)[None], BALANCE_BITS).to(device)
+            packed = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
             balance = self._input_scales({"balance": packed}, columns, device).double()
         power = column_power(weight * outputs.to(device, weight.dtype).sqrt()[:, None]).to(device)
         energy = float(power @ balance.square()) / columns
-        return scale * energy * float(self._factor(h, balance).diagonal().square().sum())
+        return scale * energy * float(self._factor(importance.damped().to(device), balance).diagonal().square().sum())
 
     def with_hessian(self) -> TrellisCodec:
         """With streams that are not circular."""
@@ -187,7 +179,7 @@ class TrellisCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -201,19 +193,16 @@ class TrellisCodec(Codec):
         errors are answered for (`feedback.py`), and h counts less: its diagonal to the ⅛, the norm to the -¾.
         """
         (rows, columns), device = weight.shape, weight.device
-        hessian = None
-        if importance is not None and importance.dim() == 2:
-            if self.circular:
-                raise CodecError(
-                    f"{self.id}: a Hessian is for streams with circular=false; give its diagonal otherwise"
-                )
-            hessian = require_hessian(self.id, importance, columns).to(device)
+        importance = Importance.of(importance).require(self.id, columns)
+        if importance.has_hessian and self.circular:
+            raise CodecError(f"{self.id}: a Hessian is for streams with circular=false; give its diagonal otherwise")
         parts: Parts = {}
         if "balance" in self.parts((rows, columns)):
-            octaves = self._balance(weight, importance if hessian is None else hessian)
-            parts["balance"] = pack(octaves[None], BALANCE_BITS).to(device)
+            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
         balance = self._input_scales(parts, columns, device)
-        factor = None if hessian is None else self._factor(hessian, balance.double())
+        factor = None
+        if importance.has_hessian:
+            factor = self._factor(importance.damped().to(device), balance.double())
         first_unit = self._first_unit() * (1.0 if factor is None else self._spread(factor))
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
@@ -292,18 +281,18 @@ class TrellisCodec(Codec):
         if not torch.isfinite(parts["scales"].view(torch.float16)).all():
             raise CodecError(f"{self.id}: a scale is not finite; the file is corrupt")
 
-    def _balance(self, weight: Tensor, importance: Tensor | None) -> Tensor:
+    def _balance(self, weight: Tensor, importance: Importance) -> Tensor:
         """The four bits of each input channel: the nearest quarter octave to the best factor, of geometric mean 1."""
         columns = weight.shape[1]
         power = column_power(weight)
         if not power.sum():
             return torch.full((columns,), 8)
         power = power.clamp_min(1e-6 * power.mean())
-        if importance is not None and importance.dim() == 2:
-            octaves = importance.diagonal().cpu().log2() / 8 - power.log2() * 3 / 8
+        if importance.has_hessian:
+            octaves = importance.diagonal(damped=True).cpu().log2() / 8 - power.log2() * 3 / 8
         else:
-            h = guessed_importance(weight, None) if importance is None else importance
-            octaves = (require_importance(self.id, h, columns) / power).log2() / 4
+            h = importance or Importance.from_norms(weight)
+            octaves = (h.channel_weights() / power).log2() / 4
         return ((octaves - octaves.mean()) * 4).round().clamp(-8, 7).long() + 8
 
     def _factor(self, hessian: Tensor, balance: Tensor) -> Tensor:

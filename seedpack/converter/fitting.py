@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from seedpack.codecs.base import Codec, guessed_importance
+from seedpack.codecs.base import Codec
+from seedpack.codecs.importance import Importance
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.sources.base import Source
 from seedpack.dtypes import TORCH_DTYPES
@@ -161,7 +162,7 @@ class Inputs:
     def hessians(self, plan: Plan) -> set[str]:
         """The names of a plan's tensors that there is a Hessian for."""
         names = {tensor.name for tensor in plan.tensors}
-        given = {name for name in names & self._given.keys() if self._given[name].dim() == 2}
+        given = {name for name in names & self._given.keys() if Importance.of(self._given[name]).has_hessian}
         return given | {name for name in names - self._given.keys() if self._parameter(name) is not None}
 
     def importance(self, name: str) -> Tensor | None:
@@ -195,13 +196,12 @@ def fit(
         return known
     matrix = matrix_of(source, tensor).to(device).float()
     progress = (lambda count: watch(tensor.name, count)) if watch else None
-    importance = inputs.importance(tensor.name)
-    if importance is not None and importance.dim() == 2 and not tensor.codec.hessians:
-        importance = importance.diagonal()
-    if importance is None and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
-        importance = guessed_importance(matrix, power)
-    if importance is not None and importance.dim() == 2 and not importance.any():
-        importance = None  # nothing ever came in
+    importance = Importance.of(inputs.importance(tensor.name))
+    if not tensor.codec.hessians:
+        importance = importance.per_channel()
+    if importance.is_none and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
+        importance = Importance.from_norms(matrix, power)
+    importance = importance.zero_as_none()
     try:
         parts = tensor.codec.encode(matrix, importance, progress=progress, backend=backend)
     except CodecError as refused:

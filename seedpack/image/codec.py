@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.image import coding
@@ -99,7 +100,7 @@ class FieldCodec(Codec):
         return {f"more_{i}" if i else "weight": ("U8", (size, 1, 1)) for i, size in enumerate(self.sizes)}
 
     def encode(
-        self, weight: Tensor, importance: Tensor | None = None, *, progress: Progress | None = None, backend: Backend = "auto"
+        self, weight: Tensor, importance: ImportanceLike = None, *, progress: Progress | None = None, backend: Backend = "auto"
     ) -> Parts:  # fmt: skip
         """Refused: how many bytes an image takes is known when it is fitted."""
         raise CodecError("field: for images; make one with seedpack.image.compress or `seedpack image compress`")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedpack.codecs.base import column_power
+from seedpack.codecs.importance import column_power
 from seedpack.converter.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.converter.calibration.layerwise import Watch
 from seedpack.converter.calibration.store import FOLDER, VERSION, Fitted, Store, fingerprint
