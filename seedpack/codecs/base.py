@@ -99,13 +99,32 @@ class Codec:
         return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
 
     def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Shape,
+        bias: Tensor | None = None,
+        backend: Backend = "auto",
+        **options: bool,
     ) -> Tensor:
-        """x [..., in] @ weight.T + bias [out] -> [..., out]."""
-        return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
+        """Return x [..., in] @ weight.T + bias [out], in the dtype of x; options are those of the codec's `_product`."""
+        y = self._product(x.reshape(-1, shape[1]), parts, shape, backend, **options)
+        if y is None:
+            return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
+        y = y if bias is None else (y + bias).to(x.dtype)
+        return y.view(*x.shape[:-1], shape[0])
 
     def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """grad [..., out] @ weight -> [..., in]: the gradient of `matmul` to x."""
+        """Return grad [..., out] @ weight, the gradient of `matmul` to x."""
+        grad_x = self._product_transposed(grad.reshape(-1, shape[0]), parts, shape, backend)
+        return grad_x.view(*grad.shape[:-1], shape[1])
+
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor | None:
+        """Return x [tokens, in] @ weight.T straight from the parts, or None: then the weight is rebuilt."""
+        return None
+
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        """Return grad [tokens, out] @ weight, by default of the weight rebuilt."""
         return grad @ self.decode(parts, shape, grad.dtype, backend)
 
     def variants(self) -> list[Codec]:

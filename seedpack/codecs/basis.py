@@ -150,28 +150,20 @@ class BasisCodec(Codec):
         """Of noise, the rows asked for alone; of structured bases, all of them are made."""
         return self._dense(self._coefs(parts, shape), shape, backend, index).to(dtype)
 
-    def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
-    ) -> Tensor:
-        """With noise, generated inside the product."""
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor | None:
+        """Generate noise inside the product; structured bases have no such kernel."""
         if self.generator == HADAMARD:
-            return super().matmul(x, parts, shape, bias, backend)
-        y = basis_matmul(
-            x.reshape(-1, shape[1]), self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0],
-            backend=backend,
-        )  # fmt: skip
-        y = y if bias is None else (y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
+            return None
+        return basis_matmul(
+            x, self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0], backend=backend
+        )
 
-    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """With noise, generated inside the product."""
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
         if self.generator == HADAMARD:
-            return super().matmul_transposed(grad, parts, shape, backend)
-        grad_x = basis_matmul_transposed(
-            grad.reshape(-1, shape[0]), self._coefs(parts, shape), seed=self.seed, generator=self.generator,
-            columns=shape[1], backend=backend,
-        )  # fmt: skip
-        return grad_x.view(*grad.shape[:-1], shape[1])
+            return super()._product_transposed(grad, parts, shape, backend)
+        return basis_matmul_transposed(
+            grad, self._coefs(parts, shape), seed=self.seed, generator=self.generator, columns=shape[1], backend=backend
+        )
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """Beside the parts' form: coefficients are finite."""

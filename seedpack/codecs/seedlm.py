@@ -148,24 +148,17 @@ class SeedLMCodec(Codec):
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
         )  # fmt: skip
 
-    def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
-    ) -> Tensor:
-        """Straight from seeds and codes."""
-        y = seedlm_matmul(
-            x.reshape(-1, shape[1]), parts["weight"], parts["codes"], parts["exponent_bias"],
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        return seedlm_matmul(
+            x, parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, backend=backend,
         )  # fmt: skip
-        y = y if bias is None else (y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
 
-    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """Straight from seeds and codes."""
-        grad_x = seedlm_matmul_transposed(
-            grad.reshape(-1, shape[0]), parts["weight"], parts["codes"], parts["exponent_bias"],
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        return seedlm_matmul_transposed(
+            grad, parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], backend=backend,
         )  # fmt: skip
-        return grad_x.view(*grad.shape[:-1], shape[1])
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Seeds and codes of some rows, the bias of all."""

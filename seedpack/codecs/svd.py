@@ -179,9 +179,15 @@ class SVDCodec(Codec):
         return (left @ right).to(dtype)
 
     def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Shape,
+        bias: Tensor | None = None,
+        backend: Backend = "auto",
+        **options: bool,
     ) -> Tensor:
-        """(x·Bᵀ)·Aᵀ + bias: r·(in + out) multiply-adds a token instead of in·out."""
+        """Return (x·Bᵀ)·Aᵀ + bias: r·(in + out) multiply-adds per token instead of in·out."""
         left, right = self._decode_factors(parts, shape, x.dtype, backend)
         return torch.nn.functional.linear(x @ right.mT, left, bias)
 

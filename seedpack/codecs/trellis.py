@@ -233,34 +233,23 @@ class TrellisCodec(Codec):
         weight = unrotate(weight, self.seed)
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
-    def matmul(
-        self,
-        x: Tensor,
-        parts: Parts,
-        shape: Shape,
-        bias: Tensor | None = None,
-        backend: Backend = "auto",
-        int8: bool = False,
-    ) -> Tensor:
-        """Rotates the activations instead of the weight, rounds them to 8 bits if asked, and multiplies by the stream."""
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend, int8: bool = False) -> Tensor:
+        """Rotate the activations instead of the weight, round them to 8 bits if asked, and multiply by the stream."""
         scale, factor = self._ready(parts, shape[1])
-        tokens = x.reshape(-1, shape[1])
-        y = trellis_linear(tokens, factor, parts["weight"], scale, int8=int8, backend=backend, **self._code())
-        y = y if bias is None else (y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
+        return trellis_linear(x, factor, parts["weight"], scale, int8=int8, backend=backend, **self._code())
 
-    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """The stream's gradient to the rotated activations, rotated back."""
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        """Multiply by the stream, which gives the gradient to the rotated activations, and rotate it back."""
         scale, factor = self._ready(parts, shape[1])
         rotated = trellis_matmul_transposed(
-            grad.reshape(-1, shape[0]).float(),
+            grad.float(),
             parts["weight"],
             scale,
             columns=shape[1],
             backend=backend,
             **self._code(),
         )
-        return (mix(rotated, None, backend) * factor).to(grad.dtype).view(*grad.shape[:-1], shape[1])
+        return (mix(rotated, None, backend) * factor).to(grad.dtype)
 
     def rescaled(self, parts: Parts, factors: Tensor) -> Parts:
         """The scales take the factors up."""
