@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
-from seedpack.converter.budget import Costs, is_budget, with_bits, with_size
+from seedpack.converter.budget import Sensitivities, is_budget, with_bits, with_size
 from seedpack.converter.calibration.calibrate import (
     Calibration,
     Text,
@@ -81,7 +81,7 @@ def plan_for(
     plan: str | Path | Mapping[str, Any] | None = None,
     head_bits: int | None = None,
     target_size: int | None = None,
-    costs: Costs | None = None,
+    costs: Sensitivities | None = None,
     hessians: Collection[str] = (),
 ) -> Plan:
     """The plan that `compress` would follow; arguments as there, and `costs` as for `budget.allocate`; `hessians` are the

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.dtypes import TORCH_DTYPES, dtype_name
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
@@ -55,8 +55,7 @@ class Codec:
 
     id: ClassVar[str]
     version: ClassVar[int]
-    guesses: ClassVar[bool] = False  # whether importance guessed without data serves it
-    hessians: ClassVar[bool] = False  # whether importance may be a Hessian [in, in]
+    uses_norm_heuristic: ClassVar[bool] = False  # whether `Importance.from_norms` serves it, where there is no data
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
@@ -75,8 +74,9 @@ class Codec:
 
         Args:
             weight: float [out, in], finite.
-            importance: weight of the squared error of each input channel, positive [in], or, where `hessians` says so,
-                the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones. `Importance.of` takes all of them.
+            importance: weight of the squared error of each input channel, positive [in], or, of codecs with
+                `HessianFitting`, the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones. `Importance.of`
+                takes all of them.
             progress: called with the count of weights fitted since the last call.
             backend: which kernels to use.
         """
@@ -127,36 +127,6 @@ class Codec:
         """Return grad [tokens, out] @ weight, by default of the weight rebuilt."""
         return grad @ self.decode(parts, shape, grad.dtype, backend)
 
-    def variants(self) -> list[Codec]:
-        """This codec at every rate it has, by bits, for plans with a budget; empty if it has one rate alone."""
-        return []
-
-    def expected_error(self) -> float:
-        """The relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1); of variants."""
-        raise NotImplementedError
-
-    def exposure(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
-        """Σ over output channels of outputs·(squared error of the channel's output) for each unit of `expected_error`.
-
-        Args:
-            weight: [out, in].
-            importance: of the layer's input channels, best a Hessian.
-            outputs: [out].
-        """
-        importance = Importance.of(importance)
-        h = importance.diagonal() if importance else torch.ones(weight.shape[1], dtype=torch.float64)
-        h = h.to(weight.device)
-        pieces = zip(weight.split(EXPOSED_ROWS), outputs.to(weight.device).split(EXPOSED_ROWS), strict=True)
-        return float(sum(rows.double().square() @ h @ costs for rows, costs in pieces))
-
-    def rescaled(self, parts: Parts, factors: Tensor) -> Parts | None:
-        """The parts of the weight with its rows times some factors [out], or None if that would take more bits."""
-        return None
-
-    def with_hessian(self) -> Codec:
-        """This codec with the settings that it needs for importance that is a Hessian; it stores as much."""
-        return self
-
     def bits_per_weight(self, shape: Shape) -> float:
         """Bits stored for each weight, scales and padding counted."""
         stored = sum(nbytes(dtype, part) for dtype, part in self.parts(shape).values())
@@ -196,9 +166,6 @@ class Codec:
             odd = sorted(config.keys() ^ fields.keys())
             raise CodecError(f"{cls.id}: hyperparameters {sorted(fields)} expected; missing or unknown: {odd[:4]}")
         return cls(**config)
-
-
-EXPOSED_ROWS = 4096
 
 
 def require_whole(codec: str, name: str, value: object, low: int, high: int) -> None:

@@ -22,6 +22,7 @@ from seedpack.codecs.base import (
 )
 from seedpack.codecs.coefficients import MAX_LEVELS, WIDTHS, coefficient_parts, stored, values_of
 from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.basis.decode import basis_dense, basis_reduce
@@ -33,7 +34,7 @@ STEPS, TOLERANCE = 50, 1e-6  # of the least squares
 
 
 @dataclass(frozen=True)
-class BasisCodec(Codec):
+class BasisCodec(Codec, HessianFitting):
     """W = Σ_m coefficient_m · base_m, each block of rows with coefficients of its own. Parts:
 
     - weight: the coefficients: bit patterns of floats, int16 or int32 [blocks, 1, M]; or codes of `coef_bits` bits, uint8
@@ -57,7 +58,6 @@ class BasisCodec(Codec):
 
     id: ClassVar[str] = "basis"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     generator: str = HADAMARD
     count: int | None = None
     bits: float | None = None

@@ -23,6 +23,7 @@ from seedpack.codecs.base import (
 )
 from seedpack.codecs.derived import derived
 from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.range_coder import stream
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
@@ -50,7 +51,7 @@ def frozen_signs(seed: int, shape: Shape, device: torch.device, key: str = "") -
 
 
 @dataclass(frozen=True)
-class MaskCodec(Codec):
+class MaskCodec(Codec, HessianFitting):
     """W = scale · sign · mask: the signs come from the seed, the mask keeps a fixed share of the weights. Parts:
 
     - weight: the mask in row-major order, entropy-coded with the share as each bit's probability, uint8 [bytes, 1, 1]:
@@ -69,7 +70,6 @@ class MaskCodec(Codec):
 
     id: ClassVar[str] = "mask"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     kept: float = 0.5
     seed: int = 0
     key: str = ""

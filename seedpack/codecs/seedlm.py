@@ -13,6 +13,7 @@ from torch import Tensor
 from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -29,7 +30,7 @@ BATCH_BLOCKS = 1 << 15
 
 
 @dataclass(frozen=True)
-class SeedLMCodec(Codec):
+class SeedLMCodec(Codec, HessianFitting):
     """Each block of C weights of a row is U(s)·(q·2^(e + bias)): 16 + 4 + 12 bits for 8 weights by default.
 
     A block costs K + 4 + 4P bits (Eq. 3); (K, C, P) = (16, 8, 3) is 4.000 and (16, 12, 4) is 3.000 bits a weight
@@ -48,7 +49,6 @@ class SeedLMCodec(Codec):
 
     id: ClassVar[str] = "seedlm"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     seed_bits: int = 16
     block: int = 8
     rank: int = 3

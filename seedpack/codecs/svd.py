@@ -13,6 +13,7 @@ from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.coefficients import MAX_LEVELS, level_slices
 from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
@@ -21,7 +22,7 @@ from seedpack.linalg import randomized_svd
 
 
 @dataclass(frozen=True)
-class SVDCodec(Codec):
+class SVDCodec(Codec, HessianFitting):
     """W ≈ A·B with A = U·√S [out, r] and B = √S·Vh [r, in].
 
     The test matrix comes from `seed`, so a run can be repeated. Factors are fp16, held as int16 bit patterns, or
@@ -43,7 +44,6 @@ class SVDCodec(Codec):
 
     id: ClassVar[str] = "svd"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     rank: int | None = None
     bits: float | None = None
     factors: dict[str, Any] | None = None
@@ -86,7 +86,9 @@ class SVDCodec(Codec):
     def with_hessian(self) -> SVDCodec:
         """With the codec of the factors as it is to be then."""
         inner = self._inner()
-        return self if inner is None else replace(self, factors=inner.with_hessian().spec().to_json())
+        if not isinstance(inner, HessianFitting):
+            return self
+        return replace(self, factors=inner.with_hessian().spec().to_json())
 
     def _levels(self, rank: int) -> int:
         return min(self.levels, rank)
@@ -163,10 +165,10 @@ class SVDCodec(Codec):
             parts = {name: left[:, None, some].contiguous() for name, some in here.items()}
             return parts | {_right(name): right[some].contiguous() for name, some in here.items()}
         left_importance = Importance()
-        if inner.hessians and importance.has_hessian:
-            left_importance = importance.through(right).zero_as_none()
-        elif not inner.hessians:
+        if not isinstance(inner, HessianFitting):
             importance = importance.per_channel()
+        elif importance.has_hessian:
+            left_importance = importance.through(right).zero_as_none()
         left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)
         right_parts = inner.encode(right.contiguous(), importance, backend=backend)
         if progress:

@@ -18,6 +18,7 @@ from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
 from seedpack.codecs.importance import Importance, ImportanceLike, column_power
+from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -71,7 +72,7 @@ def least_state_bits(code_bits: int) -> int:
 
 
 @dataclass(frozen=True)
-class TrellisCodec(Codec):
+class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     """Weight t of a row is value(bits [k·t, k·t + L) of the row's circular stream)·scale, in the rotated basis.
 
     k bits a weight, 16 a row, and for weights of 128 rows or more 4 an input channel. Parts:
@@ -94,8 +95,7 @@ class TrellisCodec(Codec):
 
     id: ClassVar[str] = "trellis"
     version: ClassVar[int] = 0
-    guesses: ClassVar[bool] = True
-    hessians: ClassVar[bool] = True
+    uses_norm_heuristic: ClassVar[bool] = True
     int8_activations: ClassVar[bool] = True
     code_bits: int = 4
     state_bits: int = 0
@@ -123,17 +123,17 @@ class TrellisCodec(Codec):
             raise CodecError(f"{cls.id}: {bits} bits: must be from 1 to 8")
         return cls(**{"code_bits": int(bits)} | settings)
 
-    def variants(self) -> list[Codec]:
-        """1 to 8 code bits."""
+    def variants(self) -> list[TrellisCodec]:
+        """Return the codecs of 1 to 8 code bits."""
         state_bits = self.state_bits
         return [replace(self, code_bits=k, state_bits=max(state_bits, least_state_bits(k))) for k in range(1, 9)]
 
-    def exposure(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
+    def sensitivity(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
         """With a Hessian, what is left of errors that are answered for: in the basis that is searched, the mean of a row's
         squares times the squares of C's diagonal."""
         importance = Importance.of(importance)
         if not importance.has_hessian:
-            return super().exposure(weight, importance, outputs)
+            return super().sensitivity(weight, importance, outputs)
         (rows, columns), device = weight.shape, weight.device
         importance = importance.require(self.id, columns)
         scale = float(importance.diagonal().mean())

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from seedpack.codecs.base import Codec
 from seedpack.codecs.importance import Importance
+from seedpack.codecs.interfaces import HessianFitting, RowScaling
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.sources.base import Source
 from seedpack.dtypes import TORCH_DTYPES
@@ -197,9 +198,9 @@ def fit(
     matrix = matrix_of(source, tensor).to(device).float()
     progress = (lambda count: watch(tensor.name, count)) if watch else None
     importance = Importance.of(inputs.importance(tensor.name))
-    if not tensor.codec.hessians:
+    if not isinstance(tensor.codec, HessianFitting):
         importance = importance.per_channel()
-    if importance.is_none and tensor.codec.guesses and (power := source.power(tensor.name)) is not None:
+    if importance.is_none and tensor.codec.uses_norm_heuristic and (power := source.power(tensor.name)) is not None:
         importance = Importance.from_norms(matrix, power)
     importance = importance.zero_as_none()
     try:
@@ -225,8 +226,8 @@ def retold(
 ) -> tuple[dict[str, Tensor], TensorReport]:
     """A tensor's parts and report after tuning: with the factors of its rows by its name, or its value by its parameter."""
     if tensor.name in factors:
+        assert isinstance(tensor.codec, RowScaling)
         changed = tensor.codec.rescaled(parts, factors[tensor.name].to(parts["weight"].device))
-        assert changed is not None
         error, energy = _error(tensor.codec, changed, matrix_of(source, tensor).to(parts["weight"].device).float())
         return changed, dataclasses.replace(report, error=error, energy=energy)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)

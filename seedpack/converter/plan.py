@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_to_json, get_codec
 from seedpack.dtypes import PACKABLE
@@ -163,10 +164,14 @@ class Plan:
 
     def with_hessians(self, names: Collection[str]) -> Plan:
         """This plan with the codecs of packed tensors that a Hessian is known for as they are to be then."""
-        return replace(
-            self,
-            tensors=tuple(replace(t, codec=t.codec.with_hessian()) if t.name in names else t for t in self.tensors),
-        )
+
+        def prepared(tensor: TensorPlan) -> TensorPlan:
+            codec = tensor.codec
+            if tensor.name not in names or not isinstance(codec, HessianFitting):
+                return tensor
+            return replace(tensor, codec=codec.with_hessian())
+
+        return replace(self, tensors=tuple(prepared(tensor) for tensor in self.tensors))
 
     def dumps(self) -> str:
         """The JSON text of `to_json`."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.importance import column_power
+from seedpack.codecs.interfaces import Rates, RowScaling
 from seedpack.converter.calibration import hessians, layerwise, sensitivity, tokens
 from seedpack.converter.calibration.layerwise import Watch
 from seedpack.converter.calibration.store import FOLDER, VERSION, Fitted, Store, fingerprint
@@ -138,8 +139,7 @@ def tuned(
         for name, tensor in tensors.items():
             parts, _ = fit(source, tensor, inputs, device, backend, None, journal)
             parameters[name].copy_(_decoded(tensor, parts, device))
-            ones = torch.ones(tensor.codec_shape[0], device=parts["weight"].device)
-            if tensor.kind != "conv" and tensor.codec.rescaled(parts, ones) is not None:
+            if tensor.kind != "conv" and isinstance(tensor.codec, RowScaling):
                 rows[name] = tensor.name
     return tune(student, teacher, rows, values, ids, epochs=calibration.tune, seed=calibration.seed, watch=watch)
 
@@ -173,8 +173,9 @@ def measured_costs(
         store.save_output_costs(outputs)
         del model
     costs = {}
-    for count, tensor in enumerate(packed := [t for t in plan.tensors if t.packed and t.codec.variants()]):
-        watch("Weighing tensors", 1 if count else 0, len(packed))
+    rated = [(t, t.codec) for t in plan.tensors if t.packed and isinstance(t.codec, Rates)]
+    for count, (tensor, codec) in enumerate(rated):
+        watch("Weighing tensors", 1 if count else 0, len(rated))
         matrix = matrix_of(source, tensor).to(device).float()
         cost = 0.0
         for parameter in source.parameters(tensor.name):  # an embedding and a head tied to it both cost
@@ -182,7 +183,7 @@ def measured_costs(
                 cost += float((column_power(matrix) / len(matrix)) @ channels)
             if (channels := outputs.get(parameter)) is not None:
                 h = inputs.importance(tensor.name)
-                cost += tensor.codec.exposure(matrix, h, channels)
+                cost += codec.sensitivity(matrix, h, channels)
         if cost:
             costs[tensor.name] = cost
     return costs
