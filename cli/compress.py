@@ -138,13 +138,13 @@ def command(
     from seedpack import api
     from seedpack.converter.calibration.calibrate import Calibration
     from seedpack.converter.sources.open import open_source
-    from seedpack.keys import add_key, chosen_seed, read_key
+    from seedpack.keys import add_key, default_seed, read_key
 
     output.quiet_transformers()
     chosen_settings = parse_settings(settings) | ({"effort": effort} if effort else {})
     if key_file is not None:
         key = read_key(key_file)
-        chosen_settings = {"seed": chosen_seed(None, key), **chosen_settings, "key": add_key(key)}
+        chosen_settings = {"seed": default_seed(None, key), **chosen_settings, "key": add_key(key)}
     choice: dict[str, Any] = {
         "codec": codec, "bits": bits, "settings": chosen_settings,
         "include": include, "exclude": exclude, "dtype": dtype, "plan": plan, "head_bits": head_bits,

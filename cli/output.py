@@ -201,18 +201,18 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _known_key(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
+def _use_key(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
     if path is not None:
-        from seedpack.keys import give, read_key
+        from seedpack.keys import read_key, use_key
 
-        give(read_key(path))
+        use_key(read_key(path))
 
 
 key_option = click.option(
     "--key-file",
     type=click.Path(),
     expose_value=False,
-    callback=_known_key,
+    callback=_use_key,
     help="A private key's file (16 bytes or 32 hexadecimal digits), where weights are regenerated with one.",
 )
 fraction_option = click.option(

@@ -37,7 +37,7 @@ from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.writer import SINGLE_FILE, file_bytes
 from seedpack.hf.checkpoint_names import architecture
 from seedpack.kernels.dispatch import Backend
-from seedpack.keys import given
+from seedpack.keys import use_key
 from seedpack.loader.dense import dense_forms, dense_tensors
 from seedpack.loader.fill import fill_, use_int8_activations_
 from seedpack.loader.save import raw_planned, stored_form
@@ -290,7 +290,7 @@ def load(
         The module, a transformers model, or a state dict.
     """
     if key is not None:
-        with given(key):
+        with use_key(key):
             return load(
                 path, model, dense=dense, dtype=dtype, int8_activations=int8_activations, fraction=fraction, **options
             )
@@ -343,7 +343,7 @@ def save(model: nn.Module, path: str | Path, *, force: bool = False) -> None:
     path = Path(path)
     stored = stored_form(model)
     save_pretrained: Any = getattr(model, "save_pretrained", None)
-    if save_pretrained is not None and not stored.born:
+    if save_pretrained is not None and not stored.seeded:
         with staged(path, force=force, directory=True) as partial:
             save_pretrained(partial)
         return

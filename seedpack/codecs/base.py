@@ -4,14 +4,17 @@ A codec is a small value: a frozen dataclass of its hyperparameters. It sees a w
 [out_features, in_features] (a convolution's trailing axes are flattened into the second) and turns it into named
 integer tensors, its *parts*, laid out [out_features, groups along the input, …]. Fields must be JSON values.
 
-    parts(shape)                     what will be stored, known before fitting
+    parts(shape)                     dtype and shape of each part, known before fitting
     encode(weight, importance)       weight -> parts
     decode(parts, shape, dtype)      parts -> weight; the definition
     rows(parts, index)               the parts of some rows, for embeddings, where parts belong to rows
     matmul(x, parts, shape, bias)    x @ weight.T + bias
     matmul_transposed(grad, …)       grad @ weight, for the backward pass
+    bits_per_weight(shape)           all that is stored, scales and padding counted
 
-`docs/adding-a-codec.md` shows a whole one.
+A codec writes the first three; the others are given, and may be replaced. `interfaces.py` has what a codec may be able to
+do beside it: several rates, fitting with a Hessian, rows that are scaled once they are packed.
+`docs/adding-a-codec.md` shows a whole codec.
 """
 
 from __future__ import annotations
@@ -39,13 +42,13 @@ Progress = Callable[[int], None]
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:
-    """The matrix a codec sees: the first axis, and all others flattened.
+    """Return the matrix shape that a codec sees: the first axis, and all others flattened.
 
     >>> matrix_shape((16, 3, 3, 3))
     (16, 27)
     """
     if len(shape) < 2 or 0 in shape:
-        raise CodecError(f"a weight of shape {list(shape)} is no matrix; store it raw")
+        raise CodecError(f"a weight of shape {list(shape)} is not a matrix; store it raw")
     return shape[0], math.prod(shape[1:])
 
 
@@ -59,7 +62,7 @@ class Codec:
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """(dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
+        """Return (dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
         raise NotImplementedError
 
     def encode(
@@ -87,13 +90,13 @@ class Codec:
         raise NotImplementedError
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """The parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
+        """Return the parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
         raise NotImplementedError
 
     def decode_rows(
         self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
     ) -> Tensor:
-        """Some rows of the weight, [n, in]: of their parts, or, where a codec has no `rows`, of the whole weight."""
+        """Return rows of the weight, [n, in]: decode their parts, or all of it where a codec has no `rows`."""
         if type(self).rows is Codec.rows:
             return self.decode(parts, shape, dtype, backend)[index]
         return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
@@ -128,13 +131,14 @@ class Codec:
         return grad @ self.decode(parts, shape, grad.dtype, backend)
 
     def bits_per_weight(self, shape: Shape) -> float:
-        """Bits stored for each weight, scales and padding counted."""
+        """Return the bits stored per weight, scales and padding counted."""
         stored = sum(nbytes(dtype, part) for dtype, part in self.parts(shape).values())
         return 8 * stored / math.prod(shape)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Refuse parts that this codec cannot have written for a weight of this shape; a reader of a share of the levels
-        leaves out the last ones.
+        """Refuse parts that this codec cannot have written for a weight of this shape.
+
+        A reader of a share of the levels leaves out the last ones.
 
         Raises:
             CodecError: naming the part, what was found and what was expected.
@@ -145,20 +149,20 @@ class Codec:
         if parts.keys() != expected.keys():
             raise CodecError(f"{self.id}: expected parts {sorted(expected)}, found {sorted(parts)}")
         for name, (dtype, part_shape) in expected.items():
-            found = parts[name]
-            if found.dtype != TORCH_DTYPES[dtype] or tuple(found.shape) != tuple(part_shape):
+            part = parts[name]
+            if part.dtype != TORCH_DTYPES[dtype] or tuple(part.shape) != tuple(part_shape):
                 raise CodecError(
                     f"{self.id}: part {name!r} of a weight {list(shape)}: expected {dtype} {list(part_shape)}, "
-                    f"found {dtype_name(found.dtype)} {list(found.shape)}"
+                    f"found {dtype_name(part.dtype)} {list(part.shape)}"
                 )
 
     def spec(self) -> CodecSpec:
-        """What a file stores of the codec."""
+        """Return the codec as a file stores it."""
         return CodecSpec(self.id, self.version, dataclasses.asdict(self))
 
     @classmethod
     def from_config(cls, config: Any) -> Codec:
-        """The codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
+        """Return the codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(config, Mapping):
             raise CodecError(f"{cls.id}: hyperparameters must be a JSON object, got {type(config).__name__}")
@@ -175,7 +179,7 @@ def require_whole(codec: str, name: str, value: object, low: int, high: int) -> 
 
 
 def require_check(codec: str, value: object) -> None:
-    """Refuse what is no check of a private key."""
+    """Refuse a value that is not the check of a private key."""
     if not isinstance(value, str) or not CHECK.fullmatch(value):
         raise CodecError(
             f"{codec}: key must be 16 hexadecimal digits, the check of a private key, got {str(value)[:40]!r}"
@@ -183,6 +187,6 @@ def require_check(codec: str, value: object) -> None:
 
 
 def require_dtype(codec: str, value: object) -> None:
-    """Refuse what is no safetensors dtype name."""
+    """Refuse a value that is not a safetensors dtype name."""
     if not isinstance(value, str) or value not in TORCH_DTYPES:
         raise CodecError(f"{codec}: dtype must be one of {', '.join(TORCH_DTYPES)}, got {value!r}")

@@ -1,4 +1,4 @@
-"""How much an error in each input channel of a weight costs."""
+"""The importance of input channels: what errors of a weight cost in the layer's output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Importance:
 
     @property
     def is_none(self) -> bool:
-        """Whether all errors count alike."""
+        """True if all errors count alike."""
         return self.values is None
 
     def __bool__(self) -> bool:
@@ -56,7 +56,7 @@ class Importance:
 
     @property
     def has_hessian(self) -> bool:
-        """Whether it is a Hessian."""
+        """True if it is a Hessian."""
         return self.values is not None and self.values.dim() == 2
 
     def require(self, codec: str, columns: int) -> Importance:

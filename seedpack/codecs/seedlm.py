@@ -1,4 +1,7 @@
-"""SeedLM (Shafipour et al., arXiv 2410.10714, ICLR 2025): a seed and P 4-bit coefficients for each block of C weights."""
+"""The SeedLM codec: a seed and P 4-bit coefficients per block of C weights.
+
+Shafipour et al., arXiv 2410.10714, ICLR 2025.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +36,8 @@ BATCH_BLOCKS = 1 << 15
 class SeedLMCodec(Codec, HessianFitting):
     """Each block of C weights of a row is U(s)·(q·2^(e + bias)): 16 + 4 + 12 bits for 8 weights by default.
 
-    A block costs K + 4 + 4P bits (Eq. 3); (K, C, P) = (16, 8, 3) is 4.000 and (16, 12, 4) is 3.000 bits a weight
-    (Table 1). Rows are padded to whole blocks. Parts (bit fields, see docs/format.md):
+    A block costs K + 4 + 4P bits (Eq. 3); (K, C, P) = (16, 8, 3) is 4.000 and (16, 12, 4) is 3.000 bits per
+    weight (Table 1). Rows are padded to whole blocks. Parts (bit fields, see docs/format.md):
 
     - weight: the seeds, K bits each, uint8 [out, groups, bytes].
     - codes: for each block the exponent, then P mantissas, 4 bits each in two's complement, uint8 [out, groups, bytes].
@@ -63,7 +66,7 @@ class SeedLMCodec(Codec, HessianFitting):
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> SeedLMCodec:
-        """The paper's configuration of 3 or 4 bits (Table 1)."""
+        """Return the paper's configuration of 3 or 4 bits (Table 1)."""
         configurations = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}
         if bits not in configurations:
             raise CodecError(
@@ -74,7 +77,7 @@ class SeedLMCodec(Codec, HessianFitting):
         return cls(**{"seed_bits": seed_bits, "block": block, "rank": rank} | settings)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """Seeds, codes and the exponent bias."""
+        """Return seeds, codes and the exponent bias."""
         rows, columns = shape
         blocks = -(-columns // self.block)
         return {
@@ -91,10 +94,10 @@ class SeedLMCodec(Codec, HessianFitting):
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`).
+        """Search all seeds, exponents and rounded coefficients exactly (see `kernels.seedlm.search`).
 
-        With a Hessian, blocks from the last to the first: each under the norm that its errors have once the blocks still
-        to come have answered for them, and moved to answer for those before.
+        With a Hessian (LDLQ), blocks are fitted from the last to the first: each is moved to compensate for the errors of
+        those before, and fitted under the norm that its own errors have once the blocks to come compensate for them.
         """
         (rows, columns), device = weight.shape, weight.device
         importance = Importance.of(importance).require(self.id, columns)
@@ -142,7 +145,7 @@ class SeedLMCodec(Codec, HessianFitting):
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """See `kernels.seedlm_decode.reference.decode`, the definition."""
+        """Multiply each block's matrix by its coefficients; see `kernels.seedlm.decode_reference`, the definition."""
         return seedlm_decode(
             parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
@@ -161,11 +164,11 @@ class SeedLMCodec(Codec, HessianFitting):
         )  # fmt: skip
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Seeds and codes of some rows, the bias of all."""
+        """Return seeds and codes of some rows, and the bias of all."""
         return {**parts, "weight": parts["weight"][index], "codes": parts["codes"][index]}
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Beside the parts' form: no seed is 0, and the bias is in range."""
+        """Check the parts' form, that no seed is 0, and that the bias is in range."""
         super().check(parts, shape)
         if parts["weight"].device.type == "meta":
             return
@@ -176,10 +179,10 @@ class SeedLMCodec(Codec, HessianFitting):
         blocks = -(-shape[1] // self.block)
         rows = max(1, BATCH_BLOCKS // blocks)
         if not all(bool(unpack(part, blocks, self.seed_bits).all()) for part in parts["weight"].split(rows)):
-            raise CodecError(f"{self.id}: a seed is 0, which no register can leave; the file is corrupt")
+            raise CodecError(f"{self.id}: a seed is 0, a state that the LFSR never leaves; the file is corrupt")
 
     def _pack_codes(self, codes: Tensor) -> Tensor:
-        """[rows, blocks, P + 1] to bytes, whole groups of blocks."""
+        """Pack codes [rows, blocks, P + 1] into bytes, whole groups of blocks."""
         rows, blocks, width = codes.shape
         shape = packed_shape(rows, blocks, CODE_BITS * width)
         nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int8, device=codes.device)
@@ -187,7 +190,7 @@ class SeedLMCodec(Codec, HessianFitting):
         return pack(nibbles, CODE_BITS).reshape(shape)
 
     def _values(self, seeds: Tensor, codes: Tensor, bias: int, backend: Backend) -> Tensor:
-        """The weights [rows, C] of one block a row."""
+        """Return the weights [rows, C] of one block per row."""
         return seedlm_decode(
             pack(seeds, self.seed_bits), self._pack_codes(codes), torch.tensor([bias], dtype=torch.int8, device=seeds.device),
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=self.block, dtype=torch.float32,
@@ -196,7 +199,7 @@ class SeedLMCodec(Codec, HessianFitting):
 
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:
-        """The bias that puts the largest block's exponent near the top of the range, an octave to spare."""
+        """Return the bias that puts the largest block's exponent near the top of the range, an octave to spare."""
         batches = blocks.flatten(0, 1).split(BATCH_BLOCKS)
         norm = max(float(torch.linalg.vector_norm(batch.double(), dim=-1).max()) for batch in batches)
         top = math.frexp(norm / 7.5)[1] + 1 if norm > 0 else 0

@@ -1,4 +1,4 @@
-"""Low rank by randomized SVD (Halko, Martinsson and Tropp 2011): the baseline."""
+"""The svd codec: low rank by randomized SVD (Halko, Martinsson and Tropp 2011), the baseline."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SVDCodec(Codec, HessianFitting):
 
     Attributes:
         rank: r; or None, and `bits` says how large it may be.
-        bits: budget in bits a weight, from which r follows for each shape; or None.
+        bits: budget in bits per weight, from which r follows for each shape; or None.
         factors: {"id": …, "config": {…}} of the codec of the factors, or None for fp16.
         oversampling: further columns of the test matrix; None is 10 + rank / 4.
         power_iterations: of the range finder.
@@ -75,7 +75,7 @@ class SVDCodec(Codec, HessianFitting):
 
     @classmethod
     def over(cls, codec: Codec, **settings: Any) -> SVDCodec:
-        """An SVD whose factors are packed by `codec`."""
+        """Return an SVD whose factors are packed by `codec`."""
         return cls(factors=codec.spec().to_json(), **settings)
 
     def _inner(self) -> Codec | None:
@@ -84,7 +84,7 @@ class SVDCodec(Codec, HessianFitting):
         return codec_from_spec(CodecSpec(self.factors["id"], self.factors["version"], self.factors["config"]))
 
     def with_hessian(self) -> SVDCodec:
-        """With the codec of the factors as it is to be then."""
+        """Return this codec with the codec of the factors ready for a Hessian."""
         inner = self._inner()
         if not isinstance(inner, HessianFitting):
             return self
@@ -94,7 +94,7 @@ class SVDCodec(Codec, HessianFitting):
         return min(self.levels, rank)
 
     def rank_of(self, shape: Shape) -> int:
-        """The rank stored for a weight [out, in]."""
+        """Return the rank stored for a weight [out, in]."""
         limit = min(shape)
         if self.rank is not None:
             return min(self.rank, limit)
@@ -109,10 +109,11 @@ class SVDCodec(Codec, HessianFitting):
         return SVDCodec(rank=rank, factors=self.factors).bits_per_weight(shape)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """The two factors."""
+        """Return the two factors."""
         rank, inner = self.rank_of(shape), self._inner()
         if inner is None:
-            sizes = {name: here.stop - here.start for name, here in level_slices(rank, self._levels(rank)).items()}
+            slices = level_slices(rank, self._levels(rank))
+            sizes = {name: level.stop - level.start for name, level in slices.items()}
             left: dict[str, PartSpec] = {name: ("I16", (shape[0], 1, size)) for name, size in sizes.items()}
             return left | {_right(name): ("I16", (size, shape[1])) for name, size in sizes.items()}
         left, right = inner.parts((shape[0], rank)), inner.parts((rank, shape[1]))
@@ -126,7 +127,7 @@ class SVDCodec(Codec, HessianFitting):
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The SVD of W·S, its right factor times S⁻¹ again: the best of its rank under ‖(W - Ŵ)·S‖².
+        """Factorise W·S and multiply the right factor by S⁻¹: the best of its rank under ‖(W - Ŵ)·S‖².
 
         S is √h of each channel's importance, or the Cholesky factor of a Hessian S·Sᵀ, which whitens the input (SVD-LLM,
         Wang et al., arXiv 2403.07378, ICLR 2025).
@@ -156,14 +157,14 @@ class SVDCodec(Codec, HessianFitting):
         if inner is None:
             if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
                 raise CodecError(
-                    f"{self.id}: the factors of so large weights do not fit float16; set factors, or exclude it"
+                    f"{self.id}: the weights are so large that their factors do not fit float16; set factors, or exclude the tensor"
                 )
             if progress:
                 progress(weight.numel())
             left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
-            here = level_slices(right.shape[0], self._levels(right.shape[0]))
-            parts = {name: left[:, None, some].contiguous() for name, some in here.items()}
-            return parts | {_right(name): right[some].contiguous() for name, some in here.items()}
+            slices = level_slices(right.shape[0], self._levels(right.shape[0]))
+            parts = {name: left[:, None, level].contiguous() for name, level in slices.items()}
+            return parts | {_right(name): right[level].contiguous() for name, level in slices.items()}
         left_importance = Importance()
         if not isinstance(inner, HessianFitting):
             importance = importance.per_channel()
@@ -176,7 +177,7 @@ class SVDCodec(Codec, HessianFitting):
         return left_parts | {f"right_{name}": part for name, part in right_parts.items()}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """A·B in float32."""
+        """Return A·B, computed in float32."""
         left, right = self._decode_factors(parts, shape, torch.float32, backend)
         return (left @ right).to(dtype)
 
@@ -194,7 +195,7 @@ class SVDCodec(Codec, HessianFitting):
         return torch.nn.functional.linear(x @ right.mT, left, bias)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Rows of the left factor."""
+        """Return rows of the left factor, and all of the right one."""
         inner = self._inner()
         left = {name: part for name, part in parts.items() if not name.startswith("right")}
         return parts | (
@@ -202,7 +203,7 @@ class SVDCodec(Codec, HessianFitting):
         )
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """The factors' own checks too."""
+        """Check the parts' form, and the factors by their own codec."""
         super().check(parts, shape)
         inner = self._inner()
         if inner is not None:
@@ -234,5 +235,5 @@ class SVDCodec(Codec, HessianFitting):
 
 
 def _right(name: str) -> str:
-    """The right factor's part of a level."""
+    """Return the name of the right factor's part of a level."""
     return "right" if name == "weight" else f"right_{name}"

@@ -61,7 +61,7 @@ def with_size(
         if (excess := measure(allocated) - size) <= 0:
             return allocated
         overhead += excess
-    raise ModelError(f"{size} bytes: no plan meets them; ask for some more")
+    raise ModelError(f"{size} bytes: no plan meets them; ask for a few more")
 
 
 def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
@@ -118,7 +118,7 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
             f"{bits:.4g} bits per weight: the cheapest plan takes {spent / max(1, plan.packed_weights):.3f}; "
             "ask for more bits"
         )
-    chosen = dict.fromkeys(units, 0)
+    levels = dict.fromkeys(units, 0)
     steps = [_step(unit, options[unit], 0) for unit in units if len(options[unit]) > 1]
     heapq.heapify(steps)
     while steps:
@@ -126,10 +126,10 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
         if spent + step_bits > budget:
             continue  # later steps of this tensor take no fewer; those of others may still fit
         spent += step_bits
-        chosen[unit] += 1
-        if chosen[unit] + 1 < len(options[unit]):
-            heapq.heappush(steps, _step(unit, options[unit], chosen[unit]))
-    codecs = {t.name: options[unit][chosen[unit]][2] for unit, tensors in units.items() for t in tensors}
+        levels[unit] += 1
+        if levels[unit] + 1 < len(options[unit]):
+            heapq.heappush(steps, _step(unit, options[unit], levels[unit]))
+    codecs = {t.name: options[unit][levels[unit]][2] for unit, tensors in units.items() for t in tensors}
     return replace(plan, tensors=tuple(replace(t, codec=codecs.get(t.name, t.codec)) for t in plan.tensors))
 
 
