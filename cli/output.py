@@ -203,9 +203,9 @@ def quiet_transformers() -> None:
 
 def _use_key_file(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
     if path is not None:
-        from seedpack.keys import give, read_key
+        from seedpack.keys import read_key, use_key
 
-        give(read_key(path))
+        use_key(read_key(path))
 
 
 key_option = click.option(

@@ -18,7 +18,7 @@ from seedpack.formats.staging import require_apart
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.folder import complete_dense_folder
 from seedpack.hf.loading import load_pretrained
-from seedpack.keys import given
+from seedpack.keys import use_key
 from seedpack.loader.dense import dense_tensors
 from seedpack.loader.fill import fill_, use_int8_activations_
 from seedpack.loader.save import save_module
@@ -58,7 +58,7 @@ def load(
     _check_load(Path(path), model, dense, int8_activations, fraction, options)
     with ExitStack() as stack:
         if key is not None:
-            stack.enter_context(given(key))
+            stack.enter_context(use_key(key))
         if model is None and not dense:
             model = load_pretrained(Path(path), "auto" if target is None else target, **options)
         else:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from seedpack.codecs.base import Codec, guessed_importance
+from seedpack.codecs.base import Codec
+from seedpack.codecs.importance import Importance
+from seedpack.codecs.interfaces import HessianFitting, RowScaling
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.report import TensorReport
 from seedpack.converter.run import Run
@@ -73,16 +75,15 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     return parts, report
 
 
-def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: Statistics) -> Tensor | None:
+def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: Statistics) -> Importance:
     """Return the importance that a tensor's codec has use for."""
     importance = statistics.importance(tensor.name)
-    if importance is not None and importance.dim() == 2 and not tensor.codec.hessians:
-        importance = importance.diagonal()
-    if importance is None and tensor.codec.guesses and (power := source.norm_power(tensor.name)) is not None:
-        importance = guessed_importance(matrix, power)
-    if importance is not None and importance.dim() == 2 and not importance.any():
-        importance = None  # nothing ever came in
-    return importance
+    if not isinstance(tensor.codec, HessianFitting):
+        importance = importance.per_channel()
+    power = source.norm_power(tensor.name) if importance.is_none and tensor.codec.uses_norm_heuristic else None
+    if power is not None:
+        importance = Importance.from_norms(matrix, power)
+    return importance.zero_as_none()
 
 
 def apply_tuning(
@@ -99,8 +100,8 @@ def apply_tuning(
     """
     tensor, device = report.plan, parts["weight"].device
     if tensor.name in factors:
+        assert isinstance(tensor.codec, RowScaling)
         rescaled = tensor.codec.rescaled(parts, factors[tensor.name].to(device))
-        assert rescaled is not None
         error, energy = _error(tensor.codec, rescaled, matrix_of(source, tensor).to(device).float())
         return rescaled, dataclasses.replace(report, error=error, energy=energy)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)

@@ -15,7 +15,7 @@ from seedpack.codecs.base import Codec
 from seedpack.dtypes import PACKABLE, dtype_name, torch_dtype
 from seedpack.errors import FormatError, ModelError
 from seedpack.kernels.dispatch import Backend
-from seedpack.keys import add_key, chosen_seed
+from seedpack.keys import add_key, default_seed
 
 TOKENS, CONTEXT = 16384, 512
 PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "head_bits", "target_size"})
@@ -122,7 +122,7 @@ class CompressOptions:
         if self.dtype is not None:
             float_dtype(self.dtype)
         if self.key is not None:  # a random seed is drawn once
-            seeded = {"seed": chosen_seed(None, self.key), **(self.settings or {}), "key": add_key(self.key)}
+            seeded = {"seed": default_seed(None, self.key), **(self.settings or {}), "key": add_key(self.key)}
             object.__setattr__(self, "settings", seeded)
         if isinstance(self.calibration, str) and self.calibration == "none":
             object.__setattr__(self, "calibration", None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_to_json, get_codec
 from seedpack.converter.sources.base import SourceTensor
@@ -60,7 +61,7 @@ class TensorPlan:
 
     def with_hessian(self) -> TensorPlan:
         """Return this tensor with its codec as it is to be where a Hessian is known."""
-        return replace(self, codec=self.codec.with_hessian())
+        return replace(self, codec=self.codec.with_hessian()) if isinstance(self.codec, HessianFitting) else self
 
     def for_writer(self) -> PlannedTensor:
         """Return what the format writer needs."""

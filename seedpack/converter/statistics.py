@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from seedpack.codecs.importance import Importance
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.report import TensorReport
 from seedpack.converter.sources.base import Source
@@ -58,15 +59,15 @@ class Statistics:
     def tensors_with_hessian(self, plan: Plan) -> set[str]:
         """Return the names of a plan's tensors that a Hessian is known for."""
         names = {tensor.name for tensor in plan.tensors}
-        given = {name for name in names & self.given.keys() if self.given[name].dim() == 2}
+        given = {name for name in names & self.given.keys() if Importance.of(self.given[name]).has_hessian}
         return given | {name for name in names - self.given.keys() if self._parameter(name) is not None}
 
-    def importance(self, name: str) -> Tensor | None:
-        """Return the importance of the input channels of a tensor's layer: [in], [in, in], or None."""
+    def importance(self, name: str) -> Importance:
+        """Return the importance of the input channels of a tensor's layer."""
         if name in self.given:
-            return self.given[name]
+            return Importance.of(self.given[name])
         parameter = self._parameter(name)
-        return None if parameter is None else self.moments.get(parameter)
+        return Importance() if parameter is None else Importance.of(self.moments.get(parameter))
 
     def _parameter(self, name: str) -> str | None:
         return next((p for p in self.source.parameters(name) if p in self.moments), None)

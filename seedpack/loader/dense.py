@@ -14,7 +14,7 @@ from seedpack.codecs.registry import codec_from_spec
 from seedpack.dtypes import TORCH_DTYPES, dtype_name, to_tensor
 from seedpack.errors import CodecError, FormatError, SeedpackError, first_line
 from seedpack.formats import Checkpoint, Manifest, View
-from seedpack.keys import require_given
+from seedpack.keys import require_key
 from seedpack.loader.layers import codec_matrix
 
 
@@ -23,7 +23,7 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
     entry = checkpoint.manifest.tensors[name]
     try:
         codec = codec_from_spec(checkpoint.manifest.codec_of(name))
-        require_given(getattr(codec, "key", ""))
+        require_key(getattr(codec, "key", ""))
         parts = {part: to_tensor(stored) for part, stored in checkpoint.parts(name).items()}
         packed = not isinstance(codec, RawCodec)
         shape = codec_matrix(entry.shape, entry.transposed) if packed else entry.shape

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from seedpack.codecs.interfaces import Rates
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.budget import HEAD_SENSITIVITY, SIZE_EXPONENT, allocate, with_bits, with_head_bits
@@ -33,7 +34,7 @@ def loss(plan: Plan) -> float:
     return sum(
         math.prod(t.shape) ** SIZE_EXPONENT * t.codec.expected_error() * (HEAD_SENSITIVITY if t.kind == "head" else 1)
         for t in plan.tensors
-        if t.packed
+        if isinstance(t.codec, Rates)
     )
 
 
@@ -73,7 +74,7 @@ def test_experts_of_one_parameter_are_one_choice() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ModelError, match=r"1.05 bits a weight: the cheapest plan takes 1\.\d+; ask for more bits"):
+    with pytest.raises(ModelError, match=r"1.05 bits per weight: the cheapest plan takes 1\.\d+; ask for more bits"):
         allocate(plan_of(), 1.05)
     with pytest.raises(CodecError, match="no variants to meet a budget of bits with; use trellis"):
         allocate(default_plan(TENSORS, {}, SeedLMCodec()), 3.5)

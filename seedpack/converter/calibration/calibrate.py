@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedpack.codecs.base import column_power
+from seedpack.codecs.importance import column_power
+from seedpack.codecs.interfaces import Rates, RowScaling
 from seedpack.converter.calibration import layerwise, moments, sensitivity, tokens
 from seedpack.converter.calibration.store import FOLDER, VERSION, Store
 from seedpack.converter.calibration.tuning import Student, Tuned, tune
@@ -84,7 +85,7 @@ def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict
         )
         store.save_sensitivities(outputs)
         del opened
-    packed = [tensor for tensor in plan.tensors if tensor.packed and tensor.codec.variants()]
+    packed = [tensor for tensor in plan.tensors if isinstance(tensor.codec, Rates)]
     measured = {}
     for count, tensor in enumerate(packed):
         run.progress("Weighing tensors", 1 if count else 0, len(packed))
@@ -95,13 +96,14 @@ def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict
 
 def _tensor_sensitivity(run: Run, tensor: TensorPlan, outputs: dict[str, Tensor], statistics: Statistics) -> float:
     """Return the sensitivity of one tensor: an embedding and a head tied to it both count."""
-    matrix = matrix_of(run.source, tensor).to(run.device).float()
+    codec, matrix = tensor.codec, matrix_of(run.source, tensor).to(run.device).float()
+    assert isinstance(codec, Rates)
     cost = 0.0
     for parameter in run.source.parameters(tensor.name):
         if (channels := outputs.get(f"{parameter}{sensitivity.COLUMNS}")) is not None:
             cost += float((column_power(matrix) / len(matrix)) @ channels)
         if (channels := outputs.get(parameter)) is not None:
-            cost += tensor.codec.exposure(matrix, statistics.importance(tensor.name), channels)
+            cost += codec.sensitivity(matrix, statistics.importance(tensor.name), channels)
     return cost
 
 
@@ -145,8 +147,7 @@ def _student(run: Run, opened: OpenModel, plan: Plan, statistics: Statistics) ->
             for name in names:
                 parts, _ = fit(run, tensor, statistics)
                 parameters[name].copy_(decoded(tensor, parts, run.device))
-                ones = torch.ones(tensor.codec_shape[0], device=parts["weight"].device)
-                if tensor.kind != "conv" and tensor.codec.rescaled(parts, ones) is not None:
+                if tensor.kind != "conv" and isinstance(tensor.codec, RowScaling):
                     rows[name] = tensor.name
     return Student(model, opened.layer_names, rows, values)
 
