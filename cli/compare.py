@@ -22,7 +22,7 @@ def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
     Relative error is ‖A-B‖²/‖A‖². The effective rank is the exponential of the entropy of the normalised singular
     values. For tensors packed by svd, the energy captured stands beside that of the best approximation of its rank.
     """
-    from seedpack.converter.fitting import decibels
+    from seedpack.converter.report import decibels
     from seedpack.eval.tensors import compare_tensors
 
     output.quiet_transformers()

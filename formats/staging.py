@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from seedpack.errors import OutputError
+from seedpack.errors import ModelError, OutputError
 
 
 @contextlib.contextmanager
@@ -105,3 +105,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def require_apart(output: Path, source: Path) -> None:
+    """Refuse an output that would take the place of its source, or of a folder that holds it."""
+    target, origin = output.resolve(), source.resolve()
+    if source.exists() and (target == origin or target in origin.parents):
+        raise ModelError(f"{output}: is the model itself or holds it; name another output")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,16 @@ def to_bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], bytes | memoryview]:
     flat = tensor.detach().to("cpu").contiguous().flatten()
     data = flat.view(torch.uint8).numpy().data if flat.numel() else b""
     return dtype_name(tensor.dtype), tuple(tensor.shape), data
+
+
+def find_shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """Return the names that view the same memory in the same way as an earlier name: {later: earlier}."""
+    first: dict[tuple[object, ...], str] = {}
+    shared = {}
+    for name, tensor in tensors:
+        if tensor.device.type == "meta" or not tensor.numel():
+            continue
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if first.setdefault(view, name) != name:
+            shared[name] = first[view]
+    return shared

@@ -19,7 +19,7 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.registry import codec_from_spec, codec_to_json
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
-from seedpack.hf.checkpoint_names import Skeleton
+from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.loader import ops
 from seedpack.loader.layers import empty_part
 
@@ -95,7 +95,7 @@ def check_experts(module: nn.Module) -> None:
 
 
 def pack_experts_(
-    model: nn.Module, path: str, names: list[str], skeleton: Skeleton, manifest: Manifest, dtype: torch.dtype
+    model: nn.Module, path: str, names: list[str], skeleton: CheckpointNames, manifest: Manifest, dtype: torch.dtype
 ) -> list[ExpertGroup]:
     """Turn the experts module at `path` into its packed form, in place, its parts unfilled."""
     module = model.get_submodule(path)

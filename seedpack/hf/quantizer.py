@@ -14,7 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
-from seedpack.hf.checkpoint_names import Skeleton
+from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, check_experts, pack_experts_, unpack_experts_
 from seedpack.hf.stacking import StackParts
@@ -34,7 +34,7 @@ class SeedpackQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         dtype = model.config.dtype
         manifest = self.quantization_config.manifest
-        skeleton = Skeleton(model)
+        skeleton = CheckpointNames(model)
         experts: dict[str, list[str]] = defaultdict(list)
         packed: set[str] = set()
         for name in manifest.tensors:

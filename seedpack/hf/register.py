@@ -19,8 +19,9 @@ from seedpack.converter.sources.registry import register_source
 
 METHOD = "seedpack"
 SOURCES = {
-    "folder": "seedpack.hf.folder:open_folder",
-    ".gguf": "seedpack.hf.gguf:open_gguf",
+    "folder": "seedpack.hf.folder:FolderSource",
+    ".gguf": "seedpack.hf.gguf:GGUFSource",
+    "pretrained": "seedpack.hf.language_model:PretrainedSource",
     "hub": "seedpack.hf.hub:download",
 }
 _TARGET = "transformers.quantizers.auto"

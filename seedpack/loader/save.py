@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from seedpack._version import WRITER
 from seedpack.codecs.base import Codec, matrix_shape
 from seedpack.codecs.raw import RawCodec
-from seedpack.dtypes import dtype_name
+from seedpack.dtypes import dtype_name, find_shared, to_bytes
 from seedpack.errors import ModelError
-from seedpack.formats import PlannedTensor, View
+from seedpack.formats import CheckpointWriter, PlannedTensor, View, staged
 from seedpack.loader.layers import PackedModule
 from seedpack.loader.trained import Coefficients, Piece, SeededModule, StoredTensor, bases_of, joined, tensor_name
 
@@ -92,3 +95,19 @@ def raw_planned(name: str, dtype: str, shape: tuple[int, ...]) -> PlannedTensor:
     """Return a tensor stored as it is."""
     codec = RawCodec(dtype)
     return PlannedTensor(name, codec.spec(), dtype, shape, codec.parts(shape))
+
+
+def save_module(model: nn.Module, path: Path, *, force: bool = False) -> None:
+    """Save a module with packed layers; see `seedpack.save`."""
+    stored = stored_form(model)
+    save_pretrained: Any = getattr(model, "save_pretrained", None)
+    if save_pretrained is not None and not stored.seeded:
+        with staged(path, force=force, directory=True) as partial:
+            save_pretrained(partial)
+        return
+    shared = find_shared((name, parts["weight"]) for name, parts in stored.parts.items())
+    with staged(path, force=force) as partial:
+        planned = [tensor for tensor in stored.planned if tensor.name not in shared]
+        with CheckpointWriter(partial, planned, shared, WRITER, views=stored.views) as writer:
+            for tensor in planned:
+                writer.write(tensor.name, {part: to_bytes(value) for part, value in stored.parts[tensor.name].items()})
