@@ -77,13 +77,10 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
 
 def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: Statistics) -> Importance:
     """Return the importance that a tensor's codec has use for."""
-    importance = statistics.importance(tensor.name)
-    if not isinstance(tensor.codec, HessianFitting):
-        importance = importance.per_channel()
-    power = source.norm_power(tensor.name) if importance.is_none and tensor.codec.uses_norm_heuristic else None
-    if power is not None:
-        importance = Importance.from_norms(matrix, power)
-    return importance.zero_as_none()
+    importance, codec = statistics.importance(tensor.name), tensor.codec
+    if importance.is_none and codec.uses_norm_heuristic and (power := source.norm_power(tensor.name)) is not None:
+        return Importance.from_norms(matrix, power)
+    return importance.zero_as_none() if isinstance(codec, HessianFitting) else importance.per_channel()
 
 
 def apply_tuning(

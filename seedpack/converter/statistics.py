@@ -67,7 +67,7 @@ class Statistics:
         if name in self.given:
             return Importance.of(self.given[name])
         parameter = self._parameter(name)
-        return Importance() if parameter is None else Importance.of(self.moments.get(parameter))
+        return Importance.of(None if parameter is None else self.moments.get(parameter))
 
     def _parameter(self, name: str) -> str | None:
         return next((p for p in self.source.parameters(name) if p in self.moments), None)

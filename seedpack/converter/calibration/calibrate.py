@@ -96,14 +96,14 @@ def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict
 
 def _tensor_sensitivity(run: Run, tensor: TensorPlan, outputs: dict[str, Tensor], statistics: Statistics) -> float:
     """Return the sensitivity of one tensor: an embedding and a head tied to it both count."""
-    codec, matrix = tensor.codec, matrix_of(run.source, tensor).to(run.device).float()
-    assert isinstance(codec, Rates)
+    assert isinstance(tensor.codec, Rates)
+    matrix = matrix_of(run.source, tensor).to(run.device).float()
     cost = 0.0
     for parameter in run.source.parameters(tensor.name):
         if (channels := outputs.get(f"{parameter}{sensitivity.COLUMNS}")) is not None:
             cost += float((column_power(matrix) / len(matrix)) @ channels)
         if (channels := outputs.get(parameter)) is not None:
-            cost += codec.sensitivity(matrix, statistics.importance(tensor.name), channels)
+            cost += tensor.codec.sensitivity(matrix, statistics.importance(tensor.name), channels)
     return cost
 
 
