@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +26,7 @@ from seedpack.codecs.base import (
 from seedpack.codecs.coefficients import MAX_LEVELS, WIDTHS, coefficient_parts, stored, values_of
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.basis.decode import basis_dense, basis_reduce
-from seedpack.kernels.basis.decode_reference import GENERATORS, HADAMARD
-from seedpack.kernels.basis.matmul import basis_matmul, basis_matmul_transposed
+from seedpack.kernels.basis import HADAMARD, NoiseBasis, noise_basis
 from seedpack.kernels.dispatch import Backend
 
 STEPS, TOLERANCE = 50, 1e-6  # of the least squares
@@ -35,7 +34,7 @@ STEPS, TOLERANCE = 50, 1e-6  # of the least squares
 
 @dataclass(frozen=True)
 class BasisCodec(Codec):
-    """W = Σ_m coefficient_m · base_m, each block of rows with coefficients of its own. Parts:
+    """W = Σ_m coefficient_m · basis_m, each block of rows with coefficients of its own. Parts:
 
     - weight: the coefficients: bit patterns of floats, int16 or int32 [blocks, 1, M]; or codes of `coef_bits` bits, uint8
       [blocks, groups, bytes], c standing for (c + ½)·step.
@@ -69,8 +68,6 @@ class BasisCodec(Codec):
     levels: int = 1
 
     def __post_init__(self) -> None:
-        if self.generator not in GENERATORS:
-            raise CodecError(f"{self.id}: generator must be one of {', '.join(GENERATORS)}, got {self.generator!r}")
         if (self.count is None) == (self.bits is None):
             raise CodecError(f"{self.id}: give either count or bits")
         if self.count is not None:
@@ -85,13 +82,17 @@ class BasisCodec(Codec):
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
         require_whole(self.id, "levels", self.levels, 1, min(MAX_LEVELS, self.count or MAX_LEVELS))
         require_check(self.id, self.key)
-        if self.key and self.generator != HADAMARD:
-            raise CodecError(f"{self.id}: generator {self.generator!r} takes no private key; use {HADAMARD!r}")
+        noise_basis(self.generator, self.seed, self.key)  # refuses what there is not
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> BasisCodec:
         """As many bases as fit a budget of bits a weight."""
         return cls(**({} if "count" in settings else {"bits": bits}) | settings)
+
+    @cached_property
+    def noise(self) -> NoiseBasis:
+        """The bases."""
+        return noise_basis(self.generator, self.seed, self.key)
 
     def blocks_of(self, shape: Shape) -> int:
         """Blocks of a weight [out, in]."""
@@ -121,10 +122,8 @@ class BasisCodec(Codec):
         weigh = self._weighting(importance, shape[1], weight.device)
 
         def reduced(error: Tensor) -> Tensor:
-            return basis_reduce(
-                weigh(error), blocks=self.blocks_of(shape), count=self.count_of(shape), rows=shape[0], seed=self.seed,
-                generator=self.generator, key=self.key, backend=backend,
-            )  # fmt: skip
+            count = self.count_of(shape)
+            return self.noise.reduce(weigh(error), self.blocks_of(shape), count, shape[0], backend=backend)
 
         residual = reduced(weight.detach().float())
         coefs, direction = torch.zeros_like(residual), residual
@@ -142,7 +141,7 @@ class BasisCodec(Codec):
         return stored(coefs, self.coef_bits, self.levels)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """See `kernels.basis_decode`."""
+        """Sum the bases times their coefficients; see `kernels.basis`."""
         return self._dense(self._coefs(parts, shape), shape, backend).to(dtype)
 
     def decode_rows(
@@ -155,23 +154,18 @@ class BasisCodec(Codec):
         self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
     ) -> Tensor:
         """With noise, generated inside the product."""
-        if self.generator == HADAMARD:
+        if not self.noise.fused:
             return super().matmul(x, parts, shape, bias, backend)
-        y = basis_matmul(
-            x.reshape(-1, shape[1]), self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0],
-            backend=backend,
-        )  # fmt: skip
+        y = self.noise.matmul(x.reshape(-1, shape[1]), self._coefs(parts, shape), shape[0], backend)
         y = y if bias is None else (y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], shape[0])
 
     def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
         """With noise, generated inside the product."""
-        if self.generator == HADAMARD:
+        if not self.noise.fused:
             return super().matmul_transposed(grad, parts, shape, backend)
-        grad_x = basis_matmul_transposed(
-            grad.reshape(-1, shape[0]), self._coefs(parts, shape), seed=self.seed, generator=self.generator,
-            columns=shape[1], backend=backend,
-        )  # fmt: skip
+        grads, coefs = grad.reshape(-1, shape[0]), self._coefs(parts, shape)
+        grad_x = self.noise.matmul_transposed(grads, coefs, shape[1], backend)
         return grad_x.view(*grad.shape[:-1], shape[1])
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
@@ -184,10 +178,7 @@ class BasisCodec(Codec):
         return values_of(parts, self.count_of(shape), self.coef_bits, self.levels)
 
     def _dense(self, coefs: Tensor, shape: Shape, backend: Backend, index: Tensor | None = None) -> Tensor:
-        return basis_dense(
-            coefs, seed=self.seed, generator=self.generator, rows=shape[0], columns=shape[1], key=self.key, index=index,
-            backend=backend,
-        )  # fmt: skip
+        return self.noise.dense(coefs, shape[0], shape[1], index, backend)
 
     def _weighting(self, importance: Tensor | None, columns: int, device: torch.device) -> Any:
         """What an error [out, in] is multiplied by."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,11 +17,11 @@ from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
+from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
-from seedpack.kernels.seedlm.decode_reference import CODE_BITS
 from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed
 from seedpack.kernels.seedlm.search import seedlm_search
-from seedpack.linalg import answer
+from seedpack.linalg import ldlq_correction
 
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
 BIAS_MIN, BIAS_MAX = -118, 120
@@ -90,7 +91,7 @@ class SeedLMCodec(Codec):
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`).
+        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm.search`).
 
         With a Hessian, blocks from the last to the first: each under the norm that its errors have once the blocks still
         to come have answered for them, and moved to answer for those before.
@@ -107,9 +108,8 @@ class SeedLMCodec(Codec):
 
         def fit(where: tuple[slice, slice], part: Tensor, factor: Tensor | None) -> None:
             found = seedlm_search(
-                part.reshape(-1, self.block), factor, bias,
-                seed_bits=self.seed_bits, rank=self.rank, exponents=self.exponents, backend=backend,
-            )  # fmt: skip
+                part.reshape(-1, self.block), factor, bias, self.code, exponents=self.exponents, backend=backend
+            )
             seeds[where] = found.seed.view(part.shape[:2])
             codes[where] = torch.cat((found.exponent[:, None], found.mantissa), 1).view(*part.shape[:2], -1)
             if progress:
@@ -127,7 +127,7 @@ class SeedLMCodec(Codec):
             for block in reversed(range(blocks)):
                 low, high = block * self.block, (block + 1) * self.block
                 factor, here = c[low:high, low:high], (slice(0, rows), slice(block, block + 1))
-                fit(here, (wanted[:, low:high] - answer(error, c, low, high, high))[:, None], factor)
+                fit(here, (wanted[:, low:high] - ldlq_correction(error, c, low, high, high))[:, None], factor)
                 found = self._values(seeds[here], codes[here], bias, backend)
                 error[:, low:high] = found - wanted[:, low:high]
         else:
@@ -141,29 +141,22 @@ class SeedLMCodec(Codec):
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """See `kernels.seedlm_decode.reference.decode`, the definition."""
-        return seedlm_decode(
-            parts["weight"], parts["codes"], parts["exponent_bias"],
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
-        )  # fmt: skip
+        """Rebuild the weight; see `kernels.seedlm.decode_reference.decode`, the definition."""
+        return seedlm_decode(self._packed(parts), self.code, columns=shape[1], dtype=dtype, backend=backend)
 
     def matmul(
         self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
     ) -> Tensor:
         """Straight from seeds and codes."""
-        y = seedlm_matmul(
-            x.reshape(-1, shape[1]), parts["weight"], parts["codes"], parts["exponent_bias"],
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, backend=backend,
-        )  # fmt: skip
+        y = seedlm_matmul(x.reshape(-1, shape[1]), self._packed(parts), self.code, backend=backend)
         y = y if bias is None else (y + bias).to(x.dtype)
         return y.view(*x.shape[:-1], shape[0])
 
     def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
         """Straight from seeds and codes."""
         grad_x = seedlm_matmul_transposed(
-            grad.reshape(-1, shape[0]), parts["weight"], parts["codes"], parts["exponent_bias"],
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], backend=backend,
-        )  # fmt: skip
+            grad.reshape(-1, shape[0]), self._packed(parts), self.code, columns=shape[1], backend=backend
+        )
         return grad_x.view(*grad.shape[:-1], shape[1])
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
@@ -183,6 +176,15 @@ class SeedLMCodec(Codec):
         rows = max(1, BATCH_BLOCKS // blocks)
         if not all(bool(unpack(part, blocks, self.seed_bits).all()) for part in parts["weight"].split(rows)):
             raise CodecError(f"{self.id}: a seed is 0, which no register can leave; the file is corrupt")
+
+    @cached_property
+    def code(self) -> SeedLMCode:
+        """K, C and P."""
+        return SeedLMCode(self.seed_bits, self.block, self.rank)
+
+    @staticmethod
+    def _packed(parts: Parts) -> SeedLMParts:
+        return SeedLMParts(parts["weight"], parts["codes"], parts["exponent_bias"])
 
     def _pack_codes(self, codes: Tensor) -> Tensor:
         """[rows, blocks, P + 1] to bytes, whole groups of blocks."""
@@ -206,11 +208,9 @@ class SeedLMCodec(Codec):
 
     def _values(self, seeds: Tensor, codes: Tensor, bias: int, backend: Backend) -> Tensor:
         """The weights [rows, C] of one block a row."""
-        return seedlm_decode(
-            pack(seeds, self.seed_bits), self._pack_codes(codes), torch.tensor([bias], dtype=torch.int8, device=seeds.device),
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=self.block, dtype=torch.float32,
-            backend=backend,
-        ).double()  # fmt: skip
+        biases = torch.tensor([bias], dtype=torch.int8, device=seeds.device)
+        parts = SeedLMParts(pack(seeds, self.seed_bits), self._pack_codes(codes), biases)
+        return seedlm_decode(parts, self.code, columns=self.block, dtype=torch.float32, backend=backend).double()
 
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:

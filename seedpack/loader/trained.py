@@ -61,10 +61,7 @@ class Coefficients:
     def made(self, coefs: Tensor, index: Tensor | None = None) -> Tensor:
         """The dense tensor, as its codec's matrix [rows, columns] or some rows of it, from coefficients of its own form."""
         rows, columns = matrix_shape(self.stored_shape)
-        codec = self.codec
-        return basis_weight(
-            coefs, seed=codec.seed, generator=codec.generator, rows=rows, columns=columns, key=codec.key, index=index
-        )
+        return basis_weight(coefs, self.codec.noise, rows=rows, columns=columns, index=index)
 
 
 class SharedCoefficients(Coefficients):

@@ -16,10 +16,8 @@ from torch import nn as torch_nn
 from seedpack._shapes import require_columns
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import as_stored
-from seedpack.kernels.basis.decode_reference import HADAMARD
 from seedpack.kernels.basis.linear import basis_linear
 from seedpack.loader.trained import Coefficients
-from seedpack.reparam.basis import NOISE_VARIANCE
 
 
 class _Noise(Coefficients, torch_nn.Module):
@@ -48,8 +46,7 @@ class _Noise(Coefficients, torch_nn.Module):
     def reset_parameters(self) -> None:
         """Coefficients of the variance that gives weights their standard deviation; with a noise bias, RANDUMB's default:
         that one base at the weights' standard deviation, and the others at 0."""
-        variance = 1.0 if self.codec.generator == HADAMARD else NOISE_VARIANCE
-        each = self.std / math.sqrt(variance)
+        each = self.std / math.sqrt(self.codec.noise.variance)
         if self.noise_bias:
             self.coefs.zero_()[0, -1] = each
         else:
@@ -69,7 +66,7 @@ class _Noise(Coefficients, torch_nn.Module):
     def _linear(self, x: Tensor) -> Tensor:
         require_columns(f"seedpack.nn.{type(self).__name__}", x, math.prod(self.stored_shape[1:]))
         coefs = as_stored(self.coefs, self.codec.coef_bits)
-        y = basis_linear(x, coefs, seed=self.codec.seed, generator=self.codec.generator, rows=self.stored_shape[0])
+        y = basis_linear(x, coefs, self.codec.noise, rows=self.stored_shape[0])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
