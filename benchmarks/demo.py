@@ -13,10 +13,8 @@ from rich.table import Table
 
 import seedpack
 from benchmarks.lib import models
-from seedpack.api import plan_for
-from seedpack.cli.output import progress, quiet_transformers, size
-from seedpack.converter.fitting import Report
-from seedpack.converter.sources.open import open_source
+from seedpack.cli.output import progress, quiet_transformers, size, stages
+from seedpack.converter.report import Report
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 PROMPT = "The capital of France is"
@@ -59,10 +57,9 @@ def main() -> None:
 
 
 def compress(folder: Path, codec: str) -> Report:
-    out = models.CACHE / f"demo-{codec}"
-    weights = plan_for(open_source(folder), codec=codec, bits=4.0).packed_weights
-    with progress(f"Fitting {CODECS[codec]}", weights, "weights") as watch:
-        return seedpack.compress(folder, out, codec=codec, bits=4.0, force=True, watch=watch)
+    with stages() as advance:
+        out = models.CACHE / f"demo-{codec}"
+        return seedpack.compress(folder, out, codec=codec, bits=4.0, force=True, progress=advance)
 
 
 def generate(model: Any, tokenizer: Any) -> str:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -17,6 +19,7 @@ import torch
 from click.testing import CliRunner
 from torch import nn
 
+import seedpack
 from seedpack.cli.main import cli
 from tests.helpers.models import llama
 from tests.test_architecture import LAYERS
@@ -97,11 +100,26 @@ def test_the_first_example_of_a_guide_runs(guide: str, folder: Path) -> None:
     RUN[language](block)
 
 
+def names_of_seedpack(block: str) -> set[str]:
+    """Return the names that Python code takes from the package itself, as `load` of `seedpack.load`."""
+    tree = ast.walk(ast.parse(block))
+    return {
+        n.attr
+        for n in tree
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "seedpack"
+    }
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_python_blocks_can_be_parsed(page: Path) -> None:
+def test_python_blocks_use_names_that_exist(page: Path) -> None:
     for language, block in code_blocks(page):
         if language == "python":
-            compile(block, named(page), "exec")
+            assert names_of_seedpack(block) <= {*seedpack.__all__, "nn", "reparam", "image"}
+
+
+def test_benchmarks_use_names_that_exist() -> None:
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 def anchors(page: Path) -> set[str]:

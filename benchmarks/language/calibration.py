@@ -17,14 +17,24 @@ from transformers import AutoTokenizer
 import seedpack
 from benchmarks.language.table import CONTEXT, TOKENS, Recorded
 from benchmarks.lib import gptq, models, peers, plots, report
-from seedpack.converter.calibration.calibrate import Calibration, calibrated
+from seedpack import Calibration, CompressOptions
+from seedpack.converter.calibration.calibrate import calibrate
+from seedpack.converter.calibration.store import Store
 from seedpack.converter.calibration.tokens import from_text
-from seedpack.converter.sources.open import open_source
+from seedpack.converter.options import silent
+from seedpack.converter.pipeline import open_run
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 CALIBRATION_TOKENS = 16384
 Found = tuple[float, LanguageReport]  # bits per weight, and what became of the model
 IMATRIX_TYPES = ("Q2_K", "Q3_K", "Q4_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
+
+
+def self_calibrated(folder: Path, output: Path) -> Store:
+    """Return what a calibration of a model on its own text keeps beside an output."""
+    store = calibrate(open_run(folder, output, CompressOptions(calibration="self"), silent)).moments
+    assert isinstance(store, Store)
+    return store
 
 
 class Subject:
@@ -79,8 +89,8 @@ class Subject:
         return stored / weights, self.scored(other)
 
     def with_imatrix(self, kind: str) -> Found:
-        found = calibrated(open_source(self.folder), Calibration("self"), self.work / "packed", torch.device("cpu"))
-        return self.rebuilt(lambda name, weight: peers.ggml(weight, kind, found.get(name).diagonal()))  # type: ignore[union-attr]
+        store = self_calibrated(self.folder, self.work / "packed")
+        return self.rebuilt(lambda name, weight: peers.ggml(weight, kind, store.get(name).diagonal()))  # type: ignore[union-attr]
 
     def by_gptq(self, bits: int) -> Found:
         weights, said = gptq.quantised(

@@ -52,7 +52,7 @@ def packed(
     weights = 0
     for name, parameter in other.named_parameters():
         if parameter.dim() == 2 and only in name:
-            power = source.power(name)
+            power = source.norm_power(name)
             h = None if importance is None else importance(parameter, power)
             if importance is None and power is not None:
                 h = BALANCES["h = power / ‖w‖"](parameter, power)

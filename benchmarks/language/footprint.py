@@ -55,8 +55,8 @@ codec = SeedLMCodec(8, 8, 3)
 codec.decode(codec.encode(torch.randn(64, 64)), (64, 64), torch.float32)  # kernels compiled
 seedpack.compress({"w.weight": torch.randn(64, 64)}, sys.argv[2] + ".one", codec=codec, force=True)
 from transformers import LlamaForCausalLM
-from seedpack.hf.checkpoint_names import Skeleton
-Skeleton.of_folder(__import__("pathlib").Path(sys.argv[1]))
+from seedpack.hf.checkpoint_names import CheckpointNames
+CheckpointNames.of_folder(__import__("pathlib").Path(sys.argv[1]))
 report, found = watched(lambda: seedpack.compress(sys.argv[1], sys.argv[2], codec=codec, force=True))
 print(json.dumps(found | {"weights": report.plan.packed_weights}))
 """
@@ -85,14 +85,17 @@ CALIBRATE = (
     + """
 import shutil
 from pathlib import Path
-from seedpack.converter.calibration.calibrate import Calibration, calibrated
-from seedpack.hf import folder
-from seedpack.converter.sources.open import open_source
-folder._free_bytes = lambda: 0
+from seedpack import CompressOptions, Calibration
+from seedpack.hf import language_model
+from seedpack.converter.calibration.calibrate import calibrate
+from seedpack.converter.options import silent
+from seedpack.converter.pipeline import open_run
+language_model._free_bytes = lambda: 0
 ids = torch.randint(0, 16384, (8, 512))
 def work(text):
     shutil.rmtree(sys.argv[2], ignore_errors=True)
-    calibrated(open_source(sys.argv[1]), Calibration(text, context=512), Path(sys.argv[2]) / "out", torch.device("cpu"))
+    options = CompressOptions(calibration=Calibration(text, context=512))
+    calibrate(open_run(sys.argv[1], Path(sys.argv[2]) / "out", options, silent))
 work(ids[:1])
 _, found = watched(lambda: work(ids))
 print(json.dumps(found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,16 +14,14 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from benchmarks.language.calibration import self_calibrated
 from benchmarks.language.table import CONTEXT, Recorded
 from benchmarks.lib import models, report
 from seedpack.codecs import trellis
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.converter.calibration.calibrate import Calibration, calibrated
 from seedpack.converter.calibration.layerwise import differentiable, recomputed
-from seedpack.converter.calibration.store import Store
-from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import compare_language_models, load_language_model, windows
-from seedpack.linalg import answer
+from seedpack.linalg import ldlq_correction
 
 TOKENS, BITS, ROWS = 4096, 3, 192
 Sketches = dict[str, tuple[Tensor, Tensor]]  # of a weight: E[‖g‖²·x·xᵀ] [in, in] and E[‖x‖²·g·gᵀ] [out, out]
@@ -54,7 +53,8 @@ def sketched(model: Any, tokens: Tensor) -> Sketches:
             out.register_hook(grown)
 
     layers = linears(model)
-    with differentiable(model), recomputed(model):
+    layer_names = [name for name, _ in model.named_modules() if re.fullmatch(r"model\.layers\.\d+", name)]
+    with differentiable(model), recomputed(model, layer_names):
         hooks = [
             model.get_input_embeddings().register_forward_hook(
                 lambda layer, args, out: out.detach().requires_grad_(True)
@@ -80,7 +80,7 @@ def unrotated() -> Iterator[None]:
 
 
 def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, output: Tensor | None = None) -> Tensor:
-    """A weight as its codec rebuilds it; with an output side, rows too answer for the errors of rows after them."""
+    """A weight as its codec rebuilds it; with an output side, rows too compensate for the errors of rows after them."""
 
     def rebuilt(part: Tensor) -> Tensor:
         return codec.decode(codec.encode(part, importance), (len(part), part.shape[1]), torch.float32)
@@ -92,7 +92,7 @@ def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, outpu
     error, result = torch.zeros(weight.shape, dtype=torch.float64), weight.clone()
     for high in range(len(weight), 0, -ROWS):
         low = max(0, high - ROWS)
-        short = answer(error.mT, factor, low, high, high).mT
+        short = ldlq_correction(error.mT, factor, low, high, high).mT
         result[low:high] = rebuilt((weight[low:high] - short).float())
         error[low:high] = result[low:high].double() - weight[low:high]
     return result
@@ -104,13 +104,12 @@ def measure(result: report.Result) -> None:
     ids = windows(tokenizer, text, CONTEXT, TOKENS)
     original = Recorded(model, ids)
     place = models.CACHE / "calibration" / folder.name / "packed"  # beside what calibration.py keeps
-    found = calibrated(open_source(folder), Calibration("self"), place, torch.device("cpu"))
-    assert isinstance(found, Store)
-    tokens = found.tokens()
+    store = self_calibrated(folder, place)
+    tokens = store.tokens()
     assert tokens is not None
     plain = TrellisCodec(BITS, effort="fast", balance=False)
     answering, balanced = replace(plain, circular=False), replace(plain, circular=False, balance=True)
-    hessian = found.get
+    hessian = store.get
 
     @functools.cache
     def sketches() -> Sketches:
