@@ -21,7 +21,7 @@ from seedpack.loader.layers import (
     unpack_module_,
 )
 
-CODEC = SeedLMCodec(9, 4, 2)
+CODEC = SeedLMCodec(9, 8, 3)
 
 
 def conv1d() -> nn.Module:
