@@ -1,4 +1,4 @@
-"""python -m seedpack.cli."""
+"""Run the program: python -m seedpack.cli."""
 
 from seedpack.cli.main import main
 

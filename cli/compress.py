@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from seedpack.cli import output
+from seedpack.cli import output as screen
+
+if TYPE_CHECKING:
+    from seedpack.converter.options import CompressOptions
 
 
 def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
-    """KEY=VALUE pairs; values are JSON where they can be read so, else strings."""
+    """Parse KEY=VALUE pairs; values are JSON where they can be read so, else strings."""
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -29,11 +32,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.command("compress")
 @click.argument("model")
 @click.option(
-    "-o",
-    "--output",
-    "out",
-    type=click.Path(path_type=Path),
-    help="File to write, or folder for a Hugging Face model.",
+    "-o", "--output", type=click.Path(path_type=Path), help="File to write, or folder for a Hugging Face model."
 )
 @click.option(
     "--codec", default="trellis", show_default=True, help="trellis, seedlm, svd, svd+seedlm, raw, or a plug-in's id."
@@ -41,7 +40,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option(
     "--bits",
     type=float,
-    help="Bits a weight; default 4. trellis: 1 to 8; a fraction is a budget that the plan spreads over the tensors. "
+    help="Bits per weight; default 4. trellis: 1 to 8; a fraction is a budget that the plan spreads over the tensors. "
     "seedlm: 3 or 4. svd: any.",
 )
 @click.option(
@@ -77,12 +76,12 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     default="none",
     show_default=True,
     metavar="TEXT",
-    help="Fit what layers compute: 'self' (a language model writes the text itself), a text or JSON lines file, or a hub "
-    "data set.",
+    help="Fit the layers' outputs instead of their weights: 'self' (a language model writes the text itself), a text or "
+    "JSON lines file, or a hub data set.",
 )
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
-@click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of what the model writes.")
-@click.option("--sequential", is_flag=True, help="Calibrate each layer on what the packed layers before it give.")
+@click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of the text that the model writes.")
+@click.option("--sequential", is_flag=True, help="Calibrate each layer on the outputs of the packed layers before it.")
 @click.option(
     "--tune",
     is_flag=True,
@@ -99,111 +98,81 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(
-    model: str,
-    out: Path | None,
-    codec: str,
-    bits: float | None,
-    effort: str | None,
-    head_bits: int | None,
-    target_size: str | None,
-    settings: tuple[str, ...],
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    dtype: str | None,
-    plan: Path | None,
-    calibration: str,
-    calibration_tokens: int,
-    calibration_seed: int,
-    sequential: bool,
-    tune: bool,
-    key_file: str | None,
-    device: str,
-    shard_size: str | None,
-    dry_run: bool,
-    force: bool,
-    allow_nonfinite: bool,
-    as_json: bool,
-) -> None:
+def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Pack MODEL into a seed + coefficient checkpoint.
 
     MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, or a hub id.
     """
-    if out is None and not dry_run:
+    if output is None and not dry_run:
         raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
-    if out is None and calibration != "none":
+    if output is None and given["calibration"] != "none":
         raise click.UsageError("name the output with -o: the calibration is kept beside it, for the run that follows")
-    if calibration == "none" and (tune or sequential):
+    if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     from seedpack import api
-    from seedpack.converter.calibration.calibrate import Calibration
     from seedpack.converter.sources.open import open_source
-    from seedpack.keys import add_key, chosen_seed, read_key
 
-    output.quiet_transformers()
-    chosen_settings = parse_settings(settings) | ({"effort": effort} if effort else {})
-    if key_file is not None:
-        key = read_key(key_file)
-        chosen_settings = {"seed": chosen_seed(None, key), **chosen_settings, "key": add_key(key)}
-    choice: dict[str, Any] = {
-        "codec": codec, "bits": bits, "settings": chosen_settings,
-        "include": include, "exclude": exclude, "dtype": dtype, "plan": plan, "head_bits": head_bits,
-        "target_size": None if target_size is None else output.parse_size(target_size),
-    }  # fmt: skip
+    screen.quiet_transformers()
+    edits, options = given.pop("plan"), options_of(**given)
     source = open_source(model)
-    chosen = api.plan_for(source, **choice)
+    with screen.stages() as progress:
+        if dry_run:
+            plan = api.plan(source, options, output=output, edits=edits, progress=progress)
+        else:
+            assert output is not None
+            report = api.compress(source, output, options, plan=edits, progress=progress)
     if source.dropped and not as_json:
         click.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
+    if dry_run:
+        screen.show_json(plan.to_json()) if as_json else show_plan(model, plan)
+    else:
+        screen.show_json(report.to_json()) if as_json else show_report(report)
+
+
+def options_of(
+    *, settings: tuple[str, ...], effort: str | None, calibration: str, key_file: str | None, **given: Any
+) -> CompressOptions:
+    """Build the library's options of those of the command line."""
+    from seedpack.converter.options import Calibration, CompressOptions
+    from seedpack.keys import read_key
+
+    tokens, seed = given.pop("calibration_tokens"), given.pop("calibration_seed")
+    sequential, tune = given.pop("sequential"), given.pop("tune")
+    target_size, shard_size = given.pop("target_size"), given.pop("shard_size")
     text = None
     if calibration != "none":
-        text = Calibration(
-            calibration, calibration_tokens, seed=calibration_seed, sequential=sequential, tune=int(tune)
-        )
-    if dry_run and text is not None:
-        with output.stages() as stage:
-            chosen = api.calibrated_plan_for(
-                source,
-                str(out),
-                text,
-                **choice,
-                allow_nonfinite=allow_nonfinite,
-                device=device,
-                watch_calibration=stage,
-            )
-    if dry_run:
-        output.show_json(chosen.to_json()) if as_json else show_plan(model, chosen)
-        return
-    assert out is not None
-    with output.stages() as stage:
-        report = api.compress(
-            source, out, **choice, force=force, allow_nonfinite=allow_nonfinite, device=device, calibration=text,
-            shard_bytes=None if shard_size is None else output.parse_size(shard_size),
-            watch=lambda name, count: stage("Fitting", count, chosen.packed_weights, "weights", name),
-            watch_calibration=stage,
-        )  # fmt: skip
-    output.show_json(report.to_json()) if as_json else show_report(report)
+        text = Calibration(calibration, tokens, seed=seed, sequential=sequential, tune=int(tune))
+    return CompressOptions(
+        settings=parse_settings(settings) | ({"effort": effort} if effort else {}),
+        target_size=None if target_size is None else screen.parse_size(target_size),
+        shard_bytes=None if shard_size is None else screen.parse_size(shard_size),
+        calibration=text,
+        key=None if key_file is None else read_key(key_file),
+        **given,
+    )
 
 
 def codec_label(codec: Any) -> str:
-    """A codec's id, with its code bits where tensors may differ in them."""
+    """Return a codec's id, with its code bits where tensors may differ in them."""
     return f"{codec.id} {codec.code_bits}" if hasattr(codec, "code_bits") else str(codec.id)
 
 
 def show_plan(model: str, plan: Any) -> None:
-    """The plan as a table: per tensor codec, bits, bytes before and after."""
-    rows = [
-        (t.name, "×".join(map(str, t.shape)), codec_label(t.codec) if t.packed else "raw", f"{t.bits_per_weight:.3f}",
-         output.size(t.source_bytes), output.size(t.stored_bytes))
-        for t in plan.tensors
-    ]  # fmt: skip
+    """Print the plan as a table: per tensor codec, bits, bytes before and after."""
+
+    def row(tensor: Any) -> tuple[str, ...]:
+        shape, codec = "×".join(map(str, tensor.shape)), codec_label(tensor.codec) if tensor.packed else "raw"
+        before, after = screen.size(tensor.source_bytes), screen.size(tensor.stored_bytes)
+        return tensor.name, shape, codec, f"{tensor.bits_per_weight:.3f}", before, after
+
     totals = plan.totals()
-    output.show_table(
+    before, after = screen.size(totals["source_bytes"]), screen.size(totals["stored_bytes"])
+    screen.show_table(
         f"Plan for {model}",
         ("tensor", "shape", "codec", "bits", "before", "after"),
-        rows,
-        ("total", "", "", f"{totals['bits_per_weight']:.3f}", output.size(totals["source_bytes"]),
-         output.size(totals["stored_bytes"])),
-    )  # fmt: skip
+        [row(tensor) for tensor in plan.tensors],
+        ("total", "", "", f"{totals['bits_per_weight']:.3f}", before, after),
+    )
     notes = Counter(t.note for t in plan.tensors if t.note)
     lines = [
         f"{totals['packed_tensors']} of {totals['tensors']} tensors packed, "
@@ -214,21 +183,22 @@ def show_plan(model: str, plan: Any) -> None:
 
 
 def show_report(report: Any) -> None:
-    """The summary after packing."""
+    """Print the summary after packing."""
     totals = report.plan.totals()
     worst = max(report.tensors, key=lambda t: t.error_db, default=None)
     fitting = sum(t.seconds for t in report.tensors)
+    before, ratio = screen.size(totals["source_bytes"]), totals["source_bytes"] / max(1, report.file_bytes)
+    packed_bits = f"{totals['bits_per_packed_weight']:.4f} over packed, " if report.tensors else ""
     pairs = [
-        ("size", f"{output.size(totals['source_bytes'])} → {output.size(report.file_bytes)} on disk "
-                 f"({totals['source_bytes'] / max(1, report.file_bytes):.2f}× smaller)"),
+        ("size", f"{before} → {screen.size(report.file_bytes)} on disk ({ratio:.2f}× smaller)"),
         ("tensors", f"{totals['packed_tensors']} packed, {totals['tensors'] - totals['packed_tensors']} raw"),
-        ("bits a weight", (f"{totals['bits_per_packed_weight']:.4f} over packed, " if report.tensors else "")
-                          + f"{totals['bits_per_weight']:.4f} over all"),
-    ]  # fmt: skip
+        ("bits per weight", f"{packed_bits}{totals['bits_per_weight']:.4f} over all"),
+    ]
     if worst is not None:
         rate = totals["packed_weights"] / max(1e-9, fitting)
+        error, worst_error = screen.db(report.error_db), screen.db(worst.error_db)
         pairs += [
-            ("relative error", f"{output.db(report.error_db)} overall, worst {output.db(worst.error_db)} ({worst.plan.name})"),
-            ("time", f"{output.duration(report.seconds)}, {rate:,.0f} weights/s while fitting"),
-        ]  # fmt: skip
-    output.show_pairs(f"Packed {report.path}", pairs)
+            ("relative error", f"{error} overall, worst {worst_error} ({worst.plan.name})"),
+            ("time", f"{screen.duration(report.seconds)}, {rate:,.0f} weights/s while fitting"),
+        ]
+    screen.show_pairs(f"Packed {report.path}", pairs)

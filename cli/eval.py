@@ -1,4 +1,4 @@
-"""seedpack eval."""
+"""The command `seedpack eval`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from seedpack.cli import output
     default=1024,
     show_default=True,
     type=click.IntRange(2),
-    help="Tokens of a window, at most what the model takes.",
+    help="Tokens per window, at most as many as the model takes.",
 )
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
 @output.key_option

@@ -1,4 +1,4 @@
-"""seedpack image."""
+"""The command `seedpack image`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from seedpack.cli import output
 
 @click.group("image")
 def command() -> None:
-    """Images as coefficients: a neural field, fitted to one image."""
+    """Compress an image into the coefficients of a neural field, and render it."""
 
 
 @command.command("compress")
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File to write, as photo.spi."
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="File to write, such as photo.spi."
 )
-@click.option("--bytes", "size", help="What the file may take, as 20000 or 20KB.")
-@click.option("--psnr", type=float, help="Quality in dB instead: 25 is rough, 30 fair, 35 good.")
-@click.option("--steps", type=click.IntRange(1), help="Of training; more are slower and better. Default: 200.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the network's bases.")
+@click.option("--bytes", "size", help="Largest size of the file, such as 20000 or 20KB.")
+@click.option("--psnr", type=float, help="Quality to reach in dB, instead of a size: 25 is rough, 30 fair, 35 good.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps; more are slower and better. Default: 200.")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Seed of the network's bases.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def compress(
@@ -37,33 +37,39 @@ def compress(
 ) -> None:
     """Fit a neural field to IMAGE, grey or RGB, and write it."""
     if (size is None) == (psnr is None):
-        raise click.UsageError("say how small (--bytes 20KB) or how good (--psnr 30)")
+        raise click.UsageError("give either a size (--bytes 20KB) or a quality (--psnr 30)")
     from seedpack import image as images
 
     steps = steps or images.STEPS
     with output.stages() as stage:
         report = images.compress(
-            image, out, size=None if size is None else output.parse_size(size), psnr=psnr,
-            steps=steps, seed=seed, force=force,
+            image,
+            out,
+            size=None if size is None else output.parse_size(size),
+            psnr=psnr,
+            steps=steps,
+            seed=seed,
+            force=force,
             watch=lambda done: stage("Training", done, steps, "steps"),
-        )  # fmt: skip
+        )
     if as_json:
         output.show_json(report.to_json())
         return
     output.show_pairs(
         f"Packed {report.path}",
         [
-            ("size", f"{output.size(image.stat().st_size)} → {report.file_bytes:,} bytes, {report.bits_per_pixel:.3f} a pixel"),
+            ("size", f"{output.size(image.stat().st_size)} → {report.file_bytes:,} bytes"),
+            ("bits per pixel", f"{report.bits_per_pixel:.3f}"),
             ("PSNR", f"{report.psnr:.2f} dB"),
             ("time", output.duration(report.seconds)),
         ],
-    )  # fmt: skip
+    )
 
 
 @command.command("decompress")
 @click.argument("packed", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Image to write, as photo.png."
+    "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Image to write, such as photo.png."
 )
 @output.fraction_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")

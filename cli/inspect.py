@@ -1,4 +1,4 @@
-"""seedpack inspect."""
+"""The command `seedpack inspect`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seedpack.cli import output
 
 @click.command("inspect")
 @click.argument("packed")
-@click.option("--tensors", "pattern", default="*", metavar="PATTERN", help="Only tensors whose name matches.")
+@click.option("--tensors", "pattern", default="*", metavar="PATTERN", help="Show only tensors whose name matches.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(packed: str, pattern: str, as_json: bool) -> None:
     """Show the header and the tensors of the checkpoint PACKED; no tensor data is read."""
@@ -31,7 +31,7 @@ def command(packed: str, pattern: str, as_json: bool) -> None:
         return
     output.show_table(
         f"{packed}",
-        ("tensor", "shape", "dtype", "codec", "bits", "stored"),
+        ("tensor", "shape", "dtype", "codec", "bits per weight", "stored"),
         [
             (
                 r["name"],
@@ -51,7 +51,7 @@ def command(packed: str, pattern: str, as_json: bool) -> None:
         ("files", f"{len(files)}, {output.size(stored)}"),
         (
             "weights",
-            f"{weights:,} described, {8 * stored / max(1, weights):.4f} bits each on disk, headers included",
+            f"{weights:,} described, {8 * stored / max(1, weights):.4f} bits per weight on disk, headers included",
         ),
         *[("codec", codec) for codec in codecs if not codec.startswith("raw ")],
     ]

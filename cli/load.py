@@ -1,4 +1,4 @@
-"""seedpack load."""
+"""The command `seedpack load`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from seedpack.errors import ModelError
 
 @click.command("load")
 @click.argument("packed", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Generate from this text, greedily.")
-@click.option("--max-new-tokens", default=40, show_default=True, type=click.IntRange(1))
+@click.option("--prompt", help="Generate text from this prompt, greedily.")
+@click.option(
+    "--max-new-tokens", default=40, show_default=True, type=click.IntRange(1), help="Generate at most this many tokens."
+)
 @output.fraction_option
 @output.key_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(packed: Path, prompt: str | None, max_new_tokens: int, fraction: float | None, as_json: bool) -> None:
     """Load the checkpoint PACKED and report its layers, memory and time.
 
-    A Hugging Face folder becomes a model whose layers stay packed; of a single file every tensor is rebuilt once.
+    A Hugging Face folder becomes a model whose layers stay packed; the tensors of a single file are rebuilt.
     """
     import seedpack
 
@@ -64,7 +66,7 @@ def _layers(model: Any) -> Counter[str]:
 
 
 def _dense_bytes(model: Any) -> int:
-    """What the same model takes unpacked."""
+    """Return the size of the same model unpacked."""
     import math
 
     element = model.dtype.itemsize
@@ -79,11 +81,11 @@ def _generate(packed: Path, model: Any, prompt: str, max_new_tokens: int) -> dic
     from transformers import AutoTokenizer
 
     if not model.can_generate():
-        raise click.UsageError(f"a {type(model).__name__} does not generate text")
+        raise click.UsageError(f"--prompt: a {type(model).__name__} does not generate text")
     try:
         tokenizer = AutoTokenizer.from_pretrained(packed)
     except Exception as error:  # transformers fails in many ways where files are missing
-        raise ModelError(f"{packed}: has no tokenizer that transformers can load; --prompt needs one") from error
+        raise ModelError(f"{packed}: no tokenizer that transformers can load; --prompt needs one") from error
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():
@@ -115,7 +117,7 @@ def _show(packed: Path, report: dict[str, Any], as_json: bool) -> None:
         pairs.append(("tensors", f"{report['tensors']}, {output.size(report['dense_bytes'])} when dense"))
     pairs.append(("time", output.duration(report["seconds"])))
     if "text" in report:
-        pairs.append(("generated", f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} a second"))
+        pairs.append(("generated", f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} per second"))
     output.show_pairs(f"Loaded {packed}", pairs)
     if "text" in report:
         click.echo(report["text"])

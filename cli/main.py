@@ -1,4 +1,4 @@
-"""The group of commands. Commands are imported when they are named; errors become one line and an exit code.
+"""The group of commands: each is imported when it is named; errors become one line and an exit code.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
@@ -17,13 +17,13 @@ from seedpack.errors import SeedpackError
 
 COMMANDS = {
     "compress": "Pack a model into a seed + coefficient checkpoint.",
-    "load": "Load a packed model; report layers, memory, time; generate.",
-    "inspect": "Show what a packed checkpoint holds.",
+    "load": "Load a packed model, report layers, memory and time, generate text.",
+    "inspect": "Show the header and tensors of a packed checkpoint.",
     "verify": "Check every byte of a packed checkpoint against its digests.",
     "unpack": "Rebuild the dense model.",
-    "compare": "Error and effective rank of one model's tensors against another's.",
+    "compare": "Compare two models tensor by tensor: error and effective rank.",
     "image": "Compress an image into a neural field, and render it.",
-    "eval": "Perplexity and KL divergence of a packed model against its original.",
+    "eval": "Measure perplexity and KL divergence of a packed model against its original.",
 }
 
 
@@ -66,7 +66,7 @@ def cli() -> None:
 
 
 def main() -> None:
-    """Entry point of the `seedpack` program."""
+    """Run the program `seedpack`."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # half-written output is removed
         signal.signal(number, lambda caught, _: sys.exit(128 + caught))
     try:

@@ -1,4 +1,4 @@
-"""Tables, progress and JSON, the same for every command."""
+"""Print tables, progress and JSON, alike for every command."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import click
 
 
 def size(count: float) -> str:
-    """Bytes for people, decimal units.
+    """Format a number of bytes, in decimal units.
 
     >>> size(123_456_789)
     '123.5 MB'
@@ -28,21 +28,21 @@ def size(count: float) -> str:
 
 
 def parse_size(text: str) -> int:
-    """ "5GB", "200 MB" or plain bytes."""
+    """Parse a size such as "5GB", "200 MB" or a plain number of bytes."""
     units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     number = text.strip().upper()
     unit = number.lstrip("0123456789. ")
     try:
         value = float(number.removesuffix(unit)) * units[unit]
     except (KeyError, ValueError):
-        raise click.BadParameter(f"{text[:40]!r} is no size; write 5GB or 200MB") from None
+        raise click.BadParameter(f"not a valid size: {text[:40]!r}; write 5GB or 200MB") from None
     if not 1 <= value < 2**63:
-        raise click.BadParameter("must be from one byte to 9 EB")
+        raise click.BadParameter("the size must be from one byte to 9 EB")
     return int(value)
 
 
 def duration(seconds: float) -> str:
-    """Seconds for people.
+    """Format a number of seconds.
 
     >>> duration(75), duration(3)
     ('1m15s', '3.0s')
@@ -51,12 +51,12 @@ def duration(seconds: float) -> str:
 
 
 def db(value: float) -> str:
-    """Decibels."""
+    """Format a level in decibels."""
     return f"{value:.2f} dB" if math.isfinite(value) else "exact" if value < 0 else "unbounded"
 
 
 def printable(text: str) -> str:
-    """Text from a file, without what could steer the terminal."""
+    """Replace the characters of a text from a file that could control the terminal."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -85,7 +85,7 @@ def show_table(
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Print names and values."""
+    """Print pairs of a name and a value."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -101,7 +101,7 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def show_json(document: Any) -> None:
-    """Print JSON; infinities as null, which JSON has."""
+    """Print JSON, with null for infinities, which JSON cannot express."""
     click.echo(json.dumps(_finite(document), indent=2))
 
 
@@ -115,12 +115,12 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar on standard error with rate and time left; a line every half minute where that is no terminal.
+    """Show a progress bar with rate and time left on standard error, or a line every 30 s if it is not a terminal.
 
-    Yields a function of (what is worked on, units done since the last call).
+    Yields a function of (current item, units done since the last call).
     """
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
-        yield lambda what, count: None
+        yield lambda item, count: None
     elif sys.stderr.isatty():
         with _bar(label, total, unit) as advance:
             yield advance
@@ -130,19 +130,19 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int],
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[..., None]]:
-    """Progress of work in stages, one after the other.
+    """Show the progress of work in stages, one after the other.
 
-    Yields a function of (stage, units done since the last call, units in all, what they are, what is worked on).
+    Yields a function of (stage, units done since the last call, units in all, unit, current item).
     """
     with contextlib.ExitStack() as stack:
         current: dict[str, Callable[[str, int], None]] = {}
 
-        def advance(stage: str, count: int, total: int, unit: str = "", what: str = "") -> None:
+        def advance(stage: str, count: int, total: int, unit: str = "", item: str = "") -> None:
             if stage not in current:
                 stack.close()
                 current.clear()
                 current[stage] = stack.enter_context(progress(stage, total, unit))
-            current[stage](what, count)
+            current[stage](item, count)
 
         yield advance
 
@@ -158,16 +158,16 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], Non
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True),
-        TextColumn("[dim]{task.fields[what]}"),
+        TextColumn("[dim]{task.fields[item]}"),
     )
     started = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, rate="", what="(kernels are compiled on the first run)")
+        task = bar.add_task(label, total=total, rate="", item="(kernels are compiled on the first run)")
 
-        def advance(what: str, count: int) -> None:
+        def advance(item: str, count: int) -> None:
             done = bar.tasks[0].completed + count
             rate = done / max(1e-9, time.perf_counter() - started)
-            bar.update(task, advance=count, what=f"{what[-40:]:40}", rate=f"{_count(rate)} {unit}/s")
+            bar.update(task, advance=count, item=f"{item[-40:]:40}", rate=f"{_count(rate)} {unit}/s")
 
         yield advance
 
@@ -176,7 +176,7 @@ def _lines(label: str, total: int, unit: str) -> Callable[[str, int], None]:
     started = last = time.perf_counter()
     done = 0
 
-    def advance(what: str, count: int) -> None:
+    def advance(item: str, count: int) -> None:
         nonlocal done, last
         done += count
         now = time.perf_counter()
@@ -194,29 +194,29 @@ def _count(value: float) -> str:
 
 
 def quiet_transformers() -> None:
-    """No load reports and weight bars of transformers between our own lines."""
+    """Silence the load reports and progress bars of transformers."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
-def _known_key(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
+def _use_key_file(ctx: click.Context, option: click.Parameter, path: str | None) -> None:
     if path is not None:
-        from seedpack.keys import give, read_key
+        from seedpack.keys import read_key, use_key
 
-        give(read_key(path))
+        use_key(read_key(path))
 
 
 key_option = click.option(
     "--key-file",
     type=click.Path(),
     expose_value=False,
-    callback=_known_key,
-    help="A private key's file (16 bytes or 32 hexadecimal digits), where weights are regenerated with one.",
+    callback=_use_key_file,
+    help="File of the private key (16 bytes or 32 hexadecimal digits), for weights that are regenerated with one.",
 )
 fraction_option = click.option(
     "--fraction",
     type=click.FloatRange(0, 1, min_open=True),
-    help="Use this share of the levels of tensors stored in levels; the file may be cut off behind them.",
+    help="Read only this share of the levels of tensors stored in levels; the file may be cut off after them.",
 )

@@ -1,4 +1,4 @@
-"""seedpack unpack."""
+"""The command `seedpack unpack`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from seedpack.cli import output
     "out",
     required=True,
     type=click.Path(path_type=Path),
-    help="File, or folder for a folder.",
+    help="File to write; for a Hugging Face folder, the folder.",
 )
-@click.option("--dtype", help="Of float tensors; default each tensor's own.")
+@click.option("--dtype", help="Dtype of float tensors; default: each tensor's own.")
 @output.fraction_option
 @output.key_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")

@@ -1,4 +1,4 @@
-"""seedpack verify."""
+"""The command `seedpack verify`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def command(packed: str, as_json: bool) -> None:
     from seedpack.loader.dense import stored_parts
 
     with Checkpoint(packed) as checkpoint:
-        bad: list[dict[str, str]] = []
+        damaged: list[dict[str, str]] = []
         count = 0
         with output.progress("Verifying", len(checkpoint.manifest.tensors), "tensors") as advance:
             for name, error in checkpoint.verify():
@@ -28,18 +28,20 @@ def command(packed: str, as_json: bool) -> None:
                 try:
                     if error is not None:
                         raise error
-                    stored_parts(checkpoint, name)  # what a codec cannot have written is damage too
+                    stored_parts(checkpoint, name)  # parts that the codec cannot have written are damaged too
                 except SeedpackError as problem:
-                    bad.append({"tensor": name, "error": str(problem)})
+                    damaged.append({"tensor": name, "error": str(problem)})
         undescribed = len(checkpoint.raw_keys())
         stored = checkpoint.stored_bytes
     if as_json:
-        output.show_json({"tensors": count, "bad": bad, "without_digest": undescribed})
+        output.show_json({"tensors": count, "bad": damaged, "without_digest": undescribed})
     else:
-        for entry in bad:
+        for entry in damaged:
             click.echo(output.printable(entry["error"]), err=True)
         note = f"; {undescribed} raw tensors have no digest (saved again by transformers)" if undescribed else ""
-        verdict = f"{len(bad)} of {count} tensors are damaged" if bad else f"all {count} tensors match their digests"
+        verdict = (
+            f"{len(damaged)} of {count} tensors are damaged" if damaged else f"all {count} tensors match their digests"
+        )
         click.echo(f"{packed}: {verdict} ({output.size(stored)}){note}")
-    if bad:
+    if damaged:
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""SHA-256 digests of parts: the bytes, and the dtype and shape they are to be read with."""
+"""SHA-256 digests of parts: of their bytes, and of the dtype and shape that they are read with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PLACEHOLDER = "0" * DIGEST_CHARS
 
 
 def part_digest(dtype: str, shape: Sequence[int], data: bytes | bytearray | memoryview) -> str:
-    """Digest of one stored part (docs/format.md, M12).
+    """Return the digest of one stored part (docs/format.md, M12).
 
     >>> part_digest("U8", (2,), b"ab")[:16]
     '0ed5bb6711170ae8'

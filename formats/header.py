@@ -18,17 +18,17 @@ from seedpack.errors import FormatError
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
 _LEVEL = re.compile(r"(?:^|[._])more_([1-9][0-9]{0,2})$")
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
+DTYPE_BYTES = (
+    dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
+    | dict.fromkeys(("U16", "I16", "F16", "BF16"), 2)
+    | dict.fromkeys(("U32", "I32", "F32"), 4)
+    | dict.fromkeys(("U64", "I64", "F64", "C64"), 8)
+)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one stored tensor lies: `start` and `end` are byte offsets into the data that follows the header."""
+    """Dtype, shape and place of a stored tensor: `start` and `end` are byte offsets into the data behind the header."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -51,7 +51,7 @@ class Header:
 
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor.
+    """Return the size of a tensor in bytes.
 
     >>> nbytes("F16", (3, 5))
     30
@@ -60,13 +60,13 @@ def nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def loads_strict(text: str, where: str) -> Any:
-    """`json.loads` that refuses duplicate keys, NaN and absurd nesting with a `FormatError`."""
+    """Parse JSON, refusing duplicate keys, NaN and absurd nesting with a `FormatError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
         for key, value in pairs:
             if key in result:
-                raise FormatError(f"{where}: the key {key[:80]!r} stands twice in one JSON object")
+                raise FormatError(f"{where}: duplicate key {key[:80]!r} in one JSON object")
             result[key] = value
         return result
 
@@ -82,12 +82,12 @@ def loads_strict(text: str, where: str) -> Any:
 
 
 def dumps_canonical(value: Any) -> str:
-    """The one JSON text of a value: keys sorted, no spaces, UTF-8 left as it is."""
+    """Return the canonical JSON text of a value: keys sorted, no spaces, only what must be escaped is."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
 def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
-    """Length of the JSON text, from the first eight bytes; checked against the file before it is read."""
+    """Return the length of the JSON text, from the first eight bytes, checked against the size of the file."""
     if file_bytes < 8 or len(prefix) < 8:
         raise FormatError(f"{where}: {file_bytes} bytes is too short for a safetensors file; was it truncated?")
     length = int.from_bytes(prefix[:8], "little")
@@ -103,13 +103,13 @@ def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
 
 
 def level_of(key: str) -> int:
-    """The level of a part that only refines others: N of a name that ends in more_N, else 0 (M5, M26).
+    """Return the level of a part: N for a name that ends in more_N, which refines lower levels, else 0 (M5, M26).
 
     >>> level_of("a.b.more_2"), level_of("right_more_1"), level_of("a.b.weight")
     (2, 1, 0)
     """
-    found = _LEVEL.search(key)
-    return int(found[1]) if found else 0
+    match = _LEVEL.search(key)
+    return int(match[1]) if match else 0
 
 
 def parse_header(text: bytes, file_bytes: int, where: str, *, whole: bool = True) -> Header:
@@ -160,13 +160,13 @@ def _tensor_info(name: str, value: object, where: str) -> TensorInfo:
 
 
 def check_name(name: str, at: str) -> None:
-    """A tensor's name is any text that UTF-8 can hold, but for the key of the metadata."""
+    """Refuse a name that UTF-8 cannot hold, or that is the key of the metadata."""
     if name == "__metadata__" or any("\ud800" <= character <= "\udfff" for character in name):
-        raise FormatError(f"{at}: cannot be a tensor's name; rename the tensor")
+        raise FormatError(f"{at}: not a valid tensor name; rename the tensor")
 
 
 def check_shape(shape: object, at: str) -> None:
-    """A list of at most `MAX_DIMENSIONS` whole numbers, whose product, zeros left out, is below 2^63."""
+    """Require a list of at most `MAX_DIMENSIONS` whole numbers, whose product, zeros left out, is below 2^63."""
     if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
         raise FormatError(f"{at}: shape must be a list of whole numbers, got {str(shape)[:80]}")
     if len(shape) > MAX_DIMENSIONS or math.prod(n or 1 for n in shape) >= 2**63:
@@ -174,7 +174,7 @@ def check_shape(shape: object, at: str) -> None:
 
 
 def _check_coverage(tensors: Mapping[str, TensorInfo], data_bytes: int, where: str, whole: bool) -> None:
-    """The tensors must tile the data: no hole, no overlap, nothing after the end."""
+    """Require the tensors to tile the data: no hole, no overlap, nothing after the end."""
     position = 0
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
@@ -196,18 +196,16 @@ def layout(parts: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Tensor
     """
     for name in parts:
         check_name(name, f"tensor {name[:120]!r}")
-    order = sorted(parts, key=lambda name: (-DTYPE_BYTES[parts[name][0]], level_of(name), name))
-    result, position = {}, 0
-    for name in order:
+    infos, position = {}, 0
+    for name in sorted(parts, key=lambda name: (-DTYPE_BYTES[parts[name][0]], level_of(name), name)):
         dtype, shape = parts[name]
-        end = position + nbytes(dtype, shape)
-        result[name] = TensorInfo(dtype, tuple(shape), position, end)
-        position = end
-    return result
+        infos[name] = TensorInfo(dtype, tuple(shape), position, position + nbytes(dtype, shape))
+        position = infos[name].end
+    return infos
 
 
 def serialise_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The canonical header, length bytes included, padded with spaces to a multiple of eight."""
+    """Return the canonical header, length bytes included, padded with spaces to a multiple of eight."""
     document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     for name, info in tensors.items():
         document[name] = {

@@ -29,14 +29,14 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class CodecSpec:
-    """A codec as the file names it: id, version of its bit layout, hyperparameters."""
+    """A codec in a file: id, version of its bit layout, hyperparameters."""
 
     id: str
     version: int
     config: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the JSON object."""
         return {"id": self.id, "version": self.version, "config": self.config}
 
 
@@ -44,7 +44,7 @@ class CodecSpec:
 class TensorEntry:
     """One tensor of the model: its codec (index into `Manifest.codecs`), dense dtype and shape, parts' digests.
 
-    `transposed` says that the codec saw the matrix transposed, because the model stores it [in, out].
+    `transposed`: the codec saw the matrix transposed, because the model stores it [in, out].
     """
 
     codec: int
@@ -54,14 +54,14 @@ class TensorEntry:
     transposed: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the JSON object."""
         value = {"codec": self.codec, "dtype": self.dtype, "shape": list(self.shape), "parts": self.parts}
         return {**value, "transposed": True} if self.transposed else value
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor of the model that is a piece of a stored one: its elements from `offset` on in row-major order, times `scale`."""
+    """A tensor of the model that is a piece of a stored one: its elements from `offset` on, row by row, times `scale`."""
 
     tensor: str
     offset: int
@@ -69,14 +69,22 @@ class View:
     scale: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object."""
+        """Return the JSON object."""
         return {"tensor": self.tensor, "offset": self.offset, "shape": list(self.shape), "scale": self.scale}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a reader needs beside the bytes. `shared` maps further names of a tensor to the stored one; a tensor that
-    `views` are made of is none of the model's own."""
+    """All that a reader needs beside the bytes.
+
+    Attributes:
+        codecs: of all tensors.
+        tensors: the stored ones, by name.
+        shared: further names of stored tensors, {name: stored}.
+        writer: the program's name and version.
+        version: of the format.
+        views: tensors of the model that are pieces of a stored one, which is then not a tensor of the model itself.
+    """
 
     codecs: tuple[CodecSpec, ...]
     tensors: dict[str, TensorEntry]
@@ -86,36 +94,36 @@ class Manifest:
     views: dict[str, View] = field(default_factory=dict)
 
     def codec_of(self, name: str) -> CodecSpec:
-        """The codec of one tensor."""
+        """Return the codec of a tensor."""
         return self.codecs[self.tensors[name].codec]
 
     def is_packed(self, name: str) -> bool:
-        """Whether a tensor is stored by any codec but `raw`."""
+        """Return whether a tensor is stored by any codec but `raw`."""
         return self.codec_of(name).id != RAW
 
     def part_keys(self, name: str) -> dict[str, str]:
-        """The safetensors key of each part of a tensor."""
+        """Return the safetensors key of each part of a tensor."""
         return {part: part_key(name, part) for part in self.tensors[name].parts}
 
     def select(self, names: Iterable[str]) -> Manifest:
-        """The manifest of some of the tensors, with only the codecs and aliases that they use."""
-        chosen = {name: self.tensors[name] for name in names}
-        used = sorted({entry.codec for entry in chosen.values()})
-        renumber = {old: new for new, old in enumerate(used)}
+        """Return the manifest of some of the tensors, with only the codecs, shared names and views that they have."""
+        tensors = {name: self.tensors[name] for name in names}
+        used = sorted({entry.codec for entry in tensors.values()})
+        new_index = {old: new for new, old in enumerate(used)}
         return replace(
             self,
             codecs=tuple(self.codecs[i] for i in used),
-            tensors={name: replace(entry, codec=renumber[entry.codec]) for name, entry in chosen.items()},
-            shared={alias: name for alias, name in self.shared.items() if name in chosen},
-            views={name: view for name, view in self.views.items() if view.tensor in chosen},
+            tensors={name: replace(entry, codec=new_index[entry.codec]) for name, entry in tensors.items()},
+            shared={alias: name for alias, name in self.shared.items() if name in tensors},
+            views={name: view for name, view in self.views.items() if view.tensor in tensors},
         )
 
     def packed_only(self) -> Manifest:
-        """What `config.json` carries: the packed tensors."""
+        """Return the manifest of the packed tensors, which `config.json` holds."""
         return self.select(name for name in self.tensors if self.is_packed(name))
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON document, its own digest included."""
+        """Return the JSON document, its own digest included."""
         document: dict[str, Any] = {
             "seedpack": self.version,
             "writer": self.writer,
@@ -128,12 +136,12 @@ class Manifest:
         return {**document, "digest": _document_digest(document)}
 
     def dumps(self) -> str:
-        """The canonical JSON text."""
+        """Return the canonical JSON text."""
         return dumps_canonical(self.to_json())
 
 
 def part_key(name: str, part: str) -> str:
-    """Where a part of tensor `name` is stored: the principal part under the tensor's own name.
+    """Return the key that a part of tensor `name` is stored under: for the principal part the tensor's own name.
 
     >>> part_key("a.b.weight", "weight"), part_key("a.b.weight", "codes"), part_key("emb", "codes")
     ('a.b.weight', 'a.b.codes', 'emb.codes')
@@ -142,7 +150,7 @@ def part_key(name: str, part: str) -> str:
 
 
 def merge(manifests: list[Manifest], where: str) -> Manifest:
-    """The manifest of a sharded checkpoint from those of its files."""
+    """Return the manifest of a sharded checkpoint from those of its files."""
     codecs: dict[str, CodecSpec] = {}
     tensors: dict[str, TensorEntry] = {}
     shared: dict[str, str] = {}
@@ -198,8 +206,11 @@ def manifest_from_json(document: object, where: str) -> Manifest:
     except (RecursionError, UnicodeEncodeError) as error:
         raise FormatError(f"{at}: cannot be written as JSON in UTF-8 ({type(error).__name__})") from None
     if document["digest"] != expected:
-        raise DigestError(f"{at}: its bytes changed since it was written (digest {expected[:16]}…, "
-                          f"stored {str(document['digest'])[:16]}…); fetch the file again")  # fmt: skip
+        stored = str(document["digest"])[:16]
+        raise DigestError(
+            f"{at}: its bytes changed since it was written (digest {expected[:16]}…, stored {stored}…); "
+            "fetch the file again"
+        )
     if not isinstance(document["writer"], str):
         raise FormatError(f"{at}: 'writer' must be a string")
     codecs = tuple(_codec_spec(value, f"{at}: codec {i}") for i, value in enumerate(_list(document, "codecs", at)))
@@ -217,14 +228,14 @@ def manifest_from_json(document: object, where: str) -> Manifest:
         for name, value in (_object(document, "views", at) if "views" in document else {}).items()
     }
     if "views" in document and not views:
-        raise FormatError(f"{at}: 'views' is left out where there are none")
+        raise FormatError(f"{at}: 'views' must be left out where there are none")
     _require_covered(views, tensors, at)
     _require_unique_keys(tensors, at)
     return Manifest(codecs, tensors, shared, document["writer"], version, views)
 
 
 def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
-    """The manifest with the digest of each part filled in; `digests` maps safetensors keys to digests."""
+    """Return the manifest with the digest of each part filled in; `digests` maps safetensors keys to digests."""
     tensors = {
         name: replace(entry, parts={part: digests[part_key(name, part)] for part in entry.parts})
         for name, entry in manifest.tensors.items()
@@ -233,18 +244,18 @@ def with_digests(manifest: Manifest, digests: Mapping[str, str]) -> Manifest:
 
 
 def blank_parts(parts: Iterable[str]) -> dict[str, str]:
-    """Parts whose digests are not known yet; a placeholder of the same length."""
+    """Return a placeholder of the same length for the digest of each part, not known yet."""
     return dict.fromkeys(sorted(parts), PLACEHOLDER)
 
 
 def require_integer(key: str, dtype: str, where: str) -> None:
-    """Parts of packed tensors are integers: loaders and casts leave them alone (M16)."""
+    """Require a part of a packed tensor to be of integers, which loaders and casts leave unchanged (M16)."""
     if dtype[0] not in "UI":
         raise FormatError(f"{where}: {key!r} is a part of a packed tensor and must be of integers, not {dtype}")
 
 
-def require_undense(name: str, principal: Sequence[int], dense: Sequence[int], where: str) -> None:
-    """A principal part must not pass for the dense weight (M16)."""
+def require_own_shape(name: str, principal: Sequence[int], dense: Sequence[int], where: str) -> None:
+    """Refuse a principal part that could be taken for the dense weight (M16)."""
     if tuple(principal) == tuple(dense):
         raise FormatError(
             f"{where}: tensor {name!r}: its principal part has the shape of the dense weight {list(dense)}"
@@ -260,7 +271,7 @@ def _codec_spec(value: object, at: str) -> CodecSpec:
         raise FormatError(f"{at}: expected a JSON object")
     _require_keys(value, {"id", "version", "config"}, set(), at)
     if not isinstance(value["id"], str) or not _CODEC_ID.fullmatch(value["id"]):
-        raise FormatError(f"{at}: {str(value['id'])[:40]!r} is no codec id")
+        raise FormatError(f"{at}: not a valid codec id: {str(value['id'])[:40]!r}")
     if type(value["version"]) is not int or value["version"] < 0:
         raise FormatError(f"{at}: version must be a whole number from 0")
     return CodecSpec(value["id"], value["version"], _object(value, "config", at))
@@ -278,7 +289,7 @@ def _tensor_entry(value: object, codecs: int, at: str) -> TensorEntry:
     check_shape(shape, at)
     parts = _object(value, "parts", at)
     if PRINCIPAL_PART not in parts:
-        raise FormatError(f"{at}: has no principal part {PRINCIPAL_PART!r}")
+        raise FormatError(f"{at}: no principal part {PRINCIPAL_PART!r}")
     for part, digest in parts.items():
         if not _PART_NAME.fullmatch(part) or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise FormatError(f"{at}: part {part[:40]!r} needs a name in a-z, 0-9, _ and a SHA-256 digest")
@@ -305,7 +316,7 @@ def _view(value: object, name: str, tensors: Mapping[str, TensorEntry], shared: 
 
 
 def _require_covered(views: Mapping[str, View], tensors: Mapping[str, TensorEntry], at: str) -> None:
-    """Views use what they are made of, but for less than a row: a few bytes stand for no more than the model's tensors do."""
+    """Require views to use all but less than a row of their tensor, so that few bytes cannot decode to many for nothing."""
     used: dict[str, int] = {}
     for view in views.values():
         used[view.tensor] = used.get(view.tensor, 0) + math.prod(view.shape)
@@ -327,19 +338,19 @@ def _require_unique_keys(tensors: Mapping[str, TensorEntry], at: str) -> None:
 def _require_keys(value: dict[str, Any], required: set[str], optional: set[str], at: str) -> None:
     missing, unknown = required - value.keys(), value.keys() - required - optional
     if missing or unknown:
-        problem = f"lacks {sorted(missing)}" if missing else f"has unknown keys {sorted(unknown)[:4]}"
+        problem = f"missing keys {sorted(missing)}" if missing else f"unknown keys {sorted(unknown)[:4]}"
         raise FormatError(f"{at}: {problem}; expected {sorted(required)}")
 
 
 def _list(value: dict[str, Any], key: str, at: str) -> list[Any]:
-    found = value[key]
-    if not isinstance(found, list):
+    items = value[key]
+    if not isinstance(items, list):
         raise FormatError(f"{at}: {key!r} must be a list")
-    return found
+    return items
 
 
 def _object(value: dict[str, Any], key: str, at: str) -> dict[str, Any]:
-    found = value[key]
-    if not isinstance(found, dict):
+    members = value[key]
+    if not isinstance(members, dict):
         raise FormatError(f"{at}: {key!r} must be an object")
-    return found
+    return members

@@ -1,4 +1,4 @@
-"""Read checkpoints: the header is checked in full first, then only the parts asked for are touched."""
+"""Read checkpoints: check the header in full first, then touch only the parts that are asked for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from seedpack.formats.manifest import (
     merge,
     part_key,
     require_integer,
-    require_undense,
+    require_own_shape,
 )
 from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
 
@@ -45,8 +45,12 @@ class Part:
 
 
 class SafetensorsFile:
-    """One safetensors file, mapped. `header` is checked; nothing else has been read. Unless it must be `whole`, its end may
-    be missing."""
+    """One safetensors file, mapped into memory; only its header has been read and checked.
+
+    Args:
+        path: of the file.
+        whole: False takes a file that was cut off at its end too.
+    """
 
     def __init__(self, path: Path, *, whole: bool = True):
         self.path = path
@@ -66,33 +70,35 @@ class SafetensorsFile:
         self._data_bytes = size - self.header.data_start
 
     def holds(self, key: str) -> bool:
-        """Whether all bytes of a tensor that the header names are there."""
+        """Return whether all bytes of a tensor that the header names are there."""
         return self.header.tensors[key].end <= self._data_bytes
 
     def part(self, key: str) -> Part:
-        """The tensor stored under a key, as a view."""
+        """Return the tensor stored under a key, as a view of the file."""
         info = self.header.tensors.get(key)
         if info is None:
-            raise FormatError(f"{self.path}: has no tensor {key!r}")
+            raise FormatError(f"{self.path}: no such tensor: {key!r}")
         start = self.header.data_start
         return Part(info.dtype, info.shape, memoryview(self._map)[start + info.start : start + info.end])
 
     def manifest(self) -> Manifest | None:
-        """The seedpack manifest in the file's metadata, or None."""
+        """Return the seedpack manifest in the file's metadata, or None."""
         text = self.header.metadata.get(MANIFEST_KEY)
         if text is None:
             return None
         if self.header.metadata != {"format": "pt", MANIFEST_KEY: text}:
-            raise FormatError(f"{self.path}: __metadata__ must hold 'format': 'pt' and {MANIFEST_KEY!r}, and no more")
+            raise FormatError(
+                f"{self.path}: __metadata__ must hold 'format': 'pt' and {MANIFEST_KEY!r}, and nothing else"
+            )
         return loads_manifest(text, str(self.path))
 
     def require_canonical(self) -> None:
-        """Refuse a header that says the same in other bytes: some bit of it was changed."""
+        """Refuse a header that says the same in other bytes: one of its bits was changed."""
         manifest = self.manifest()
         assert manifest is not None, "asked only of files with a manifest"
         infos = layout({key: (info.dtype, info.shape) for key, info in self.header.tensors.items()})
-        written = serialise_header(infos, {"format": "pt", MANIFEST_KEY: manifest.dumps()})
-        if written[8:] != self._header_bytes:
+        canonical = serialise_header(infos, {"format": "pt", MANIFEST_KEY: manifest.dumps()})
+        if canonical[8:] != self._header_bytes:
             raise DigestError(f"{self.path}: the header's bytes changed since they were written; fetch the file again")
 
     def close(self) -> None:
@@ -103,7 +109,7 @@ class SafetensorsFile:
 class Checkpoint:
     """A packed checkpoint: one file, or a folder with `model.safetensors` or an index and shards.
 
-    Every rule of the format that needs no tensor data is checked here. `verify` checks the data.
+    Opening it checks every rule of the format that needs no tensor data; `verify` checks the data.
 
     Args:
         path: a file or folder.
@@ -127,25 +133,25 @@ class Checkpoint:
             raise
 
     def part(self, name: str, part: str, *, check: bool = True) -> Part:
-        """One part of one tensor; `check` compares its digest, where one is stored."""
+        """Return one part of a tensor; `check` compares its digest."""
         key = part_key(name, part)
-        found = self._file_of[key].part(key)
+        content = self._file_of[key].part(key)
         if check:
             stored = self.manifest.tensors[name].parts[part]
-            actual = part_digest(found.dtype, found.shape, found.data)
+            actual = part_digest(content.dtype, content.shape, content.data)
             if actual != stored:
                 raise DigestError(
                     f"{self._file_of[key].path}: tensor {name!r}, part {part!r}: its bytes changed since they were "
                     f"written (digest {actual[:16]}…, stored {stored[:16]}…); fetch the file again"
                 )
-        return found
+        return content
 
     def parts(self, name: str, *, check: bool = True) -> dict[str, Part]:
-        """All parts of one tensor, or those of the levels that are read."""
+        """Return all parts of a tensor, or with a fraction those of the levels that are read."""
         return {part: self.part(name, part, check=check) for part in self.part_names(name)}
 
     def part_names(self, name: str) -> list[str]:
-        """Parts of one tensor that are read: with a fraction, of the first levels alone, as far as they are there.
+        """Return the parts of a tensor to read: with a fraction only those of the first levels, as far as they are there.
 
         Raises:
             FormatError: a part of the first level is cut off.
@@ -153,23 +159,23 @@ class Checkpoint:
         parts = list(self.manifest.tensors[name].parts)
         if self.fraction is None:
             return parts
-        there = {part: self._file_of[part_key(name, part)].holds(part_key(name, part)) for part in parts}
         levels = 1 + max(map(level_of, parts))
-        read = max(1, int(self.fraction * levels + 1e-9))
-        lost = [level_of(part) for part in parts if not there[part]]
-        if 0 in lost:
+        wanted = max(1, int(self.fraction * levels + 1e-9))
+        keys = {part: part_key(name, part) for part in parts}
+        cut_off = [level_of(part) for part, key in keys.items() if not self._file_of[key].holds(key)]
+        if 0 in cut_off:
             raise FormatError(
                 f"{self.path}: cut off before the first level of tensor {name!r} ends; fetch more of the file"
             )
-        return [part for part in parts if level_of(part) < min([read, *lost])]
+        return [part for part in parts if level_of(part) < min([wanted, *cut_off])]
 
     def raw_keys(self) -> list[str]:
-        """Tensors in the files that the manifest does not describe (a folder saved again by transformers)."""
+        """Return the keys in the files that the manifest does not describe (a folder saved again by transformers)."""
         described = {key for name in self.manifest.tensors for key in self.manifest.part_keys(name).values()}
         return sorted(self._file_of.keys() - described)
 
     def undescribed(self, key: str) -> Part:
-        """A tensor of `raw_keys`."""
+        """Return the tensor under one of `raw_keys`."""
         if not self._file_of[key].holds(key):
             raise FormatError(f"{self.path}: cut off before tensor {key!r} ends; fetch more of the file")
         return self._file_of[key].part(key)
@@ -214,27 +220,25 @@ class Checkpoint:
                         f"{self.path}: tensor {key!r} is in {file_of[key].path.name} and {file.path.name}"
                     )
                 file_of[key] = file
-        if self.path.is_dir() and (self.path / INDEX_FILE).is_file():
-            found = {key: file.path.name for key, file in file_of.items()}
-            if _weight_map(self.path / INDEX_FILE) != found:
-                raise FormatError(
-                    f"{self.path / INDEX_FILE}: does not list what the shards hold; fetch the folder again"
-                )
+        index = self.path / INDEX_FILE
+        stored = {key: file.path.name for key, file in file_of.items()}
+        if self.path.is_dir() and index.is_file() and _weight_map(index) != stored:
+            raise FormatError(f"{index}: its entries are not those of the shards; fetch the folder again")
         return file_of
 
     def _find_manifest(self) -> Manifest:
-        found = [manifest for file in self.files if (manifest := file.manifest()) is not None]
-        manifest = self._config_manifest()
-        if found and len(found) == len(self.files):
-            merged = merge(found, str(self.path))
-            if manifest is not None and manifest.to_json() != merged.packed_only().to_json():
+        of_files = [manifest for file in self.files if (manifest := file.manifest()) is not None]
+        of_config = self._config_manifest()
+        if of_files and len(of_files) == len(self.files):
+            merged = merge(of_files, str(self.path))
+            if of_config is not None and of_config.to_json() != merged.packed_only().to_json():
                 raise FormatError(
                     f"{self.path / 'config.json'}: its quantization_config is not that of the weight files; "
                     "fetch the whole folder again"
                 )
             return merged
-        if manifest is not None:
-            return manifest
+        if of_config is not None:
+            return of_config
         raise FormatError(
             f"{self.path}: not a seedpack checkpoint (no manifest in the metadata of {self.files[0].path.name}); "
             "pack it with seedpack compress"
@@ -247,28 +251,27 @@ class Checkpoint:
         return manifest_from_config(read_json(config), str(config))
 
     def _check_parts(self) -> None:
-        """Every part that the manifest names is in the files, and raw tensors have their stated form."""
+        """Require every part that the manifest names to be in the files, and raw tensors to be of its dtype and shape."""
         for name, entry in self.manifest.tensors.items():
             for part, key in self.manifest.part_keys(name).items():
                 if key not in self._file_of:
                     raise FormatError(f"{self.path}: tensor {name!r}: its part {part!r} ({key!r}) is not in the files")
             info = self._file_of[name].header.tensors[name]
             if self.manifest.is_packed(name):
-                require_undense(name, info.shape, entry.shape, str(self.path))
+                require_own_shape(name, info.shape, entry.shape, str(self.path))
                 for key in self.manifest.part_keys(name).values():
                     require_integer(key, self._file_of[key].header.tensors[key].dtype, str(self.path))
-            else:
-                if (info.dtype, info.shape) != (entry.dtype, entry.shape):
-                    raise FormatError(
-                        f"{self.path}: tensor {name!r}: stored as {info.dtype} {list(info.shape)}, "
-                        f"manifest says {entry.dtype} {list(entry.shape)}"
-                    )
+            elif (info.dtype, info.shape) != (entry.dtype, entry.shape):
+                raise FormatError(
+                    f"{self.path}: tensor {name!r}: stored as {info.dtype} {list(info.shape)}, "
+                    f"manifest says {entry.dtype} {list(entry.shape)}"
+                )
         if any(MANIFEST_KEY in file.header.metadata for file in self.files) and (stray := self.raw_keys()):
-            raise FormatError(f"{self.path}: {len(stray)} stored tensors are not in the manifest, as {stray[0]!r}")
+            raise FormatError(f"{self.path}: {len(stray)} stored tensors are not in the manifest, such as {stray[0]!r}")
 
 
 def manifest_from_config(config: object, where: str) -> Manifest | None:
-    """The manifest in a Hugging Face config's `quantization_config` (top level or text sub-config), or None."""
+    """Return the manifest in a Hugging Face config's `quantization_config` (top level or text sub-config), or None."""
     if not isinstance(config, dict):
         raise FormatError(f"{where}: expected a JSON object")
     for holder in (config, config.get("text_config")):
@@ -284,7 +287,7 @@ def _weight_files(path: Path) -> list[Path]:
             return [path]
         folder = path.is_dir()
     except (OSError, ValueError) as error:
-        raise FormatError(f"{str(path)[:200]}: is no path ({error})") from None
+        raise FormatError(f"{str(path)[:200]}: not a valid path ({error})") from None
     if not folder:
         raise FormatError(f"{path}: no such file or folder")
     index = path / INDEX_FILE
@@ -308,11 +311,11 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> object:
-    """A JSON file of a checkpoint folder, strictly read."""
+    """Read a JSON file of a checkpoint folder, refusing duplicate keys and NaN."""
     try:
         text = path.read_text("utf-8")
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: is not UTF-8 (byte {error.start})") from None
+        raise FormatError(f"{path}: not UTF-8 (byte {error.start})") from None
     return loads_strict(text, str(path))

@@ -1,4 +1,4 @@
-"""Write beside the target, rename at the end: whatever happens, the old output stays whole."""
+"""Write beside the target and rename at the end, so that the old output stays whole whatever happens."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from seedpack.errors import OutputError
+from seedpack.errors import ModelError, OutputError
 
 
 @contextlib.contextmanager
 def staged(target: Path, *, force: bool = False, directory: bool = False) -> Iterator[Path]:
     """Yield a path beside `target` to write to; it takes the target's place if the block succeeds.
 
-    On any exception (an interrupt too) what was written is removed and the target is as it was.
+    On any exception (an interrupt too) the new output is removed and the target is left as it was.
 
     Args:
         target: the file or folder to be made.
-        force: replace what exists there; else that is an `OutputError`.
+        force: replace an existing output, which is an `OutputError` otherwise.
         directory: make the yielded path a folder.
     """
     try:
@@ -47,18 +47,18 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
 
 
 def _require_replaceable(target: Path, directory: bool) -> None:
-    """Even with `force`, no folder is deleted that a model folder does not take the place of."""
+    """Refuse to replace what is not an output of the same kind, even with `force`: only a model's folder is deleted."""
     if not os.path.lexists(target):
         return
     if not target.is_dir():
         if directory or not (target.is_file() or target.is_symlink()):
-            raise OutputError(f"{target}: is no folder, the output is one; name another output")
+            raise OutputError(f"{target}: not a folder, but the output is one; name another output")
         return
     if not directory:
-        raise OutputError(f"{target}: is a folder, the output is a file; name a file")
+        raise OutputError(f"{target}: is a folder, but the output is a file; name a file")
     looks_like_a_model = any((target / name).is_file() for name in ("config.json", "model.safetensors"))
     if any(target.iterdir()) and not looks_like_a_model:
-        raise OutputError(f"{target}: is a folder that holds something else than a model; name another output")
+        raise OutputError(f"{target}: is a folder of something other than a model; name another output")
 
 
 def _replace(partial: Path, target: Path) -> None:
@@ -74,12 +74,12 @@ def _replace(partial: Path, target: Path) -> None:
         if os.path.lexists(old) and not os.path.lexists(target):
             os.rename(old, target)
         raise
-    with contextlib.suppress(OSError):  # the new output is in place; what is left of the old goes with the next run
+    with contextlib.suppress(OSError):  # the new output is in place; the next run removes leftovers of the old
         _remove(old)
 
 
 def _remove_leftovers(target: Path) -> None:
-    """Remove what a killed process left behind for this target; bring back an output it had moved aside."""
+    """Remove leftovers of a killed process for this target, and bring back an output that it had moved aside."""
     for kind in ("replaced", "partial"):
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.{kind}-*"):
             pid = leftover.name.rpartition("-")[2]
@@ -105,3 +105,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def require_apart(output: Path, source: Path) -> None:
+    """Refuse an output that would take the place of its source, or of a folder that holds it."""
+    target, origin = output.resolve(), source.resolve()
+    if source.exists() and (target == origin or target in origin.parents):
+        raise ModelError(f"{output}: is the model itself or holds it; name another output")

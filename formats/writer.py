@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from seedpack.errors import FormatError, OutputError
-from seedpack.formats.digest import part_digest
+from seedpack.formats.digest import PLACEHOLDER, part_digest
 from seedpack.formats.header import DTYPE_BYTES, dumps_canonical, layout, nbytes, serialise_header
 from seedpack.formats.manifest import (
     MANIFEST_KEY,
@@ -24,7 +24,7 @@ from seedpack.formats.manifest import (
     merge,
     part_key,
     require_integer,
-    require_undense,
+    require_own_shape,
     with_digests,
 )
 
@@ -36,7 +36,7 @@ NO_VIEWS: Mapping[str, View] = {}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """What is known of a tensor before it is fitted: its codec, dense dtype and shape, and its parts' specs."""
+    """A tensor before it is fitted: its codec, dense dtype and shape, and the dtypes and shapes of its parts."""
 
     name: str
     codec: CodecSpec
@@ -47,14 +47,14 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        """Stored bytes, all parts together."""
+        """Size of all parts in bytes."""
         return sum(nbytes(dtype, shape) for dtype, shape in self.parts.values())
 
 
 class FileWriter:
-    """One safetensors file with a manifest. Every planned tensor is written once, in any order, then `close`.
+    """Writes one safetensors file: every planned tensor once, in any order, and on `close` the header.
 
-    The file is useless to any reader until `close` writes its header. Use it inside `staged`.
+    No reader accepts the file before that. Use it inside `staged`. Arguments as for `CheckpointWriter`.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class FileWriter:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest as it stands: digests of parts not yet written are placeholders."""
-        return with_digests(self._manifest, {key: self._digests.get(key, "0" * 64) for key in self._infos})
+        """The manifest so far: digests of parts not yet written are placeholders."""
+        return with_digests(self._manifest, {key: self._digests.get(key, PLACEHOLDER) for key in self._infos})
 
     def write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]) -> None:
-        """Store the parts of one tensor, each as (dtype, shape, bytes); they must be what was planned."""
+        """Store the parts of one tensor, each as (dtype, shape, bytes), which must be the planned ones."""
         planned = self._manifest.tensors[name].parts
         if parts.keys() != planned.keys():
             raise FormatError(f"tensor {name!r}: planned parts {sorted(planned)}, got {sorted(parts)}")
@@ -108,7 +108,7 @@ class FileWriter:
         missing = self._infos.keys() - self._digests.keys()
         if missing:
             self._file.close()
-            raise FormatError(f"{self._path.name}: {len(missing)} parts were never written, as {min(missing)!r}")
+            raise FormatError(f"{self._path.name}: {len(missing)} parts were never written, such as {min(missing)!r}")
         header = self._header()
         assert len(header) == self._data_start, "digests have one length"
         self._file.seek(0)
@@ -118,7 +118,7 @@ class FileWriter:
         self._file.close()
 
     def abort(self) -> None:
-        """Close the file as it is; `staged` removes it."""
+        """Close the file unfinished; `staged` removes it."""
         self._file.close()
 
     def _header(self) -> bytes:
@@ -129,21 +129,21 @@ class FileWriter:
 
 
 def file_bytes(tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str) -> int:
-    """What one file with these tensors takes, header and all."""
+    """Return the size of one file with these tensors, header included."""
     infos = layout(_specs(tensors))
     metadata = {"format": "pt", MANIFEST_KEY: _blank_manifest(tensors, shared, writer, NO_VIEWS).dumps()}
     return len(serialise_header(infos, metadata)) + max((info.end for info in infos.values()), default=0)
 
 
 class CheckpointWriter:
-    """A checkpoint in one file, or in a folder as one file or shards with an index.
+    """Writes a checkpoint to one file, or into a folder as one file or shards with an index.
 
     Args:
-        path: a file, or with `folder=True` an existing folder.
-        tensors: everything that will be written.
+        path: an existing folder, or a new file.
+        tensors: all that will be written.
         shared: further names of stored tensors.
         writer: the program's name and version.
-        shard_bytes: in a folder, start a new shard before a file's parts exceed this.
+        shard_bytes: in a folder, start a new shard before the parts of one exceed this.
         manifest: False writes a plain safetensors file, for dense models.
         views: tensors of the model that are pieces of stored ones.
     """
@@ -155,26 +155,27 @@ class CheckpointWriter:
         shared: Mapping[str, str],
         writer: str,
         *,
-        folder: bool = False,
         shard_bytes: int | None = None,
         manifest: bool = True,
         views: Mapping[str, View] = NO_VIEWS,
     ):
-        self._folder = path if folder else None
-        groups = _shards(tensors, shard_bytes) if folder else [list(tensors)]
-        names = [SINGLE_FILE] if len(groups) == 1 else [
-            f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)
-        ]  # fmt: skip
+        self._folder = path if path.is_dir() else None
+        shards = _shards(tensors, shard_bytes) if self._folder else [list(tensors)]
         self._writers: dict[str, FileWriter] = {}
         self._file_of: dict[str, str] = {}
         try:
-            for name, group in zip(names, groups, strict=True):
-                stored = {tensor.name for tensor in group}
-                aliases = {alias: target for alias, target in shared.items() if target in stored}
-                pieces = {alias: view for alias, view in views.items() if view.tensor in stored}
-                file = path / name if folder else path
-                self._writers[name] = FileWriter(file, group, aliases, writer, manifest=manifest, views=pieces)
-                self._file_of |= dict.fromkeys(stored, name)
+            for number, shard in enumerate(shards, 1):
+                names = {tensor.name for tensor in shard}
+                file = _shard_name(number, len(shards))
+                self._writers[file] = FileWriter(
+                    path / file if self._folder else path,
+                    shard,
+                    {alias: stored for alias, stored in shared.items() if stored in names},
+                    writer,
+                    manifest=manifest,
+                    views={alias: view for alias, view in views.items() if view.tensor in names},
+                )
+                self._file_of |= dict.fromkeys(names, file)
         except BaseException:
             self.__exit__(OSError, None, None)
             raise
@@ -185,7 +186,7 @@ class CheckpointWriter:
         return merge([writer.manifest for writer in self._writers.values()], "checkpoint")
 
     def write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]) -> None:
-        """Store one tensor's parts; see `FileWriter.write`."""
+        """Store the parts of one tensor; see `FileWriter.write`."""
         self._writers[self._file_of[name]].write(name, parts)
 
     def __enter__(self) -> CheckpointWriter:
@@ -226,7 +227,7 @@ def _blank_manifest(
         for tensor in tensors
     }
     if len(entries) != len(tensors):
-        raise FormatError("two planned tensors have one name")
+        raise FormatError("two planned tensors have the same name")
     for tensor in tensors:
         for part, (dtype, shape) in tensor.parts.items():
             if dtype not in DTYPE_BYTES:
@@ -234,7 +235,7 @@ def _blank_manifest(
             if tensor.codec.id != RAW:
                 require_integer(part_key(tensor.name, part), dtype, "writer")
                 if part == PRINCIPAL_PART:
-                    require_undense(tensor.name, shape, tensor.shape, "writer")
+                    require_own_shape(tensor.name, shape, tensor.shape, "writer")
     return Manifest(tuple(codec for _, codec in codecs), entries, dict(shared), writer, views=dict(views))
 
 
@@ -249,18 +250,22 @@ def _specs(tensors: Sequence[PlannedTensor]) -> dict[str, PartSpec]:
 
 def _shards(tensors: Sequence[PlannedTensor], shard_bytes: int | None) -> list[list[PlannedTensor]]:
     shards: list[list[PlannedTensor]] = [[]]
-    filled = 0
+    size = 0
     for tensor in tensors:
-        if shard_bytes and shards[-1] and filled + tensor.nbytes > shard_bytes:
+        if shard_bytes and shards[-1] and size + tensor.nbytes > shard_bytes:
             shards.append([])
-            filled = 0
+            size = 0
         shards[-1].append(tensor)
-        filled += tensor.nbytes
+        size += tensor.nbytes
     return shards
 
 
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE_FILE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
 def _reserve(descriptor: int, size: int, path: Path) -> None:
-    """Claim the disk space now, so that a full disk is known before hours of fitting."""
+    """Claim the disk space now, so that a full disk is found before hours of fitting."""
     try:
         if size and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)

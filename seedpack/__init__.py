@@ -17,32 +17,44 @@ from seedpack.hf.register import install as _install
 if TYPE_CHECKING:
     from seedpack.api import compress as compress
     from seedpack.api import load as load
+    from seedpack.api import plan as plan
     from seedpack.api import save as save
+    from seedpack.api import unpack as unpack
     from seedpack.codecs.base import Codec as Codec
     from seedpack.codecs.registry import get_codec as get_codec
     from seedpack.codecs.registry import register_codec as register_codec
+    from seedpack.converter.options import Calibration as Calibration
+    from seedpack.converter.options import CompressOptions as CompressOptions
     from seedpack.converter.plan import Plan as Plan
 
+_HOME = {
+    "Calibration": "seedpack.converter.options",
+    "Codec": "seedpack.codecs.base",
+    "CompressOptions": "seedpack.converter.options",
+    "Plan": "seedpack.converter.plan",
+    "compress": "seedpack.api",
+    "get_codec": "seedpack.codecs.registry",
+    "load": "seedpack.api",
+    "plan": "seedpack.api",
+    "register_codec": "seedpack.codecs.registry",
+    "save": "seedpack.api",
+    "unpack": "seedpack.api",
+}
 __all__ = [
+    "Calibration",
     "Codec",
+    "CompressOptions",
     "Plan",
     "SeedpackError",
     "__version__",
     "compress",
     "get_codec",
     "load",
+    "plan",
     "register_codec",
     "save",
+    "unpack",
 ]
-_HOME = {
-    "Codec": "seedpack.codecs.base",
-    "Plan": "seedpack.converter.plan",
-    "compress": "seedpack.api",
-    "get_codec": "seedpack.codecs.registry",
-    "load": "seedpack.api",
-    "register_codec": "seedpack.codecs.registry",
-    "save": "seedpack.api",
-}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,5 +1,4 @@
-"""Shape annotations (jaxtyping's where it is installed, which the tests check; plain tensors elsewhere), and the one shape that
-users get wrong."""
+"""Shape annotations (jaxtyping's where it is installed, which the tests check), and a check of the shape users get wrong."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Private keys: 128 bits that stand in for a seed and are never in a file.
 
 The pseudorandom words of a key are the keystream of ChaCha20 (RFC 8439), a standard stream cipher, under a key derived from
-it by HKDF-SHA256 (RFC 5869). A file holds eight bytes of an HMAC-SHA256, by which a wrong key is known before anything is
+it by HKDF-SHA256 (RFC 5869). A file holds eight bytes of an HMAC-SHA256, by which a wrong key is refused before anything is
 rebuilt. docs/reparam.md says what that protects and what it does not.
 """
 
@@ -11,8 +11,7 @@ import hashlib
 import hmac
 import re
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from pathlib import Path
 
@@ -24,62 +23,55 @@ from seedpack.errors import KeyNeededError
 
 KEY_BYTES = 16
 CHECK = re.compile(r"(?:[0-9a-f]{16})?")  # a key's check; "" is no key
-_known: dict[str, bytes] = {}  # by their check; what was made or loaded with a key goes on needing it
-_given: ContextVar[frozenset[str]] = ContextVar("given", default=frozenset())  # for the files that are being read
+_keys: dict[str, bytes] = {}  # by their check; models trained or loaded with a key go on needing it
+_in_use: ContextVar[frozenset[str]] = ContextVar("in_use", default=frozenset())  # for the files that are being read
 
 
 def add_key(key: bytes) -> str:
-    """Make a key known to this process; returns its check, 16 hexadecimal digits, which files hold.
+    """Let this process regenerate weights with a key; return its check, 16 hexadecimal digits, which files hold.
 
     Raises:
         KeyNeededError: it does not have 16 bytes.
     """
     if not isinstance(key, bytes) or len(key) != KEY_BYTES:
-        found = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
-        raise KeyNeededError(f"a private key has {KEY_BYTES} bytes, got {found}; make one with os.urandom({KEY_BYTES})")
+        size = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+        raise KeyNeededError(f"a private key has {KEY_BYTES} bytes, got {size}; make one with os.urandom({KEY_BYTES})")
     check = hmac.new(key, b"seedpack key check", hashlib.sha256).hexdigest()[:16]
-    _known[check] = key
+    _keys[check] = key
     return check
 
 
-@contextmanager
-def given(key: bytes) -> Iterator[None]:
-    """Let files be read that need this key, and no other one that the process knows."""
-    token = _given.set(_given.get() | {add_key(key)})
-    try:
-        yield
-    finally:
-        _given.reset(token)
+def use_key(key: bytes) -> AbstractContextManager[object]:
+    """Allow files that need this key to be read: from now on, or, used as a context manager, in its body alone."""
+    token = _in_use.set(_in_use.get() | {add_key(key)})
+    stack = ExitStack()
+    stack.callback(_in_use.reset, token)
+    return stack
 
 
-def give(key: bytes) -> None:
-    """As `given`, for the rest of the process: for a program whose user names the key."""
-    _given.set(_given.get() | {add_key(key)})
-
-
-def require_given(check: str) -> None:
-    """Refuse a file that needs a key which was not given for it.
+def require_key(check: str) -> None:
+    """Refuse a file that needs a key which is not in use.
 
     Raises:
-        KeyNeededError: saying whether none or another one was given.
+        KeyNeededError: the message says whether none or another one is.
     """
-    if check and check not in _given.get():
-        found = "the key given is another one" if _given.get() else "none is given"
+    if check and check not in _in_use.get():
+        problem = "the key given is another one" if _in_use.get() else "none is given"
         raise KeyNeededError(
-            f"these weights are regenerated with a private key (check {check}), and {found}; pass it by --key-file, or "
+            f"these weights are regenerated with a private key (check {check}), and {problem}; pass it by --key-file, or "
             "seedpack.load(…, key=…)"
         )
 
 
-def chosen_seed(seed: int | None, key: bytes | None) -> int:
-    """The seed, or by default 0, or with a key a random one: no two models have the same words of a key."""
+def default_seed(seed: int | None, key: bytes | None) -> int:
+    """Return the seed, or by default 0, or with a key a random one: no two models use the same words of a key."""
     if seed is not None:
         return seed
     return 0 if key is None else secrets.randbits(62)
 
 
 def read_key(path: str | Path) -> bytes:
-    """A key from a file: 16 bytes, or 32 hexadecimal digits."""
+    """Read a key from a file: 16 bytes, or 32 hexadecimal digits."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -98,25 +90,25 @@ def read_key(path: str | Path) -> bytes:
 
 
 def keystream_words(check: str, seed: int, count: int, offset: int = 0) -> Tensor:
-    """`count` words of 32 bits (little-endian) of a key's keystream, int64, from word `offset` on (a multiple of 16).
+    """Return `count` words of 32 bits (little-endian) of a key's keystream, int64, from word `offset` on (a multiple of 16).
 
     The nonce is four zero bytes and the 64-bit seed; word 0 is the first of block 0.
 
     Args:
         check: of a key that `add_key` was given.
-        seed: one stream for each.
+        seed: of the stream.
         count: of words.
         offset: in words.
     """
-    if check not in _known:
-        raise KeyNeededError(f"no key of check {check} is known; seedpack.keys.add_key makes one known")
+    if check not in _keys:
+        raise KeyNeededError(f"no key with check {check} was added; pass it to seedpack.keys.add_key")
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
     except ImportError:
         raise KeyNeededError("private keys need `pip install seedpack[private]`") from None
-    derived = HKDF(SHA256(), 32, salt=None, info=b"seedpack ChaCha20").derive(_known[check])
+    derived = HKDF(SHA256(), 32, salt=None, info=b"seedpack ChaCha20").derive(_keys[check])
     block = (offset // 16).to_bytes(4, "little")
     nonce = block + bytes(4) + seed.to_bytes(8, "little")
     stream = Cipher(algorithms.ChaCha20(derived, nonce), mode=None).encryptor().update(bytes(4 * count))

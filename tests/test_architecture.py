@@ -1,10 +1,11 @@
-"""Imports go to the left only, and importing is free."""
+"""Imports go downward only and never in a circle, and importing is free."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -42,23 +43,42 @@ def layer_of(path: Path) -> str | None:
     return parts[0]
 
 
-def violations(source: str, layer: str) -> list[str]:
-    found = []
+def imported(source: str) -> set[str]:
+    """Return the names of seedpack that a module imports, also inside functions: modules, or attributes of modules."""
+    names = set()
     for node in ast.walk(ast.parse(source)):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, "imports are absolute"
-            names = [node.module] if node.module != "seedpack" else [f"seedpack.{a.name}" for a in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "seedpack" and len(parts) > 1 and RANK[parts[1]] > RANK[layer]:
-                found.append(f"{layer} imports {name}")
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("seedpack.")}
 
 
-def test_imports_go_to_the_left() -> None:
+def violations(source: str, layer: str) -> list[str]:
+    names = sorted(imported(source))
+    return [f"{layer} imports {name}" for name in names if RANK.get(name.split(".")[1], 0) > RANK[layer]]
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return for each module those that it imports."""
+
+    def module_of(name: str) -> str | None:
+        return name if name in sources else module_of(name.rpartition(".")[0]) if "." in name else None
+
+    return {
+        name: {found for used in imported(source) if (found := module_of(used)) and found not in (name, "seedpack")}
+        for name, source in sources.items()
+    }
+
+
+def module_name(path: Path) -> str:
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    parts = parts if parts[0] == "seedpack" else ["seedpack", *parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_imports_go_downward() -> None:
     found = []
     for path in modules():
         layer = layer_of(path)
@@ -68,8 +88,19 @@ def test_imports_go_to_the_left() -> None:
     assert not found
 
 
+def test_no_import_goes_in_a_circle() -> None:
+    sources = {module_name(path): path.read_text() for path in modules()}
+    TopologicalSorter(import_graph({name: text for name, text in sources.items() if name != "seedpack"})).prepare()
+
+
+def test_a_circle_is_found() -> None:
+    pair = {"seedpack.a": "from seedpack.b import x", "seedpack.b": "def f():\n    import seedpack.a"}
+    with pytest.raises(CycleError):
+        TopologicalSorter(import_graph(pair)).prepare()
+
+
 def test_a_violation_is_found() -> None:
-    assert violations("from seedpack.hf.config import X", "formats") == ["formats imports seedpack.hf.config"]
+    assert violations("from seedpack.hf.config import X", "formats") == ["formats imports seedpack.hf.config.X"]
     assert violations("def f():\n    from seedpack import cli", "api") == ["api imports seedpack.cli"]
     assert not violations("from seedpack.errors import X", "formats")
 

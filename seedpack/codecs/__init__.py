@@ -1,1 +1,1 @@
-"""Codecs: each turns a weight into parts and back. One file a codec."""
+"""Codecs: each turns a weight into parts and back. One file per codec."""

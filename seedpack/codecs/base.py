@@ -4,14 +4,17 @@ A codec is a small value: a frozen dataclass of its hyperparameters. It sees a w
 [out_features, in_features] (a convolution's trailing axes are flattened into the second) and turns it into named
 integer tensors, its *parts*, laid out [out_features, groups along the input, …]. Fields must be JSON values.
 
-    parts(shape)                     what will be stored, known before fitting
+    parts(shape)                     dtype and shape of each part, known before fitting
     encode(weight, importance)       weight -> parts
     decode(parts, shape, dtype)      parts -> weight; the definition
     rows(parts, index)               the parts of some rows, for embeddings, where parts belong to rows
     matmul(x, parts, shape, bias)    x @ weight.T + bias
     matmul_transposed(grad, …)       grad @ weight, for the backward pass
+    bits_per_weight(shape)           all that is stored, scales and padding counted
 
-`docs/adding-a-codec.md` shows a whole one.
+A codec writes the first three; the others are given, and may be replaced. `interfaces.py` has what a codec may be able to
+do beside it: several rates, fitting with a Hessian, rows that are scaled once they are packed.
+`docs/adding-a-codec.md` shows a whole codec.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.dtypes import TORCH_DTYPES, dtype_name
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
@@ -38,13 +42,13 @@ Progress = Callable[[int], None]
 
 
 def matrix_shape(shape: Shape) -> tuple[int, int]:
-    """The matrix a codec sees: the first axis, and all others flattened.
+    """Return the matrix shape that a codec sees: the first axis, and all others flattened.
 
     >>> matrix_shape((16, 3, 3, 3))
     (16, 27)
     """
     if len(shape) < 2 or 0 in shape:
-        raise CodecError(f"a weight of shape {list(shape)} is no matrix; store it raw")
+        raise CodecError(f"a weight of shape {list(shape)} is not a matrix; store it raw")
     return shape[0], math.prod(shape[1:])
 
 
@@ -54,18 +58,17 @@ class Codec:
 
     id: ClassVar[str]
     version: ClassVar[int]
-    guesses: ClassVar[bool] = False  # whether importance guessed without data serves it
-    hessians: ClassVar[bool] = False  # whether importance may be a Hessian [in, in]
+    uses_norm_heuristic: ClassVar[bool] = False  # whether `Importance.from_norms` serves it, where there is no data
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """(dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
+        """Return (dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
         raise NotImplementedError
 
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -74,8 +77,9 @@ class Codec:
 
         Args:
             weight: float [out, in], finite.
-            importance: weight of the squared error of each input channel, positive [in], or, where `hessians` says so,
-                the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones.
+            importance: weight of the squared error of each input channel, positive [in], or, of codecs with
+                `HessianFitting`, the Hessian E[x·xᵀ] of the layer's input [in, in]; None is all ones. `Importance.of`
+                takes all of them.
             progress: called with the count of weights fitted since the last call.
             backend: which kernels to use.
         """
@@ -86,64 +90,55 @@ class Codec:
         raise NotImplementedError
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """The parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
+        """Return the parts of the rows `index` [n]; `decode` takes them with shape (n, in)."""
         raise NotImplementedError
 
     def decode_rows(
         self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
     ) -> Tensor:
-        """Some rows of the weight, [n, in]: of their parts, or, where a codec has no `rows`, of the whole weight."""
+        """Return rows of the weight, [n, in]: decode their parts, or all of it where a codec has no `rows`."""
         if type(self).rows is Codec.rows:
             return self.decode(parts, shape, dtype, backend)[index]
         return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
 
     def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Shape,
+        bias: Tensor | None = None,
+        backend: Backend = "auto",
+        **options: bool,
     ) -> Tensor:
-        """x [..., in] @ weight.T + bias [out] -> [..., out]."""
-        return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
+        """Return x [..., in] @ weight.T + bias [out], in the dtype of x; options are those of the codec's `_product`."""
+        y = self._product(x.reshape(-1, shape[1]), parts, shape, backend, **options)
+        if y is None:
+            return torch.nn.functional.linear(x, self.decode(parts, shape, x.dtype, backend), bias)
+        y = y if bias is None else (y + bias).to(x.dtype)
+        return y.view(*x.shape[:-1], shape[0])
 
     def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """grad [..., out] @ weight -> [..., in]: the gradient of `matmul` to x."""
-        return grad @ self.decode(parts, shape, grad.dtype, backend)
+        """Return grad [..., out] @ weight, the gradient of `matmul` to x."""
+        grad_x = self._product_transposed(grad.reshape(-1, shape[0]), parts, shape, backend)
+        return grad_x.view(*grad.shape[:-1], shape[1])
 
-    def variants(self) -> list[Codec]:
-        """This codec at every rate it has, by bits, for plans with a budget; empty if it has one rate alone."""
-        return []
-
-    def expected_error(self) -> float:
-        """The relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1); of variants."""
-        raise NotImplementedError
-
-    def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
-        """Σ over output channels of outputs·(squared error of the channel's output) for each unit of `expected_error`.
-
-        Args:
-            weight: [out, in].
-            hessian: of the layer's input [in, in], or its diagonal [in]; None is the identity.
-            outputs: [out].
-        """
-        h = torch.ones(weight.shape[1]) if hessian is None else hessian
-        h = (h.diagonal() if h.dim() == 2 else h).double().to(weight.device)
-        pieces = zip(weight.split(EXPOSED_ROWS), outputs.to(weight.device).split(EXPOSED_ROWS), strict=True)
-        return float(sum(rows.double().square() @ h @ costs for rows, costs in pieces))
-
-    def rescaled(self, parts: Parts, factors: Tensor) -> Parts | None:
-        """The parts of the weight with its rows times some factors [out], or None if that would take more bits."""
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor | None:
+        """Return x [tokens, in] @ weight.T straight from the parts, or None: then the weight is rebuilt."""
         return None
 
-    def with_hessian(self) -> Codec:
-        """This codec with the settings that it needs for importance that is a Hessian; it stores as much."""
-        return self
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        """Return grad [tokens, out] @ weight, by default of the weight rebuilt."""
+        return grad @ self.decode(parts, shape, grad.dtype, backend)
 
     def bits_per_weight(self, shape: Shape) -> float:
-        """Bits stored for each weight, scales and padding counted."""
+        """Return the bits stored per weight, scales and padding counted."""
         stored = sum(nbytes(dtype, part) for dtype, part in self.parts(shape).values())
         return 8 * stored / math.prod(shape)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Refuse parts that this codec cannot have written for a weight of this shape; a reader of a share of the levels
-        leaves out the last ones.
+        """Refuse parts that this codec cannot have written for a weight of this shape.
+
+        A reader of a share of the levels leaves out the last ones.
 
         Raises:
             CodecError: naming the part, what was found and what was expected.
@@ -154,20 +149,20 @@ class Codec:
         if parts.keys() != expected.keys():
             raise CodecError(f"{self.id}: expected parts {sorted(expected)}, found {sorted(parts)}")
         for name, (dtype, part_shape) in expected.items():
-            found = parts[name]
-            if found.dtype != TORCH_DTYPES[dtype] or tuple(found.shape) != tuple(part_shape):
+            part = parts[name]
+            if part.dtype != TORCH_DTYPES[dtype] or tuple(part.shape) != tuple(part_shape):
                 raise CodecError(
                     f"{self.id}: part {name!r} of a weight {list(shape)}: expected {dtype} {list(part_shape)}, "
-                    f"found {dtype_name(found.dtype)} {list(found.shape)}"
+                    f"found {dtype_name(part.dtype)} {list(part.shape)}"
                 )
 
     def spec(self) -> CodecSpec:
-        """What a file stores of the codec."""
+        """Return the codec as a file stores it."""
         return CodecSpec(self.id, self.version, dataclasses.asdict(self))
 
     @classmethod
     def from_config(cls, config: Any) -> Codec:
-        """The codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
+        """Return the codec of stored hyperparameters; unknown, missing or mistyped ones are an error, never ignored."""
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if not isinstance(config, Mapping):
             raise CodecError(f"{cls.id}: hyperparameters must be a JSON object, got {type(config).__name__}")
@@ -177,32 +172,6 @@ class Codec:
         return cls(**config)
 
 
-EXPOSED_ROWS = 4096
-DAMPING = 0.01  # of a Hessian's mean diagonal, added to it: what no input moved must not be moved at will
-
-
-def column_power(weight: Tensor) -> Tensor:
-    """The sum of squares of each column of a weight [out, in], float64 [in], some rows at a time."""
-    power = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for rows in weight.detach().cpu().split(max(1, (1 << 20) // weight.shape[1])):
-        power += rows.double().square().sum(0)
-    return power
-
-
-def guessed_importance(weight: Tensor, power: Tensor | None) -> Tensor:
-    """Importance of each input channel without data: its power, where known, over the norm of its weights [in].
-
-    Trained weights are smaller where the input is stronger; the exponent is measured (docs/codecs/trellis.md).
-
-    Args:
-        weight: [out, in].
-        power: of each input channel [in], as after a norm; None is all ones.
-    """
-    norm = column_power(weight).sqrt()
-    guess = 1 / norm.clamp_min(1e-3 * norm.mean()) if norm.any() else torch.ones_like(norm)
-    return guess if power is None else guess * power.double().clamp_min(1e-6 * power.mean().clamp_min(1e-30))
-
-
 def require_whole(codec: str, name: str, value: object, low: int, high: int) -> None:
     """Refuse a hyperparameter that is not a whole number in a range."""
     if type(value) is not int or not low <= value <= high:
@@ -210,7 +179,7 @@ def require_whole(codec: str, name: str, value: object, low: int, high: int) -> 
 
 
 def require_check(codec: str, value: object) -> None:
-    """Refuse what is no check of a private key."""
+    """Refuse a value that is not the check of a private key."""
     if not isinstance(value, str) or not CHECK.fullmatch(value):
         raise CodecError(
             f"{codec}: key must be 16 hexadecimal digits, the check of a private key, got {str(value)[:40]!r}"
@@ -218,32 +187,6 @@ def require_check(codec: str, value: object) -> None:
 
 
 def require_dtype(codec: str, value: object) -> None:
-    """Refuse what is no safetensors dtype name."""
+    """Refuse a value that is not a safetensors dtype name."""
     if not isinstance(value, str) or value not in TORCH_DTYPES:
         raise CodecError(f"{codec}: dtype must be one of {', '.join(TORCH_DTYPES)}, got {value!r}")
-
-
-def require_importance(codec: str, importance: Tensor, columns: int) -> Tensor:
-    """Importance as float64 [in], scaled to mean 1 and kept off zero; wrong shapes and values are refused."""
-    if tuple(importance.shape) != (columns,):
-        raise CodecError(f"{codec}: importance must have one value for each of {columns} input channels, "
-                         f"got shape {list(importance.shape)}")  # fmt: skip
-    h = importance.double().cpu()
-    if not (torch.isfinite(h).all() and (h >= 0).all() and h.sum() > 0):
-        raise CodecError(f"{codec}: importance must be finite, not negative, and not all zero")
-    h = h / h.mean()
-    return h.clamp_min(1e-6)
-
-
-def require_hessian(codec: str, hessian: Tensor, columns: int) -> Tensor:
-    """A Hessian E[x·xᵀ] as float64 [in, in] of mean diagonal 1, damped; wrong shapes and values are refused."""
-    if tuple(hessian.shape) != (columns, columns):
-        raise CodecError(
-            f"{codec}: a Hessian of {columns} input channels has shape [{columns}, {columns}], got {list(hessian.shape)}"
-        )
-    scale = hessian.diagonal().double().mean()
-    if not torch.isfinite(hessian).all() or scale <= 0:
-        raise CodecError(f"{codec}: a Hessian must be finite, and its diagonal positive")
-    h = hessian.double() / scale
-    h.diagonal().add_(DAMPING)
-    return h

@@ -1,10 +1,12 @@
-"""A weight that is a linear combination of pseudorandom bases: PRANC (Nooralinejad et al., ICCV 2023, arXiv 2206.08464) and
-RANDUMB."""
+"""The basis codec: a weight is a linear combination of pseudorandom basis vectors.
+
+PRANC (Nooralinejad et al., ICCV 2023, arXiv 2206.08464), and RANDUMB.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,17 +14,10 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import (
-    Codec,
-    Parts,
-    Progress,
-    Shape,
-    require_check,
-    require_hessian,
-    require_importance,
-    require_whole,
-)
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_check, require_whole
 from seedpack.codecs.coefficients import MAX_LEVELS, WIDTHS, coefficient_parts, stored, values_of
+from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.basis.decode import basis_dense, basis_reduce
@@ -30,35 +25,34 @@ from seedpack.kernels.basis.decode_reference import GENERATORS, HADAMARD
 from seedpack.kernels.basis.matmul import basis_matmul, basis_matmul_transposed
 from seedpack.kernels.dispatch import Backend
 
-STEPS, TOLERANCE = 50, 1e-6  # of the least squares
+STEPS, TOLERANCE = 50, 1e-6  # of conjugate gradients
 
 
 @dataclass(frozen=True)
-class BasisCodec(Codec):
-    """W = Σ_m coefficient_m · base_m, each block of rows with coefficients of its own. Parts:
+class BasisCodec(Codec, HessianFitting):
+    """W = Σ_m coefficient_m · (basis vector m), each block of rows with coefficients of its own. Parts:
 
     - weight: the coefficients: bit patterns of floats, int16 or int32 [blocks, 1, M]; or codes of `coef_bits` bits, uint8
       [blocks, groups, bytes], c standing for (c + ½)·step.
     - more_1, more_2, …: with levels, the coefficients that follow, in the same form.
     - steps: with codes, float32 bit patterns int32 [blocks, 1].
 
-    It is made to be trained in (`seedpack.reparam`, `seedpack.nn`): of a weight that is given, no M bases span more than
-    about M / weights of its energy.
+    It is for training in a random subspace (`seedpack.reparam`, `seedpack.nn`): of a trained matrix, M basis vectors hold
+    no more than about M / weights of its energy.
 
     Attributes:
-        generator: of the bases: "hadamard" (structured), "philox" or "squirrel5" (dense noise; the latter RANDUMB's).
+        generator: of the basis: "hadamard" (structured), "philox" or "squirrel5" (dense noise; the latter RANDUMB's).
         count: M; or None, and `bits` says how many there are.
-        bits: bits a weight, from which M follows for each shape; or None.
-        blocks: blocks of rows; a weight of fewer rows has one a row.
+        bits: bits per weight, from which M follows for each shape; or None.
+        blocks: blocks of rows; a weight of fewer rows has one block per row.
         coef_bits: of a coefficient: 32 and 16 are floats, 2 to 8 codes.
-        seed: of the bases.
-        key: the check of the private key that the bases come from (`seedpack.keys`), "" for none.
+        seed: of the basis.
+        key: the check of the private key that the basis comes from (`seedpack.keys`), "" for none.
         levels: in how many parts the coefficients are stored; the first ones alone give a weight too.
     """
 
     id: ClassVar[str] = "basis"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     generator: str = HADAMARD
     count: int | None = None
     bits: float | None = None
@@ -90,35 +84,35 @@ class BasisCodec(Codec):
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> BasisCodec:
-        """As many bases as fit a budget of bits a weight."""
+        """Return the codec with as many basis vectors as fit a budget of bits per weight."""
         return cls(**({} if "count" in settings else {"bits": bits}) | settings)
 
     def blocks_of(self, shape: Shape) -> int:
-        """Blocks of a weight [out, in]."""
+        """Return the count of blocks of a weight [out, in]."""
         return min(self.blocks, shape[0])
 
     def count_of(self, shape: Shape) -> int:
-        """M for a weight [out, in]."""
+        """Return M for a weight [out, in]."""
         if self.count is not None:
             return self.count
         assert self.bits is not None
         return max(self.levels, math.floor(self.bits * math.prod(shape) / (self.coef_bits * self.blocks_of(shape))))
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """The coefficients, and the steps of their codes."""
+        """Return the coefficients, and the steps of their codes."""
         return coefficient_parts(self.blocks_of(shape), self.count_of(shape), self.coef_bits, self.levels)
 
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The projection onto the bases: least squares by conjugate gradients, of the output's error with importance."""
+        """Project the weight onto the basis: least squares by conjugate gradients, of the output's error with importance."""
         shape = tuple(weight.shape)
-        weigh = self._weighting(importance, shape[1], weight.device)
+        weigh = _weighting(Importance.of(importance).require(self.id, shape[1]), weight.device)
 
         def reduced(error: Tensor) -> Tensor:
             return basis_reduce(
@@ -142,40 +136,32 @@ class BasisCodec(Codec):
         return stored(coefs, self.coef_bits, self.levels)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """See `kernels.basis_decode`."""
+        """Generate the basis vectors and combine them; see `kernels.basis.decode`."""
         return self._dense(self._coefs(parts, shape), shape, backend).to(dtype)
 
     def decode_rows(
         self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
     ) -> Tensor:
-        """Of noise, the rows asked for alone; of structured bases, all of them are made."""
+        """Generate these rows alone where the basis is noise, and all of a structured basis."""
         return self._dense(self._coefs(parts, shape), shape, backend, index).to(dtype)
 
-    def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
-    ) -> Tensor:
-        """With noise, generated inside the product."""
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor | None:
+        """Generate noise inside the product; a structured basis has no such kernel."""
         if self.generator == HADAMARD:
-            return super().matmul(x, parts, shape, bias, backend)
-        y = basis_matmul(
-            x.reshape(-1, shape[1]), self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0],
-            backend=backend,
-        )  # fmt: skip
-        y = y if bias is None else (y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
+            return None
+        return basis_matmul(
+            x, self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0], backend=backend
+        )
 
-    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """With noise, generated inside the product."""
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
         if self.generator == HADAMARD:
-            return super().matmul_transposed(grad, parts, shape, backend)
-        grad_x = basis_matmul_transposed(
-            grad.reshape(-1, shape[0]), self._coefs(parts, shape), seed=self.seed, generator=self.generator,
-            columns=shape[1], backend=backend,
-        )  # fmt: skip
-        return grad_x.view(*grad.shape[:-1], shape[1])
+            return super()._product_transposed(grad, parts, shape, backend)
+        return basis_matmul_transposed(
+            grad, self._coefs(parts, shape), seed=self.seed, generator=self.generator, columns=shape[1], backend=backend
+        )
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Beside the parts' form: coefficients are finite."""
+        """Check the parts' form, and that coefficients are finite."""
         super().check(parts, shape)
         if parts["weight"].device.type != "meta" and not torch.isfinite(self._coefs(dict(parts), shape)).all():
             raise CodecError(f"{self.id}: a coefficient is NaN or Inf; the file is corrupt")
@@ -189,12 +175,13 @@ class BasisCodec(Codec):
             backend=backend,
         )  # fmt: skip
 
-    def _weighting(self, importance: Tensor | None, columns: int, device: torch.device) -> Any:
-        """What an error [out, in] is multiplied by."""
-        if importance is None:
-            return lambda error: error
-        if importance.dim() == 2:
-            hessian = require_hessian(self.id, importance, columns).to(device, torch.float32)
-            return lambda error: error @ hessian
-        h = require_importance(self.id, importance, columns).to(device, torch.float32)
+
+def _weighting(importance: Importance, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Return the function that weighs an error [out, in] by its importance."""
+    if importance.has_hessian:
+        hessian = importance.damped().to(device, torch.float32)
+        return lambda error: error @ hessian
+    if importance:
+        h = importance.channel_weights().to(device, torch.float32)
         return lambda error: error * h
+    return lambda error: error

@@ -1,6 +1,6 @@
-"""What a codec derives from its stored parts for every product (scales in float32, …): made once a device, kept with the part.
+"""Values that a codec derives from its stored parts for every product (scales in float32, …), kept with the part on its device.
 
-Not stored with the model: a loader would leave it unfilled, and it would cost memory where no product is made.
+They are not stored with the model: a loader would leave them unfilled, and they would cost memory where no product runs.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 Value = TypeVar("Value")
-_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_cache: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def derived(part: Tensor, settings: object, make: Callable[[], Value]) -> Value:
-    """`make()`, or what it gave before for this part with these settings, unless the part was written to since."""
+def derived(part: Tensor, settings: object, compute: Callable[[], Value]) -> Value:
+    """Return `compute()`, from the cache unless the part was written to since or the settings are others."""
     state = (settings, part.data_ptr(), 0 if part.is_inference() else part._version)
-    known: tuple[Any, Value] | None = _kept.get(part)
-    if known is None or known[0] != state:
-        known = (state, make())
-        _kept[part] = known
-    return known[1]
+    entry: tuple[Any, Value] | None = _cache.get(part)
+    if entry is None or entry[0] != state:
+        entry = (state, compute())
+        _cache[part] = entry
+    return entry[1]

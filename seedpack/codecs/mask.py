@@ -1,5 +1,7 @@
-"""Supermasks: frozen pseudorandom weights of one size, of which a mask keeps some (edge-popup, Ramanujan et al., CVPR 2020,
-arXiv 1911.13299)."""
+"""The mask codec: supermasks, frozen pseudorandom weights of one size of which a mask keeps some.
+
+Edge-popup: Ramanujan et al., CVPR 2020, arXiv 1911.13299.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,10 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import (
-    Codec,
-    Parts,
-    Progress,
-    Shape,
-    require_check,
-    require_hessian,
-    require_importance,
-    require_whole,
-)
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_check, require_whole
 from seedpack.codecs.derived import derived
+from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.range_coder import stream
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
@@ -32,26 +27,26 @@ from seedpack.keys import keystream_words
 from seedpack.prng import philox_words, signs
 
 WORD_BYTES = 4
-AT_ONCE = 1 << 20
+WEIGHTS_AT_ONCE = 1 << 20
 LEAST = 2.0**-10  # probability that the coder has of either bit: so few bytes stand for no more than 700 weights a bit
 SLACK = 1 + 2.0**-10  # what the coder's own rounding may cost
 
 
 def kept_of(kept: float, weights: int) -> int:
-    """How many of some weights a mask keeps."""
+    """Return how many of so many weights a mask keeps."""
     return round(kept * weights)
 
 
 def frozen_signs(seed: int, shape: Shape, device: torch.device, key: str = "") -> Tensor:
-    """±1 float32 [out, in], row-major from the low bits of the seed's Philox stream (M22), or of a private key's."""
+    """Return ±1, float32 [out, in], row-major from the low bits of the seed's Philox stream (M22), or of a private key's."""
     count = math.prod(shape)
     words = -(-count // 32)
-    stream = keystream_words(key, seed, words).to(device) if key else philox_words(seed, words, device=device)
-    return signs(stream, count).view(shape)
+    bits = keystream_words(key, seed, words).to(device) if key else philox_words(seed, words, device=device)
+    return signs(bits, count).view(shape)
 
 
 @dataclass(frozen=True)
-class MaskCodec(Codec):
+class MaskCodec(Codec, HessianFitting):
     """W = scale · sign · mask: the signs come from the seed, the mask keeps a fixed share of the weights. Parts:
 
     - weight: the mask in row-major order, entropy-coded with the share as each bit's probability, uint8 [bytes, 1, 1]:
@@ -59,8 +54,8 @@ class MaskCodec(Codec):
       give: the mask's entropy, 2^-10 of it and two words.
     - scale: float32 bit pattern, int32 [1].
 
-    It is made to be trained (`seedpack.reparam.mask_`). Of a weight that is given, it keeps those whose sign is right and
-    that are largest.
+    It is for training (`seedpack.reparam.mask_`). Of a trained matrix, it keeps the weights whose sign is right and that
+    are largest.
 
     Attributes:
         kept: the share of weights that are kept, above 0 and below 1.
@@ -70,7 +65,6 @@ class MaskCodec(Codec):
 
     id: ClassVar[str] = "mask"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     kept: float = 0.5
     seed: int = 0
     key: str = ""
@@ -82,66 +76,67 @@ class MaskCodec(Codec):
         require_check(self.id, self.key)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """The coded mask, of the size that its entropy gives, and the scale."""
+        """Return the coded mask, of the size that its entropy gives, and the scale."""
         return {"weight": ("U8", (self._words(shape) * WORD_BYTES, 1, 1)), "scale": ("I32", (1,))}
 
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
         """Keep the weights that agree most with their frozen sign; the scale is their mean."""
         value = weight.detach().float()
-        root = self._root(importance, value.shape[1], value.device)
+        importance = Importance.of(importance).require(self.id, value.shape[1])
+        root = importance.channel_weights().sqrt().float() if importance else torch.ones(value.shape[1])
+        root = root.to(value.device)
         agreeing = value * frozen_signs(self.seed, tuple(value.shape), value.device, self.key)
-        kept = kept_of(self.kept, value.numel())
-        chosen = (agreeing * root).flatten().topk(kept).indices
+        kept = (agreeing * root).flatten().topk(kept_of(self.kept, value.numel())).indices
         mask = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
-        mask[chosen] = True
-        h = root.square().expand_as(value).flatten()[chosen]
-        scale = max(0.0, float((agreeing.flatten()[chosen] * h).sum() / h.sum().clamp_min(1e-30)))
+        mask[kept] = True
+        h = root.square().expand_as(value).flatten()[kept]
+        scale = max(0.0, float((agreeing.flatten()[kept] * h).sum() / h.sum().clamp_min(1e-30)))
         if progress:
             progress(weight.numel())
         return self.stored(mask.view(value.shape), scale)
 
     def stored(self, mask: Tensor, scale: float) -> Parts:
-        """The parts of a mask, bool [out, in], that keeps exactly the share that it should."""
+        """Return the parts of a mask, bool [out, in], that keeps exactly the share that it should."""
         if int(mask.sum()) != (kept := kept_of(self.kept, mask.numel())):
             raise CodecError(f"{self.id}: a mask of {mask.numel()} weights keeps {int(mask.sum())}, expected {kept}")
         coder = stream("mask", "mask")
         encoder = coder.queue.RangeEncoder()
         encoder.encode(mask.flatten().cpu().numpy().astype(np.int32), self._model(coder, mask.numel()))
         words = encoder.get_compressed()
-        room = np.zeros(self._words(tuple(mask.shape)), "<u4")
-        if len(words) > len(room):
-            raise CodecError(f"{self.id}: the coded mask takes {len(words)} words, expected at most {len(room)}")
-        room[: len(words)] = words
-        coded = torch.from_numpy(room.view(np.uint8).copy())[:, None, None].to(mask.device)
+        padded = np.zeros(self._words(tuple(mask.shape)), "<u4")
+        if len(words) > len(padded):
+            raise CodecError(f"{self.id}: the coded mask takes {len(words)} words, expected at most {len(padded)}")
+        padded[: len(words)] = words
+        coded = torch.from_numpy(padded.view(np.uint8).copy())[:, None, None].to(mask.device)
         return {"weight": coded, "scale": torch.tensor([scale], device=mask.device).view(torch.int32)}
 
     def mask(self, parts: Parts, shape: Shape) -> Tensor:
-        """The mask, bool [out, in], on the CPU."""
+        """Decode the mask, bool [out, in], on the CPU."""
         coder = stream("mask", "mask")
         words = parts["weight"].flatten().cpu().numpy().view("<u4").astype(np.uint32)
         mask = np.zeros(math.prod(shape), np.bool_)
         decoder, model = coder.queue.RangeDecoder(words), self._model(coder, len(mask))
-        for first in range(0, len(mask), AT_ONCE):
-            some = mask[first : first + AT_ONCE]
-            some[:] = decoder.decode(model, len(some))
+        for first in range(0, len(mask), WEIGHTS_AT_ONCE):
+            batch = mask[first : first + WEIGHTS_AT_ONCE]
+            batch[:] = decoder.decode(model, len(batch))
         return torch.from_numpy(mask).view(shape)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """scale · sign where the mask keeps a weight; mask and signs stay in memory, two bits a weight."""
+        """Return scale · sign where the mask keeps a weight; mask and signs stay in memory, two bits per weight."""
         kept, negative = derived(parts["weight"], (self, shape), lambda: self._packed(parts, shape))
         scale = parts["scale"].view(torch.float32)
         values = torch.stack((torch.zeros_like(scale), scale, -scale)).flatten().to(dtype)
         return values[_bits(kept, shape) * (1 + _bits(negative, shape))]
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Beside the parts' form: the scale is finite, and the mask keeps as many weights as it should."""
+        """Check the parts' form, that the scale is finite, and that the mask keeps as many weights as it should."""
         super().check(parts, shape)
         if parts["weight"].device.type == "meta":
             return
@@ -149,13 +144,13 @@ class MaskCodec(Codec):
             raise CodecError(f"{self.id}: the scale is NaN or Inf; the file is corrupt")
         try:
             kept = int(self.mask(dict(parts), shape).sum())
-        except AssertionError as error:  # what the coder raises for data that no encoder wrote
+        except AssertionError as error:  # raised by the coder for data that no encoder wrote
             raise CodecError(f"{self.id}: the coded mask is corrupt ({error})") from None
         if kept != (expected := kept_of(self.kept, math.prod(shape))):
             raise CodecError(f"{self.id}: the mask keeps {kept} weights, expected {expected}; the file is corrupt")
 
     def _packed(self, parts: Parts, shape: Shape) -> tuple[Tensor, Tensor]:
-        """Mask and signs (set: negative), eight to a byte."""
+        """Return mask and signs (set: negative), eight to a byte."""
         device = parts["weight"].device
         negative = frozen_signs(self.seed, shape, torch.device("cpu"), self.key) < 0
         return tuple(
@@ -164,7 +159,7 @@ class MaskCodec(Codec):
         )  # type: ignore[return-value]
 
     def _words(self, shape: Shape) -> int:
-        """Words of 32 bits that a mask of this share never exceeds."""
+        """Return the count of 32-bit words that a mask of this share never exceeds."""
         weights = math.prod(shape)
         share = self._share(weights)
         kept = kept_of(self.kept, weights)
@@ -172,22 +167,14 @@ class MaskCodec(Codec):
         return math.ceil(SLACK * entropy / 32) + 2
 
     def _share(self, weights: int) -> float:
-        """The probability that the coder has of each bit: of what is kept, off 0 and 1."""
+        """Return the coder's probability that a weight is kept, off 0 and 1."""
         return min(max(kept_of(self.kept, weights) / weights, LEAST), 1 - LEAST)
 
     def _model(self, coder: Any, weights: int) -> Any:
         return coder.model.Bernoulli(self._share(weights), perfect=False)
 
-    def _root(self, importance: Tensor | None, columns: int, device: torch.device) -> Tensor:
-        """The square root of each input channel's importance, float32 [in]."""
-        if importance is None:
-            return torch.ones(columns, device=device)
-        if importance.dim() == 2:
-            importance = require_hessian(self.id, importance, columns).diagonal()
-        return require_importance(self.id, importance, columns).sqrt().float().to(device)
-
 
 def _bits(packed: Tensor, shape: Shape) -> Tensor:
-    """Bits as int64 of a shape."""
+    """Unpack bits, eight to a byte, as int64 of a shape."""
     places = torch.arange(8, device=packed.device)
     return (packed[:, None].long() >> places & 1).flatten()[: math.prod(shape)].view(shape)

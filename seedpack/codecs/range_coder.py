@@ -8,14 +8,18 @@ from seedpack.errors import CodecError
 
 
 def stream(codec: str, extra: str) -> Any:
-    """Its module of stream codes.
+    """Return Constriction's module of stream codes.
+
+    Args:
+        codec: that needs it, for the message.
+        extra: of seedpack, which installs it.
 
     Raises:
-        CodecError: it is missing; the codec that needs it, and the extra that brings it.
+        CodecError: it is not installed.
     """
     try:
         import constriction
     except ImportError:
         raise CodecError(f"{codec}: needs Constriction's range coder; pip install seedpack[{extra}]") from None
-    found: Any = constriction.stream
-    return found
+    module: Any = constriction.stream
+    return module

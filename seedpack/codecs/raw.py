@@ -1,4 +1,4 @@
-"""The tensor itself: norms, biases, and what a plan leaves alone."""
+"""The raw codec stores the tensor itself: norms, biases, and weights that a plan leaves alone."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_dtype
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
@@ -16,7 +17,7 @@ from seedpack.kernels.dispatch import Backend
 
 @dataclass(frozen=True)
 class RawCodec(Codec):
-    """One part, "weight": the tensor in its own dtype and shape, whatever that is.
+    """Store one part, "weight": the tensor in its own dtype, in any shape.
 
     Attributes:
         dtype: safetensors dtype name.
@@ -30,26 +31,26 @@ class RawCodec(Codec):
         require_dtype(self.id, self.dtype)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """The tensor."""
+        """Return the tensor's own form."""
         return {"weight": (self.dtype, tuple(shape))}
 
     def encode(
         self,
         weight: Tensor,
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """A cast to `dtype`."""
+        """Cast the tensor to `dtype`."""
         if progress:
             progress(weight.numel())
         return {"weight": weight.to(TORCH_DTYPES[self.dtype])}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """A cast."""
+        """Cast the tensor."""
         return parts["weight"].to(dtype)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Some rows."""
+        """Return rows of the tensor."""
         return {"weight": parts["weight"][index]}

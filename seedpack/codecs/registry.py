@@ -56,12 +56,12 @@ def _known(id: str) -> type[Codec] | None:
 
 
 def codec_ids() -> list[str]:
-    """All known ids."""
+    """Return all known ids."""
     return sorted(_OWN.keys() | _REGISTRY.keys() | {entry.name for entry in entry_points(group="seedpack.codecs")})
 
 
 def codec_from_spec(spec: CodecSpec) -> Codec:
-    """The codec that a file names.
+    """Return the codec that a file names.
 
     Raises:
         VersionError: its layout is newer than (or, while experimental, other than) what is implemented here.
@@ -75,11 +75,11 @@ def codec_from_spec(spec: CodecSpec) -> Codec:
 
 @lru_cache(maxsize=256)
 def codec_from_json(text: str) -> Codec:
-    """The codec of `codec_to_json`'s text; for operators, whose arguments are strings and tensors."""
+    """Return the codec of `codec_to_json`'s text; for operators, whose arguments are strings and tensors."""
     value = json.loads(text)
     return codec_from_spec(CodecSpec(value["id"], value["version"], value["config"]))
 
 
 def codec_to_json(codec: Codec) -> str:
-    """The canonical JSON of a codec's spec."""
+    """Return the canonical JSON of a codec's spec."""
     return dumps_canonical(codec.spec().to_json())

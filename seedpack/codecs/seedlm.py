@@ -1,4 +1,7 @@
-"""SeedLM (Shafipour et al., arXiv 2410.10714, ICLR 2025): a seed and P 4-bit coefficients for each block of C weights."""
+"""The SeedLM codec: a seed and P 4-bit coefficients per block of C weights.
+
+Shafipour et al., arXiv 2410.10714, ICLR 2025.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
+from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -28,11 +33,11 @@ BATCH_BLOCKS = 1 << 15
 
 
 @dataclass(frozen=True)
-class SeedLMCodec(Codec):
+class SeedLMCodec(Codec, HessianFitting):
     """Each block of C weights of a row is U(s)·(q·2^(e + bias)): 16 + 4 + 12 bits for 8 weights by default.
 
-    A block costs K + 4 + 4P bits (Eq. 3); (K, C, P) = (16, 8, 3) is 4.000 and (16, 12, 4) is 3.000 bits a weight
-    (Table 1). Rows are padded to whole blocks. Parts (bit fields, see docs/format.md):
+    A block costs K + 4 + 4P bits (Eq. 3); (K, C, P) = (16, 8, 3) is 4.000 and (16, 12, 4) is 3.000 bits per
+    weight (Table 1). Rows are padded to whole blocks. Parts (bit fields, see docs/format.md):
 
     - weight: the seeds, K bits each, uint8 [out, groups, bytes].
     - codes: for each block the exponent, then P mantissas, 4 bits each in two's complement, uint8 [out, groups, bytes].
@@ -47,7 +52,6 @@ class SeedLMCodec(Codec):
 
     id: ClassVar[str] = "seedlm"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     seed_bits: int = 16
     block: int = 8
     rank: int = 3
@@ -62,7 +66,7 @@ class SeedLMCodec(Codec):
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> SeedLMCodec:
-        """The paper's configuration of 3 or 4 bits (Table 1)."""
+        """Return the paper's configuration of 3 or 4 bits (Table 1)."""
         configurations = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}
         if bits not in configurations:
             raise CodecError(
@@ -73,7 +77,7 @@ class SeedLMCodec(Codec):
         return cls(**{"seed_bits": seed_bits, "block": block, "rank": rank} | settings)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """Seeds, codes and the exponent bias."""
+        """Return seeds, codes and the exponent bias."""
         rows, columns = shape
         blocks = -(-columns // self.block)
         return {
@@ -85,21 +89,20 @@ class SeedLMCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The exact search over all seeds, exponents and rounded coefficients (see `kernels.seedlm_search`).
+        """Search all seeds, exponents and rounded coefficients exactly (see `kernels.seedlm.search`).
 
-        With a Hessian, blocks from the last to the first: each under the norm that its errors have once the blocks still
-        to come have answered for them, and moved to answer for those before.
+        With a Hessian (LDLQ), blocks are fitted from the last to the first: each is moved to compensate for the errors of
+        those before, and fitted under the norm that its own errors have once the blocks to come compensate for them.
         """
         (rows, columns), device = weight.shape, weight.device
-        blocks = -(-columns // self.block)
-        padded = weight.detach().float()
-        if columns % self.block:
-            padded = torch.nn.functional.pad(padded, (0, blocks * self.block - columns))
+        importance = Importance.of(importance).require(self.id, columns)
+        blocks, padding = -(-columns // self.block), -columns % self.block
+        padded = torch.nn.functional.pad(weight.detach().float(), (0, padding))
         padded = padded.reshape(rows, blocks, self.block)
         bias = self._exponent_bias(padded)
         seeds = torch.empty(rows, blocks, dtype=torch.int32, device=device)
@@ -115,13 +118,13 @@ class SeedLMCodec(Codec):
             if progress:
                 progress(part.shape[0] * (min(columns, where[1].stop * self.block) - where[1].start * self.block))
 
-        if importance is None:
+        if importance.is_none:
             step = max(1, BATCH_BLOCKS // blocks)
             for row in range(0, rows, step):
                 here = slice(row, min(rows, row + step)), slice(0, blocks)
                 fit(here, padded[here], None)
-        elif importance.dim() == 2:
-            c = torch.linalg.cholesky(self._padded_hessian(importance, columns).to(device))
+        elif importance.has_hessian:
+            c = importance.cholesky(device, padding)
             wanted = padded.flatten(1).double()
             error = torch.zeros_like(wanted)
             for block in reversed(range(blocks)):
@@ -131,7 +134,8 @@ class SeedLMCodec(Codec):
                 found = self._values(seeds[here], codes[here], bias, backend)
                 error[:, low:high] = found - wanted[:, low:high]
         else:
-            for block, h in enumerate(self._block_importance(importance, columns)):
+            weights = torch.nn.functional.pad(importance.channel_weights(), (0, padding), value=1.0)
+            for block, h in enumerate(weights.view(blocks, self.block)):
                 here = slice(0, rows), slice(block, block + 1)
                 fit(here, padded[here], torch.diag(h.sqrt()))
         return {
@@ -141,37 +145,30 @@ class SeedLMCodec(Codec):
         }
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """See `kernels.seedlm_decode.reference.decode`, the definition."""
+        """Multiply each block's matrix by its coefficients; see `kernels.seedlm.decode_reference`, the definition."""
         return seedlm_decode(
             parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
         )  # fmt: skip
 
-    def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
-    ) -> Tensor:
-        """Straight from seeds and codes."""
-        y = seedlm_matmul(
-            x.reshape(-1, shape[1]), parts["weight"], parts["codes"], parts["exponent_bias"],
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        return seedlm_matmul(
+            x, parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, backend=backend,
         )  # fmt: skip
-        y = y if bias is None else (y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
 
-    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """Straight from seeds and codes."""
-        grad_x = seedlm_matmul_transposed(
-            grad.reshape(-1, shape[0]), parts["weight"], parts["codes"], parts["exponent_bias"],
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        return seedlm_matmul_transposed(
+            grad, parts["weight"], parts["codes"], parts["exponent_bias"],
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], backend=backend,
         )  # fmt: skip
-        return grad_x.view(*grad.shape[:-1], shape[1])
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Seeds and codes of some rows, the bias of all."""
+        """Return seeds and codes of some rows, and the bias of all."""
         return {**parts, "weight": parts["weight"][index], "codes": parts["codes"][index]}
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Beside the parts' form: no seed is 0, and the bias is in range."""
+        """Check the parts' form, that no seed is 0, and that the bias is in range."""
         super().check(parts, shape)
         if parts["weight"].device.type == "meta":
             return
@@ -182,30 +179,18 @@ class SeedLMCodec(Codec):
         blocks = -(-shape[1] // self.block)
         rows = max(1, BATCH_BLOCKS // blocks)
         if not all(bool(unpack(part, blocks, self.seed_bits).all()) for part in parts["weight"].split(rows)):
-            raise CodecError(f"{self.id}: a seed is 0, which no register can leave; the file is corrupt")
+            raise CodecError(f"{self.id}: a seed is 0, a state that the LFSR never leaves; the file is corrupt")
 
     def _pack_codes(self, codes: Tensor) -> Tensor:
-        """[rows, blocks, P + 1] to bytes, whole groups of blocks."""
+        """Pack codes [rows, blocks, P + 1] into bytes, whole groups of blocks."""
         rows, blocks, width = codes.shape
         shape = packed_shape(rows, blocks, CODE_BITS * width)
         nibbles = torch.zeros(rows, shape[1] * shape[2] * 2, dtype=torch.int8, device=codes.device)
         nibbles[:, : blocks * width] = codes.flatten(1)
         return pack(nibbles, CODE_BITS).reshape(shape)
 
-    def _block_importance(self, importance: Tensor, columns: int) -> Tensor:
-        """[in] to [blocks, C], relative to the mean; places of padding count as the mean."""
-        h = torch.ones(-(-columns // self.block), self.block, dtype=torch.float64)
-        h.view(-1)[:columns] = require_importance(self.id, importance, columns)
-        return h
-
-    def _padded_hessian(self, hessian: Tensor, columns: int) -> Tensor:
-        """Of whole blocks; places of padding count as the mean, and for nothing but themselves."""
-        h = require_hessian(self.id, hessian, columns)
-        padded: Tensor = torch.block_diag(h, torch.eye(-columns % self.block, dtype=h.dtype, device=h.device))
-        return padded
-
     def _values(self, seeds: Tensor, codes: Tensor, bias: int, backend: Backend) -> Tensor:
-        """The weights [rows, C] of one block a row."""
+        """Return the weights [rows, C] of one block per row."""
         return seedlm_decode(
             pack(seeds, self.seed_bits), self._pack_codes(codes), torch.tensor([bias], dtype=torch.int8, device=seeds.device),
             seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=self.block, dtype=torch.float32,
@@ -214,7 +199,7 @@ class SeedLMCodec(Codec):
 
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:
-        """The bias that puts the largest block's exponent near the top of the range, an octave to spare."""
+        """Return the bias that puts the largest block's exponent near the top of the range, an octave to spare."""
         batches = blocks.flatten(0, 1).split(BATCH_BLOCKS)
         norm = max(float(torch.linalg.vector_norm(batch.double(), dim=-1).max()) for batch in batches)
         top = math.frexp(norm / 7.5)[1] + 1 if norm > 0 else 0

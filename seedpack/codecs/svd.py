@@ -1,4 +1,4 @@
-"""Low rank by randomized SVD (Halko, Martinsson and Tropp 2011): the baseline."""
+"""The svd codec: low rank by randomized SVD (Halko, Martinsson and Tropp 2011), the baseline."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_hessian, require_importance, require_whole
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.coefficients import MAX_LEVELS, level_slices
+from seedpack.codecs.importance import Importance, ImportanceLike
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
@@ -20,7 +22,7 @@ from seedpack.linalg import randomized_svd
 
 
 @dataclass(frozen=True)
-class SVDCodec(Codec):
+class SVDCodec(Codec, HessianFitting):
     """W ≈ A·B with A = U·√S [out, r] and B = √S·Vh [r, in].
 
     The test matrix comes from `seed`, so a run can be repeated. Factors are fp16, held as int16 bit patterns, or
@@ -32,7 +34,7 @@ class SVDCodec(Codec):
 
     Attributes:
         rank: r; or None, and `bits` says how large it may be.
-        bits: budget in bits a weight, from which r follows for each shape; or None.
+        bits: budget in bits per weight, from which r follows for each shape; or None.
         factors: {"id": …, "config": {…}} of the codec of the factors, or None for fp16.
         oversampling: further columns of the test matrix; None is 10 + rank / 4.
         power_iterations: of the range finder.
@@ -42,7 +44,6 @@ class SVDCodec(Codec):
 
     id: ClassVar[str] = "svd"
     version: ClassVar[int] = 0
-    hessians: ClassVar[bool] = True
     rank: int | None = None
     bits: float | None = None
     factors: dict[str, Any] | None = None
@@ -74,7 +75,7 @@ class SVDCodec(Codec):
 
     @classmethod
     def over(cls, codec: Codec, **settings: Any) -> SVDCodec:
-        """An SVD whose factors are packed by `codec`."""
+        """Return an SVD whose factors are packed by `codec`."""
         return cls(factors=codec.spec().to_json(), **settings)
 
     def _inner(self) -> Codec | None:
@@ -83,15 +84,17 @@ class SVDCodec(Codec):
         return codec_from_spec(CodecSpec(self.factors["id"], self.factors["version"], self.factors["config"]))
 
     def with_hessian(self) -> SVDCodec:
-        """With the codec of the factors as it is to be then."""
+        """Return this codec with the codec of the factors ready for a Hessian."""
         inner = self._inner()
-        return self if inner is None else replace(self, factors=inner.with_hessian().spec().to_json())
+        if not isinstance(inner, HessianFitting):
+            return self
+        return replace(self, factors=inner.with_hessian().spec().to_json())
 
     def _levels(self, rank: int) -> int:
         return min(self.levels, rank)
 
     def rank_of(self, shape: Shape) -> int:
-        """The rank stored for a weight [out, in]."""
+        """Return the rank stored for a weight [out, in]."""
         limit = min(shape)
         if self.rank is not None:
             return min(self.rank, limit)
@@ -106,10 +109,11 @@ class SVDCodec(Codec):
         return SVDCodec(rank=rank, factors=self.factors).bits_per_weight(shape)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """The two factors."""
+        """Return the two factors."""
         rank, inner = self.rank_of(shape), self._inner()
         if inner is None:
-            sizes = {name: here.stop - here.start for name, here in level_slices(rank, self._levels(rank)).items()}
+            slices = level_slices(rank, self._levels(rank))
+            sizes = {name: level.stop - level.start for name, level in slices.items()}
             left: dict[str, PartSpec] = {name: ("I16", (shape[0], 1, size)) for name, size in sizes.items()}
             return left | {_right(name): ("I16", (size, shape[1])) for name, size in sizes.items()}
         left, right = inner.parts((shape[0], rank)), inner.parts((rank, shape[1]))
@@ -118,25 +122,25 @@ class SVDCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
     ) -> Parts:
-        """The SVD of W·S, its right factor times S⁻¹ again: the best of its rank under ‖(W - Ŵ)·S‖².
+        """Factorise W·S and multiply the right factor by S⁻¹: the best of its rank under ‖(W - Ŵ)·S‖².
 
         S is √h of each channel's importance, or the Cholesky factor of a Hessian S·Sᵀ, which whitens the input (SVD-LLM,
         Wang et al., arXiv 2403.07378, ICLR 2025).
         """
         rows, columns = weight.shape
-        whitened, factor = weight.float(), None
-        if importance is not None and importance.dim() == 2:
-            factor = torch.linalg.cholesky(require_hessian(self.id, importance, columns).to(weight.device))
-        elif importance is not None:
-            root = require_importance(self.id, importance, columns).sqrt().float().to(weight.device)
-            whitened = weight.float() * root
-        if factor is not None:
+        importance = Importance.of(importance).require(self.id, columns)
+        whitened = weight.float()
+        if importance.has_hessian:
+            factor = importance.cholesky(weight.device)
             whitened = (weight.double() @ factor).float()
+        elif importance:
+            root = importance.channel_weights().sqrt().float().to(weight.device)
+            whitened = weight.float() * root
         u, s, vh = randomized_svd(
             whitened,
             self.rank_of((rows, columns)),
@@ -145,29 +149,27 @@ class SVDCodec(Codec):
             seed=self.seed,
         )
         left, right = u * s.sqrt(), s.sqrt()[:, None] * vh
-        if factor is not None:
+        if importance.has_hessian:
             right = torch.linalg.solve_triangular(factor, right.double(), upper=False, left=False).float()
-        elif importance is not None:
+        elif importance:
             right = right / root
         inner = self._inner()
         if inner is None:
             if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
                 raise CodecError(
-                    f"{self.id}: the factors of so large weights do not fit float16; set factors, or exclude it"
+                    f"{self.id}: the weights are so large that their factors do not fit float16; set factors, or exclude the tensor"
                 )
             if progress:
                 progress(weight.numel())
             left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
-            here = level_slices(right.shape[0], self._levels(right.shape[0]))
-            parts = {name: left[:, None, some].contiguous() for name, some in here.items()}
-            return parts | {_right(name): right[some].contiguous() for name, some in here.items()}
-        left_importance = None
-        if importance is not None and importance.dim() == 2:
-            if inner.hessians:
-                left_importance = right.double() @ importance.to(right.device).double() @ right.double().mT
-                left_importance = left_importance if left_importance.any() else None
-            else:
-                importance = importance.diagonal()
+            slices = level_slices(right.shape[0], self._levels(right.shape[0]))
+            parts = {name: left[:, None, level].contiguous() for name, level in slices.items()}
+            return parts | {_right(name): right[level].contiguous() for name, level in slices.items()}
+        left_importance = Importance()
+        if not isinstance(inner, HessianFitting):
+            importance = importance.per_channel()
+        elif importance.has_hessian:
+            left_importance = importance.through(right).zero_as_none()
         left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)
         right_parts = inner.encode(right.contiguous(), importance, backend=backend)
         if progress:
@@ -175,19 +177,25 @@ class SVDCodec(Codec):
         return left_parts | {f"right_{name}": part for name, part in right_parts.items()}
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """A·B in float32."""
+        """Return A·B, computed in float32."""
         left, right = self._decode_factors(parts, shape, torch.float32, backend)
         return (left @ right).to(dtype)
 
     def matmul(
-        self, x: Tensor, parts: Parts, shape: Shape, bias: Tensor | None = None, backend: Backend = "auto"
+        self,
+        x: Tensor,
+        parts: Parts,
+        shape: Shape,
+        bias: Tensor | None = None,
+        backend: Backend = "auto",
+        **options: bool,
     ) -> Tensor:
-        """(x·Bᵀ)·Aᵀ + bias: r·(in + out) multiply-adds a token instead of in·out."""
+        """Return (x·Bᵀ)·Aᵀ + bias: r·(in + out) multiply-adds per token instead of in·out."""
         left, right = self._decode_factors(parts, shape, x.dtype, backend)
         return torch.nn.functional.linear(x @ right.mT, left, bias)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Rows of the left factor."""
+        """Return rows of the left factor, and all of the right one."""
         inner = self._inner()
         left = {name: part for name, part in parts.items() if not name.startswith("right")}
         return parts | (
@@ -195,7 +203,7 @@ class SVDCodec(Codec):
         )
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """The factors' own checks too."""
+        """Check the parts' form, and the factors by their own codec."""
         super().check(parts, shape)
         inner = self._inner()
         if inner is not None:
@@ -227,5 +235,5 @@ class SVDCodec(Codec):
 
 
 def _right(name: str) -> str:
-    """The right factor's part of a level."""
+    """Return the name of the right factor's part of a level."""
     return "right" if name == "weight" else f"right_{name}"

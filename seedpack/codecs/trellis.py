@@ -15,18 +15,10 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
-from seedpack.codecs.base import (
-    Codec,
-    Parts,
-    Progress,
-    Shape,
-    column_power,
-    guessed_importance,
-    require_hessian,
-    require_importance,
-    require_whole,
-)
+from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
+from seedpack.codecs.importance import Importance, ImportanceLike, column_power
+from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -45,15 +37,15 @@ EXPONENT_MIN, EXPONENT_MAX = -100, 100
 
 @dataclass(frozen=True)
 class Effort:
-    """What an effort spends.
+    """The work that an encoder does.
 
     Attributes:
-        edges: binary logarithm of the edges searched for each weight.
+        log2_edges: binary logarithm of the edges searched per weight.
         rounds: searches, each with the scale refitted to the one before.
         state_bits: L, unless it is given.
     """
 
-    edges: int
+    log2_edges: int
     rounds: int
     state_bits: int
 
@@ -69,27 +61,27 @@ STRETCH = {
 GAP = (0.41, 0.58, 0.79, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
-BALANCE_ROWS = 128  # from so many rows on, 4 bits an input channel are cheap enough to pay
+BALANCE_ROWS = 128  # from so many rows on, 4 bits per input channel are cheap enough to pay
 BALANCE_BITS = 4
 CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 
 
 def least_state_bits(code_bits: int) -> int:
-    """The least L for k bits: a step's symbol, and as much memory, fits a state."""
+    """Return the least L for k bits: a step's symbol, and as much memory, fits a state."""
     return code_bits + max(code_bits, LEAST_MEMORY)
 
 
 @dataclass(frozen=True)
-class TrellisCodec(Codec):
-    """Weight t of a row is value(bits [k·t, k·t + L) of the row's circular stream)·scale, in the rotated basis.
+class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
+    """Weight t of a row is value(bits [k·t, k·t + L) of the row's tail-biting stream)·scale, in the rotated basis.
 
-    k bits a weight, 16 a row, and for weights of 128 rows or more 4 an input channel. Parts:
+    It takes k bits per weight, 16 per row, and for weights of 128 rows or more 4 per input channel. Parts:
 
-    - weight: the streams, k bits a weight, uint8 [out, groups, bytes] (bit fields; rows padded to whole bytes).
+    - weight: the streams, k bits per weight, uint8 [out, groups, bytes] (bit fields; rows padded to whole bytes).
     - scales: float16 bit patterns, int16 [out].
     - exponent: one int8 for the tensor, a power of two on all scales, so that small and large tensors fit float16.
-    - balance: with 128 rows or more. Four bits q an input channel, uint8 [1, groups, bytes]: the channel's weights are
-      multiplied by 2^((q - 8) / 4) before the rotation, so that the error falls where it costs least.
+    - balance: with 128 rows or more, per-channel scaling. Four bits q per input channel, uint8 [1, groups, bytes]: the
+      channel's weights are multiplied by 2^((q - 8) / 4) before the rotation, so that errors fall where they cost least.
 
     Attributes:
         code_bits: k, 1 … 8.
@@ -97,14 +89,13 @@ class TrellisCodec(Codec):
         seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
         effort: "fast", "default" or "best", for the encoder alone.
         balance: whether weights of 128 rows or more have that part; it pays where input channels differ.
-        circular: whether a stream runs on at its own beginning, or at zeros: then a row's first weights cost a little
-            more error, but its last ones can answer for the errors of all others, so that importance can be a Hessian.
+        circular: whether streams are tail-biting. If not, they end in zeros: then a row's first weights cost a little
+            more error, but its last ones can compensate for the errors of all others, so that importance can be a Hessian.
     """
 
     id: ClassVar[str] = "trellis"
     version: ClassVar[int] = 0
-    guesses: ClassVar[bool] = True
-    hessians: ClassVar[bool] = True
+    uses_norm_heuristic: ClassVar[bool] = True
     int8_activations: ClassVar[bool] = True
     code_bits: int = 4
     state_bits: int = 0
@@ -127,53 +118,56 @@ class TrellisCodec(Codec):
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
-        """The codec of the whole bits; a fraction beyond is for a plan to distribute over tensors."""
+        """Return the codec of the whole bits; a plan spreads the fraction beyond over tensors."""
         if not 1 <= bits <= 8:
             raise CodecError(f"{cls.id}: {bits} bits: must be from 1 to 8")
         return cls(**{"code_bits": int(bits)} | settings)
 
-    def variants(self) -> list[Codec]:
-        """1 to 8 code bits."""
+    def variants(self) -> list[TrellisCodec]:
+        """Return the codecs of 1 to 8 code bits."""
         state_bits = self.state_bits
         return [replace(self, code_bits=k, state_bits=max(state_bits, least_state_bits(k))) for k in range(1, 9)]
 
-    def exposure(self, weight: Tensor, hessian: Tensor | None, outputs: Tensor) -> float:
-        """With a Hessian, what is left of errors that are answered for: in the basis that is searched, the mean of a row's
-        squares times the squares of C's diagonal."""
-        if hessian is None or hessian.dim() == 1:
-            return super().exposure(weight, hessian, outputs)
+    def sensitivity(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
+        """Return the cost of errors; with a Hessian, that of errors which later weights compensate for.
+
+        In the basis that is searched, it is the mean of a row's squares times the squares of C's diagonal.
+        """
+        importance = Importance.of(importance)
+        if not importance.has_hessian:
+            return super().sensitivity(weight, importance, outputs)
         (rows, columns), device = weight.shape, weight.device
-        h = require_hessian(self.id, hessian, columns).to(device)
-        scale = float(hessian.diagonal().double().mean())
+        importance = importance.require(self.id, columns)
+        scale = float(importance.diagonal().mean())
         balance = torch.ones(columns, dtype=torch.float64, device=device)
         if "balance" in self.parts((rows, columns)):
-            packed = pack(self._balance(weight, h)[None], BALANCE_BITS).to(device)
+            packed = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
             balance = self._input_scales({"balance": packed}, columns, device).double()
         power = column_power(weight * outputs.to(device, weight.dtype).sqrt()[:, None]).to(device)
         energy = float(power @ balance.square()) / columns
-        return scale * energy * float(self._factor(h, balance).diagonal().square().sum())
+        return scale * energy * float(self._factor(importance.damped().to(device), balance).diagonal().square().sum())
 
     def with_hessian(self) -> TrellisCodec:
-        """With streams that are not circular."""
+        """Return this codec with streams that are not tail-biting."""
         return replace(self, circular=False)
 
     def expected_error(self) -> float:
-        """The gap to the rate–distortion limit 4^-k, as measured with the default effort."""
+        """Return the rate–distortion limit 4^-k times the gap to it, as measured with the default effort."""
         return 10 ** (GAP[self.code_bits - 1] / 10) * 4.0**-self.code_bits
 
     @property
     def survivors(self) -> int:
-        """m: the search keeps 2^m paths."""
+        """The binary logarithm m of the paths that the search keeps."""
         memory = self.state_bits - self.code_bits
-        wanted = max(self.code_bits, LEAST_MEMORY, memory - 8, EFFORTS[self.effort].edges - self.code_bits)
-        return min(memory, wanted)
+        survivors = max(self.code_bits, LEAST_MEMORY, memory - 8, EFFORTS[self.effort].log2_edges - self.code_bits)
+        return min(memory, survivors)
 
     def _padded(self, columns: int) -> int:
-        """Weights of a row's stream: whole bytes, and no window longer than the stream."""
+        """Return the count of weights in a row's stream: whole bytes, and no window longer than the stream."""
         return 8 * -(-max(columns, -(-self.state_bits // self.code_bits)) // 8)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """Streams, scales, exponent."""
+        """Return streams, scales and exponent, and the balance where it pays."""
         rows, columns = shape
         parts: dict[str, PartSpec] = {
             "weight": ("U8", packed_shape(rows, self._padded(columns), self.code_bits)),
@@ -187,7 +181,7 @@ class TrellisCodec(Codec):
     def encode(
         self,
         weight: Float[Tensor, "out in"],
-        importance: Tensor | None = None,
+        importance: ImportanceLike = None,
         *,
         progress: Progress | None = None,
         backend: Backend = "auto",
@@ -197,24 +191,21 @@ class TrellisCodec(Codec):
         In float64 up to the search, which is exact: so machines that sum in another order find the same stream.
 
         With error power D the same in every rotated channel, Σ_c h[c]·‖error of channel c‖² is least if channel c is
-        multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or a guess. With a Hessian
-        errors are answered for (`feedback.py`), and h counts less: its diagonal to the ⅛, the norm to the -¾.
+        multiplied by (h[c] / ‖w[:, c]‖²)^¼ first (Cauchy and Schwarz); h is `importance`, or estimated from norms. With a
+        Hessian, weights compensate for errors (`feedback.py`), and h counts less: its diagonal to the ⅛, the norm to the -¾.
         """
         (rows, columns), device = weight.shape, weight.device
-        hessian = None
-        if importance is not None and importance.dim() == 2:
-            if self.circular:
-                raise CodecError(
-                    f"{self.id}: a Hessian is for streams with circular=false; give its diagonal otherwise"
-                )
-            hessian = require_hessian(self.id, importance, columns).to(device)
+        importance = Importance.of(importance).require(self.id, columns)
+        if importance.has_hessian and self.circular:
+            raise CodecError(f"{self.id}: a Hessian is for streams with circular=false; give its diagonal otherwise")
         parts: Parts = {}
         if "balance" in self.parts((rows, columns)):
-            octaves = self._balance(weight, importance if hessian is None else hessian)
-            parts["balance"] = pack(octaves[None], BALANCE_BITS).to(device)
+            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
         balance = self._input_scales(parts, columns, device)
-        factor = None if hessian is None else self._factor(hessian, balance.double())
-        first_unit = self._first_unit() * (1.0 if factor is None else self._spread(factor))
+        factor = None
+        if importance.has_hessian:
+            factor = self._factor(importance.damped().to(device), balance.double())
+        initial_scale = self._initial_scale() * (1.0 if factor is None else self._target_spread(factor))
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, dtype=torch.float64, device=device)
@@ -222,7 +213,7 @@ class TrellisCodec(Codec):
         for row in range(0, rows, step):
             here = slice(row, min(rows, row + step))
             rotated = rotate(weight[here].detach().double() * balance, self.seed)
-            unit = rotated.square().mean(1).sqrt() * first_unit
+            unit = rotated.square().mean(1).sqrt() * initial_scale
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
                 stream[here] = trellis_search(
@@ -239,51 +230,40 @@ class TrellisCodec(Codec):
         return parts | {"weight": stream} | self._scales(scale)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back and unbalanced."""
+        """Return float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back and divided by the balance."""
         weight = trellis_dense(parts["weight"], self._scale(parts), columns=shape[1], backend=backend, **self._code())
         weight = unrotate(weight, self.seed)
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
-    def matmul(
-        self,
-        x: Tensor,
-        parts: Parts,
-        shape: Shape,
-        bias: Tensor | None = None,
-        backend: Backend = "auto",
-        int8: bool = False,
-    ) -> Tensor:
-        """Rotates the activations instead of the weight, rounds them to 8 bits if asked, and multiplies by the stream."""
-        scale, factor = self._ready(parts, shape[1])
-        tokens = x.reshape(-1, shape[1])
-        y = trellis_linear(tokens, factor, parts["weight"], scale, int8=int8, backend=backend, **self._code())
-        y = y if bias is None else (y + bias).to(x.dtype)
-        return y.view(*x.shape[:-1], shape[0])
+    def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend, int8: bool = False) -> Tensor:
+        """Rotate the activations instead of the weight, round them to 8 bits if asked, and multiply by the stream."""
+        scale, factor = self._prepared_scales(parts, shape[1])
+        return trellis_linear(x, factor, parts["weight"], scale, int8=int8, backend=backend, **self._code())
 
-    def matmul_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend = "auto") -> Tensor:
-        """The stream's gradient to the rotated activations, rotated back."""
-        scale, factor = self._ready(parts, shape[1])
+    def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
+        """Multiply by the stream, which gives the gradient to the rotated activations, and rotate it back."""
+        scale, factor = self._prepared_scales(parts, shape[1])
         rotated = trellis_matmul_transposed(
-            grad.reshape(-1, shape[0]).float(),
+            grad.float(),
             parts["weight"],
             scale,
             columns=shape[1],
             backend=backend,
             **self._code(),
         )
-        return (mix(rotated, None, backend) * factor).to(grad.dtype).view(*grad.shape[:-1], shape[1])
+        return (mix(rotated, None, backend) * factor).to(grad.dtype)
 
     def rescaled(self, parts: Parts, factors: Tensor) -> Parts:
-        """The scales take the factors up."""
+        """Return the parts with the factors in the scales."""
         scale = self._scale(parts).double() / VALUE_UNIT * factors.double()
         return {**parts, **self._scales(scale)}
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Streams and scales of some rows, the exponent of all."""
+        """Return streams and scales of some rows, and exponent and balance of all."""
         return {**parts, "weight": parts["weight"][index], "scales": parts["scales"][index]}
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Beside the parts' form: scales are finite, and the exponent is in range."""
+        """Check the parts' form, that scales are finite, and that the exponent is in range."""
         super().check(parts, shape)
         if parts["weight"].device.type == "meta":
             return
@@ -292,46 +272,48 @@ class TrellisCodec(Codec):
         if not torch.isfinite(parts["scales"].view(torch.float16)).all():
             raise CodecError(f"{self.id}: a scale is not finite; the file is corrupt")
 
-    def _balance(self, weight: Tensor, importance: Tensor | None) -> Tensor:
-        """The four bits of each input channel: the nearest quarter octave to the best factor, of geometric mean 1."""
+    def _balance(self, weight: Tensor, importance: Importance) -> Tensor:
+        """Return the four bits of each input channel: the quarter octave nearest to its best factor, with geometric mean 1."""
         columns = weight.shape[1]
         power = column_power(weight)
         if not power.sum():
             return torch.full((columns,), 8)
         power = power.clamp_min(1e-6 * power.mean())
-        if importance is not None and importance.dim() == 2:
-            octaves = importance.diagonal().cpu().log2() / 8 - power.log2() * 3 / 8
+        if importance.has_hessian:
+            octaves = importance.diagonal(damped=True).cpu().log2() / 8 - power.log2() * 3 / 8
         else:
-            h = guessed_importance(weight, None) if importance is None else importance
-            octaves = (require_importance(self.id, h, columns) / power).log2() / 4
+            h = importance or Importance.from_norms(weight)
+            octaves = (h.channel_weights() / power).log2() / 4
         return ((octaves - octaves.mean()) * 4).round().clamp(-8, 7).long() + 8
 
     def _factor(self, hessian: Tensor, balance: Tensor) -> Tensor:
-        """C of the Hessian's C·Cᵀ in the basis that is searched: balanced and rotated, lower triangular [in, in]."""
+        """Return C of the Hessian's C·Cᵀ in the basis that is searched: balanced and rotated, lower triangular [in, in]."""
         half = rotate(hessian / balance / balance.view(-1, 1), self.seed)
         factor: Tensor = torch.linalg.cholesky(rotate(half.mT.contiguous(), self.seed))
         return factor
 
-    def _spread(self, factor: Tensor) -> float:
-        """How much wider than the weights what is searched is, as errors are answered for: column j of L⁻¹, with
-        C = L·diag(C), takes up the errors that a code of this rate leaves of unit variance."""
+    def _target_spread(self, factor: Tensor) -> float:
+        """Return how much wider than the weights the targets of the search are, as they compensate for errors.
+
+        Column j of L⁻¹, with C = L·diag(C), takes up the errors that a code of this rate leaves of unit variance.
+        """
         columns = len(factor)
         inverse = torch.linalg.solve_triangular(
             factor, torch.eye(columns, dtype=factor.dtype, device=factor.device), upper=False
         )
-        taken = float((inverse * factor.diagonal()[:, None]).square().sum()) / columns - 1
-        return min(math.sqrt(1 + self.expected_error() * taken), 2.0)
+        gain = float((inverse * factor.diagonal()[:, None]).square().sum()) / columns - 1
+        return min(math.sqrt(1 + self.expected_error() * gain), 2.0)
 
     @staticmethod
     def _input_scales(parts: Parts, columns: int, device: torch.device) -> Tensor:
-        """What each input channel of the weight was multiplied by: float32 [in], or [1] for all ones."""
+        """Return the factor that each input channel of the weight was multiplied by: float32 [in], or [1] for all ones."""
         if "balance" not in parts:
             return torch.ones(1, device=device)
         factors = torch.tensor([2 ** ((q - 8) / 4) for q in range(1 << BALANCE_BITS)], device=device)
         return factors[unpack(parts["balance"], columns, BALANCE_BITS)[0]]
 
-    def _first_unit(self) -> float:
-        """The code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
+    def _initial_scale(self) -> float:
+        """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
         return math.sqrt(1 - 4.0**-self.code_bits) * STRETCH[self.effort][self.code_bits - 1] / CODE_DEVIATION
 
     def _code(self) -> dict[str, Any]:
@@ -344,22 +326,22 @@ class TrellisCodec(Codec):
 
     @staticmethod
     def _scale(parts: Parts) -> Tensor:
-        """Of the integers, float32 [out]."""
+        """Return the scales of the integers, float32 [out]."""
         scale = parts["scales"].view(torch.float16).float()
         return torch.ldexp(scale, parts["exponent"].to(torch.int32)) * VALUE_UNIT
 
-    def _ready(self, parts: Parts, columns: int) -> tuple[Tensor, Tensor]:
-        """The scale of the integers, and what activations are multiplied by before they are mixed; kept."""
+    def _prepared_scales(self, parts: Parts, columns: int) -> tuple[Tensor, Tensor]:
+        """Return the scales of the integers, and the factors of activations before they are mixed; cached."""
 
-        def make() -> tuple[Tensor, Tensor]:
+        def compute() -> tuple[Tensor, Tensor]:
             device = parts["scales"].device
             return self._scale(parts), signs(self.seed, columns, device) / self._input_scales(parts, columns, device)
 
-        return derived(parts["scales"], (self, columns), make)
+        return derived(parts["scales"], (self, columns), compute)
 
     @staticmethod
     def _scales(scale: Tensor) -> Parts:
-        """The parts that hold scales [out]: the exponent puts the largest into [1, 2)."""
+        """Return the parts that hold scales [out]: the exponent puts the largest into [1, 2)."""
         top = float(scale.abs().max())
         exponent = min(max(math.frexp(top)[1] - 1, EXPONENT_MIN), EXPONENT_MAX) if top > 0 else 0
         return {

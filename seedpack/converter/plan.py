@@ -1,4 +1,4 @@
-"""The plan: which tensor gets which codec. Pure data, that can be printed, edited and given back."""
+"""The plan: a codec for each tensor. Pure data, that can be printed, edited and given back."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import dataclasses
 import fnmatch
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_to_json, get_codec
+from seedpack.converter.sources.base import SourceTensor
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import PlannedTensor
@@ -24,25 +26,8 @@ PLAN_VERSION = 1
 
 
 @dataclass(frozen=True)
-class SourceTensor:
-    """A tensor as a source has it.
-
-    Attributes:
-        kind: what a model uses it for: linear, embedding, head (the output head, or an embedding tied to it), conv, expert, or "" (raw).
-        transposed: stored [in, out].
-        group: for experts, the parameter that all of the group become parts of in memory.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    kind: str = ""
-    transposed: bool = False
-    group: str = ""
-
-
-@dataclass(frozen=True)
 class TensorPlan:
-    """One tensor: its codec, and why."""
+    """One tensor with its codec, and a note that says why it is raw."""
 
     name: str
     dtype: str
@@ -74,8 +59,12 @@ class TensorPlan:
         """Bits stored for each weight."""
         return 8 * self.stored_bytes / max(1, math.prod(self.shape))
 
+    def with_hessian(self) -> TensorPlan:
+        """Return this tensor with its codec as it is to be where a Hessian is known."""
+        return replace(self, codec=self.codec.with_hessian()) if isinstance(self.codec, HessianFitting) else self
+
     def for_writer(self) -> PlannedTensor:
-        """What the format writer needs."""
+        """Return what the format writer needs."""
         parts = self.codec.parts(self.codec_shape)
         return PlannedTensor(
             self.name, self.codec.spec(), self.dtype, self.shape, parts, self.packed and self.transposed
@@ -95,7 +84,7 @@ class Plan:
         return sum(math.prod(t.shape) for t in self.tensors if t.packed)
 
     def totals(self) -> dict[str, float]:
-        """Sums: weights, source and stored bytes, bits a weight over packed and over all tensors."""
+        """Return sums: weights, source and stored bytes, bits per weight over packed and over all tensors."""
         packed = [t for t in self.tensors if t.packed]
         weights = sum(math.prod(t.shape) for t in self.tensors)
         stored = sum(t.stored_bytes for t in self.tensors)
@@ -111,27 +100,26 @@ class Plan:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """A document that `edited` takes: {"seedpack_plan": 1, "tensors": {name: {"codec", "config"}}}."""
+        """Return a document that `edited` takes: {"seedpack_plan": 1, "tensors": {name: {"codec", "config"}}}."""
         return {
             "seedpack_plan": PLAN_VERSION,
             "tensors": {t.name: {"codec": t.codec.id, "config": t.codec.spec().config} for t in self.tensors},
         }
 
     def edited(self, document: object, where: str = "plan") -> Plan:
-        """This plan with the codecs that a plan document names; tensors it leaves out stay as they are."""
+        """Return this plan with the codecs that a plan document names; tensors it leaves out stay as they are."""
         version = document.get("seedpack_plan") if isinstance(document, dict) else None
         if not isinstance(document, dict) or type(version) is not int or version != PLAN_VERSION:
             raise ModelError(f"{where}: expected a plan of version {PLAN_VERSION}; make one with --dry-run --json")
         choices = document.get("tensors")
         if not isinstance(choices, dict):
             raise ModelError(f"{where}: 'tensors' must be an object")
-        known = {t.name for t in self.tensors}
-        if unknown := sorted(choices.keys() - known):
-            raise ModelError(f"{where}: names {len(unknown)} tensors that the model has not, as {unknown[0]!r}")
+        if unknown := sorted(choices.keys() - {t.name for t in self.tensors}):
+            raise ModelError(f"{where}: {len(unknown)} names are no tensors of the model, such as {unknown[0]!r}")
         return replace(self, tensors=tuple(_edit(t, choices.get(t.name), where) for t in self.tensors))
 
     def edited_by_file(self, path: str | Path) -> Plan:
-        """`edited` with a JSON file."""
+        """Return this plan with the codecs that a JSON file names."""
         try:
             text = Path(path).read_text("utf-8")
         except OSError as error:
@@ -140,10 +128,23 @@ class Plan:
             raise ModelError(f"{path}: is not UTF-8") from None
         return self.edited(loads_strict(text, str(path)), str(path))
 
-    def raw(self, names: Iterable[str], note: str) -> Plan:
-        """This plan with some tensors left raw."""
-        chosen = set(names)
-        return replace(self, tensors=tuple(_left_raw(t, note) if t.name in chosen else t for t in self.tensors))
+    def raw(self, names: Collection[str], note: str) -> Plan:
+        """Return this plan with some tensors left raw."""
+        return replace(self, tensors=tuple(_left_raw(t, note) if t.name in names else t for t in self.tensors))
+
+    def require_source(self, tensors: Mapping[str, SourceTensor]) -> None:
+        """Refuse to be followed for a source of other tensors.
+
+        Raises:
+            ModelError: naming a tensor that is missing, or of another shape.
+        """
+        planned = {t.name: t.shape for t in self.tensors}
+        found = {name: tensor.shape for name, tensor in tensors.items()}
+        if odd := sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)):
+            raise ModelError(
+                f"the plan is for another model: {odd[0]!r} has shape {planned.get(odd[0])} in the plan, "
+                f"{found.get(odd[0])} in the model"
+            )
 
     def check_experts(self) -> None:
         """Refuse what transformers could not load: experts of one parameter, or of one kind, packed here and raw there."""
@@ -162,18 +163,15 @@ class Plan:
             )
 
     def with_hessians(self, names: Collection[str]) -> Plan:
-        """This plan with the codecs of packed tensors that a Hessian is known for as they are to be then."""
-        return replace(
-            self,
-            tensors=tuple(replace(t, codec=t.codec.with_hessian()) if t.name in names else t for t in self.tensors),
-        )
+        """Return this plan with the codecs of some tensors as they are to be where a Hessian is known."""
+        return replace(self, tensors=tuple(t.with_hessian() if t.name in names else t for t in self.tensors))
 
     def dumps(self) -> str:
-        """The JSON text of `to_json`."""
+        """Return the JSON text of `to_json`."""
         return json.dumps(self.to_json(), indent=2) + "\n"
 
 
-def make_plan(
+def default_plan(
     tensors: Mapping[str, SourceTensor],
     shared: Mapping[str, str],
     codec: Codec,
@@ -182,10 +180,10 @@ def make_plan(
     exclude: Sequence[str] = (),
     dtype: str | None = None,
 ) -> Plan:
-    """The default plan: `codec` for every weight matrix that it makes smaller, raw for the rest.
+    """Plan `codec` for every weight matrix that it makes smaller, and raw for the rest.
 
     Args:
-        tensors: what the source holds, in file order.
+        tensors: of the source, in file order.
         shared: further names of its tensors.
         codec: for linear layers, embeddings and convolutions.
         include: patterns (fnmatch) of tensor names; given, only matching ones are packed.
@@ -196,45 +194,59 @@ def make_plan(
         if not any(fnmatch.fnmatch(name, pattern) for name in tensors):
             raise ModelError(f"pattern {pattern!r} matches no tensor; names look like {next(iter(tensors))!r}")
 
-    def choose(name: str, tensor: SourceTensor) -> TensorPlan:
-        floating = tensor.dtype in PACKABLE
-        target = dtype if dtype and floating else tensor.dtype
-        source_bytes = nbytes(tensor.dtype, tensor.shape)
-        note = ""
-        if not floating and not tensor.dtype.startswith("F8"):
-            note = "not a float tensor"
-        elif not tensor.kind or not floating:
-            note = "not the weight matrix of a layer that can be packed"
-        elif any(fnmatch.fnmatch(name, p) for p in exclude):
-            note = "excluded"
-        elif include and not any(fnmatch.fnmatch(name, p) for p in include):
-            note = "not included"
-        else:
-            matrix = codec_matrix(tensor.shape, tensor.transposed)
-            bits = codec.bits_per_weight(matrix)
-            if codec.parts(matrix)["weight"][1] != tensor.shape and bits < 8 * DTYPE_BYTES[target]:
-                return TensorPlan(
-                    name, target, tensor.shape, codec, source_bytes, tensor.kind, tensor.transposed, "", tensor.group
-                )
-            note = f"{codec.id} would take {bits:.1f} bits a weight"
-        raw = RawCodec(target)
+    def plan_tensor(name: str, tensor: SourceTensor) -> TensorPlan:
+        target = dtype if dtype and tensor.dtype in PACKABLE else tensor.dtype
+        note = _not_packable(tensor) or _not_wanted(name, include, exclude) or _not_smaller(tensor, codec, target)
         return TensorPlan(
-            name, target, tensor.shape, raw, source_bytes, tensor.kind, tensor.transposed, note, tensor.group
+            name=name,
+            dtype=target,
+            shape=tensor.shape,
+            codec=RawCodec(target) if note else codec,
+            source_bytes=nbytes(tensor.dtype, tensor.shape),
+            kind=tensor.kind,
+            transposed=tensor.transposed,
+            note=note,
+            group=tensor.group,
         )
 
-    plan = Plan(tuple(choose(name, tensor) for name, tensor in tensors.items()), dict(shared))
+    plan = Plan(tuple(plan_tensor(name, tensor) for name, tensor in tensors.items()), dict(shared))
     if include and not plan.packed_weights:
         wanted = next(t for t in plan.tensors if any(fnmatch.fnmatch(t.name, p) for p in include))
         raise ModelError(f"nothing that --include asks for can be packed: {wanted.name!r} is {wanted.note}")
     return plan
 
 
+def _not_packable(tensor: SourceTensor) -> str:
+    """Return why a tensor cannot be packed; "" if it can."""
+    if tensor.dtype not in PACKABLE and not tensor.dtype.startswith("F8"):
+        return "not a float tensor"
+    if not tensor.kind or tensor.dtype not in PACKABLE:
+        return "not the weight matrix of a layer that can be packed"
+    return ""
+
+
+def _not_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str:
+    """Return why a tensor is not to be packed; "" if it is."""
+    if any(fnmatch.fnmatch(name, pattern) for pattern in exclude):
+        return "excluded"
+    return "not included" if include and not any(fnmatch.fnmatch(name, pattern) for pattern in include) else ""
+
+
+def _not_smaller(tensor: SourceTensor, codec: Codec, dtype: str) -> str:
+    """Return how many bits a codec would take, if that is no fewer than the raw tensor's; else ""."""
+    matrix = codec_matrix(tensor.shape, tensor.transposed)
+    bits = codec.bits_per_weight(matrix)
+    if codec.parts(matrix)["weight"][1] != tensor.shape and bits < 8 * DTYPE_BYTES[dtype]:
+        return ""
+    return f"{codec.id} would take {bits:.1f} bits per weight"
+
+
 def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Codec:
-    """The codec of the command line: an id, or `svd+ID` for an SVD whose factors are packed by another codec.
+    """Return the codec of an id, or of `svd+ID`, an SVD whose factors are packed by another codec.
 
     Args:
         name: as "trellis", "svd", "svd+trellis".
-        bits: bits a weight; None is the codec's default, 4.
+        bits: bits per weight; None is the codec's default, 4.
         settings: hyperparameters by name, which win.
     """
     outer, plus, inner = name.partition("+")

@@ -1,1 +1,1 @@
-"""What packing cost: perplexity, KL divergence, relative error, effective rank."""
+"""Measure the loss of quality: perplexity, KL divergence, relative error, effective rank."""

@@ -1,4 +1,4 @@
-"""Two causal language models on one text: perplexity of both, KL divergence, top-1 agreement."""
+"""Compare two causal language models on one text: perplexity of both, KL divergence, top-1 agreement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seedpack.converter.calibration.tokens import sequences
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.errors import ModelError, first_line
 
-POSITIONS_AT_ONCE = 256
+POSITIONS_PER_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class LanguageReport:
     """Means over all scored positions.
 
     Attributes:
-        context: tokens of a window; windows do not overlap, and its first token is not scored.
+        context: tokens per window; windows do not overlap, and the first token of each is not scored.
         tokens: positions scored.
         perplexity_original: exp of the mean negative log-likelihood (natural logarithm).
-        perplexity_packed: the same.
+        perplexity_packed: the same of the packed model.
         kl_mean: mean KL(original ‖ packed) of the next-token distributions, in nats.
         kl_p99: its 99th percentile.
         top1_agreement: share of positions where both models' likeliest token is the same.
@@ -40,12 +40,12 @@ class LanguageReport:
     top1_agreement: float
 
     def to_json(self) -> dict[str, Any]:
-        """A document for machines."""
+        """Return the JSON object."""
         return asdict(self)
 
 
 def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
-    """The first `tokens` tokens of a text as windows, int64 [n, context] (see `sequences`); one short window of a short text."""
+    """Return the first `tokens` tokens of a text as windows, int64 [n, context]; of a short text, one short window."""
     characters = 8 * tokens + 1000  # tokenizers are slow on what will not be used
     ids = tokenizer(text[:characters], add_special_tokens=False)["input_ids"]
     if len(ids) < 2:
@@ -60,29 +60,30 @@ def compare_language_models(
     """Score both models on windows of tokens.
 
     Args:
-        original: a causal language model of transformers; the reference of the divergence.
-        packed: another with the same vocabulary.
+        original: a causal language model of transformers, the reference of the divergence.
+        packed: another one with the same vocabulary.
         ids: int64 [windows, context].
         progress: called with the tokens scored since the last call.
     """
-    nll_original, nll_packed, divergence, agree = [], [], [], []
+    nll_original, nll_packed, divergences, agreements = [], [], [], []
     for window in ids:
         logits = [model.eval()(window[None].to(model.device)).logits[0, :-1].cpu() for model in (original, packed)]
-        if logits[0].shape != logits[1].shape:
+        sizes = [values.shape[-1] for values in logits]
+        if sizes[0] != sizes[1]:
             raise ModelError(
-                f"the models have vocabularies of {logits[0].shape[-1]} and {logits[1].shape[-1]}; compare like with like"
+                f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare models of the same vocabulary"
             )
-        for first in range(0, len(window) - 1, POSITIONS_AT_ONCE):
-            a, b = (value[first : first + POSITIONS_AT_ONCE].float().log_softmax(-1) for value in logits)
+        for first in range(0, len(window) - 1, POSITIONS_PER_STEP):
+            a, b = (values[first : first + POSITIONS_PER_STEP].float().log_softmax(-1) for values in logits)
             target = window[1 + first : 1 + first + len(a), None]
             nll_original.append(-a.gather(1, target)[:, 0])
             nll_packed.append(-b.gather(1, target)[:, 0])
-            divergence.append((a.exp() * (a - b)).sum(-1))
-            agree.append(a.argmax(-1) == b.argmax(-1))
-        del logits, a, b  # of a large vocabulary gigabytes, before the next ones are made
+            divergences.append((a.exp() * (a - b)).sum(-1))
+            agreements.append(a.argmax(-1) == b.argmax(-1))
+        del logits, a, b  # gigabytes for a large vocabulary: free them before the next window
         if progress:
             progress(len(window))
-    kl = torch.cat(divergence).double()
+    kl = torch.cat(divergences).double()
     if not torch.isfinite(kl).all():
         raise ModelError("a model gives logits that are not finite on this text")
     return LanguageReport(
@@ -92,12 +93,12 @@ def compare_language_models(
         perplexity_packed=float(torch.cat(nll_packed).double().mean().exp()),
         kl_mean=float(kl.mean()),
         kl_p99=float(kl.quantile(0.99)),
-        top1_agreement=float(torch.cat(agree).double().mean()),
+        top1_agreement=float(torch.cat(agreements).double().mean()),
     )
 
 
 def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer: a folder (dense or packed), a GGUF file or a hub id."""
+    """Load a causal language model and its tokenizer from a folder (dense or packed), a GGUF file or a hub id."""
     import transformers
 
     import seedpack  # noqa: F401 (registers the quantizer)

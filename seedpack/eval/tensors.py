@@ -1,4 +1,4 @@
-"""Two checkpoints tensor by tensor: relative error and effective rank."""
+"""Compare two checkpoints tensor by tensor: relative error and effective rank."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from seedpack.loader.layers import codec_matrix
 
 @dataclass(frozen=True)
 class TensorComparison:
-    """One tensor of A against B.
+    """A tensor of model B compared with that of model A.
 
     Attributes:
-        error: ‖A - B‖², `energy`: ‖A‖².
-        rank_a, rank_b: effective ranks; None for what is no matrix, or where not asked for.
-        rank: what an SVD codec stored in B, with `captured` ‖B‖² / ‖A‖² explained, 1 - error / energy, and
-            `optimal`, the same for the best approximation of that rank.
+        error: ‖A - B‖².
+        energy: ‖A‖².
+        rank_a, rank_b: effective ranks; None for tensors that are not matrices, or if not asked for.
+        rank: of the factors in B, if an SVD codec stored it.
+        captured: energy captured by them, 1 - error / energy.
+        optimal: the same of the best approximation of that rank.
     """
 
     name: str
@@ -44,8 +46,10 @@ class TensorComparison:
 
 
 @dataclass(frozen=True)
-class _Side:
-    names: dict[str, tuple[int, ...]]
+class _Model:
+    """A model's tensors: shapes by name, how to read one, and the ranks of those stored by an SVD codec."""
+
+    shapes: dict[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
     ranks: dict[str, int]
 
@@ -56,27 +60,27 @@ def compare_tensors(
     """Compare the float tensors that two models share.
 
     Args:
-        a: a dense or packed model: the reference.
-        b: another.
-        ranks: also compute effective ranks (an eigendecomposition a tensor and side).
+        a: a dense or packed model, the reference.
+        b: another one.
+        ranks: also compute effective ranks (one eigendecomposition per tensor and model).
 
     Returns:
-        Names that only one of them has, the count of common ones, and their comparisons, one at a time.
+        The names that only one model has, the number of common ones, and their comparisons, one at a time.
     """
     left, right = _open(a), _open(b)
-    common = [name for name in left.names if name in right.names]
+    common = [name for name in left.shapes if name in right.shapes]
     if not common:
-        raise ModelError(f"{a} and {b} have no tensor name in common, as {next(iter(left.names))!r}")
+        raise ModelError(f"{a} and {b} have no tensor name in common; the first has {next(iter(left.shapes))!r}")
     for name in common:
-        if left.names[name] != right.names[name]:
+        if left.shapes[name] != right.shapes[name]:
             raise ModelError(
-                f"tensor {name!r}: {a} has shape {list(left.names[name])}, {b} has {list(right.names[name])}"
+                f"tensor {name!r}: {a} has shape {list(left.shapes[name])}, {b} has {list(right.shapes[name])}"
             )
-    lone = sorted(left.names.keys() ^ right.names.keys())
+    lone = sorted(left.shapes.keys() ^ right.shapes.keys())
     return lone, len(common), _compare(left, right, common, ranks)
 
 
-def _compare(left: _Side, right: _Side, names: list[str], ranks: bool) -> Iterator[TensorComparison]:
+def _compare(left: _Model, right: _Model, names: list[str], ranks: bool) -> Iterator[TensorComparison]:
     for name in names:
         x, y = left.read(name), right.read(name)
         if not x.is_floating_point():
@@ -103,14 +107,14 @@ def _compare(left: _Side, right: _Side, names: list[str], ranks: bool) -> Iterat
         )
 
 
-def _open(path: str | Path) -> _Side:
+def _open(path: str | Path) -> _Model:
     try:
         checkpoint = Checkpoint(path)
     except FormatError as error:
         if "not a seedpack checkpoint" not in str(error) and _claims_to_be_packed(Path(path)):
             raise
         source = open_source(path)
-        return _Side({name: t.shape for name, t in source.tensors.items()}, source.read, {})
+        return _Model({name: t.shape for name, t in source.tensors.items()}, source.read, {})
     checkpoint.close()  # its mapping lives on
     manifest = checkpoint.manifest
     ranks = {}
@@ -120,13 +124,13 @@ def _open(path: str | Path) -> _Side:
             assert isinstance(codec, SVDCodec)
             ranks[name] = codec.rank_of(codec_matrix(entry.shape, entry.transposed))
     undescribed = {key: checkpoint.undescribed(key) for key in checkpoint.raw_keys()}
-    names = {name: entry.shape for name, entry in manifest.tensors.items()}
-    names |= {key: part.shape for key, part in undescribed.items()}
+    shapes = {name: entry.shape for name, entry in manifest.tensors.items()}
+    shapes |= {key: part.shape for key, part in undescribed.items()}
 
     def read(name: str) -> Tensor:
         return to_tensor(undescribed[name]) if name in undescribed else stored_dense(checkpoint, name)
 
-    return _Side(names, read, ranks)
+    return _Model(shapes, read, ranks)
 
 
 def _claims_to_be_packed(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A transformers model without weights: which module each name of a checkpoint belongs to.
+"""Names of a checkpoint and the modules of a transformers model that they belong to.
 
 transformers renames and merges tensors while it loads (base-model prefixes, legacy names, experts of a mixture that
 lie apart on disk and in one 3-D parameter in memory). The same functions are asked here, so that a plan and a loader
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.converter.sources.base import Kind
-from seedpack.converter.sources.live import module_kind
+from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
-from seedpack.hf.norm_power import followers, output_power
+from seedpack.hf import internals
+from seedpack.hf.norm_power import norm_before_layer, output_power
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -36,20 +37,17 @@ class Expert:
 
 
 def architecture(config: object) -> Any:
-    """The transformers class that a config.json names, or None; only model classes are looked up."""
+    """Return the transformers class that a config.json names, or None; only model classes are looked up."""
     import transformers
 
     names = config.get("architectures") if isinstance(config, dict) else None
-    found = (
-        getattr(transformers, names[0], None)
-        if isinstance(names, list) and names and isinstance(names[0], str)
-        else None
-    )
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    name = names[0] if isinstance(names, list) and names else None
+    cls = getattr(transformers, name, None) if isinstance(name, str) else None
+    return cls if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel) else None
 
 
-class Skeleton:
-    """Names of a checkpoint against the modules of a model (on meta or loaded)."""
+class CheckpointNames:
+    """Finds the module of each name of a checkpoint in a model, which may be on meta or loaded."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -57,8 +55,8 @@ class Skeleton:
         self._state = model.state_dict()
 
     @classmethod
-    def of_folder(cls, path: Path) -> Skeleton:
-        """Built from config.json on the meta device."""
+    def of_folder(cls, path: Path) -> CheckpointNames:
+        """Build the model of a config.json on the meta device."""
         import transformers
 
         try:
@@ -75,15 +73,15 @@ class Skeleton:
 
     @cached_property
     def tied(self) -> dict[str, str]:
-        """Parameters that are tied to another one, {tied: the one that is stored}."""
-        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+        """Parameters that are tied to another one: {tied: the one that is stored}."""
+        return internals.tied_parameters(self.model)
 
     @cached_property
-    def _followers(self) -> dict[str, str]:
-        return followers(self.model)
+    def _norms(self) -> dict[str, str]:
+        return norm_before_layer(self.model)
 
-    def power(self, name: str, stored: Mapping[str, str], read: Callable[[str], Tensor]) -> Tensor | None:
-        """The power of each input channel of a checkpoint tensor's layer [in], if it takes the output of a norm.
+    def norm_power(self, name: str, stored: Mapping[str, str], read: Callable[[str], Tensor]) -> Tensor | None:
+        """Return the power of each input channel of a checkpoint tensor's layer [in], if it takes the output of a norm.
 
         Args:
             name: the tensor's.
@@ -91,7 +89,7 @@ class Skeleton:
             read: gives a tensor of the checkpoint.
         """
         for layer in sorted(parameter.rpartition(".")[0] for parameter in self.parameters(name)):
-            norm = self._followers.get(layer)
+            norm = self._norms.get(layer)
             if norm is None:
                 continue
             names = {leaf: stored.get(f"{norm}.{leaf}") for leaf, _ in self._modules[norm].named_parameters()}
@@ -101,31 +99,20 @@ class Skeleton:
 
     @cached_property
     def _conversions(self) -> tuple[list[Any], list[Any]]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        mapping = get_model_conversion_mapping(self.model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        return [entry for entry in mapping if not isinstance(entry, WeightConverter)], converters
+        return internals.conversions(self.model)
 
     def parameter(self, name: str) -> tuple[str, str | None]:
-        """The model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
-        from transformers.core_model_loading import rename_source_key
-
+        """Return the model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
         renamings, converters = self._conversions
-        prefix = self.model.base_model_prefix
-        found, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
-        if found not in self._state and name in self._state:
-            found, pattern = rename_source_key(name, [], [], prefix, self._state)
-        return found, pattern
+        return internals.model_name_of(name, renamings, converters, self.model.base_model_prefix, self._state)
 
     def parameters(self, name: str) -> list[str]:
-        """The model's names of a checkpoint tensor: of its parameter, and of those tied to it."""
+        """Return the model's names of a checkpoint tensor: of its parameter, and of those tied to it."""
         target = self.parameter(name)[0]
         return [target, *(tied for tied, origin in self.tied.items() if origin == target)]
 
     def expert(self, name: str) -> Expert | None:
-        """Where an expert's matrix goes, if it is one that is merely stacked and concatenated in memory."""
+        """Return where an expert's matrix goes, if it is one that is merely stacked and concatenated in memory."""
         match = _EXPERT.fullmatch(name)
         if match is None:
             return None
@@ -134,23 +121,21 @@ class Skeleton:
         if pattern is None or target not in self._state or self._state[target].dim() != 3:
             return None
         converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
-        operations = [type(op).__name__ for op in converter.operations]
-        if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+        if internals.operation_names(converter) not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             return None
         return Expert(module, parameter, match["projection"], int(match["index"]))
 
     def projections(self, name: str) -> list[str]:
-        """The projections that make up one expert parameter, in order, from one of its tensors' names."""
+        """Return the projections that make up one expert parameter, in order, from one of its tensors' names."""
         _, pattern = self.parameter(name)
         converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
-        sources = getattr(converter, "_original_source_patterns", None) or converter.source_patterns
-        sources = [sources] if isinstance(sources, str) else list(sources)
+        sources = internals.source_patterns(converter)
         return [
             source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
         ]
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """(kind, transposed, group) of a checkpoint tensor, as `SourceTensor` has them."""
+        """Return kind, transposed and group of a checkpoint tensor, as `SourceTensor` has them."""
         expert = self.expert(name)
         if expert is not None:
             return "expert", False, f"{expert.module}.{expert.parameter}"

@@ -1,4 +1,4 @@
-"""`quantization_config` of a packed model: the manifest of its packed tensors."""
+"""The `quantization_config` of a packed model: the manifest of its packed tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seedpack.formats.reader import QUANT_METHOD
 
 
 class SeedpackConfig(QuantizationConfigMixin):
-    """Holds the manifest as it stands in config.json, checked."""
+    """The manifest of config.json, checked."""
 
     def __init__(self, /, **document: Any):
         document.pop("quant_method", None)
@@ -26,18 +26,18 @@ class SeedpackConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As transformers calls it; unknown keys are an error of the manifest, never dropped."""
+        """Make one from the JSON object, for transformers; unknown keys are refused, never dropped."""
         config = cls(**config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """The same document again."""
+        """Return the JSON object."""
         return {"quant_method": self.quant_method, **self.manifest.to_json()}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All of it; there are no defaults to leave out."""
+        """Return the whole JSON object: there are no defaults to leave out."""
         return self.to_dict()
 
     def __repr__(self) -> str:
-        """Short: the document can have thousands of lines."""
+        """Return a short text: the document can have thousands of lines."""
         return f"SeedpackConfig({len(self.manifest.tensors)} packed tensors)"

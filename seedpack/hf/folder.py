@@ -2,41 +2,67 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import weakref
-from contextlib import suppress
+import json
+import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seedpack.converter.plan import SourceTensor
-from seedpack.converter.sources.base import Source, StateDictSource
-from seedpack.converter.sources.safetensors import open_safetensors
+from seedpack.converter.sources.base import OpenModel, Source, SourceTensor
+from seedpack.converter.sources.safetensors import SafetensorsSource
+from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.converter.sources.torch_file import load_state_dict
-from seedpack.errors import ModelError, first_line
-from seedpack.formats.reader import read_json
-from seedpack.hf.checkpoint_names import Skeleton, architecture
+from seedpack.errors import FormatError, ModelError
+from seedpack.formats import Manifest
+from seedpack.formats.reader import QUANT_METHOD, read_json
+from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.language_model import open_folder_model
 
-WEIGHT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".th",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".npz",
-}
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
 
 
-def open_folder(path: Path) -> Source:
-    """The source of a folder with config.json and weights, sharded or not."""
+class FolderSource(Source):
+    """A folder with config.json and weights, sharded or not."""
+
+    def __init__(self, path: Path):
+        config = dense_config(path)
+        self._path, self._names = path, CheckpointNames.of_folder(path)
+        self._weights = _open_weights(path, self._names)
+        tensors, self._renamed, self._stored = _without_ties(self._weights, self._names)
+        super().__init__(str(path), tensors, config=config)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, by the name that transformers reads it from."""
+        return self._weights.read(self._renamed.get(name, name))
+
+    def norm_power(self, name: str) -> Tensor | None:
+        """Return the power that the norm before a layer gives each input channel [in]."""
+        return self._names.norm_power(name, self._stored, self.read)
+
+    def parameters(self, name: str) -> list[str]:
+        """Return the model's names of a tensor."""
+        return self._names.parameters(name)
+
+    def open_model(self) -> OpenModel:
+        """Open the model with its tokenizer."""
+        return open_folder_model(self._path)
+
+    def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
+        """Copy the files beside the weights, and write config.json."""
+        assert self.config is not None
+        write_packed_config(folder, self.config, manifest, dtype)
+        copy_files(_further_files(self._path), folder)
+
+
+def dense_config(path: Path) -> dict[str, Any]:
+    """Read a dense folder's config.json.
+
+    Raises:
+        ModelError: there is none, or the weights are quantised already.
+    """
     config_file = path / "config.json"
     if not config_file.is_file():
         raise ModelError(f"{path}: has no config.json; pass the weight file itself, or a Hugging Face folder")
@@ -44,87 +70,97 @@ def open_folder(path: Path) -> Source:
     if not isinstance(config, dict):
         raise ModelError(f"{config_file}: expected a JSON object")
     if "quantization_config" in config:
-        found = config["quantization_config"]
-        method = found.get("quant_method", "?") if isinstance(found, dict) else found
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
         raise ModelError(f"{path}: is quantised already (by {method}); start from the dense model")
-    skeleton = Skeleton.of_folder(path)
-    rest: dict[str, Any] = {"config": config, "files": _further_files(path), "opened": lambda: open_model(path)}
-    files = _weights(path, "model.safetensors")
-    if files:
-        return resolve_ties(open_safetensors(files, str(path), skeleton.kind, **rest), skeleton)
-    files = _weights(path, "pytorch_model.bin")
-    if not files:
+    return config
+
+
+def write_packed_config(folder: Path, config: dict[str, Any], manifest: Manifest, dtype: torch.dtype | None) -> None:
+    """Write a packed model's config.json: the dense one, with the manifest of its packed tensors."""
+    quantization = {"quant_method": QUANT_METHOD, **manifest.packed_only().to_json()}
+    config = {**config, "quantization_config": quantization}
+    if dtype is not None:
+        config = {key: value for key, value in config.items() if key != "torch_dtype"}
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_config(folder, config)
+
+
+def copy_files(files: Iterable[Path], folder: Path) -> None:
+    """Copy files into a folder."""
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def complete_dense_folder(packed: Path, folder: Path, dtype: torch.dtype | None) -> None:
+    """Write what a folder needs beside the weights that were unpacked: further files, and a config of a dense model."""
+    copy_files(
+        (
+            file
+            for file in packed.iterdir()
+            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json")
+        ),
+        folder,
+    )
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise FormatError(f"{packed / 'config.json'}: expected a JSON object")
+    for holder in (config, config.get("text_config")):
+        if isinstance(holder, dict):
+            holder.pop("quantization_config", None)
+    if dtype is not None:
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_config(folder, config)
+
+
+def _write_config(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _open_weights(path: Path, names: CheckpointNames) -> Source:
+    """Open the weights of a folder by their own names."""
+    if files := _weight_files(path, "model.safetensors"):
+        return SafetensorsSource(files, str(path), names.kind)
+    if not (files := _weight_files(path, "pytorch_model.bin")):
         raise ModelError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_state_dict(file)[0]
-    source = StateDictSource.from_tensors(str(path), state, skeleton.kind, **rest)
-    source.shared.clear()  # transformers ties by its config
-    return resolve_ties(source, skeleton)
+    return StateDictSource(
+        str(path), state, names.kind
+    )  # its shared names are left out: transformers ties by its config
 
 
-def resolve_ties(source: Source, skeleton: Skeleton) -> Source:
-    """Keep one tensor for each set of tied ones, under the name that transformers reads it from."""
-    stored = {skeleton.parameter(name)[0]: name for name in source.tensors}
-    read = source.read
+def _without_ties(
+    source: Source, names: CheckpointNames
+) -> tuple[dict[str, SourceTensor], dict[str, str], dict[str, str]]:
+    """Keep one tensor for each set of tied ones, under the name that transformers reads it from.
+
+    Returns:
+        The tensors, {name: the name in the files} where they differ, and {the model's name: the tensor's}.
+    """
+    tensors = dict(source.tensors)
+    stored = {names.parameter(name)[0]: name for name in tensors}
     renamed: dict[str, str] = {}
-    for target, origin in skeleton.tied.items():
+    for target, origin in names.tied.items():
         if target not in stored:
             continue
         name = stored[target]
         if origin not in stored:
-            info = source.tensors[name]
-            source.tensors[origin] = SourceTensor(info.dtype, info.shape, *skeleton.kind(origin, info.shape))
+            info = tensors[name]
+            tensors[origin] = SourceTensor(info.dtype, info.shape, *names.kind(origin, info.shape))
             renamed[origin] = stored[origin] = name
-        elif not torch.equal(read(stored[origin]), read(name)):
+        elif not torch.equal(source.read(renamed.get(stored[origin], stored[origin])), source.read(name)):
             raise ModelError(
                 f"{source.name}: the config ties {name!r} to {stored[origin]!r}, but their values differ; "
                 'set "tie_word_embeddings": false in config.json'
             )
-        del source.tensors[name]
-    source.read = lambda name: read(renamed.get(name, name))
-    source.power = lambda name: skeleton.power(name, stored, source.read)
-    source.parameters = skeleton.parameters
-    return source
+        del tensors[name]
+    return tensors, renamed, stored
 
 
-def _free_bytes() -> int:
-    """Memory that could be had, as the system says; where it does not, as much as one could wish."""
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62
-
-
-def open_model(path: Path) -> tuple[Any, Any]:
-    """A folder's model, in float32, and its tokenizer or None; on disk where it fills more than half of what is free."""
-    import transformers
-
-    config = read_json(path / "config.json")
-    cls = architecture(config) or transformers.AutoModel
-    files = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
-    size = sum(file.stat().st_size for file in files)
-    options: dict[str, Any] = {"dtype": torch.float32}
-    holder = None
-    if 2 * size > _free_bytes() / 2:
-        holder = tempfile.TemporaryDirectory(prefix="seedpack-")
-        options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
-    try:
-        model = cls.from_pretrained(path, **options)
-    except Exception as error:  # the libraries' own
-        raise ModelError(f"{path}: transformers cannot run it ({first_line(error)})") from error
-    if holder is not None:
-        weakref.finalize(model, holder.cleanup)
-    try:
-        return model, transformers.AutoTokenizer.from_pretrained(path)
-    except Exception:  # not every model has one
-        return model, None
-
-
-def _weights(path: Path, single: str) -> list[Path]:
+def _weight_files(path: Path, single: str) -> list[Path]:
+    """Return a folder's file of weights, or its shards; none where there is neither."""
     index = path / f"{single}.index.json"
     if not index.is_file():
         return [path / single] if (path / single).is_file() else []
@@ -140,7 +176,7 @@ def _weights(path: Path, single: str) -> list[Path]:
 
 
 def _further_files(path: Path) -> list[Path]:
-    """Files beside the weights that a packed folder should keep."""
+    """Return the files beside the weights that a packed folder should keep."""
     return sorted(
         file
         for file in path.iterdir()

@@ -7,46 +7,78 @@ import json
 import tempfile
 import weakref
 from pathlib import Path
+from typing import Any
 
-from seedpack.converter.sources.base import Source, StateDictSource
+import torch
+from torch import Tensor
+
+from seedpack.converter.sources.base import OpenModel
+from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import ModelError, first_line
-from seedpack.hf.checkpoint_names import Skeleton
+from seedpack.formats import Manifest
+from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.folder import copy_files, write_packed_config
+from seedpack.hf.language_model import open_pretrained, tokenizer_of
 
 
-def open_gguf(path: Path) -> Source:
-    """The source of a GGUF file. The whole model is dequantised to float32 in memory."""
+class GGUFSource(StateDictSource):
+    """A GGUF file, whose whole model is dequantised to float32 in memory."""
+
+    def __init__(self, path: Path):
+        self._model = _open_dense(path)
+        self._folder = tempfile.TemporaryDirectory(prefix="seedpack-gguf-")
+        weakref.finalize(self, self._folder.cleanup)
+        has_tokenizer = self._save_beside(path, Path(self._folder.name))
+        names = CheckpointNames(self._model)
+        with torch.device("meta"):
+            self._names = CheckpointNames(type(self._model)(self._model.config))
+        state = {name: tensor for name, tensor in self._model.state_dict().items() if name not in names.tied}
+        dropped = [] if has_tokenizer else ["its tokenizer, which transformers cannot convert,"]
+        super().__init__(str(path), state, names.kind, dropped=dropped)
+        config: dict[str, Any] = json.loads((Path(self._folder.name) / "config.json").read_text())
+        self.config = {**config, "architectures": [type(self._model).__name__]}
+
+    def norm_power(self, name: str) -> Tensor | None:
+        """Return the power that the norm before a layer gives each input channel [in]."""
+        return self._names.norm_power(name, {key: key for key in self._state}, self.read)
+
+    def parameters(self, name: str) -> list[str]:
+        """Return the model's names of a tensor."""
+        return self._names.parameters(name)
+
+    def open_model(self) -> OpenModel:
+        """Return the dequantised model and its tokenizer."""
+        return open_pretrained(self._model, tokenizer_of(Path(self._folder.name)))
+
+    def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
+        """Write config.json, the generation config, and the tokenizer where it can be converted."""
+        assert self.config is not None
+        write_packed_config(folder, self.config, manifest, dtype)
+        copy_files((f for f in Path(self._folder.name).iterdir() if f.name != "config.json"), folder)
+
+    def _save_beside(self, path: Path, folder: Path) -> bool:
+        """Save what the file carries beside weights; return whether its tokenizer could be converted."""
+        from transformers import AutoTokenizer
+
+        if hasattr(self._model.config, "quantization_config"):
+            del self._model.config.quantization_config
+        self._model.config.save_pretrained(folder)
+        if self._model.can_generate():
+            self._model.generation_config.save_pretrained(folder)
+        try:
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        except Exception:  # not every tokenizer can be converted; the weights can be packed all the same
+            return False
+        return True
+
+
+def _open_dense(path: Path) -> Any:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ModelError(f"{path}: reading GGUF needs {package}; pip install 'seedpack[gguf]'")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+            raise ModelError(f"{path}: reading GGUF needs {package}; pip install {package}")
+    from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except Exception as error:  # the parser meets foreign bytes: whatever it raises, they are no model
         raise ModelError(f"{path}: transformers cannot read it ({first_line(error)})") from error
-    holder = tempfile.TemporaryDirectory(prefix="seedpack-gguf-")
-    folder = Path(holder.name)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    dropped = []
-    try:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-    except Exception:  # not every tokenizer can be converted; the weights can be packed all the same
-        dropped.append("its tokenizer, which transformers cannot convert,")
-    config = json.loads((folder / "config.json").read_text())
-    config["architectures"] = [type(model).__name__]
-    skeleton = Skeleton(model)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in skeleton.tied}
-    files = sorted(file for file in folder.iterdir() if file.name != "config.json")
-    source = StateDictSource.from_tensors(str(path), state, skeleton.kind, config=config, files=files, dropped=dropped)
-    with torch.device("meta"):
-        outline = Skeleton(type(model)(model.config))
-    source.power = lambda name: outline.power(name, {key: key for key in state}, source.read)
-    source.parameters = outline.parameters
-    source.opened = lambda: (model, AutoTokenizer.from_pretrained(folder) if not dropped else None)
-    weakref.finalize(source, holder.cleanup)
-    return source

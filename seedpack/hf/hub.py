@@ -12,7 +12,7 @@ SUBFOLDERS = ["*/*"]
 
 
 def download(repo: str) -> Path:
-    """The folder of a hub model, from the cache or the hub (huggingface_hub honours HF_HOME, HF_HUB_OFFLINE, …)."""
+    """Return the folder of a hub model, from the cache or the hub (huggingface_hub honours HF_HOME, HF_HUB_OFFLINE, …)."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""How strong each input channel of a layer is, without data: from the norm whose output the layer takes.
+"""The power of each input channel of a layer, without data: from the norm whose output the layer takes.
 
 A norm's output has the power gain² + bias² in each channel, if its normalised input is even. Which layer takes which
 norm's output is found by running the model without weights or data, on the meta device.
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from seedpack.loader.layers import packed_class
 
 
-def followers(model: nn.Module) -> dict[str, str]:
-    """{name of a layer: name of the norm whose output is its input}, for a transformers model on the meta device.
+def norm_before_layer(model: nn.Module) -> dict[str, str]:
+    """Return {name of a layer: name of the norm whose output is its input} of a transformers model on the meta device.
 
-    A model whose forward pass cannot run so (it needs other inputs than token ids, or values) gives none.
+    A model whose forward pass cannot run there (it needs other inputs than token ids, or values) gives what it reached.
     """
     outputs: list[tuple[Tensor, str]] = []  # kept, so that no other tensor gets the identity of one
-    found: dict[str, str] = {}
+    norms: dict[str, str] = {}
     hooks = []
 
     def norm_done(name: str) -> Callable[..., None]:
@@ -40,7 +40,7 @@ def followers(model: nn.Module) -> dict[str, str]:
                 taken = (args[0], args[0]._base)
                 for output, norm in outputs:
                     if output is taken[0] or output is taken[1]:
-                        found[name] = norm
+                        norms[name] = norm
 
         return hook
 
@@ -59,11 +59,11 @@ def followers(model: nn.Module) -> dict[str, str]:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    return found
+    return norms
 
 
 def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
-    """gain² + bias² of each channel of a norm [width], float64; `values` are its parameters.
+    """Return gain² + bias² of each channel of a norm [width], float64; `values` are its parameters.
 
     The gain is how far the output goes for ±1 from where it is for 0: so it is right for norms that add 1 to it.
     """

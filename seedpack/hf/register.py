@@ -16,14 +16,15 @@ from types import ModuleType
 from typing import Any
 
 from seedpack.converter.sources.registry import register_source
+from seedpack.hf.internals import QUANTIZERS_MODULE, register_quantizer
 
 METHOD = "seedpack"
 SOURCES = {
-    "folder": "seedpack.hf.folder:open_folder",
-    ".gguf": "seedpack.hf.gguf:open_gguf",
+    "folder": "seedpack.hf.folder:FolderSource",
+    ".gguf": "seedpack.hf.gguf:GGUFSource",
+    "pretrained": "seedpack.hf.language_model:PretrainedSource",
     "hub": "seedpack.hf.hub:download",
 }
-_TARGET = "transformers.quantizers.auto"
 
 
 class _Lazy:
@@ -43,8 +44,11 @@ class _Lazy:
 
 
 def _register(auto: ModuleType) -> None:
-    auto.AUTO_QUANTIZER_MAPPING[METHOD] = _Lazy("seedpack.hf.quantizer", "SeedpackQuantizer")
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _Lazy("seedpack.hf.config", "SeedpackConfig")
+    quantizer, config = (
+        _Lazy("seedpack.hf.quantizer", "SeedpackQuantizer"),
+        _Lazy("seedpack.hf.config", "SeedpackConfig"),
+    )
+    register_quantizer(auto, METHOD, quantizer, config)
 
 
 class _Loader(importlib.abc.Loader):
@@ -68,7 +72,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _TARGET:
+        if fullname != QUANTIZERS_MODULE:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -81,7 +85,7 @@ def install() -> None:
     """Register now, or as soon as transformers is imported; and the sources of this room. Doing it twice does no harm."""
     for kind, opener in SOURCES.items():
         register_source(kind, opener)
-    if _TARGET in sys.modules:
-        _register(sys.modules[_TARGET])
+    if QUANTIZERS_MODULE in sys.modules:
+        _register(sys.modules[QUANTIZERS_MODULE])
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -26,7 +26,7 @@ NAME = "image"
 
 @dataclass(frozen=True)
 class Report:
-    """What `compress` made.
+    """The result of `compress`.
 
     Attributes:
         file_bytes: of the file, header and all.
@@ -42,7 +42,7 @@ class Report:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """For machines."""
+        """Return the report for machines."""
         return {**self.__dict__, "path": str(self.path)}
 
 
@@ -92,9 +92,9 @@ def compress(
     if size is not None and size <= empty:
         raise ModelError(f"a file of {size:,} bytes is too small: its header alone takes {empty:,}; ask for more")
     with staged(output, force=force) as partial:
-        chosen = pixels.permute(2, 0, 1).float() / 255
+        target = pixels.permute(2, 0, 1).float() / 255
         bits = None if size is None else 8 * (size - empty)
-        field, streams = fitted(chosen, codec, bits=bits, psnr=psnr or 0.0, steps=steps, watch=watch)
+        field, streams = fitted(target, codec, bits=bits, psnr=psnr or 0.0, steps=steps, watch=watch)
         codec = dataclasses.replace(codec, sizes=tuple(map(len, streams)))
         planned = _planned(codec, pixels)
         with CheckpointWriter(partial, [planned], {}, WRITER) as writer:
@@ -105,12 +105,12 @@ def compress(
         written = partial.stat().st_size
     decoded = rendered(network, field)
     return Report(
-        output, written, 8 * written / (height * width), psnr_of(chosen, decoded), time.perf_counter() - started
+        output, written, 8 * written / (height * width), psnr_of(target, decoded), time.perf_counter() - started
     )
 
 
 def decompress(path: str | Path, *, fraction: float | None = None) -> Tensor:
-    """The image of a checkpoint that `compress` wrote, uint8 [height, width, channels].
+    """Decode the image of a checkpoint that `compress` wrote, uint8 [height, width, channels].
 
     Args:
         path: the file, which may be cut off behind a level where a fraction is given.
@@ -126,7 +126,7 @@ def decompress(path: str | Path, *, fraction: float | None = None) -> Tensor:
             raise ModelError(f"{path}: holds no image; seedpack load reads other checkpoints")
         image = stored_dense(checkpoint, NAME)
     if image.dtype != torch.uint8 or image.dim() != 3:
-        raise ModelError(f"{path}: holds no image but {str(image.dtype).removeprefix('torch.')} {list(image.shape)}")
+        raise ModelError(f"{path}: holds no image, but {str(image.dtype).removeprefix('torch.')} {list(image.shape)}")
     return image
 
 

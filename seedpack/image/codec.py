@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.image import coding
@@ -29,12 +30,12 @@ MAX_STEP = 64.0
 
 @dataclass(frozen=True)
 class Field:
-    """What an image is made of.
+    """An image, decomposed.
 
     Attributes:
         coefs: codes of the network's coefficients, int32 [count].
-        step: what they are multiplied by, float32.
-        unit: the same of the bands.
+        step: their factor, float32.
+        unit: the factor of the bands.
         bands: coarse ones first, int32 of the shapes that the network's `bands` give; finer ones may be missing.
     """
 
@@ -53,7 +54,7 @@ class FieldCodec(Codec):
       levels but the finest three.
     - more_1, more_2, more_3: the next finer level each; a prefix of the file gives a blurred image.
 
-    `seedpack.image.compress` makes it; of a weight that is given it makes nothing.
+    `seedpack.image.compress` writes it; it packs no weights.
 
     Attributes:
         channels: 1 or 3.
@@ -84,7 +85,7 @@ class FieldCodec(Codec):
         object.__setattr__(self, "sizes", tuple(self.sizes))
 
     def network(self, shape: Shape) -> Network:
-        """Of an image whose matrix is [height, width · channels]."""
+        """Return the network of an image whose matrix is [height, width · channels]."""
         if shape[1] % self.channels:
             raise CodecError(f"{self.id}: a row of {shape[1]} numbers is not of {self.channels} channels")
         if max(shape[0], shape[1] // self.channels) > MAX_SIDE or math.prod(shape) // self.channels > MAX_PIXELS:
@@ -95,29 +96,34 @@ class FieldCodec(Codec):
         return Network(shape[0], shape[1] // self.channels, self.channels, self.hidden, self.seed)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
-        """Streams of the sizes that the settings give."""
+        """Return streams of the sizes in the settings."""
         return {f"more_{i}" if i else "weight": ("U8", (size, 1, 1)) for i, size in enumerate(self.sizes)}
 
     def encode(
-        self, weight: Tensor, importance: Tensor | None = None, *, progress: Progress | None = None, backend: Backend = "auto"
-    ) -> Parts:  # fmt: skip
-        """Refused: how many bytes an image takes is known when it is fitted."""
+        self,
+        weight: Tensor,
+        importance: ImportanceLike = None,
+        *,
+        progress: Progress | None = None,
+        backend: Backend = "auto",
+    ) -> Parts:
+        """Refuse to encode: the sizes of the parts are known only once an image is fitted."""
         raise CodecError("field: for images; make one with seedpack.image.compress or `seedpack image compress`")
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """0 … 255, whole numbers, in any dtype; without the last parts a blurred image."""
+        """Return whole numbers 0 … 255 in any dtype; without the last parts a blurred image."""
         pixels = rendered(self.network(shape), self.field(parts, shape), parts["weight"].device)
         return pixels.permute(1, 2, 0).reshape(shape).to(dtype)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Beside the parts' form: the streams can be decoded."""
+        """Check the parts' form, and that the streams can be decoded."""
         super().check(parts, shape)
         self.network(shape)
         if parts["weight"].device.type != "meta":
             self.field(dict(parts), shape)
 
     def field(self, parts: Parts, shape: Shape) -> Field:
-        """What the parts hold; decoded once for a check and what follows."""
+        """Decode the parts, once for a check and the use that follows."""
         places = tuple(
             (name, part.data_ptr(), 0 if part.is_inference() else part._version) for name, part in parts.items()
         )
@@ -137,26 +143,26 @@ class FieldCodec(Codec):
         unit, step, size = HEAD.unpack(head[tables:])
         if not (0 < step <= MAX_STEP and 0 < unit <= MAX_STEP):
             raise CodecError(f"{self.id}: the steps are {unit} and {step}; the file is corrupt")
-        found: list[coding.Ints] = []
+        decoded: list[coding.Ints] = []
         try:
             decoders = [coding.decoder(stream) for stream in streams]
             coefs = coding.read_codes(decoders[0], size % coding.SIZES, self.count)
-            for band, parent, before in with_context(network.bands(), found):
+            for band, parent, before in with_context(network.bands(), decoded):
                 if _part(band) >= len(streams):
                     break
-                found.append(coding.read_band(decoders[_part(band)], sizes, band, parent, before))
-        except AssertionError as error:  # what the coder raises for data that no encoder wrote
+                decoded.append(coding.read_band(decoders[_part(band)], sizes, band, parent, before))
+        except AssertionError as error:  # raised by the coder for data that no encoder wrote
             raise CodecError(f"{self.id}: a stream is corrupt ({error})") from None
-        return Field(coefs, step, unit, found)
+        return Field(coefs, step, unit, decoded)
 
 
 def _part(band: Band) -> int:
-    """The stream that a band is in."""
+    """Return the stream that a band is in."""
     return max(0, PARTS - 1 - band.level)
 
 
 def packed(field: Field, sizes: coding.Sizes, bands: list[Band]) -> list[bytes]:
-    """The streams of a whole field, in the order of the parts."""
+    """Return the streams of a whole field, in the order of the parts."""
     size = coding.best_size(field.coefs)
     encoders = [coding.encoder() for _ in range(PARTS)]
     coding.write_codes(encoders[0], size, field.coefs)
@@ -168,26 +174,26 @@ def packed(field: Field, sizes: coding.Sizes, bands: list[Band]) -> list[bytes]:
 
 
 def head_bytes(channels: int) -> int:
-    """Of what stands before the first stream."""
+    """Return the count of bytes before the first stream."""
     return coding.Sizes.nbytes(channels) + HEAD.size
 
 
 def packed_bytes(field: Field, sizes: coding.Sizes, bands: list[Band]) -> int:
-    """About as many as `packed` makes, in a moment."""
+    """Estimate the bytes of `packed`, in a fraction of its time."""
     bits = float(coding.costs(coding.LIMITS[0])[coding.best_size(field.coefs), abs(field.coefs)].sum())
     for numbers, (band, parent, before) in zip(field.bands, with_context(bands, field.bands), strict=True):
-        which = coding.chosen(sizes, band, numbers, parent, before)
+        which = coding.distribution_of(sizes, band, numbers, parent, before)
         bits += float(coding.costs(coding.limit_of(band.level))[which, abs(numbers)].sum())
     return len(sizes.to_bytes()) + HEAD.size + math.ceil(bits / 8) + PARTS * coding.WORD_BYTES
 
 
 def unit_of(band: Band) -> float:
-    """What a band's numbers stand for, in the field's unit."""
+    """Return the value of a band's step in the field's unit."""
     return LOW if band.level == LEVELS else 1.0
 
 
 def rendered(network: Network, field: Field, device: torch.device | None = None) -> Tensor:
-    """Pixels [channels, height, width], whole numbers 0 … 255."""
+    """Render pixels [channels, height, width], whole numbers 0 … 255."""
     bands = network.bands()
     values = [torch.zeros(band.shape, dtype=torch.float32, device=device) for band in bands]
     for place, (band, numbers) in enumerate(zip(bands, field.bands, strict=False)):

@@ -1,8 +1,8 @@
-"""Bands of whole numbers as bytes: a range coder whose probabilities follow from what was coded before.
+"""Bands of whole numbers as bytes: a range coder whose probabilities follow from the numbers coded before.
 
-How large a number will be is a weighted sum of the magnitudes around it that are known: of its neighbours, of the coarser band
-and of the colour before (as Wu's ECECOW, 1997, does); a geometric distribution of that size codes it. All of it is whole
-numbers, so that every machine decodes the same.
+The expected size of a number is a weighted sum of the magnitudes around it that are coded already: of its neighbours, of the
+coarser band and of the colour before (as in Wu's ECECOW, 1997); a geometric distribution of that size codes it. All of it is
+whole numbers, so that every machine decodes the same.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ WORD_BYTES = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """From which a number's distribution follows.
+    """Weights and least sizes, from which a number's distribution follows.
 
     Attributes:
-        weights: of what is known, int32 [kinds of colours, DIRECTIONS, WEIGHTS], 0 to 255, in units of 1 / UNIT. The first kind
+        weights: of the magnitudes around, int32 [kinds of colours, DIRECTIONS, WEIGHTS], 0 to 255, in units of 1 / UNIT. The first kind
             is brightness, the second one all differences.
         least: by level, the distribution where all around is 0, int32 [LEVELS + 1, kinds of colours].
     """
@@ -48,47 +48,47 @@ class Sizes:
     least: Ints
 
     def to_bytes(self) -> bytes:
-        """As uint8."""
+        """Return both as uint8."""
         return np.concatenate((self.weights.flatten(), self.least.flatten())).astype(np.uint8).tobytes()
 
     @classmethod
     def from_bytes(cls, data: bytes, channels: int) -> Sizes:
-        """Of `nbytes(channels)` bytes."""
-        kinds, every = min(channels, 2), np.frombuffer(data, np.uint8).astype(np.int32)
-        weights, least = np.split(every, [kinds * DIRECTIONS * WEIGHTS])
+        """Read both from `nbytes(channels)` bytes."""
+        kinds, values = min(channels, 2), np.frombuffer(data, np.uint8).astype(np.int32)
+        weights, least = np.split(values, [kinds * DIRECTIONS * WEIGHTS])
         return cls(weights.reshape(kinds, DIRECTIONS, WEIGHTS), least.reshape(LEVELS + 1, kinds) % SIZES)
 
     @staticmethod
     def nbytes(channels: int) -> int:
-        """For so many channels."""
+        """Return the bytes of both for so many channels."""
         return min(channels, 2) * (DIRECTIONS * WEIGHTS + LEVELS + 1)
 
     def of(self, band: Band) -> tuple[Ints, int]:
-        """The weights of a band [WEIGHTS, planes, 1], and the size where all around is 0."""
+        """Return the weights of a band [WEIGHTS, planes, 1], and the size where all around is 0."""
         kind = min(band.colour, 1)
         weights = self.weights[kind, DIRECTIONS - 1 :] if band.shape[0] == 1 else self.weights[kind, : DIRECTIONS - 1]
         return weights.T[:, :, None], round(UNIT * scale_of(int(self.least[band.level, kind])))
 
 
 def scale_of(size: float) -> float:
-    """Of a distribution's numbers: the mean magnitude is a little less."""
+    """Return the scale of a distribution; the mean magnitude of its numbers is a little less."""
     return float(2.0 ** (size / 6 - 4))
 
 
 @functools.cache
 def _bounds() -> Ints:
-    """The sum from which on each distribution but the first is taken."""
+    """Return the sum from which on each distribution but the first is used."""
     return np.array([round(UNIT * scale_of(size - 0.5)) for size in range(1, SIZES)], np.int32)
 
 
 def limit_of(level: int) -> int:
-    """The largest magnitude at a level."""
+    """Return the largest magnitude at a level."""
     return LIMITS[min(level, len(LIMITS) - 1)]
 
 
 @functools.cache
 def distributions(limit: int) -> NDArray[np.float32]:
-    """Shares of −limit … limit in each distribution, float32 [SIZES, 2·limit + 1]; multiples of 2^-24."""
+    """Return the shares of −limit … limit in each distribution, float32 [SIZES, 2·limit + 1]; multiples of 2^-24."""
     zero, ratio = np.array([_geometric(size) for size in range(SIZES)]).T
     out = np.zeros((SIZES, 2 * limit + 1), np.int64)
     out[:, limit] = zero << 8
@@ -100,23 +100,25 @@ def distributions(limit: int) -> NDArray[np.float32]:
 
 
 def _geometric(size: int) -> tuple[int, int]:
-    """Of a Laplace distribution of that scale, rounded to whole numbers: the share of 0, and what each magnitude has of the one
-    before, in units of 2^-16."""
+    """Return, for a Laplace distribution of that scale rounded to whole numbers, two shares in units of 2^-16.
+
+    They are the share of 0, and the ratio of each magnitude's share to the share of the one before.
+    """
     scale = scale_of(size)
     return min(round(-np.expm1(-0.5 / scale) * 2**16), 2**16 - 4), max(round(np.exp(-1 / scale) * 2**16), 1)
 
 
 @functools.cache
 def costs(limit: int) -> NDArray[np.float64]:
-    """Bits of each magnitude 0 … limit in each distribution, with its sign, float64 [SIZES, limit + 1]."""
+    """Return the bits of each magnitude 0 … limit in each distribution, with its sign, float64 [SIZES, limit + 1]."""
     shares = distributions(limit)[:, limit:].astype(np.float64)
     total = 2 * shares.sum(1, keepdims=True) - shares[:, :1]
-    found: NDArray[np.float64] = -np.log2(shares / total)
-    return found
+    bits: NDArray[np.float64] = -np.log2(shares / total)
+    return bits
 
 
 def _base(sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> tuple[Ints, Ints]:
-    """What the least size, the coarser band and the colour before add to each number's sum, and the band's weights."""
+    """Return the sums that the least size, the coarser band and the colour before give each number, and the band's weights."""
     weights, least = sizes.of(band)
     total = np.full(band.shape, least, np.int32)
     if parent is not None:
@@ -130,9 +132,11 @@ def _base(sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) ->
     return total, weights
 
 
-def chosen(sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> Ints:
-    """The distribution of each number of a band [planes, h, w]; `parent` is the same colour's next coarser band, `before` the
-    same level's band of the colour before, or None."""
+def distribution_of(sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> Ints:
+    """Return the distribution of each number of a band [planes, h, w].
+
+    `parent` is the same colour's next coarser band, `before` the same level's band of the colour before, or None.
+    """
     total, weights = _base(sizes, band, parent, before)
     (_, height, width), near = band.shape, np.pad(np.abs(numbers), ((0, 0), (2, 0), (2, 2)))
     for weight, places in zip(weights, NEAR, strict=False):
@@ -146,23 +150,23 @@ def _distribution(total: Ints) -> Ints:
 
 
 def _waves(height: int, width: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
-    """Places that can be coded together: their neighbours lie in earlier waves."""
+    """Return the places that can be coded together, wave by wave: their neighbours lie in earlier waves."""
     rows = np.arange(height)
     waves = []
     for wave in range(width + 2 * (height - 1)):
-        some = rows[max(0, -(-(wave - width + 1) // 2)) : wave // 2 + 1]
-        waves.append((some, wave - 2 * some))
+        here = rows[max(0, -(-(wave - width + 1) // 2)) : wave // 2 + 1]
+        waves.append((here, wave - 2 * here))
     return waves
 
 
 def _categorical(*shares: Any) -> Any:
-    """The coder's model of shares that are given here, or with each call."""
+    """Return the coder's model of shares that are passed here, or with each call."""
     return stream("field", "image").model.Categorical(*shares, perfect=False)
 
 
 def write_band(encoder: Any, sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> None:
-    """Code a band [planes, h, w], with what `chosen` knows."""
-    which, limit = chosen(sizes, band, numbers, parent, before), limit_of(band.level)
+    """Code a band [planes, h, w] by the distributions of `distribution_of`."""
+    which, limit = distribution_of(sizes, band, numbers, parent, before), limit_of(band.level)
     model, table = _categorical(), distributions(limit)
     for rows, columns in _waves(*band.shape[1:]):
         symbols = (numbers[:, rows, columns] + limit).flatten().astype(np.int32)
@@ -170,7 +174,7 @@ def write_band(encoder: Any, sizes: Sizes, band: Band, numbers: Ints, parent: In
 
 
 def read_band(decoder: Any, sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> Ints:
-    """The band [planes, h, w] that `write_band` coded."""
+    """Decode the band [planes, h, w] that `write_band` coded."""
     (planes, height, width), limit = band.shape, limit_of(band.level)
     numbers, near = np.zeros(band.shape, np.int32), np.zeros((planes, height + 2, width + 4), np.int32)
     base, weights = _base(sizes, band, parent, before)
@@ -193,27 +197,27 @@ def write_codes(encoder: Any, size: int, codes: Ints) -> None:
 
 
 def read_codes(decoder: Any, size: int, count: int) -> Ints:
-    """The numbers that `write_codes` coded."""
-    found: Ints = decoder.decode(_categorical(distributions(LIMITS[0])[size]), count) - LIMITS[0]
-    return found
+    """Decode the numbers that `write_codes` coded."""
+    codes: Ints = decoder.decode(_categorical(distributions(LIMITS[0])[size]), count) - LIMITS[0]
+    return codes
 
 
 def best_size(codes: Ints) -> int:
-    """The distribution that codes numbers in the fewest bits."""
+    """Return the distribution that codes numbers in the fewest bits."""
     return int(np.argmin(costs(LIMITS[0])[:, np.abs(codes)].sum(1)))
 
 
 def encoder() -> Any:
-    """A range encoder."""
+    """Return a range encoder."""
     return stream("field", "image").queue.RangeEncoder()
 
 
 def coded(encoder: Any) -> bytes:
-    """What an encoder wrote: words of 32 bits, little-endian."""
-    found: bytes = encoder.get_compressed().astype("<u4").tobytes()
-    return found
+    """Return the bytes that an encoder wrote: words of 32 bits, little-endian."""
+    data: bytes = encoder.get_compressed().astype("<u4").tobytes()
+    return data
 
 
 def decoder(data: bytes) -> Any:
-    """A range decoder."""
+    """Return a range decoder."""
     return stream("field", "image").queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))

@@ -1,4 +1,4 @@
-"""Image files, by Pillow."""
+"""Read and write image files with Pillow."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from seedpack.formats import staged
 
 
 def read(path: str | Path) -> Tensor:
-    """An image file as uint8 [height, width, channels], grey or RGB, turned as its EXIF data say.
+    """Read an image file as uint8 [height, width, channels], grey or RGB, turned as its EXIF data say.
 
     Raises:
-        ModelError: Pillow cannot read it, or it has transparency or more than 8 bits a channel (colours of 16 bits it reads as 8).
+        ModelError: Pillow cannot read it, or it has transparency or more than 8 bits per channel (Pillow reads colours of 16
+            bits as 8).
     """
     pillow = _pillow()
     try:
@@ -25,17 +26,17 @@ def read(path: str | Path) -> Tensor:
             if "A" in opened.getbands() or "transparency" in opened.info:
                 raise ModelError(f"{path}: has transparency, which would be lost; flatten it first")
             if opened.mode[0] in "IF":
-                raise ModelError(f"{path}: has more than 8 bits a channel ({opened.mode}); convert it first")
+                raise ModelError(f"{path}: has more than 8 bits per channel ({opened.mode}); convert it first")
             upright = pillow.ImageOps.exif_transpose(opened)
             grey = opened.mode in ("1", "L")
             pixels = np.array(upright.convert("L" if grey else "RGB"))
             return torch.from_numpy(pixels).reshape(upright.height, upright.width, -1)
     except (OSError, ValueError, SyntaxError, pillow.Image.DecompressionBombError) as error:
-        raise ModelError(f"{path}: is no image that can be read ({first_line(error)})") from None
+        raise ModelError(f"{path}: is not an image that Pillow reads ({first_line(error)})") from None
 
 
 def write(image: Tensor, path: str | Path, *, force: bool = False) -> None:
-    """Write uint8 [height, width, 1 or 3] in the format that the name's end says, as .png.
+    """Write uint8 [height, width, 1 or 3] in the format that the name's end says, as in photo.png.
 
     Raises:
         ModelError: Pillow knows no such format.
@@ -44,7 +45,7 @@ def write(image: Tensor, path: str | Path, *, force: bool = False) -> None:
     pillow = _pillow()
     kind = pillow.Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in pillow.Image.SAVE:
-        raise ModelError(f"{path}: name an image by its format, as .png")
+        raise ModelError(f"{path}: end the name with an image format, as in photo.png")
     pixels = usable(image).numpy()
     with staged(Path(path), force=force) as partial, partial.open("wb") as file:
         pillow.Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
@@ -60,7 +61,7 @@ def _pillow() -> Any:
 
 
 def usable(image: Tensor) -> Tensor:
-    """An image on the CPU.
+    """Return an image on the CPU.
 
     Raises:
         ModelError: it is not uint8 [height, width, 1 or 3].

@@ -1,4 +1,4 @@
-"""Fields trained on one image, until they have a size or a quality."""
+"""Train a field on one image, until it has a size or a quality."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ STEPS = 200
 PRICE = 0.18  # of a bit in squared error, over the squared unit of the bands
 SMALLEST, LARGEST = 0.01, 1.0  # unit
 SAVED, LOST = 0.15, 0.3  # of the bits, and in dB, by training
-REACTION = 10  # of the price, over all steps, to what the aim is missed by
+REACTION = 10  # of the price, over all steps, to the distance from the aim
 CHECKS = 10  # in so many steps, after the first quarter
 CLOSE = 0.02  # 2% of the bits, or 0.04 dB
 CODE_BITS = 7  # about, of a coefficient
 BY_CHANCE = 0.95  # of the steps
 LAST = 1.2  # times the steps: an aim that is not met by then takes a unit that moves again, which costs quality
 WIDE = 0.15  # by which rounding at first prefers zeros
-START = (0.2, 0.2, 0.05, 0.05, 0.04, 0.01, 0.05, 0.02, 0.06)  # weights of what is near a number
+START = (0.2, 0.2, 0.05, 0.05, 0.04, 0.01, 0.05, 0.02, 0.06)  # weights of the magnitudes around a number
 Watch = Callable[[int], object]
 
 
 class Fit(nn.Module):
-    """A field while it is trained: numbers of bands, coefficients, and how bits follow from what is near a number.
+    """A field while it is trained: numbers of bands, coefficients, and the weights by which bits follow from neighbours.
 
     Args:
         image: float32 [channels, height, width], 0 to 1.
@@ -63,41 +63,44 @@ class Fit(nn.Module):
 
     @property
     def step(self) -> float:
-        """Of the coefficients' codes."""
+        """The step of the coefficients' codes."""
         return max(float(self.coefs.detach().abs().max()), 1e-6) / coding.LIMITS[0]
 
     def codes(self) -> list[Tensor]:
-        """Of the numbers, which are trained in the unit at the start, in today's; not rounded."""
+        """Return the numbers, trained in the unit of the start, in the present unit; not rounded."""
         return [x * (self.start_unit / self.unit) for x in self.numbers]
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """Mean squared error, and expected bits; differentiable as if nothing were rounded. In training numbers are rounded up
-        or down by chance, in proportion, so that both are smooth in them; in evaluation to the nearest."""
+        """Return the mean squared error and the expected bits; differentiable as if nothing were rounded.
+
+        In training numbers are rounded up or down by chance, in proportion, so that both are smooth in them; in evaluation
+        to the nearest.
+        """
         numbers = self.codes()
         whole = _whole(numbers, self.bands)
-        taken = whole
+        rounded = whole
         if self.training:
-            taken = [(x.detach() + torch.rand(x.shape, generator=self.noise, dtype=x.dtype)).floor() for x in numbers]
+            rounded = [(x.detach() + torch.rand(x.shape, generator=self.noise, dtype=x.dtype)).floor() for x in numbers]
         coefs = _straight(self.coefs, (self.coefs / self.step).round() * self.step)
         values = [
-            _straight(x, rounded) * (self.unit * unit_of(band))
-            for x, rounded, band in zip(numbers, taken, self.bands, strict=True)
+            _straight(x, value) * (self.unit * unit_of(band))
+            for x, value, band in zip(numbers, rounded, self.bands, strict=True)
         ]
         cells = self.network.cells(coefs, values)
         return (cells - self.cells).square().mean(), self.bits(numbers, whole) + self.fixed
 
     def bits(self, numbers: list[Tensor], whole: list[Tensor]) -> Tensor:
-        """Expected, as the coder would know what is near; of a number between two whole ones in proportion."""
+        """Return the bits that the coder expects with these neighbours; of a number between two whole ones in proportion."""
         magnitudes, total = [x.detach().abs() for x in whole], whole[0].new_zeros(())
         weights, least = nn.functional.softplus(self.weights), nn.functional.softplus(self.least)
         context = with_context(self.bands, magnitudes)
         for x, near, (band, parent, before) in zip(numbers, magnitudes, context, strict=True):
             kind, (planes, height, width) = min(band.colour, 1), band.shape
-            some = weights[kind, -1:] if planes == 1 else weights[kind, :-1]
-            kernels = torch.einsum("pk,krc->prc", some[:, : len(coding.NEAR)], self.places)[:, None]
+            own_weights = weights[kind, -1:] if planes == 1 else weights[kind, :-1]
+            kernels = torch.einsum("pk,krc->prc", own_weights[:, : len(coding.NEAR)], self.places)[:, None]
             near = nn.functional.pad(near[None], (2, 2, 2, 0))
             scale = least[band.level, kind] + nn.functional.conv2d(near, kernels, groups=planes)[0]
-            own, around, colour = some[:, len(coding.NEAR) :, None, None].unbind(1)
+            own, around, colour = own_weights[:, len(coding.NEAR) :, None, None].unbind(1)
             if parent is not None:
                 above = (own - around) * parent + 9 * around * nn.functional.avg_pool2d(parent, 3, 1, 1)
                 scale = scale + above.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, :height, :width]
@@ -107,7 +110,7 @@ class Fit(nn.Module):
         return total
 
     def start(self, bits: int | None, psnr: float) -> None:
-        """From the unit that is about right for an aim."""
+        """Start from the unit that is about right for an aim."""
         low, high = math.log(SMALLEST), math.log(LARGEST)
         with torch.no_grad():
             for _ in range(9):
@@ -126,31 +129,31 @@ class Fit(nn.Module):
                 x /= unit
 
     def sizes(self) -> coding.Sizes:
-        """As the coder takes them."""
+        """Return the weights and least sizes as the coder takes them."""
         weights = (nn.functional.softplus(self.weights.detach()) * coding.UNIT).round().clamp(0, 255)
         least = 6 * (nn.functional.softplus(self.least.detach()).log2() + 4)
         return coding.Sizes(weights.int().numpy(), least.round().clamp(0, coding.SIZES - 1).int().numpy())
 
     def field(self) -> Field:
-        """As it is stored."""
+        """Return the field as it is stored."""
         whole = _whole(self.codes(), self.bands)
         codes = (self.coefs.detach() / self.step).round().int()[0].numpy()
         return Field(codes, self.step, self.unit, [x.int().numpy() for x in whole])
 
 
 def _whole(numbers: list[Tensor], bands: list[Band]) -> list[Tensor]:
-    """The nearest that can be coded."""
+    """Round numbers to the nearest that can be coded."""
     limits = [coding.limit_of(band.level) for band in bands]
     return [x.detach().round().clamp(-limit, limit) for x, limit in zip(numbers, limits, strict=True)]
 
 
 def _straight(x: Tensor, value: Tensor) -> Tensor:
-    """A value of x whose gradient passes straight through to it."""
+    """Return a value in place of x, with a gradient that passes straight through to x."""
     return x + (value - x).detach()
 
 
 def _laplace_bits(magnitude: Tensor, scale: Tensor) -> Tensor:
-    """−log2 of what Laplace distributions give [k − ½, k + ½] for whole k; straight lines between."""
+    """Return −log2 of the probability of [k − ½, k + ½] under Laplace distributions for whole k; straight lines between."""
     rate = 1 / scale.clamp(coding.scale_of(0), coding.scale_of(coding.SIZES - 1))
     zero = -torch.log2(-torch.expm1(-0.5 * rate))
     more = rate / math.log(2)  # for each magnitude beyond 1
@@ -168,8 +171,10 @@ def fitted(
     steps: int = STEPS,
     watch: Watch = lambda done: None,
 ) -> tuple[Field, list[bytes]]:
-    """Train a field on an image; returns it and its streams. The price of a bit moves until they take `bits`, or the image is as
-    good as `psnr`; so does the bands' unit in the first half of the steps, and where all else has failed.
+    """Train a field on an image; return it and its streams.
+
+    The price of a bit moves until they take `bits`, or the image is as good as `psnr`; so does the bands' unit in the first
+    half of the steps, and where all else has failed.
 
     Args:
         image: float32 [channels, height, width], 0 to 1.
@@ -185,7 +190,8 @@ def fitted(
     fit = Fit(image, codec)
     fit.start(bits, psnr)
     rates = [(fit.numbers.parameters(), 0.03), ([fit.coefs], 0.02), ([fit.weights, fit.least], 0.05)]
-    optimiser = torch.optim.Adam([{"params": list(some), "lr": rate} for some, rate in rates], betas=(0.9, 0.99))
+    groups = [{"params": list(parameters), "lr": rate} for parameters, rate in rates]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _share(step / steps))
     nearest = int(BY_CHANCE * steps)  # the step from which numbers are rounded so
     checks = {
@@ -193,7 +199,10 @@ def fitted(
         steps,
         *range(int(LAST * steps), 2 * steps),
     }
-    price, bias = math.log(PRICE * fit.unit**2), 0.0  # of a bit in squared error; what expectations were short by
+    price, bias = (
+        math.log(PRICE * fit.unit**2),
+        0.0,
+    )  # of a bit in squared error; and by how much expectations were short
     best: tuple[Field, list[bytes]] | None = None
     for step in range(2 * steps):
         fit.weights.requires_grad_(step % 4 == 0)  # half the work of a step is their gradient
@@ -202,17 +211,17 @@ def fitted(
         if step in checks:
             field = fit.field()
             spent = 8 * packed_bytes(field, fit.sizes(), fit.bands)
-            found = _past(bits, psnr, spent, psnr_of(image, rendered(fit.network, field)))
-            if step >= steps and (found >= 0 if bits is None else found <= 0):
+            measured = _past(bits, psnr, spent, psnr_of(image, rendered(fit.network, field)))
+            if step >= steps and (measured >= 0 if bits is None else measured <= 0):
                 streams = packed(field, fit.sizes(), fit.bands)
                 if bits is None or 8 * sum(map(len, streams)) <= bits:
                     best = field, streams
-            if best is not None and (step >= LAST * steps or abs(found) < CLOSE):
+            if best is not None and (step >= LAST * steps or abs(measured) < CLOSE):
                 break
-            bias = found - past
+            bias = measured - past
         if step >= steps // 4:  # before, most bits are still those of the start
             push = past + bias + (CLOSE / 2 if bits is not None else -CLOSE / 2)
-            if step >= steps:  # what is left to mend is small, and must move all the same
+            if step >= steps:  # the distance left is small, and the price must move all the same
                 push = math.copysign(max(abs(push), 0.3), push)
             move = REACTION / steps * max(-1.0, min(1.0, push))
             price += move
@@ -228,22 +237,22 @@ def fitted(
     if best is None:
         if bits is None:
             raise ModelError(
-                f"the image cannot be brought to {psnr} dB; ask for less, or allow more steps (sharp edges of colours cap it)"
+                f"the image cannot be brought to {psnr} dB; ask for less, or allow more steps (sharp edges of colour limit it)"
             )
         raise ModelError(f"the image cannot be brought to so few bytes ({bits // 8:,} beside the header); ask for more")
     return best
 
 
 def _share(done: float) -> float:
-    """Of the learning rates, when so much of the steps is done."""
+    """Return the share of the learning rates, when so much of the steps is done."""
     return max(0.02, 0.5 + 0.5 * math.cos(math.pi * done)) if done < 1 else 0.1 if done < LAST else 1.0
 
 
 def _past(bits: int | None, psnr: float, spent: float, good: float) -> float:
-    """How far an aim is passed: the logarithm of bits spent over those to spend, or half of the decibels to spare."""
+    """Return how far an aim is passed: the logarithm of bits spent over those to spend, or half of the decibels to spare."""
     return math.log(spent / bits) if bits is not None else (good - psnr) / 2
 
 
 def psnr_of(image: Tensor, pixels: Tensor) -> float:
-    """Of an image 0 to 1 and pixels 0 … 255, in dB; of equal ones that of a quarter of a step."""
+    """Return the PSNR of pixels 0 … 255 of an image 0 to 1, in dB; for equal ones that of a quarter of a step."""
     return -10 * math.log10(max(float((pixels / 255 - image).square().mean()), (0.25 / 255) ** 2))

@@ -1,4 +1,4 @@
-"""The network of a neural field: wavelet bands to pixels, its weights one combination of pseudorandom bases."""
+"""The network of a neural field: wavelet bands to pixels, its weights one combination of pseudorandom basis vectors."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ LEARNT = 0.02  # what the network starts by adding, beside numbers of about 1
 
 @dataclass(frozen=True)
 class Network:
-    """Bands → pixels: to what the wavelet makes of them a network of three layers of convolutions, each 3×3, adds what it has
-    learnt. It works at half the resolution: it sees the brightness of 2×2 pixels and the mean differences of their colours.
+    """Bands → pixels: the inverse wavelet transform, and a network of three 3×3 convolutions that adds what it has learnt.
+
+    It works at half the resolution: it sees the brightness of 2×2 pixels and the mean differences of their colours.
 
     Attributes:
         height: of the image.
         width: of the image.
         channels: of the image.
         hidden: width of the network.
-        seed: of the bases.
+        seed: of the basis.
     """
 
     height: int
@@ -36,24 +37,24 @@ class Network:
     seed: int
 
     def bands(self) -> list[Band]:
-        """Coarse ones first."""
+        """Return the bands of the image, coarse ones first."""
         return bands(self.channels, self.height, self.width)
 
     def shapes(self) -> list[tuple[tuple[int, ...], float]]:
-        """Of the weights, in their order, and the standard deviation that each starts at."""
+        """Return the shapes of the weights, in their order, and the standard deviation that each starts at."""
         hidden, pixels = self.hidden, CELL * CELL
-        found: list[tuple[tuple[int, ...], float]] = []
+        shapes: list[tuple[tuple[int, ...], float]] = []
         for out, inputs, gain in (
             (hidden, pixels + self.channels - 1, 1.0),
             (hidden, hidden, 1.0),
             (pixels * self.channels, hidden, LEARNT),
         ):
             std = gain * (9 * inputs) ** -0.5
-            found += [((out, inputs, 3, 3), std), ((out,), 0.5 * std)]
-        return found
+            shapes += [((out, inputs, 3, 3), std), ((out,), 0.5 * std)]
+        return shapes
 
     def weights(self, coefs: Tensor) -> list[Tensor]:
-        """Of coefficients [1, count]."""
+        """Return the weights of coefficients [1, count]."""
         shapes = self.shapes()
         counts = [math.prod(shape) for shape, _ in shapes]
         flat = basis_weight(
@@ -62,11 +63,11 @@ class Network:
         return [part.view(shape) * std for part, (shape, std) in zip(flat.split(counts), shapes, strict=True)]
 
     def cells(self, coefs: Tensor, numbers: list[Tensor]) -> Tensor:
-        """What each place gives: the pixels of its cell, [1, channels · CELL², height / CELL, width / CELL], rounded up.
+        """Return the pixels of each cell, [1, channels · CELL², height / CELL, width / CELL], rounded up.
 
         Args:
             coefs: float32 [1, count].
-            numbers: float32, of the shapes that `bands` gives.
+            numbers: float32, of the shapes of `bands`.
         """
         image, half = synthesised(numbers, self.channels, self.height, self.width)
         cells = cells_of(image)[None]
@@ -78,12 +79,14 @@ class Network:
         return 0.5 + cells + nn.functional.conv2d(y, third, third_bias, padding=1)
 
     def render(self, coefs: Tensor, numbers: list[Tensor]) -> Tensor:
-        """Pixels [channels, height, width], about 0 to 1, not clipped."""
+        """Return pixels [channels, height, width], about 0 to 1, not clipped."""
         return nn.functional.pixel_shuffle(self.cells(coefs, numbers), CELL)[0, :, : self.height, : self.width]
 
 
 def cells_of(image: Tensor) -> Tensor:
-    """The pixels of each place of an image [channels, height, width]: [channels · CELL², height / CELL, width / CELL], both
-    rounded up; what is outside is as the pixel beside."""
+    """Return the pixels of each cell of an image [channels, height, width]: [channels · CELL², height / CELL, width / CELL].
+
+    Both are rounded up; cells repeat the last pixel beyond the edge.
+    """
     odd = (0, image.shape[2] % CELL, 0, image.shape[1] % CELL)
     return nn.functional.pixel_unshuffle(nn.functional.pad(image[None], odd, mode="replicate"), CELL)[0]

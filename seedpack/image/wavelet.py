@@ -1,5 +1,7 @@
-"""Wavelet bands of an image: the biorthogonal 9/7 pair by lifting (Daubechies and Sweldens 1998), near to orthonormal, of colours
-by an orthonormal matrix. Bands of a size that is odd are rounded up."""
+"""Wavelet bands of an image: the biorthogonal 9/7 pair by lifting (Daubechies and Sweldens 1998), near to orthonormal.
+
+Colours are transformed by an orthonormal matrix. Bands of odd sizes are rounded up.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ class Band(NamedTuple):
 
 
 def bands(channels: int, height: int, width: int) -> list[Band]:
-    """Of an image, coarse ones first; differences of colours have no finest details."""
+    """Return the bands of an image, coarse ones first; differences of colours have no finest details."""
     return [
         Band(level, colour, (1 if level == LEVELS else 3, *_halved(height, width, min(level + 1, LEVELS))))
         for level in reversed(range(LEVELS + 1))
@@ -45,8 +47,10 @@ def bands(channels: int, height: int, width: int) -> list[Band]:
 
 
 def with_context(bands: list[Band], numbers: Sequence[T]) -> Iterator[tuple[Band, T | None, T | None]]:
-    """Each band with the numbers of the same colour's next coarser details, and those of the same level's colour before; `numbers`
-    may grow meanwhile."""
+    """Yield each band with the numbers of the same colour's next coarser details, and of the same level's colour before.
+
+    `numbers` may grow meanwhile.
+    """
     places = {(band.level, band.colour): place for place, band in enumerate(bands)}
     for band in bands:
         parent = numbers[places[band.level + 1, band.colour]] if band.level + 1 < LEVELS else None
@@ -55,40 +59,41 @@ def with_context(bands: list[Band], numbers: Sequence[T]) -> Iterator[tuple[Band
 
 
 def analysed(image: Tensor) -> list[Tensor]:
-    """The numbers of an image [channels, height, width], in the order of its `bands`."""
-    rest = _colours(image) @ image.flatten(1)
-    rest = rest.view_as(image)
-    found: list[Tensor] = []
+    """Return the numbers of an image [channels, height, width], in the order of its `bands`."""
+    lowpass = (_colours(image) @ image.flatten(1)).view_as(image)
+    numbers: list[Tensor] = []
     for level in range(LEVELS):
-        low, high = _split(rest)
-        (rest, down), (across, both) = (_split(half.mT) for half in (low, high))
-        rest, *details = (part.mT for part in (rest, across, down, both))
-        every = torch.stack(details, 1)
-        found = [*(every[: None if level else 1]), *found]
-    return [*rest[:, None], *found]
+        left, right = _split(lowpass)
+        (lowpass, down), (across, both) = (_split(half.mT) for half in (left, right))
+        lowpass, *details = (part.mT for part in (lowpass, across, down, both))
+        by_colour = torch.stack(details, 1)
+        numbers = [*(by_colour[: None if level else 1]), *numbers]
+    return [*lowpass[:, None], *numbers]
 
 
 def synthesised(numbers: list[Tensor], channels: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The image [channels, height, width] that numbers of its bands make, and its colours [channels, height / 2, width / 2] at half
-    the resolution, twice as large as at the full one."""
-    rest, numbers = torch.cat(numbers[:channels]), numbers[channels:]
+    """Return the image [channels, height, width] of its bands' numbers, and its colours at half the resolution.
+
+    The colours [channels, height / 2, width / 2] are twice as large as at the full resolution.
+    """
+    lowpass, numbers = torch.cat(numbers[:channels]), numbers[channels:]
     for level in reversed(range(1, LEVELS)):
-        rest = _joined(rest, torch.stack(numbers[:channels], 1), _halved(height, width, level))
+        lowpass = _joined(lowpass, torch.stack(numbers[:channels], 1), _halved(height, width, level))
         numbers = numbers[channels:]
     finest = torch.stack((numbers[0], *[torch.zeros_like(numbers[0])] * (channels - 1)), 1)
-    whole = _joined(rest, finest, (height, width))
-    return (_colours(whole).T @ whole.flatten(1)).view_as(whole), rest
+    whole = _joined(lowpass, finest, (height, width))
+    return (_colours(whole).T @ whole.flatten(1)).view_as(whole), lowpass
 
 
 def _joined(low: Tensor, details: Tensor, size: tuple[int, int]) -> Tensor:
-    """Of a low pass [c, h, w] and details [3, c, h, w], the next larger one."""
+    """Join a low pass [c, h, w] and details [3, c, h, w] into the next larger low pass."""
     across, down, both = details
     upright = (_merged(low.mT, down.mT, size[0]).mT, _merged(across.mT, both.mT, size[0]).mT)
     return _merged(*upright, size[1])
 
 
 def _colours(like: Tensor) -> Tensor:
-    """Orthonormal, [channels, channels]."""
+    """Return the orthonormal matrix of colours, [channels, channels]."""
     rows = torch.tensor(COLOURS if len(like) == 3 else ((1.0,),), dtype=like.dtype, device=like.device)
     return nn.functional.normalize(rows)
 
@@ -98,7 +103,7 @@ def _halved(height: int, width: int, times: int) -> tuple[int, int]:
 
 
 def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Low and high pass of rows."""
+    """Split rows into low and high pass."""
     if x.shape[-1] % 2:
         x = torch.cat((x, x[..., -1:]), -1)
     even, odd = x[..., ::2], x[..., 1::2]
@@ -108,7 +113,7 @@ def _split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merged(low: Tensor, high: Tensor, size: int) -> Tensor:
-    """Rows of so many numbers, of which these are low and high pass."""
+    """Merge low and high pass into rows of so many numbers."""
     even, odd = low / SCALE, high * SCALE
     for i, lift in reversed(list(enumerate(LIFTS))):
         even, odd = (even - lift * _with_left(odd), odd) if i % 2 else (even, odd - lift * _with_right(even))
@@ -116,7 +121,7 @@ def _merged(low: Tensor, high: Tensor, size: int) -> Tensor:
 
 
 def _with_right(x: Tensor) -> Tensor:
-    """Each number and the one to its right; the last one twice."""
+    """Add to each number the one to its right; the last one twice."""
     return x + torch.cat((x[..., 1:], x[..., -1:]), -1)
 
 

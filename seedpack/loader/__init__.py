@@ -1,1 +1,1 @@
-"""Whole models: where weights come from, which codec each gets, and layers that stay packed."""
+"""Packed layers and their operators, and the ways between a checkpoint and a module or dense tensors."""

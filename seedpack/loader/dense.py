@@ -1,4 +1,4 @@
-"""Tensors out of a checkpoint: parts for a packed layer, or the dense weight."""
+"""Read a checkpoint's tensors: as parts for a packed layer, or dense."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from seedpack.codecs.registry import codec_from_spec
 from seedpack.dtypes import TORCH_DTYPES, dtype_name, to_tensor
 from seedpack.errors import CodecError, FormatError, SeedpackError, first_line
 from seedpack.formats import Checkpoint, Manifest, View
-from seedpack.keys import require_given
+from seedpack.keys import require_key
 from seedpack.loader.layers import codec_matrix
 
 
 def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Tensor]]:
-    """The codec and the parts of a tensor, as views of the file; digests and forms are checked."""
+    """Return the codec and the parts of a tensor, views of the file; digests, dtypes and shapes are checked."""
     entry = checkpoint.manifest.tensors[name]
     try:
         codec = codec_from_spec(checkpoint.manifest.codec_of(name))
-        require_given(getattr(codec, "key", ""))
+        require_key(getattr(codec, "key", ""))
         parts = {part: to_tensor(stored) for part, stored in checkpoint.parts(name).items()}
         packed = not isinstance(codec, RawCodec)
         shape = codec_matrix(entry.shape, entry.transposed) if packed else entry.shape
@@ -47,12 +47,11 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
 def stored_dense(
     checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """A tensor rebuilt in its own dtype, or in `dtype` if it is a float tensor; on a device, by its kernels."""
+    """Rebuild a tensor in its own dtype, or if it is a float tensor in `dtype`; with a device, on that device."""
     entry = checkpoint.manifest.tensors[name]
     codec, parts = stored_parts(checkpoint, name)
     if isinstance(codec, RawCodec):
-        tensor = parts["weight"]
-        return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        return _cast(parts["weight"], dtype)
     matrix = codec_matrix(entry.shape, entry.transposed)
     if device is not None:
         parts = {part: value.to(device) for part, value in parts.items()}
@@ -68,50 +67,49 @@ def _too_large(checkpoint: Checkpoint, name: str, why: str) -> FormatError:
     return FormatError(f"{checkpoint.path}: tensor {name!r} takes {size:.1f} GB rebuilt: {why}")
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+
+
 def dense_forms(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, safetensors dtype, shape) of what `dense_tensors` yields, in its order; nothing is decoded."""
-
-    def form(name: str, stored: str, shape: tuple[int, ...]) -> tuple[str, str, tuple[int, ...]]:
-        return name, dtype_name(dtype) if dtype and TORCH_DTYPES[stored].is_floating_point else stored, shape
-
-    manifest = checkpoint.manifest
+    """Return (name, safetensors dtype, shape) of each tensor of `dense_tensors`, in its order; nothing is decoded."""
+    tensors = checkpoint.manifest.tensors
     forms = [
-        form(name, manifest.tensors[stored].dtype, view.shape if view else manifest.tensors[stored].shape)
-        for name, stored, view in stored_names(manifest)
+        (name, tensors[stored].dtype, (view or tensors[stored]).shape)
+        for name, stored, view in stored_names(checkpoint.manifest)
     ]
-    rest = [(key, checkpoint.undescribed(key)) for key in checkpoint.raw_keys()]
-    return forms + [form(key, part.dtype, part.shape) for key, part in rest]
+    undescribed = [(key, checkpoint.undescribed(key)) for key in checkpoint.raw_keys()]
+    forms += [(key, part.dtype, part.shape) for key, part in undescribed]
+    return [
+        (name, dtype_name(dtype) if dtype and TORCH_DTYPES[stored].is_floating_point else stored, shape)
+        for name, stored, shape in forms
+    ]
 
 
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint, dense, one at a time; further names of shared ones follow with the same tensor."""
-    done, tensor = "", torch.empty(0)
+    """Yield every tensor of a checkpoint, dense, one at a time; names that share a tensor follow each other."""
+    last, tensor = "", torch.empty(0)
     for name, stored, view in stored_names(checkpoint.manifest):
-        if stored != done:
-            done, tensor = stored, stored_dense(checkpoint, stored, dtype if view is None else None)
-        piece = tensor if view is None else viewed(tensor, view)
-        yield name, piece.to(dtype) if dtype and piece.is_floating_point() else piece
+        if stored != last:
+            last, tensor = stored, stored_dense(checkpoint, stored, dtype if view is None else None)
+        yield name, _cast(tensor if view is None else viewed(tensor, view), dtype)
     for key in checkpoint.raw_keys():
-        tensor = to_tensor(checkpoint.undescribed(key))
-        yield key, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        yield key, _cast(to_tensor(checkpoint.undescribed(key)), dtype)
 
 
 def viewed(tensor: Tensor, view: View) -> Tensor:
-    """The piece of a stored tensor that a view names."""
+    """Return the piece of a stored tensor that a view names."""
     piece = tensor.flatten()[view.offset : view.offset + math.prod(view.shape)].view(view.shape)
     return piece if view.scale == 1 else (piece.float() * view.scale).to(tensor.dtype)
 
 
 def stored_names(manifest: Manifest) -> list[tuple[str, str, View | None]]:
-    """(name, the name it is stored under, what piece of it) of every tensor of the model, one stored tensor after another."""
-    others: dict[str, list[tuple[str, View | None]]] = {}
+    """Return (name, stored tensor, view of it or None for all) of the model's tensors, grouped by stored tensor."""
+    aliases: dict[str, list[tuple[str, View | None]]] = {name: [(name, None)] for name in manifest.tensors}
+    for view in manifest.views.values():
+        aliases[view.tensor] = []  # a tensor that views are made of is none of the model's own
     for alias, name in manifest.shared.items():
-        others.setdefault(name, []).append((alias, None))
+        aliases[name].append((alias, None))
     for alias, view in manifest.views.items():
-        others.setdefault(view.tensor, []).append((alias, view))
-    whole = manifest.tensors.keys() - {view.tensor for view in manifest.views.values()}
-    return [
-        (each, name, view)
-        for name in manifest.tensors
-        for each, view in ([(name, None)] if name in whole else []) + others.get(name, [])
-    ]
+        aliases[view.tensor].append((alias, view))
+    return [(alias, name, view) for name, pairs in aliases.items() for alias, view in pairs]

@@ -20,9 +20,16 @@ from seedpack.loader import ops
 
 
 class PackedModule(nn.Module):
-    """What all packed layers have. Made by `pack_module_`, never by a constructor.
+    """Base of packed layers, which `pack_module_` makes, never a constructor.
 
-    `matrix` is the shape [out, in] that the codec sees, `codec_text` the codec as operators take it.
+    Attributes:
+        codec: decodes the parts; `codec_text`: the same, as operators take it.
+        part_names: parameters of the module that are the codec's parts.
+        weight_shape: of the dense weight.
+        matrix: its shape [out, in] as the codec sees it.
+        transposed: the dense weight is [in, out].
+        compute_dtype: of the decoded weight.
+        dense_class: the module's class before it was packed.
     """
 
     codec: Codec
@@ -35,16 +42,16 @@ class PackedModule(nn.Module):
     dense_class: type[nn.Module]
 
     def packed_parts(self) -> dict[str, Tensor]:
-        """The parts, by name."""
+        """Return the parts, by name."""
         return {name: cast(Tensor, self._parameters[name]) for name in self.part_names}
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight rebuilt, in the dense layer's shape."""
+        """Rebuild the weight, in the dense layer's shape."""
         weight = ops.decode(self.packed_parts(), self.codec_text, self.matrix, dtype or self.compute_dtype)
         return weight.mT.contiguous() if self.transposed else weight.view(self.weight_shape)
 
     def _require_float(self, x: Tensor) -> None:
-        """Some models cast a layer's input to the dtype of its weight; packed, that would be integers."""
+        """Refuse an input of integers: some models cast it to the dtype of the weight, which is packed here."""
         if not x.is_floating_point():
             raise ModelError(
                 f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "
@@ -56,17 +63,18 @@ class PackedModule(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        """The dense layer's, and the codec."""
-        return f"{list(self.weight_shape)}, {self.codec}, {self.codec.bits_per_weight(self.matrix):.3f} bits/weight"
+        """Return shape, codec and size for `repr`."""
+        bits = self.codec.bits_per_weight(self.matrix)
+        return f"{list(self.weight_shape)}, {self.codec}, {bits:.3f} bits per weight"
 
 
 class PackedLinear(PackedModule, nn.Linear):
     """A packed nn.Linear, or a packed transformers Conv1D (then the codec saw it transposed)."""
 
-    int8_activations: bool = False  # set by `surgery.use_int8_activations_`
+    int8_activations: bool = False  # set by `fill.use_int8_activations_`
 
     def forward(self, input: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """Map [..., in_features] to [..., out_features]."""
         self._require_float(input)
         require_columns("a packed Linear", input, self.matrix[1])
         parts = self.packed_parts()
@@ -79,7 +87,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     embed_scale_value: float | None = None
 
     def forward(self, input: Tensor) -> Tensor:
-        """Indices [...] -> [..., embedding_dim]."""
+        """Map indices [...] to [..., embedding_dim]."""
         if input.device.type == "cpu" and not torch.compiler.is_compiling() and input.numel() and int(input.min()) < 0:
             raise IndexError(f"embedding index {int(input.min())} is out of range")
         rows = ops.decode_rows(self.packed_parts(), input.flatten(), self.codec_text, self.matrix, self.compute_dtype)
@@ -93,7 +101,7 @@ class PackedConv1d(PackedModule, nn.Conv1d):
     """A packed nn.Conv1d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, in_channels, L] -> [N, out_channels, L']."""
+        """Map [N, in_channels, L] to [N, out_channels, L']."""
         self._require_float(input)
         result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
         return result
@@ -103,24 +111,27 @@ class PackedConv2d(PackedModule, nn.Conv2d):
     """A packed nn.Conv2d."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
+        """Map [N, in_channels, H, W] to [N, out_channels, H', W']."""
         self._require_float(input)
         result: Tensor = self._conv_forward(input, self.dense_weight(input.dtype), self.bias)
         return result
 
 
 def codec_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
-    """The matrix [out, in] a codec sees of a stored weight."""
+    """Return the shape [out, in] of a weight as a codec sees it."""
     return (shape[1], shape[0]) if transposed else matrix_shape(shape)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its weight [in, out], as transformers' Conv1D does."""
+    """Return whether a module stores its weight [in, out], as transformers' Conv1D does.
+
+    That class is known by its name alone: transformers is not imported here.
+    """
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
 
 
 def packed_class(module: nn.Module) -> type[PackedModule] | None:
-    """The packed class of a dense module, or None for one whose forward pass is not known here."""
+    """Return the packed class of a dense module, or None for one whose forward pass is not known here."""
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None  # nn.MultiheadAttention reads its weight without calling it
     if is_transposed(module):
@@ -147,11 +158,11 @@ def pack_module_(
     Args:
         module: one that `packed_class` knows; its `weight` gives shape and device.
         codec: how the parts are to be decoded.
-        parts: the codec's parts; None leaves them unfilled, for a loader.
+        parts: the codec's parts, or those of the first levels; None leaves all unfilled, for a loader.
         dtype: of the decoded weight; default the weight's.
     """
-    kind = packed_class(module)
-    if kind is None:
+    cls = packed_class(module)
+    if cls is None:
         raise ModelError(f"a {type(module).__qualname__} has no packed form; leave it dense")
     weight = cast(Tensor, module.weight)
     shape, transposed = tuple(weight.shape), is_transposed(module)
@@ -161,16 +172,10 @@ def pack_module_(
     scale = getattr(module, "scalar_embed_scale", None)
     dense_class = type(module)
     del module._parameters["weight"]
-    module.__class__ = kind
+    module.__class__ = cls
     packed = cast(PackedModule, module)
-    specs = {
-        name: spec for name, spec in codec.parts(matrix).items() if parts is None or name in parts
-    }  # or first levels
-    packed.codec, packed.codec_text, packed.part_names = (
-        codec,
-        codec_to_json(codec),
-        tuple(specs),
-    )
+    specs = {name: spec for name, spec in codec.parts(matrix).items() if parts is None or name in parts}
+    packed.codec, packed.codec_text, packed.part_names = codec, codec_to_json(codec), tuple(specs)
     packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
@@ -194,15 +199,7 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
         module.register_buffer("embed_scale", scale, persistent=False)
     dense = cast(nn.Module, module)
     module.__dict__.pop("int8_activations", None)
-    for name in (
-        "codec",
-        "codec_text",
-        "part_names",
-        "weight_shape",
-        "matrix",
-        "transposed",
-        "compute_dtype",
-    ):
+    for name in ("codec", "codec_text", "part_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
         delattr(module, name)
     dense.__class__ = module.__dict__.pop("dense_class")
     dense.register_parameter("weight", nn.Parameter(weight))
@@ -210,10 +207,10 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
 
 
 def empty_part(dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """An unfilled part."""
+    """Return an unfilled part."""
     return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
 
 
 def _is_scaled_embedding(module: nn.Module) -> bool:
-    """transformers' embeddings that multiply by a constant (Gemma 3 and kin): they keep it as a plain number too."""
+    """Return whether an embedding multiplies by a constant (Gemma 3 and its relatives), which is a plain number too."""
     return isinstance(getattr(module, "scalar_embed_scale", None), (int, float))

@@ -1,4 +1,4 @@
-"""The packed product as torch operators: opaque to the compiler, with a gradient to the input.
+"""Decode and multiply by packed weights as torch operators: opaque to the compiler, with a gradient to the input.
 
 Opaque, because Inductor may compile the wrapping integers of a generator wrongly. The codec travels as its JSON text,
 its parts as a list with their names.
@@ -86,14 +86,14 @@ _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The dense weight [out, in]."""
+    """Decode the dense weight [out, in]."""
     return _decode(list(parts.values()), ",".join(parts), codec, list(shape), dtype)  # type: ignore[no-any-return]
 
 
 def decode_rows(
     parts: Mapping[str, Tensor], index: Tensor, codec: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Rows of the weight [out, in], by an index [n]: [n, in]."""
+    """Decode the rows [n, in] of the weight [out, in] that an index [n] names."""
     return _decode_rows(list(parts.values()), ",".join(parts), index, codec, list(shape), dtype)  # type: ignore[no-any-return]
 
 
@@ -105,8 +105,8 @@ def linear(
     bias: Tensor | None,
     int8: bool = False,
 ) -> Tensor:
-    """x [..., in] times the packed weight [out, in] transposed, plus bias [out]; differentiable in x and bias.
+    """Multiply x [..., in] by the packed weight [out, in], transposed, and add bias [out]; differentiable in both.
 
-    With `int8` x is rounded to 8 bits, which the gradient does not see.
+    With `int8` x is rounded to 8 bits, which the gradient ignores.
     """
     return _linear(x, list(parts.values()), ",".join(parts), bias, codec, list(shape), int8)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What modules and parametrisations say of themselves that are pseudorandom from the start: how `seedpack.save` stores them.
+"""Interfaces of modules and parametrisations that are trained in a random subspace: how `seedpack.save` stores them.
 
 `seedpack.nn` and `seedpack.reparam` implement these; saving and loading know no more of them.
 """
@@ -21,7 +21,7 @@ from seedpack.kernels.basis.weight import basis_weight
 
 
 @dataclass(frozen=True)
-class Born:
+class StoredTensor:
     """A tensor as it is stored: dense shape, codec, parts."""
 
     shape: tuple[int, ...]
@@ -30,10 +30,12 @@ class Born:
 
 
 class Coefficients:
-    """What is trained as coefficients of pseudorandom bases: a layer's weight, or a tensor that several weights are pieces of.
+    """The coefficients of a pseudorandom basis, which are trained in place of a tensor.
+
+    The tensor is a layer's weight, or one that several weights are pieces of.
 
     Attributes:
-        codec: how it is stored.
+        codec: of the tensor.
         stored_shape: of the dense tensor.
         coefs: float32 [blocks, count].
     """
@@ -43,23 +45,23 @@ class Coefficients:
     coefs: nn.Parameter
     remedy: ClassVar[str] = "build it with the same settings"
 
-    def born(self) -> Born:
-        """The tensor as it is stored."""
-        return Born(self.stored_shape, self.codec, stored(self.coefs, self.codec.coef_bits, self.codec.levels))
+    def to_parts(self) -> StoredTensor:
+        """Return the tensor as it is stored."""
+        return StoredTensor(self.stored_shape, self.codec, stored(self.coefs, self.codec.coef_bits, self.codec.levels))
 
     def take_(self, codec: Codec, parts: dict[str, Tensor]) -> None:
         """Take the coefficients of a file, to train on.
 
         Raises:
-            ModelError: they were made with other settings.
+            ModelError: the file's codec has other settings.
         """
         if codec != self.codec:
             raise ModelError(f"the file has {codec}, the model {self.codec}; {self.remedy}")
         with torch.no_grad():
             self.coefs.copy_(values_of(parts, self.coefs.shape[1], self.codec.coef_bits, self.codec.levels))
 
-    def made(self, coefs: Tensor, index: Tensor | None = None) -> Tensor:
-        """The dense tensor, as its codec's matrix [rows, columns] or some rows of it, from coefficients of its own form."""
+    def materialise(self, coefs: Tensor, index: Tensor | None = None) -> Tensor:
+        """Return the dense tensor of some coefficients, as its codec's matrix [rows, columns] or the rows `index` of it."""
         rows, columns = matrix_shape(self.stored_shape)
         codec = self.codec
         return basis_weight(
@@ -75,31 +77,31 @@ class SharedCoefficients(Coefficients):
 
 
 class Piece(nn.Module):
-    """The parametrisation (torch.nn.utils.parametrize) of a tensor that is a piece of another one, `basis`.
+    """The parametrisation (torch.nn.utils.parametrize) of a tensor that is a piece of another one, that of `basis`.
 
-    `piece` says which, its `tensor` left out; a loader sets it to what the file has.
+    `piece` says which, its `tensor` left out; a loader sets it to that of the file.
     """
 
     basis: SharedCoefficients
     piece: View
 
 
-class Stored(nn.Module, ABC):
-    """The parametrisation of a tensor that is stored by a codec."""
+class SeededModule(nn.Module, ABC):
+    """The parametrisation of a tensor that a codec stores as a seed and what was trained."""
 
     @abstractmethod
-    def born(self, originals: Any) -> Born:
-        """The tensor as it is stored, from the tensors that the optimiser sees."""
+    def to_parts(self, originals: Any) -> StoredTensor:
+        """Return the tensor as it is stored, from the tensors that the optimiser sees."""
 
 
 @dataclass
 class Bases:
-    """The bases that a model's parametrisations are pieces of.
+    """The coefficients of tensors that a model's parametrisations are pieces of.
 
     Attributes:
-        stored: by the name that they are stored under, that of their coefficients.
-        names: every name of their coefficients in the model's state: a shared module has several.
-        pieces: by the name of their tensor, what is a piece of one.
+        stored: by the name that they are stored under, their own.
+        names: every name of theirs in the model's state: a shared module has several.
+        pieces: the parametrisations, by the name of their tensor.
         state: names in the model's state of what pieces keep beside.
     """
 
@@ -110,32 +112,32 @@ class Bases:
 
 
 def bases_of(model: nn.Module) -> Bases:
-    """The bases of a module's weights, where they lie inside it.
+    """Find the bases of a module's weights.
 
     Raises:
-        ModelError: they lie outside.
+        ModelError: they lie outside of the module.
     """
     prefixes: dict[int, list[str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         prefixes.setdefault(id(module), []).append(prefix)
-    found = Bases({}, set(), {}, set())
+    bases = Bases({}, set(), {}, set())
     for prefix, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, Piece):
             continue
         holders = prefixes.get(id(module.basis.holder))
         if holders is None:
             raise ModelError(
-                "the coefficients of its weights lie outside this module; take the one that basis_ was given"
+                "the coefficients of its weights lie outside this module; pass the module that basis_ was called with"
             )
-        found.stored[joined(holders[0], module.basis.leaf)] = module.basis
-        found.names |= {joined(holder, module.basis.leaf) for holder in holders}
-        found.pieces[tensor_name(prefix.rpartition(".")[0])] = module
-        found.state |= {joined(prefix, name) for name in module.state_dict()}
-    return found
+        bases.stored[joined(holders[0], module.basis.leaf)] = module.basis
+        bases.names |= {joined(holder, module.basis.leaf) for holder in holders}
+        bases.pieces[tensor_name(prefix.rpartition(".")[0])] = module
+        bases.state |= {joined(prefix, name) for name in module.state_dict()}
+    return bases
 
 
 def tensor_name(prefix: str) -> str:
-    """The parametrised tensor's name, from that of its list of parametrisations.
+    """Return the parametrised tensor's name, from that of its list of parametrisations.
 
     >>> tensor_name("a.b.parametrizations.weight"), tensor_name("parametrizations.bias")
     ('a.b.weight', 'bias')
@@ -145,5 +147,5 @@ def tensor_name(prefix: str) -> str:
 
 
 def joined(prefix: str, name: str) -> str:
-    """A name behind a module's."""
+    """Return a name behind a module's."""
     return f"{prefix}.{name}" if prefix else name

@@ -1,4 +1,4 @@
-"""A fast feedforward layer that does what a trained block does, on the inputs that the block sees."""
+"""Distil a trained block into a fast feedforward layer, on the inputs that the block sees."""
 
 from __future__ import annotations
 
@@ -52,17 +52,18 @@ def fastfeedforward_from(
     Raises:
         ModelError: the block or the data do not fit.
     """
-    batches = [each.detach().reshape(-1, each.shape[-1]) for each in ((data,) if isinstance(data, Tensor) else data)]
+    data = (data,) if isinstance(data, Tensor) else data
+    batches = [batch.detach().reshape(-1, batch.shape[-1]) for batch in data]
     tokens = sum(map(len, batches))
     if tokens == 0 or tokens < 2**depth:
         raise ModelError(f"{tokens} tokens for {2**depth} leaves: give more data or a smaller depth")
-    if len(widths := {each.shape[-1] for each in batches}) > 1:
+    if len(widths := {batch.shape[-1] for batch in batches}) > 1:
         raise ModelError(f"batches of inputs of different widths: {', '.join(map(str, sorted(widths)))}; expected one")
     x = torch.cat(batches)
     mlp = copy.deepcopy(mlp).eval()
     try:
         with torch.no_grad():
-            y = torch.cat([mlp(some) for some in x.split(BATCH)])
+            y = torch.cat([mlp(batch) for batch in x.split(BATCH)])
     except RuntimeError as error:
         raise ModelError(f"the block does not take inputs {list(x.shape)} of {x.dtype}: {error}") from error
     if y.shape[:-1] != x.shape[:-1]:
@@ -81,9 +82,10 @@ def fastfeedforward_from(
 
 @torch.no_grad()
 def _grow(layer: FastFeedforward, x: Tensor, y: Tensor) -> list[Tensor]:
-    """Set the nodes, level by level; returns the tokens that train each leaf, at least one.
+    """Set the nodes, level by level; return the tokens that train each leaf, at least one.
 
-    A boundary halves the tokens that go to its node; others of `near`, from beyond the boundaries above, train it too."""
+    A boundary halves the tokens that go to its node; others of `near`, from beyond the boundaries above, train it too.
+    """
     regions = [(torch.arange(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device))]
     for node in range(2**layer.depth - 1):
         near, goes = regions.pop(0)
@@ -116,16 +118,16 @@ def _start_leaves(layer: FastFeedforward, mlp: torch_nn.Module, x: Tensor, y: Te
         first, bias, second = units
         hidden = ACTIVATIONS[layer.activation](torch_nn.functional.linear(x[mine], first, bias))
         work = hidden.var(0, correction=0) * second.square().sum(0)
-        chosen = work.topk(min(width, len(work))).indices
-        rows = slice(leaf * width, leaf * width + len(chosen))
-        layer.leaf_in.weight[rows], layer.in_bias[leaf, : len(chosen)] = first[chosen], bias[chosen]
-        layer.leaf_out.weight[rows] = second[:, chosen].T
+        busiest = work.topk(min(width, len(work))).indices
+        rows = slice(leaf * width, leaf * width + len(busiest))
+        layer.leaf_in.weight[rows], layer.in_bias[leaf, : len(busiest)] = first[busiest], bias[busiest]
+        layer.leaf_out.weight[rows] = second[:, busiest].T
         layer.leaf_out.weight[rows.stop : (leaf + 1) * width] = 0
-        layer.out_bias[leaf] = mean - hidden[:, chosen].mean(0) @ second[:, chosen].T
+        layer.out_bias[leaf] = mean - hidden[:, busiest].mean(0) @ second[:, busiest].T
 
 
 def _two_layers(mlp: torch_nn.Module, columns: int, outputs: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Weight and bias of the first linear layer and the weight of the second, where a block has just these."""
+    """Return weight and bias of the first linear layer and the weight of the second, where a block has just these."""
     linear = [module for module in mlp.modules() if isinstance(module, torch_nn.Linear)]
     if len(linear) != 2 or (linear[0].in_features, linear[1].out_features) != (columns, outputs):
         return None
@@ -137,10 +139,15 @@ def _two_layers(mlp: torch_nn.Module, columns: int, outputs: int) -> tuple[Tenso
 
 
 def _train_leaves(
-    layer: FastFeedforward, x: Tensor, y: Tensor, tokens: list[Tensor], steps: int, lr: float,
+    layer: FastFeedforward,
+    x: Tensor,
+    y: Tensor,
+    tokens: list[Tensor],
+    steps: int,
+    lr: float,
     progress: Callable[[int, float], None] | None,
-) -> None:  # fmt: skip
-    """All leaves side by side, each on tokens of its own."""
+) -> None:
+    """Train all leaves side by side, each on tokens of its own."""
     shape = (len(tokens), layer.leaf_width, -1)
     trained = [layer.leaf_in.weight, layer.in_bias, layer.leaf_out.weight, layer.out_bias]
     optimiser = torch.optim.Adam(trained, lr)

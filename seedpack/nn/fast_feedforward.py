@@ -1,4 +1,4 @@
-"""A feedforward block of which each token uses one small part: fast feedforward (Belcak and Wattenhofer, arXiv 2308.14711)."""
+"""Fast feedforward: a block of which each token uses one small part (Belcak and Wattenhofer, arXiv 2308.14711)."""
 
 from __future__ import annotations
 
@@ -66,15 +66,15 @@ class FastFeedforward(torch_nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As `nn.Linear`: uniform in ±1 / √fan_in, of nodes and leaves alike."""
-        for values, fan_in in (
-            (self.nodes.weight, self.in_features), (self.node_bias, self.in_features), (self.leaf_in.weight, self.in_features),
-            (self.in_bias, self.in_features), (self.leaf_out.weight, self.leaf_width), (self.out_bias, self.leaf_width),
-        ):  # fmt: skip
-            torch_nn.init.uniform_(values, -(fan_in**-0.5), fan_in**-0.5)
+        """Draw nodes and leaves as `nn.Linear` does: uniform in ±1 / √fan_in."""
+        of_inputs = (self.nodes.weight, self.node_bias, self.leaf_in.weight, self.in_bias)
+        of_leaves = (self.leaf_out.weight, self.out_bias)
+        for parameters, fan_in in ((of_inputs, self.in_features), (of_leaves, self.leaf_width)):
+            for parameter in parameters:
+                torch_nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """Route tokens x [..., in_features] through the tree: [..., out_features]."""
         tree = self._tree()
         if not self.training or not tree.dense:
             return fast_feedforward(x, tree, self.activation)
@@ -85,13 +85,13 @@ class FastFeedforward(torch_nn.Module):
         return y
 
     def mixture(self, x: Tensor) -> Tensor:
-        """How much of each leaf a token takes in training: [..., in_features] -> [..., 2^depth], sums of 1."""
+        """Return the share of each leaf that a token takes in training: [..., in_features] -> [..., 2^depth], sums of 1."""
         if isinstance(self.nodes, PackedModule):
-            raise ModelError("a packed fast feedforward layer does not train, and has no mixture; ask for its leaves")
+            raise ModelError("a packed fast feedforward layer does not train and has no mixture; call leaves() instead")
         return self._route(x)[0]
 
     def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The mixture, and its entropy, mean over tokens: that of each node's choice by the share that comes by."""
+        """Return the mixture, and its mean entropy over tokens: that of each node's choice, weighted by the share that arrives."""
         require_columns("fast feedforward", x, self.in_features)
         scores = torch_nn.functional.linear(x, self.nodes.weight, self.node_bias)
         right = scores.sigmoid()
@@ -108,7 +108,7 @@ class FastFeedforward(torch_nn.Module):
         return share, entropy
 
     def leaves(self, x: Tensor) -> Tensor:
-        """The leaf that a token goes to in evaluation: [..., in_features] -> int64 [...]."""
+        """Return the leaf that a token goes to in evaluation: [..., in_features] -> int64 [...]."""
         return leaves(x.reshape(-1, x.shape[-1]), self._tree()).view(x.shape[:-1])
 
     def _tree(self) -> Tree:
@@ -119,23 +119,24 @@ class FastFeedforward(torch_nn.Module):
         return Tree(nodes, self.node_bias, leaf_in, self.in_bias, leaf_out, self.out_bias)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the last pass's entropy, which belongs to its graph."""
+        """Return the state without the last pass's entropy, which belongs to its graph."""
         return {**self.__dict__, "entropy": None}
 
     def extra_repr(self) -> str:
-        """The shape."""
+        """Return the shape and the activation."""
         return f"{self.in_features}, {self.out_features}, depth={self.depth}, leaf_width={self.leaf_width}, {self.activation}"
 
 
 def hardening_loss(model: torch_nn.Module) -> Tensor:
-    """The entropy of the choice of a leaf, nats a token, summed over a model's fast feedforward layers, of the last pass in
-    training: the paper's hardening loss, with each node counted by how likely a token comes by.
+    """Return the paper's hardening loss: the entropy of the choice of a leaf in the last pass in training.
+
+    In nats per token, summed over a model's fast feedforward layers; each node counts by the share of tokens that arrives.
 
     Raises:
         ModelError: the model has no such layer, or it has not run in training.
     """
-    found = [layer.entropy for layer in model.modules() if isinstance(layer, FastFeedforward)]
-    known = [entropy for entropy in found if entropy is not None]
-    if not known:
-        raise ModelError(f"no entropy: {len(found)} fast feedforward layers, none has run in training mode")
-    return torch.stack(known).sum()
+    layers = [layer for layer in model.modules() if isinstance(layer, FastFeedforward)]
+    entropies = [layer.entropy for layer in layers if layer.entropy is not None]
+    if not entropies:
+        raise ModelError(f"no entropy: {len(layers)} fast feedforward layers, none has run in training mode")
+    return torch.stack(entropies).sum()

@@ -1,7 +1,7 @@
-"""Layers whose weight is noise times coefficients (RANDUMB), regenerated inside the products: no weight is ever in memory,
-nor its gradient. `seedpack.save` stores a seed and the coefficients.
+"""Layers whose weight is noise times coefficients (RANDUMB), regenerated inside the products.
 
-Each tensor has one vector of coefficients, W = Σ_m coefficient_m · noise_m, trained by gradients that the fused kernels give.
+Neither a weight nor its gradient is ever in memory. `seedpack.save` stores a seed and the coefficients. Each tensor has one
+vector of coefficients, W = Σ_m coefficient_m · noise_m, trained by gradients that the fused kernels give.
 Weights start at the standard deviation of torch's layers: var(coefficient) = std² / (M · var(noise)), which is 3·std² / M.
 """
 
@@ -23,7 +23,7 @@ from seedpack.reparam.basis import NOISE_VARIANCE
 
 
 class _Noise(Coefficients, torch_nn.Module):
-    """What the layers share; `outputs` of a bias, 0 for none."""
+    """Base of the layers; `outputs` of a bias, 0 for none."""
 
     def __init__(
         self,
@@ -46,25 +46,27 @@ class _Noise(Coefficients, torch_nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Coefficients of the variance that gives weights their standard deviation; with a noise bias, RANDUMB's default:
-        that one base at the weights' standard deviation, and the others at 0."""
+        """Draw coefficients of the variance that gives weights their standard deviation.
+
+        With a noise bias (RANDUMB's default) its coefficient alone gives it, and the others are 0.
+        """
         variance = 1.0 if self.codec.generator == HADAMARD else NOISE_VARIANCE
-        each = self.std / math.sqrt(variance)
+        scale = self.std / math.sqrt(variance)
         if self.noise_bias:
-            self.coefs.zero_()[0, -1] = each
+            self.coefs.zero_()[0, -1] = scale
         else:
-            bound = each * math.sqrt(3 / self.coefs.shape[1])
+            bound = scale * math.sqrt(3 / self.coefs.shape[1])
             self.coefs.uniform_(-bound, bound)
         if self.bias is not None:
             torch_nn.init.uniform_(self.bias, -self.std * math.sqrt(3), self.std * math.sqrt(3))
 
     @property
     def weight(self) -> Tensor:
-        """The weight, made: for a look at it; no product needs it."""
+        """The weight, materialised: for a look at it; no product needs it."""
         return self._rows(None).view(self.stored_shape)
 
     def _rows(self, index: Tensor | None) -> Tensor:
-        return self.made(as_stored(self.coefs, self.codec.coef_bits), index)
+        return self.materialise(as_stored(self.coefs, self.codec.coef_bits), index)
 
     def _linear(self, x: Tensor) -> Tensor:
         require_columns(f"seedpack.nn.{type(self).__name__}", x, math.prod(self.stored_shape[1:]))
@@ -73,7 +75,7 @@ class _Noise(Coefficients, torch_nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """The weight's shape and its codec."""
+        """Return the weight's shape and its codec."""
         return f"{list(self.stored_shape)}, {self.codec}"
 
 
@@ -86,22 +88,30 @@ class Linear(_Noise):
         count: M, coefficients.
         bias: whether to add a trained bias [out_features].
         seed: of the noise; give each layer its own.
-        generator: "philox", "squirrel5" (RANDUMB's) or "hadamard" (structured; its weight is made in each pass).
-        noise_bias: one more base, whose coefficient alone is not 0 at the start.
+        generator: "philox", "squirrel5" (RANDUMB's) or "hadamard" (structured; its weight is materialised in each pass).
+        noise_bias: one more basis vector, whose coefficient alone is not 0 at the start.
         coef_bits: of a coefficient in the file, as for `reparam.basis_`.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, count: int, *, bias: bool = True, seed: int = 0,
-        generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
-    ):  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        count: int,
+        *,
+        bias: bool = True,
+        seed: int = 0,
+        generator: str = "philox",
+        noise_bias: bool = False,
+        coef_bits: int = 32,
+    ):
         std = 1 / math.sqrt(3 * in_features)  # nn.Linear's: uniform in ±1 / √in_features
         outputs = out_features if bias else 0
         super().__init__((out_features, in_features), count, std, seed, generator, noise_bias, coef_bits, outputs)
         self.in_features, self.out_features = in_features, out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
+        """Multiply x [..., in_features] by the weight: [..., out_features]."""
         return self._linear(x)
 
 
@@ -121,10 +131,21 @@ class Conv2d(_Noise):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int | tuple[int, int], count: int, *,
-        stride: int | tuple[int, int] = 1, padding: int | tuple[int, int] = 0, dilation: int | tuple[int, int] = 1,
-        bias: bool = True, seed: int = 0, generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
-    ):  # fmt: skip
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        count: int,
+        *,
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        bias: bool = True,
+        seed: int = 0,
+        generator: str = "philox",
+        noise_bias: bool = False,
+        coef_bits: int = 32,
+    ):
         kernel, self.stride, self.padding, self.dilation = (
             (value, value) if isinstance(value, int) else value for value in (kernel_size, stride, padding, dilation)
         )
@@ -132,7 +153,7 @@ class Conv2d(_Noise):
         super().__init__(shape, count, std, seed, generator, noise_bias, coef_bits, out_channels if bias else 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, in_channels, H, W] -> [N, out_channels, H', W']."""
+        """Convolve [N, in_channels, H, W] into [N, out_channels, H', W']."""
         kernel = self.stored_shape[2:]
         patches = torch_nn.functional.unfold(x, kernel, self.dilation, self.padding, self.stride)
         y = self._linear(patches.mT)
@@ -144,8 +165,9 @@ class Conv2d(_Noise):
 
 
 class Embedding(_Noise):
-    """nn.Embedding whose table [num_embeddings, embedding_dim] is noise times `count` coefficients; only rows that are looked
-    up are made.
+    """nn.Embedding whose table [num_embeddings, embedding_dim] is noise times `count` coefficients.
+
+    Only the rows that are looked up are materialised.
 
     Args:
         num_embeddings: rows of the table.
@@ -157,14 +179,22 @@ class Embedding(_Noise):
     """
 
     def __init__(
-        self, num_embeddings: int, embedding_dim: int, count: int, *, std: float = 1.0, seed: int = 0,
-        generator: str = "philox", noise_bias: bool = False, coef_bits: int = 32,
-    ):  # fmt: skip
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        count: int,
+        *,
+        std: float = 1.0,
+        seed: int = 0,
+        generator: str = "philox",
+        noise_bias: bool = False,
+        coef_bits: int = 32,
+    ):
         super().__init__((num_embeddings, embedding_dim), count, std, seed, generator, noise_bias, coef_bits)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     def forward(self, index: Tensor) -> Tensor:
-        """Indices [...] -> [..., embedding_dim]."""
+        """Look indices [...] up: [..., embedding_dim]."""
         rows, place = torch.unique(index, return_inverse=True)  # in order
         if rows.numel() and rows.device.type == "cpu" and not 0 <= int(rows[0]) <= int(rows[-1]) < self.num_embeddings:
             raise IndexError(f"embedding index out of range 0 … {self.num_embeddings - 1}")

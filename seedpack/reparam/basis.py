@@ -1,5 +1,8 @@
-"""Weights that are one combination of pseudorandom bases: PRANC (Nooralinejad et al., ICCV 2023, arXiv 2206.08464), and
-with a structured basis Li et al. (ICLR 2018, arXiv 1804.08838)."""
+"""Weights that are one combination of pseudorandom basis vectors.
+
+PRANC (Nooralinejad et al., ICCV 2023, arXiv 2206.08464), and with a structured basis Li et al. (ICLR 2018, arXiv
+1804.08838).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from seedpack.codecs.coefficients import as_stored, level_slices, values_of
 from seedpack.errors import ModelError
 from seedpack.formats import View
 from seedpack.kernels.basis.decode_reference import HADAMARD
-from seedpack.keys import add_key, chosen_seed
+from seedpack.keys import add_key, default_seed
 from seedpack.loader.trained import Piece, SharedCoefficients
 from seedpack.reparam.targets import BASIS_LEAF, Target, fan_in, refresh_recurrent, targets_of
 
@@ -39,20 +42,21 @@ def basis_(
     exclude: Sequence[str] = (),
     key: bytes | None = None,
 ) -> nn.Module:
-    """Make a model's weights a linear combination of pseudorandom bases, in place; returns the model.
+    """Make a model's weights a linear combination of pseudorandom basis vectors, in place; returns the model.
 
     Each tensor is, in its own scale (the root mean square of its values as they are; of a tensor of zeros that of
-    `nn.Linear`'s bias), a piece of Σ_m coefficient_m · base_m. The optimiser sees the coefficients, and what is left alone:
-    norms, whose running statistics too stay as they are (as in PRANC). `seedpack.save` stores a seed and the coefficients.
+    `nn.Linear`'s bias), a piece of Σ_m coefficient_m · (basis vector m). The optimiser sees the coefficients, and the
+    parameters that are left alone: norms, whose running statistics stay too (as in PRANC). `seedpack.save` stores a seed and
+    the coefficients.
 
     Args:
         model: dense.
         count: coefficients, of the model, of each layer, or of each block.
         per: "model": one vector for all; "layer": one for each module that has weights of its own.
         block_size: weights that share a vector, of the model's or a layer's; None is all.
-        generator: "hadamard": structured bases, log2(count) additions a weight and step. "philox": dense noise as in the
-            paper (uniform), regenerated for each step: count random numbers a weight and step.
-        seed: of the bases, and of the coefficients to start from; default 0, with a key a random one.
+        generator: "hadamard": a structured basis, log2(count) additions per weight and step. "philox": dense noise as in
+            the paper (uniform), regenerated for each step: count random numbers per weight and step.
+        seed: of the basis, and of the coefficients to start from; default 0, with a key a random one.
         coef_bits: of a coefficient in the file: 32, 16, or 2 to 8; training sees coefficients so rounded (straight through).
         levels: in how many parts the coefficients are stored, so that the first of them already give a usable model
             (`seedpack.load(…, fraction=0.25)`): each training step uses the first few alone, a number drawn anew (nested
@@ -71,7 +75,7 @@ def basis_(
         raise ModelError(f"basis_: per must be model or layer, got {per!r}; start random or weights, got {start!r}")
     if block_size is not None and (type(block_size) is not int or block_size < 1):
         raise ModelError(f"basis_: block_size must be a whole number from 1, got {block_size!r}")
-    seed = chosen_seed(seed, key)
+    seed = default_seed(seed, key)
     codec = BasisCodec(
         generator, count=count, coef_bits=coef_bits, seed=seed, key="" if key is None else add_key(key), levels=levels
     )
@@ -124,7 +128,7 @@ def _reparametrise(
 
 
 def _scale_of(target: Target) -> float:
-    """The root mean square of a parameter; of zeros, as many biases are at the start, that of nn.Linear's biases."""
+    """Return the root mean square of a parameter; of zeros, as many biases are at the start, that of nn.Linear's biases."""
     rms = float(target.parameter.detach().float().square().mean().sqrt())
     if rms > 0:
         return rms
@@ -151,26 +155,28 @@ class Basis(SharedCoefficients):
         return self.holder._parameters[self.leaf]  # type: ignore[return-value]
 
     def flat(self) -> Tensor:
-        """The tensor, flat, of the forward pass that is running, or made anew; nothing of its size is kept for the backward
-        pass."""
+        """Return the tensor, flat: that of the forward pass that is running, or materialised anew.
+
+        Nothing of its size is kept for the backward pass.
+        """
         if self._held is not None:
             return self._held
         coefs = as_stored(self.coefs, self.codec.coef_bits)
         if self._count < coefs.shape[1] and self.holder.training:
             coefs = torch.nn.functional.pad(coefs[:, : self._count], (0, coefs.shape[1] - self._count))
-        return self.made(coefs).flatten()
+        return self.materialise(coefs).flatten()
 
     def hold(self, *_: object) -> None:
-        """Before a forward pass: make it once for all tensors; in nested training, of the first few levels alone."""
+        """Materialise the tensor once for a forward pass; in nested training, of the first few levels alone."""
         self._count = self.coefs.shape[1]
-        if self.nested and self.holder.training:  # drawn here: checkpointing makes the same weights again
+        if self.nested and self.holder.training:  # drawn here: checkpointing materialises the same weights again
             ends = [here.stop for here in level_slices(self._count, self.codec.levels).values()]
             self._count = ends[int(torch.randint(self.codec.levels, ()))]
         self._held = None
         self._held = self.flat()
 
     def release(self, *_: object) -> None:
-        """After it."""
+        """Free the tensor after a forward pass."""
         self._held = None
 
 
@@ -184,22 +190,22 @@ class BasisPiece(Piece):
         self.basis, self.piece, self.dtype = basis, piece, dtype
 
     def forward(self) -> Tensor:
-        """The tensor."""
+        """Return the parameter."""
         size = math.prod(self.piece.shape)
         part = self.basis.flat()[self.piece.offset : self.piece.offset + size].view(self.piece.shape)
         return (part * self.piece.scale).to(self.dtype)
 
     def get_extra_state(self) -> Tensor:
-        """Where the piece lies and its scale, in the model's state: they follow from the weights that it had."""
+        """Return the piece's offset and scale for the model's state: they follow from the weights that it had."""
         return torch.tensor([self.piece.offset, self.piece.scale], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """The piece of another state."""
+        """Take the piece of another state."""
         offset, scale = state.tolist()
         self.piece = dataclasses.replace(self.piece, offset=int(offset), scale=scale)
 
     def right_inverse(self, value: Tensor) -> tuple[()]:
-        """The optimiser sees nothing of it here."""
+        """Return nothing: the optimiser sees the coefficients of the basis alone."""
         return ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize
 from seedpack.codecs.base import matrix_shape
 from seedpack.codecs.mask import MaskCodec, frozen_signs, kept_of
 from seedpack.errors import NonfiniteError
-from seedpack.keys import add_key, chosen_seed
-from seedpack.loader.trained import Born, Stored
+from seedpack.keys import add_key, default_seed
+from seedpack.loader.trained import SeededModule, StoredTensor
 from seedpack.reparam.targets import NORMS, fan_in, refresh_recurrent, targets_of
 
 
@@ -33,9 +33,9 @@ def mask_(
     """Freeze a model at pseudorandom weights and train which of them are there, in place; returns the model.
 
     Each weight is ±gain / √(fan_in · kept), the signed Kaiming constant scaled by the share that is kept; in each forward
-    pass those of the largest |score| are kept, and the gradient passes straight through to the scores. All else is frozen:
-    torch's norms at gain 1 and bias 0 (non-affine batch norm, whose statistics still run), other norms as they are, biases of
-    the layers at 0.
+    pass those of the largest |score| are kept, and the gradient passes straight through to the scores. Everything else is
+    frozen: torch's norms at gain 1 and bias 0 (non-affine batch norm, whose statistics still run), other norms as they are,
+    biases of the layers at 0.
 
     Args:
         model: dense.
@@ -50,17 +50,19 @@ def mask_(
         ModelError: a pattern matches nothing, or a parameter cannot be reparametrised.
         CodecError: a setting is out of range.
     """
-    seed = chosen_seed(seed, key)
+    seed = default_seed(seed, key)
     codec = MaskCodec(kept, seed, "" if key is None else add_key(key))
     targets = targets_of(model, include, exclude, matrices=True)
-    chosen = {id(target.module) for target in targets}
-    left = {id(p) for name, p in model.named_parameters() if any(fnmatch.fnmatch(name, pattern) for pattern in exclude)}
+    masked = {id(target.module) for target in targets}
+    excluded = {
+        id(p) for name, p in model.named_parameters() if any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
+    }
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in left:
+            if parameter is None or id(parameter) in excluded:
                 continue
             parameter.requires_grad_(False)
-            if isinstance(module, NORMS) or (id(module) in chosen and parameter.dim() == 1):
+            if isinstance(module, NORMS) or (id(module) in masked and parameter.dim() == 1):
                 nn.init.constant_(parameter, float(isinstance(module, NORMS) and leaf == "weight"))
     noise = torch.Generator().manual_seed(seed)
     for number, target in enumerate(targets):
@@ -78,7 +80,7 @@ def mask_(
 
 
 class _Kept(torch.autograd.Function):
-    """1 for the largest of some values, 0 for the others; the gradient passes straight through."""
+    """1 for the largest values, 0 for the others; the gradient passes straight through."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, count: int) -> Tensor:
@@ -86,7 +88,7 @@ class _Kept(torch.autograd.Function):
         mask = torch.zeros_like(flat)
         if count:
             above = flat >= flat.kthvalue(len(flat) - count + 1).values
-            exact = int(above.sum()) == count  # else some are equal
+            exact = int(above.sum()) == count  # else several values equal the least that is kept
             mask[above if exact else flat.topk(count).indices] = 1
         return mask.view_as(values)
 
@@ -96,12 +98,12 @@ class _Kept(torch.autograd.Function):
 
 
 def kept_mask(values: Tensor, count: int) -> Tensor:
-    """1 for the `count` largest values, 0 for the others, straight through in the backward pass."""
+    """Return 1 for the `count` largest values, 0 for the others, straight through in the backward pass."""
     return _Kept.apply(values, count)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class Supermask(Stored):
-    """scale · sign · mask of a tensor's scores."""
+class Supermask(SeededModule):
+    """The parametrisation scale · sign · mask of a tensor's scores."""
 
     signs: Tensor
 
@@ -113,18 +115,18 @@ class Supermask(Stored):
         self.register_buffer("signs", signs.view(shape).to(torch.int8), persistent=False)
 
     def forward(self, scores: Tensor) -> Tensor:
-        """The weight, of the scores' shape."""
+        """Return the weight, of the scores' shape."""
         kept: Tensor = kept_mask(scores.abs(), kept_of(self.codec.kept, scores.numel()))
         return self.signs.to(scores.dtype) * self.scale * kept
 
     def right_inverse(self, value: Tensor) -> Tensor:
-        """Scores are what the optimiser sees."""
+        """Return the scores, which the optimiser sees."""
         return value
 
-    def born(self, originals: Any) -> Born:
-        """As it is stored."""
+    def to_parts(self, originals: Any) -> StoredTensor:
+        """Return the weight as it is stored."""
         if not bool(torch.isfinite(originals.original).all()):
-            raise NonfiniteError("a mask's scores hold NaN or Inf; save what was there before the training went astray")
+            raise NonfiniteError("a mask's scores hold NaN or Inf; save an earlier state of the training")
         with torch.no_grad():
             mask = kept_mask(originals.original.abs(), kept_of(self.codec.kept, math.prod(self.shape))) > 0
-        return Born(self.shape, self.codec, self.codec.stored(mask.view(matrix_shape(self.shape)), self.scale))
+        return StoredTensor(self.shape, self.codec, self.codec.stored(mask.view(matrix_shape(self.shape)), self.scale))

@@ -140,7 +140,7 @@ def test_options_reach_the_library(model: Path) -> None:
         ),
         (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
         (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "dtype 'int3': choose float32, float16"),
-        (["compress", "MODEL", "-o", "x", "--shard-size", "many"], 2, "'many' is no size"),
+        (["compress", "MODEL", "-o", "x", "--shard-size", "many"], 2, "not a valid size: 'many'"),
         (["compress", "MODEL", "-o", "x", "--shard-size", "1GB"], 1, "only a Hugging Face folder is split"),
         (["compress", "MODEL", "-o", "x", "--include", "*bias"], 1, "nothing that --include asks for can be packed"),
         (

@@ -51,5 +51,5 @@ def test_raw() -> None:
 
 def test_no_matrix() -> None:
     for shape in [(3,), (), (3, 0)]:
-        with pytest.raises(CodecError, match="is no matrix; store it raw"):
+        with pytest.raises(CodecError, match="is not a matrix; store it raw"):
             matrix_shape(shape)

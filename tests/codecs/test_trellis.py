@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from seedpack.codecs.base import guessed_importance
+from seedpack.codecs.importance import Importance
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
 from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
@@ -69,10 +69,10 @@ def test_importance_moves_the_error() -> None:
 
 def test_guess() -> None:
     weight = torch.randn(32, 8) * torch.logspace(-2, 2, 8)
-    guess = guessed_importance(weight, None)
+    guess = Importance.from_norms(weight).diagonal()
     assert bool((guess[:-1] > guess[1:]).all())
-    assert torch.equal(guessed_importance(weight, torch.full((8,), 2.0)), 2 * guess)
-    assert torch.equal(guessed_importance(weight * 0, None), torch.ones(8, dtype=torch.float64))
+    assert torch.equal(Importance.from_norms(weight, torch.full((8,), 2.0)).diagonal(), 2 * guess)
+    assert torch.equal(Importance.from_norms(weight * 0).diagonal(), torch.ones(8, dtype=torch.float64))
 
 
 def test_balance_is_stored_where_it_is_cheap() -> None:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from seedpack.codecs.interfaces import Rates
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.budget import HEAD_SENSITIVITY, SIZE_EXPONENT, allocate, with_bits, with_head_bits
-from seedpack.converter.plan import Plan, SourceTensor, make_plan
+from seedpack.converter.plan import Plan, default_plan
+from seedpack.converter.sources.base import SourceTensor
 from seedpack.errors import CodecError, ModelError
 
 TENSORS = {
@@ -21,7 +23,7 @@ TENSORS = {
 
 
 def plan_of(code_bits: int = 4) -> Plan:
-    return make_plan(TENSORS, {}, TrellisCodec(code_bits))
+    return default_plan(TENSORS, {}, TrellisCodec(code_bits))
 
 
 def bits_of(plan: Plan) -> dict[str, int]:
@@ -32,7 +34,7 @@ def loss(plan: Plan) -> float:
     return sum(
         math.prod(t.shape) ** SIZE_EXPONENT * t.codec.expected_error() * (HEAD_SENSITIVITY if t.kind == "head" else 1)
         for t in plan.tensors
-        if t.packed
+        if isinstance(t.codec, Rates)
     )
 
 
@@ -67,16 +69,16 @@ def test_head_gets_more() -> None:
 
 def test_experts_of_one_parameter_are_one_choice() -> None:
     tensors = {f"e{i}.weight": SourceTensor("F32", (128, 64), "expert", group=f"g{i % 2}") for i in range(6)}
-    found = bits_of(allocate(make_plan(tensors, {}, TrellisCodec(4)), 3.8))
+    found = bits_of(allocate(default_plan(tensors, {}, TrellisCodec(4)), 3.8))
     assert len({found[f"e{i}.weight"] for i in (0, 2, 4)}) == len({found[f"e{i}.weight"] for i in (1, 3, 5)}) == 1
 
 
 def test_refusals() -> None:
-    with pytest.raises(ModelError, match=r"1.05 bits a weight: the cheapest plan takes 1\.\d+; ask for more bits"):
+    with pytest.raises(ModelError, match=r"1.05 bits per weight: the cheapest plan takes 1\.\d+; ask for more bits"):
         allocate(plan_of(), 1.05)
     with pytest.raises(CodecError, match="no variants to meet a budget of bits with; use trellis"):
-        allocate(make_plan(TENSORS, {}, SeedLMCodec()), 3.5)
+        allocate(default_plan(TENSORS, {}, SeedLMCodec()), 3.5)
     with pytest.raises(CodecError, match="head_bits must be from 1 to 8, got 9"):
         with_head_bits(plan_of(), 9)
-    untouched = make_plan(TENSORS, {}, SeedLMCodec())
+    untouched = default_plan(TENSORS, {}, SeedLMCodec())
     assert with_bits(untouched, 4.0, None) == untouched

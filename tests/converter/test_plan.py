@@ -8,7 +8,8 @@ import pytest
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
-from seedpack.converter.plan import SourceTensor, codec_for, make_plan
+from seedpack.converter.plan import codec_for, default_plan
+from seedpack.converter.sources.base import SourceTensor
 from seedpack.errors import CodecError, FormatError, ModelError
 
 TENSORS = {
@@ -22,7 +23,7 @@ TENSORS = {
 
 
 def test_default_plan() -> None:
-    plan = make_plan(TENSORS, {"tied.weight": "fc.weight"}, SeedLMCodec())
+    plan = default_plan(TENSORS, {"tied.weight": "fc.weight"}, SeedLMCodec())
     found = {t.name: t.codec.id for t in plan.tensors}
     assert found == {
         "fc.weight": "seedlm", "fc.bias": "raw", "conv1d.weight": "seedlm", "steps": "raw", "tiny.weight": "raw",
@@ -42,18 +43,18 @@ def test_default_plan() -> None:
 
 
 def test_patterns_and_dtype() -> None:
-    plan = make_plan(TENSORS, {}, SeedLMCodec(), include=["fc.*", "conv*"], exclude=["*1d*"], dtype="BF16")
+    plan = default_plan(TENSORS, {}, SeedLMCodec(), include=["fc.*", "conv*"], exclude=["*1d*"], dtype="BF16")
     assert [t.name for t in plan.tensors if t.packed] == ["fc.weight"]
     assert {t.name: t.dtype for t in plan.tensors} == {
         "fc.weight": "BF16", "fc.bias": "BF16", "conv1d.weight": "BF16", "steps": "I64", "tiny.weight": "BF16",
         "f8.weight": "F8_E4M3",
     }  # fmt: skip
     with pytest.raises(ModelError, match="pattern 'layers.*' matches no tensor; names look like 'fc.weight'"):
-        make_plan(TENSORS, {}, SeedLMCodec(), exclude=["layers.*"])
+        default_plan(TENSORS, {}, SeedLMCodec(), exclude=["layers.*"])
 
 
 def test_plan_files(tmp_path: Path) -> None:
-    plan = make_plan(TENSORS, {}, SeedLMCodec())
+    plan = default_plan(TENSORS, {}, SeedLMCodec())
     document = json.loads(plan.dumps())
     assert plan.edited(document) == plan.edited(plan.to_json()) and plan.edited(document).to_json() == plan.to_json()
     document["tensors"]["fc.weight"] = {"codec": "svd", "config": SVDCodec(rank=3).spec().config}
@@ -71,7 +72,7 @@ def test_plan_files(tmp_path: Path) -> None:
         ([], "expected a plan of version 1"),
         ({"seedpack_plan": 2}, "expected a plan of version 1"),
         ({"seedpack_plan": 1, "tensors": []}, "'tensors' must be an object"),
-        ({"seedpack_plan": 1, "tensors": {"x": {}}}, "names 1 tensors that the model has not, as 'x'"),
+        ({"seedpack_plan": 1, "tensors": {"x": {}}}, "1 names are no tensors of the model, such as 'x'"),
         (
             {"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "raw"}}},
             "expected exactly codec and config",
@@ -87,11 +88,11 @@ def test_plan_files(tmp_path: Path) -> None:
 )
 def test_wrong_plans(document: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
-        make_plan(TENSORS, {}, SeedLMCodec()).edited(document)
+        default_plan(TENSORS, {}, SeedLMCodec()).edited(document)
 
 
 def test_unreadable_plan_file(tmp_path: Path) -> None:
-    plan = make_plan(TENSORS, {}, SeedLMCodec())
+    plan = default_plan(TENSORS, {}, SeedLMCodec())
     with pytest.raises(ModelError, match="cannot be read: No such file"):
         plan.edited_by_file(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{")

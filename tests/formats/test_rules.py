@@ -90,7 +90,7 @@ def test_m02_json(file: Path) -> None:
     text = json.dumps(header)
     for broken, message in [
         (text[:-1], "not valid JSON"),
-        ('{"a":1,"a":1}', "stands twice"),
+        ('{"a":1,"a":1}', "duplicate key 'a'"),
         ('{"a":NaN}', "NaN is not JSON"),
         ("{" + '"a":{' * 100_000, "not valid JSON"),
         ('{"a":3}', "expected exactly dtype, shape and data_offsets"),
@@ -154,7 +154,7 @@ def test_m05_canonical_header(file: Path, tmp_path: Path) -> None:
 def test_m06_metadata(file: Path) -> None:
     data = file.read_bytes()
     make.edit_header(file, lambda h: h["__metadata__"].update(extra="1"))
-    refused(file, "and no more")
+    refused(file, "and nothing else")
     file.write_bytes(data)
     make.edit_header(file, lambda h: h["__metadata__"].pop("seedpack"))
     refused(file, "not a seedpack checkpoint")
@@ -172,7 +172,7 @@ def test_m06_metadata(file: Path) -> None:
 )
 def test_m07_exact_keys(file: Path, change: Any) -> None:
     make.edit_manifest(file, change)
-    refused(file, "unknown keys|lacks")
+    refused(file, "unknown keys|missing keys")
 
 
 def test_m08_newer_version(file: Path) -> None:
@@ -214,7 +214,7 @@ def test_m11_keys_and_parts(file: Path) -> None:
     refused(file, "its part 'codes' .* is not in the files")
     file.write_bytes(data)
     make.edit_manifest(file, lambda m: m["tensors"].pop("b"))
-    refused(file, "1 stored tensors are not in the manifest, as 'b'")
+    refused(file, "1 stored tensors are not in the manifest, such as 'b'")
     file.write_bytes(data)
     make.edit_manifest(file, lambda m: m["tensors"].update({"a.codes": m["tensors"]["b"]}))
     refused(file, "both claim the key 'a.codes'")
@@ -289,7 +289,7 @@ def test_m17_shared_names(file: Path) -> None:
 
 
 def test_m18_shards(tmp_path: Path) -> None:
-    make.write(tmp_path, folder=True, shard_bytes=30)
+    make.write(tmp_path, shard_bytes=30)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == [
         "model-00001-of-00002.safetensors",
@@ -422,7 +422,7 @@ def test_m25_views(tmp_path: Path) -> None:
         ({"a": {**good, "more": 1}}, "unknown keys"),
         ({"a": {**good, "shape": [2.0]}}, "shape must be a list"),
         ({"a": 3}, "expected a JSON object"),
-        ({}, "is left out where there are none"),
+        ({}, "must be left out where there are none"),
     )
     for given, message in changed:
         path.write_bytes(data)

@@ -44,7 +44,7 @@ def test_what_was_not_planned_is_refused(tmp_path: Path) -> None:
 def test_plans_that_cannot_be_stored(tmp_path: Path) -> None:
     packed, raw = make.PLANNED
     for plan, message in [
-        ([packed, packed], "one name"),
+        ([packed, packed], "the same name"),
         ([packed, replace(raw, name="a.codes")], "overwrite another tensor"),
         ([replace(raw, parts={"weight": ("F12", (5,))})], "cannot be stored"),
         ([replace(packed, parts={**packed.parts, "codes": ("F32", (3,))})], "must be of integers"),
@@ -89,7 +89,7 @@ class TestStaged:
         with pytest.raises(OutputError, match="is a folder"), staged(target, force=True, directory=directory):
             raise AssertionError("not reached")
         (tmp_path / "file").write_text("precious")
-        with pytest.raises(OutputError, match="is no folder"), staged(tmp_path / "file", force=True, directory=True):
+        with pytest.raises(OutputError, match="not a folder"), staged(tmp_path / "file", force=True, directory=True):
             raise AssertionError("not reached")
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(OutputError, match="name another output"), staged(tmp_path / "fifo", force=True):

@@ -22,8 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import seedpack
-from seedpack import image
-from seedpack.converter.calibration.calibrate import Calibration
+from seedpack import Calibration, image
 from seedpack.prng import philox_words
 from seedpack.reparam import basis_, mask_
 from tests.helpers.gguf import write_gguf

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.registry import codec_from_json, codec_from_spec, codec_to_json, get_codec
 from seedpack.errors import CodecError
 from seedpack.formats.header import nbytes
@@ -64,8 +65,9 @@ def check_refusals(codec: Codec, weight: Tensor) -> None:
 
 def check_hessian(codec: Codec, ratio: float) -> None:
     """A Hessian lowers the error of the product to at most `ratio` of the error without; wrong ones are refused."""
+    assert isinstance(codec, HessianFitting)
     codec, (rows, columns) = codec.with_hessian(), (40, 96)
-    assert codec.hessians and codec.with_hessian() == codec
+    assert codec.with_hessian() == codec
     x = torch.randn(400, columns // 3) @ torch.randn(columns // 3, columns) + torch.randn(400, columns) / 4
     weight, hessian = torch.randn(rows, columns), x.T @ x / len(x)
     errors = []

@@ -8,15 +8,15 @@ from torch import nn
 
 import seedpack
 from seedpack.converter.sources.open import open_source
-from seedpack.hf.checkpoint_names import Skeleton
-from seedpack.hf.norm_power import followers, output_power
+from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.norm_power import norm_before_layer, output_power
 from tests.helpers.models import llama
 
 
 def test_followers_of_a_llama(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
-    found = followers(Skeleton.of_folder(tmp_path).model)
+    found = norm_before_layer(CheckpointNames.of_folder(tmp_path).model)
     assert found["model.layers.0.self_attn.q_proj"] == "model.layers.0.input_layernorm"
     assert found["model.layers.1.mlp.up_proj"] == "model.layers.1.post_attention_layernorm"
     assert "model.layers.0.mlp.down_proj" not in found and "model.layers.0.self_attn.o_proj" not in found
@@ -31,15 +31,15 @@ def test_power_is_the_gain_squared(tmp_path: Path) -> None:
                 parameter.uniform_(0.2, 3.0)
     model.save_pretrained(tmp_path)
     source = open_source(tmp_path)
-    power = source.power("model.layers.1.mlp.gate_proj.weight")
+    power = source.norm_power("model.layers.1.mlp.gate_proj.weight")
     assert power is not None
     gain = model.model.layers[1].post_attention_layernorm.weight.detach().double()
     torch.testing.assert_close(power, gain.square(), rtol=1e-4, atol=1e-6)
     head = next(name for name, tensor in source.tensors.items() if tensor.kind == "head")
     torch.testing.assert_close(
-        source.power(head), model.model.norm.weight.detach().double().square(), rtol=1e-4, atol=1e-6
+        source.norm_power(head), model.model.norm.weight.detach().double().square(), rtol=1e-4, atol=1e-6
     )
-    assert source.power("model.layers.0.self_attn.o_proj.weight") is None
+    assert source.norm_power("model.layers.0.self_attn.o_proj.weight") is None
 
 
 def test_power_of_other_norms() -> None:
@@ -64,7 +64,7 @@ def test_models_that_cannot_run_so() -> None:
 
     with torch.device("meta"):
         model = Odd().train()
-    assert followers(model) == {"fc": "layer_norm"} and model.training
+    assert norm_before_layer(model) == {"fc": "layer_norm"} and model.training
     assert not model.fc._forward_pre_hooks
 
 

@@ -66,7 +66,7 @@ def test_bytes_follow_from_the_costs() -> None:
     places = bands(3, 256, 384)
     given, found, bits = sizes(3), numbers(places), 0.0
     for own, (band, parent, before) in zip(found, with_context(places, found), strict=True):
-        which = coding.chosen(given, band, own, parent, before)
+        which = coding.distribution_of(given, band, own, parent, before)
         bits += coding.costs(coding.limit_of(band.level))[which, np.abs(own)].sum()
     assert 8 * len(coded(given, places, found)) == pytest.approx(bits, rel=0.01, abs=64)
 

@@ -181,7 +181,7 @@ def test_files_of_images(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="more than 8 bits"):
         image.read(tmp_path / "deep.png")
     (tmp_path / "text.png").write_text("no image")
-    with pytest.raises(ModelError, match="is no image"):
+    with pytest.raises(ModelError, match="is not an image"):
         image.read(tmp_path / "text.png")
     with pytest.raises(ModelError, match=r"as \.png"):
         image.write(shown, tmp_path / "a.spi")

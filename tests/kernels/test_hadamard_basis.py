@@ -80,7 +80,7 @@ def test_bases_are_a_frame_of_nearly_normal_numbers() -> None:
 @pytest.fixture
 def key() -> Iterator[bytes]:
     yield bytes(range(16))
-    keys._known.clear()
+    keys._keys.clear()
     hadamard_basis.piece_signs.cache_clear()
 
 
@@ -109,16 +109,16 @@ def test_keystream_is_that_of_chacha20(key: bytes) -> None:
 
 
 def test_missing_and_wrong_keys_are_said(key: bytes) -> None:
-    with pytest.raises(KeyNeededError, match="no key of check 0123456789abcdef is known"):
+    with pytest.raises(KeyNeededError, match="no key with check 0123456789abcdef was added"):
         expand(torch.ones(1, 5), 10, 1, "0123456789abcdef")
     with pytest.raises(KeyNeededError, match=r"private key \(check 0123456789abcdef\), and none is given; pass it by"):
-        keys.require_given("0123456789abcdef")
-    with keys.given(key):
-        keys.require_given(keys.add_key(key))
+        keys.require_key("0123456789abcdef")
+    with keys.use_key(key):
+        keys.require_key(keys.add_key(key))
         with pytest.raises(KeyNeededError, match="the key given is another one"):
-            keys.require_given("0123456789abcdef")
+            keys.require_key("0123456789abcdef")
     with pytest.raises(KeyNeededError, match="none is given"):
-        keys.require_given(keys.add_key(key))
+        keys.require_key(keys.add_key(key))
     with pytest.raises(KeyNeededError, match="has 16 bytes, got 3 bytes"):
         keys.add_key(b"abc")
     with pytest.raises(CodecError, match="'philox' takes no private key; use 'hadamard'"):

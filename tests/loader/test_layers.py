@@ -98,7 +98,7 @@ def test_state_dict_round_trip() -> None:
     other, _ = packed_and_dense(CASES["linear"][0])
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.dense_weight(), packed.dense_weight())
-    assert "bits/weight" in repr(packed)
+    assert "bits per weight" in repr(packed)
 
 
 def test_what_cannot_be_packed() -> None:

@@ -310,7 +310,7 @@ def test_refusals() -> None:
     for exclude in ([], ["1.*"], ["0.*"]):
         with pytest.raises(ModelError, match=r"'0.weight' and '1.weight' are one parameter; tied weights cannot be"):
             basis_(tied, 5, exclude=exclude)
-    with pytest.raises(ModelError, match=r"layer of seedpack.nn, which is coefficients already"):
+    with pytest.raises(ModelError, match=r"layer of seedpack.nn, which is trained as coefficients already"):
         basis_(nn.Sequential(snn.Linear(3, 3, 2)), 5, include=["0.coefs"])
     with pytest.raises(ModelError, match="sparse gradients"):
         basis_(nn.Embedding(3, 3, sparse=True), 5)

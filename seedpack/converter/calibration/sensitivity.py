@@ -1,4 +1,4 @@
-"""What errors of a layer's output cost, in KL divergence of the whole model, from one backward pass.
+"""Sensitivity of the whole model's KL divergence to errors of each layer's output, from one backward pass.
 
 The text's next tokens stand for samples of the model's own predictions (they are, where it wrote the text), so that the
 gradient g of their log-likelihood by a layer's output has E[g·gᵀ] = the Hessian of the KL divergence there (Fisher). An
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.converter.calibration.layerwise import differentiable, recomputed
+from seedpack.converter.sources.base import OpenModel
 from seedpack.errors import ModelError
 from seedpack.loader.layers import packed_class
 
@@ -22,25 +23,27 @@ COLUMNS = ":columns"
 TOKENS_AT_ONCE, ENOUGH_TOKENS = 1024, 8192
 
 
-def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None = None) -> dict[str, Tensor]:
-    """½·E[g_r²] of each output channel of a causal language model's layers, float64 [out], by the names of weights.
+def output_sensitivities(opened: OpenModel, tokens: Tensor, progress: Callable[[int], None]) -> dict[str, Tensor]:
+    """Return ½·E[g_r²] of each output channel of a causal language model's layers, float64 [out], by the names of weights.
 
     Of an embedding, whose channels are the columns of its weight, under the name and `COLUMNS`. Activations are
     recomputed, not kept.
 
     Args:
-        model: of transformers, in memory.
+        opened: the model, in memory.
         tokens: int64 [n, context]; not all are needed.
-        watch: called with the tokens done since the last call.
+        progress: called with the tokens done since the last call.
     """
+    model = opened.module
     layers = {
-        name: layer for name, layer in model.named_modules()
+        name: layer
+        for name, layer in model.named_modules()
         if packed_class(layer) is not None and isinstance(getattr(layer, "weight", None), nn.Parameter)
-    }  # fmt: skip
+    }
     sums: dict[str, Tensor] = {}
 
-    def seen(name: str, output: Any) -> None:
-        def grown(gradient: Tensor) -> None:
+    def watch_output(name: str, output: Any) -> None:
+        def add_gradient(gradient: Tensor) -> None:
             layer = layers[name]
             last = gradient.detach().movedim(1, -1) if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else gradient.detach()
             channels = last.flatten(0, -2).double().square().sum(0)
@@ -49,26 +52,25 @@ def output_costs(model: Any, tokens: Tensor, watch: Callable[[int], None] | None
             sums[name] = sums.get(name, torch.zeros_like(channels)) + channels
 
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(grown)
+            output.register_hook(add_gradient)
 
     tokens = tokens[: max(1, ENOUGH_TOKENS // tokens.shape[1])]
-    with differentiable(model), recomputed(model):
+    with differentiable(model), recomputed(model, opened.layer_names):
         embedding = model.get_input_embeddings()  # gradients flow from its output on
         hooks = [embedding.register_forward_hook(lambda layer, args, out: out.detach().requires_grad_(True))]
         hooks += [
-            layer.register_forward_hook(lambda layer, args, out, name=name: seen(name, out))
+            layer.register_forward_hook(lambda layer, args, out, name=name: watch_output(name, out))
             for name, layer in layers.items()
         ]
         try:
-            for some in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
-                ids = some.to(model.device)
+            for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
+                ids = batch.to(model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
                 loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
                 if not torch.isfinite(loss):
                     raise ModelError("the model's logits on the calibration text are not finite")
                 loss.backward()
-                if watch:
-                    watch(some.numel())
+                progress(batch.numel())
         finally:
             for hook in hooks:
                 hook.remove()

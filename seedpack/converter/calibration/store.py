@@ -1,4 +1,4 @@
-"""Hessians on disk: made once for a model and a text, used by every run after, and where an interrupted one goes on."""
+"""Statistics on disk: made once for a model and a text, used by every run after, and where an interrupted one goes on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-import seedpack
-from seedpack.converter.fitting import TensorReport
+from seedpack._version import __version__
 from seedpack.converter.plan import TensorPlan
-from seedpack.converter.sources.base import Source
-from seedpack.dtypes import to_bytes
+from seedpack.converter.report import TensorReport
 from seedpack.errors import ModelError, OutputError
-from seedpack.formats.digest import part_digest
 from seedpack.formats.reader import read_json
 
 FOLDER = "seedpack-calibration"
@@ -28,10 +25,10 @@ VERSION = 2  # 1: texts without the token that a tokenizer puts first
 
 
 class Store:
-    """A folder of Hessians.
+    """A folder of input second moments.
 
     `index.json` holds what they were made of, and for each weight the file and the name in it. `output-….safetensors` is
-    what came out of the last layer that is done, until all are.
+    the output of the last layer that is done, until all are.
     """
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]):
@@ -44,25 +41,25 @@ class Store:
             self._index = found
 
     @property
-    def fitted(self) -> Fitted:
-        """Tensors that were fitted with these Hessians."""
-        return Fitted(self.folder / "fitted")
+    def journal(self) -> FittedTensors:
+        """Tensors that were fitted with these statistics."""
+        return FittedTensors(self.folder / "fitted")
 
     @property
     def complete(self) -> bool:
         """Whether all layers are there."""
         return "" in self._index["layers"]
 
-    def add(self, layer: str, hessians: Mapping[str, Tensor], output: Tensor | None) -> None:
-        """Keep a layer's Hessians by the names of weights, and its output to go on from; "" is the last one."""
+    def add(self, layer: str, moments: Mapping[str, Tensor], output: Tensor | None) -> None:
+        """Keep a layer's moments by the names of weights, and its output to go on from; "" is the last one."""
         file = f"layer-{len(self._index['layers']):04d}.safetensors"
         firsts: dict[int, str] = {}
-        for name, value in hessians.items():
+        for name, value in moments.items():
             firsts.setdefault(id(value), name)
-        self._save({name: hessians[name] for name in firsts.values()}, file)
+        self._save({name: moments[name] for name in firsts.values()}, file)
         if output is not None:
             self._save({"output": output.contiguous()}, f"output-{len(self._index['layers']):04d}.safetensors")
-        self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in hessians.items()}
+        self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in moments.items()}
         self._index["layers"].append(layer)
         text = json.dumps(self._index, indent=1)
         write_file(self.folder / "index.json", lambda path: path.write_text(text))
@@ -72,7 +69,11 @@ class Store:
                 old.unlink(missing_ok=True)
 
     def skip(self, layer: str, hidden: Tensor) -> Tensor | None:
-        """The output of a layer that is done: of the last one; of those before, anything of that shape."""
+        """Return the output of a layer that is done, or None.
+
+        Only the last one's is kept. For those before it the layer's own input is returned, a placeholder of the right
+        shape: nothing that comes of it is used, as the next layers are done too.
+        """
         done = self._index["layers"]
         if layer not in done:
             return None
@@ -84,16 +85,16 @@ class Store:
         return weight in self._index["weights"]
 
     def get(self, weight: str) -> Tensor | None:
-        """The Hessian of a weight's input, float32 [in, in], if it has one."""
+        """Return the second moment of a weight's input, float32 [in, in], if it has one."""
         where = self._index["weights"].get(weight)
         return None if where is None else self.tensor(*where)
 
-    def save_output_costs(self, costs: dict[str, Tensor]) -> None:
-        """Keep what `sensitivity` measured."""
-        self._save(costs, "costs.safetensors")
+    def save_sensitivities(self, sensitivities: dict[str, Tensor]) -> None:
+        """Keep the sensitivities of output channels."""
+        self._save(sensitivities, "costs.safetensors")
 
-    def output_costs(self) -> dict[str, Tensor] | None:
-        """What `sensitivity` measured, if it is there."""
+    def sensitivities(self) -> dict[str, Tensor] | None:
+        """Return the sensitivities of output channels, if they are there."""
         return self._read("costs.safetensors") if (self.folder / "costs.safetensors").is_file() else None
 
     def save_tokens(self, tokens: Tensor) -> None:
@@ -101,15 +102,15 @@ class Store:
         self._save({"tokens": tokens}, "tokens.safetensors")
 
     def tokens(self) -> Tensor | None:
-        """The text that the model wrote, if it is there."""
+        """Return the text that the model wrote, if it is there."""
         return self.tensor("tokens.safetensors", "tokens") if (self.folder / "tokens.safetensors").is_file() else None
 
     def tensor(self, file: str, name: str) -> Tensor:
-        """One tensor of one of the folder's files."""
+        """Read one tensor of one of the folder's files."""
         return self._read(file, name)[name]
 
     def _read(self, file: str, *names: str) -> dict[str, Tensor]:
-        """Some tensors of a file, or all."""
+        """Read some tensors of a file, or all."""
         try:
             with safe_open(self.folder / file, "pt") as tensors:
                 return {name: tensors.get_tensor(name) for name in names or tensors.keys()}
@@ -121,24 +122,26 @@ class Store:
 
 
 def _sound(index: Any) -> bool:
-    """Whether a document has an index's form, and names no file elsewhere."""
+    """Return whether a document has an index's form, and names no file elsewhere."""
     kinds = {"layers": list, "weights": dict}
     if not isinstance(index, dict) or not all(isinstance(index.get(key), kind) for key, kind in kinds.items()):
         return False
-    return all(
-        isinstance(where, list) and len(where) == 2 and all(isinstance(text, str) for text in where) and Path(where[0]).name == where[0]
-        for where in index["weights"].values()
-    )  # fmt: skip
+
+    def is_place(where: Any) -> bool:
+        named = isinstance(where, list) and len(where) == 2 and all(isinstance(text, str) for text in where)
+        return named and Path(where[0]).name == where[0]
+
+    return all(map(is_place, index["weights"].values()))
 
 
-class Fitted:
-    """A folder of tensors that are fitted, for the run that goes on where an interrupted one stopped."""
+class FittedTensors:
+    """A journal of fitted tensors, for the run that goes on where an interrupted one stopped."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def get(self, tensor: TensorPlan) -> tuple[dict[str, Tensor], TensorReport] | None:
-        """A tensor's parts, if it was fitted with this codec."""
+        """Return a tensor's parts and report, if it was fitted with this codec."""
         path = self._path(tensor)
         if not path.is_file():
             return None
@@ -165,7 +168,7 @@ class Fitted:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, tensor: TensorPlan) -> Path:
-        text = json.dumps([seedpack.__version__, tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
+        text = json.dumps([__version__, tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
 
 
@@ -179,15 +182,3 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise OutputError(f"{path.parent}: cannot be written: {error.strerror or error}") from error
-
-
-def fingerprint(source: Source) -> str:
-    """SHA-256 of a model's tensors and config."""
-    if source.fingerprint:
-        return source.fingerprint
-    digest = hashlib.sha256(json.dumps(source.config, sort_keys=True, default=str).encode())
-    for name in source.tensors:
-        digest.update(name.encode())
-        digest.update(part_digest(*to_bytes(source.read(name))).encode())
-    source.fingerprint = digest.hexdigest()
-    return source.fingerprint

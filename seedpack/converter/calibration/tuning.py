@@ -1,9 +1,9 @@
-"""Tuning of what is cheap once weights are packed: scales of rows, gains of norms, biases. No bit is added.
+"""Tuning of scales of rows, gains of norms and biases once weights are packed. No bit is added.
 
-First each decoder layer, fed what the packed ones before it give, learns to give what the original one did; then the whole
-model to predict what the original does (distillation: KL divergence of the next token's distribution, Hinton et al., arXiv
-1503.02531). Both on the calibration text, by Adam. Packed weights stand still; each of their rows has a factor, which its
-scale takes up in the end.
+First each decoder layer, with the inputs that the packed ones before it give, learns the output of the original one; then
+the whole model learns the predictions of the original (distillation: KL divergence of the next token's distribution,
+Hinton et al., arXiv 1503.02531). Both on the calibration text, by Adam. Packed weights stand still; each of their rows has
+a factor, which its scale takes up in the end.
 """
 
 from __future__ import annotations
@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seedpack.converter.calibration.hessians import evaluated
 from seedpack.converter.calibration.layerwise import (
-    Fed,
-    Watch,
-    decoder_layers,
+    LayerInputs,
     differentiable,
     first_input,
     hidden_in,
@@ -30,6 +27,8 @@ from seedpack.converter.calibration.layerwise import (
     recomputed,
     slices,
 )
+from seedpack.converter.calibration.moments import evaluated
+from seedpack.converter.options import Progress, silent
 from seedpack.loader.layers import is_transposed
 
 RATE = 1e-3  # learning rate of factors
@@ -38,8 +37,25 @@ WARM_UP = 4  # steps
 
 
 @dataclass(frozen=True)
+class Student:
+    """A causal language model of transformers whose packed weights are decoded.
+
+    Attributes:
+        model: its parameters are as they were afterwards.
+        layer_names: of its decoder layers, which are the teacher's too.
+        rows: weights of linear layers and embeddings, by parameter, and the name of their factors: tied ones share it.
+        values: names of parameters to tune as they are, as norms' gains and biases.
+    """
+
+    model: Any
+    layer_names: Sequence[str]
+    rows: Mapping[str, str]
+    values: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Tuned:
-    """What was learnt.
+    """The result of tuning.
 
     Attributes:
         factors: of the rows of packed weights [out], by the names given.
@@ -51,101 +67,104 @@ class Tuned:
 
 
 def tune(
-    student: Any,
-    teacher: Any,
-    rows: Mapping[str, str],
-    values: list[str],
-    tokens: Tensor,
-    *,
-    epochs: int = 1,
-    seed: int = 0,
-    watch: Watch | None = None,
+    student: Student, teacher: Any, tokens: Tensor, *, epochs: int = 1, seed: int = 0, progress: Progress = silent
 ) -> Tuned:
     """Tune a causal language model with decoded weights to another.
 
     Args:
-        student: of transformers; its parameters are as they were afterwards.
+        student: the model to tune.
         teacher: the original.
-        rows: weights of linear layers and embeddings, by parameter, and the name of their factors: tied ones share it.
-        values: names of parameters to tune as they are, as norms' gains and biases.
         tokens: int64 [n, context].
         epochs: passes over the tokens, of the whole model.
         seed: of their order.
-        watch: called with (what is done, units done since the last call, units in all).
+        progress: told of layers and tokens.
     """
-    if not rows and not values:
+    if not student.rows and not student.values:
         return Tuned({}, {})
-    before = {name: student.get_parameter(name).detach().clone() for name in values}
-    steps = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
+    model = student.model
+    before = {name: model.get_parameter(name).detach().clone() for name in student.values}
+    shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     try:
-        with _row_factors(student, rows) as factors, differentiable(student, values) as tuned, evaluated(teacher):
-            settle(student, teacher, rows, factors, dict(zip(values, tuned, strict=True)), steps, watch)
-            distil(student, teacher, [*factors.values()], tuned, steps, epochs, watch)
-            learnt = {name: parameter.detach().clone() for name, parameter in zip(values, tuned, strict=True)}
+        with _row_factors(student) as factors, differentiable(model, student.values) as tuned, evaluated(teacher):
+            values = dict(zip(student.values, tuned, strict=True))
+            tune_layers(student, teacher, factors, values, shuffled, progress)
+            distil(student, teacher, [*factors.values()], tuned, shuffled, epochs, progress)
+            learnt = {name: parameter.detach().clone() for name, parameter in values.items()}
     finally:
         with torch.no_grad():
             for name, value in before.items():
-                student.get_parameter(name).copy_(value)
+                model.get_parameter(name).copy_(value)
     return Tuned({name: factor.detach() for name, factor in factors.items()}, learnt)
 
 
-def settle(
-    student: Any, teacher: Any, rows: Mapping[str, str], factors: Mapping[str, Tensor], values: Mapping[str, nn.Parameter],
-    tokens: Tensor, watch: Watch | None = None,
-) -> None:  # fmt: skip
-    """One pass over the tokens for each decoder layer, in order: least squared error of each token's output over the squared
-    norm of the original's, as the norm that follows divides by it. Originals are fed by originals."""
-    layers, hidden, here = decoder_layers(student), first_input(student, tokens), _batches(tokens)
+def tune_layers(
+    student: Student,
+    teacher: Any,
+    factors: Mapping[str, Tensor],
+    values: Mapping[str, nn.Parameter],
+    tokens: Tensor,
+    progress: Progress,
+) -> None:
+    """Make one pass over the tokens for each decoder layer, in order.
 
-    def call(name: str, forward: Any, fed: Fed) -> Any:
+    The loss is the squared error of each token's output over the squared norm of the original's, as the norm that
+    follows divides by it. The teacher's layers take the teacher's inputs.
+    """
+    layers = {name: student.model.get_submodule(name) for name in student.layer_names}
+    hidden, batches = first_input(student.model, student.layer_names, tokens), _batches(tokens)
+
+    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         nonlocal hidden
-        fed.require_one_stream(teacher, tokens)
-        inside = f"{name}."
-        own = {rows[p]: factors[rows[p]] for p in rows if p.startswith(inside)}.values()
-        gains = [value for key, value in values.items() if key.startswith(inside)]
+        inputs.require_one_stream(teacher, tokens)
+        prefix = f"{name}."
+        own = {name: factors[name] for parameter, name in student.rows.items() if parameter.startswith(prefix)}.values()
+        gains = [value for key, value in values.items() if key.startswith(prefix)]
         optimiser = _Adam([*own], gains) if own or gains else None
         outputs = []
-        for share, part in zip(_shares(len(here)), here, strict=True):
-            outputs.append(fed.some(forward, part))
+        for share, batch in zip(_shares(len(batches)), batches, strict=True):
+            outputs.append(inputs.some(forward, batch))
             if optimiser is None:
                 continue
             with torch.enable_grad():
-                wanted = hidden_in(outputs[-1]).float()
-                found = hidden_in(fed.some(layers[name], part, hidden[part])).float()
-                error = (found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)
+                target = hidden_in(outputs[-1]).float()
+                output = hidden_in(inputs.some(layers[name], batch, hidden[batch])).float()
+                error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
                 optimiser.learn(error.mean(), share)
-        hidden = torch.cat([hidden_in(fed.some(layers[name], part, hidden[part])) for part in here])
-        if watch:
-            watch("Tuning, layers", 1, len(layers))
+        hidden = torch.cat([hidden_in(inputs.some(layers[name], batch, hidden[batch])) for batch in batches])
+        progress("Tuning, layers", 1, len(layers))
         return joined(outputs)
 
-    with layer_by_layer(teacher, call), torch.no_grad():
+    with layer_by_layer(teacher, student.layer_names, call), torch.no_grad():
         teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
 
 
 def distil(
-    student: Any, teacher: Any, factors: Sequence[Tensor], values: Sequence[nn.Parameter], tokens: Tensor, epochs: int,
-    watch: Watch | None = None,
-) -> None:  # fmt: skip
-    """Least KL divergence of a model to another over all tokens, some at a time; activations are recomputed."""
-    batches = _batches(tokens) * epochs
+    student: Student,
+    teacher: Any,
+    factors: Sequence[Tensor],
+    values: Sequence[nn.Parameter],
+    tokens: Tensor,
+    epochs: int,
+    progress: Progress,
+) -> None:
+    """Minimise the KL divergence of a model to another over all tokens, some at a time; activations are recomputed."""
+    model, batches = student.model, _batches(tokens) * epochs
     optimiser = _Adam(factors, values)
-    with recomputed(student):
-        for share, part in zip(_shares(len(batches)), batches, strict=True):
-            ids = tokens[part].to(student.device)
+    with recomputed(model, student.layer_names):
+        for share, batch in zip(_shares(len(batches)), batches, strict=True):
+            ids = tokens[batch].to(model.device)
             with torch.no_grad():
-                wanted = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            found = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+                target = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+            output = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             loss = nn.functional.kl_div(
-                found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean"
+                output.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean"
             )
             optimiser.learn(loss, share)
-            if watch:
-                watch("Tuning, tokens", ids.numel(), tokens.numel() * epochs)
+            progress("Tuning, tokens", ids.numel(), tokens.numel() * epochs)
 
 
 class _Adam(torch.optim.Adam):
-    """Adam whose rates are relative to what values are: factors to 1, others to their root mean square."""
+    """Adam with rates relative to the values: of factors to 1, of others to their root mean square."""
 
     def __init__(self, factors: Sequence[Tensor], values: Sequence[Tensor]):
         groups: list[dict[str, Any]] = [{"params": [*factors], "rate": RATE}] if factors else []
@@ -153,7 +172,7 @@ class _Adam(torch.optim.Adam):
         super().__init__(groups, betas=(0.9, 0.98))
 
     def learn(self, loss: Tensor, share: float) -> None:
-        """One step at a share of the rates."""
+        """Take one step at a share of the rates."""
         for group in self.param_groups:
             group["lr"] = share * group["rate"]
         self.zero_grad()
@@ -162,7 +181,7 @@ class _Adam(torch.optim.Adam):
 
 
 def _shares(steps: int) -> Iterable[float]:
-    """Of the learning rate at each step: up, and down along a cosine."""
+    """Return the share of the learning rate at each step: up, and down along a cosine."""
     return (min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps))
 
 
@@ -171,13 +190,14 @@ def _batches(tokens: Tensor) -> list[slice]:
 
 
 @contextmanager
-def _row_factors(student: Any, rows: Mapping[str, str]) -> Iterator[dict[str, Tensor]]:
-    """Factors of the rows of weights, by name, which outputs are multiplied by."""
+def _row_factors(student: Student) -> Iterator[dict[str, Tensor]]:
+    """Multiply the outputs of layers by factors of the rows of their weights; yield the factors by name."""
     factors: dict[str, Tensor] = {}
     hooks = []
     try:
-        for parameter, name in rows.items():
-            layer, weight = student.get_submodule(parameter.rpartition(".")[0]), student.get_parameter(parameter)
+        for parameter, name in student.rows.items():
+            layer = student.model.get_submodule(parameter.rpartition(".")[0])
+            weight = student.model.get_parameter(parameter)
             count = len(weight) if not is_transposed(layer) else weight.shape[1]
             factor = factors.setdefault(name, torch.ones(count, device=weight.device, requires_grad=True))
             hooks.append(
@@ -190,7 +210,7 @@ def _row_factors(student: Any, rows: Mapping[str, str]) -> Iterator[dict[str, Te
 
 
 def _scaled(layer: nn.Module, args: tuple[Any, ...], out: Tensor, factor: Tensor) -> Tensor:
-    """A layer's output with the rows of its weight times a factor."""
+    """Return a layer's output with the rows of its weight times a factor."""
     if isinstance(layer, nn.Embedding):
         return out * factor[args[0]][..., None]
     bias = getattr(layer, "bias", None)

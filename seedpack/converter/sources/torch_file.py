@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seedpack.converter.sources.base import Source, StateDictSource
+from seedpack.converter.sources.base import Source
+from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import ModelError, first_line
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
 def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict of a file (also nested under `state_dict` or `model`), and the names of what else it held."""
+    """Read the state dict of a file (also nested under `state_dict` or `model`), and the names of what else it held."""
     loaded = _load(path)
     if not isinstance(loaded, Mapping):
         raise ModelError(
@@ -42,9 +43,9 @@ def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def open_torch_file(path: Path) -> Source:
-    """The source of one file."""
+    """Open the state dict of one file."""
     tensors, dropped = load_state_dict(path)
-    return StateDictSource.from_tensors(str(path), tensors, dropped=dropped)
+    return StateDictSource(str(path), tensors, dropped=dropped)
 
 
 def _load(path: Path) -> object:

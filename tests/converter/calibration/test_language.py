@@ -14,20 +14,27 @@ import transformers
 from torch import Tensor
 
 import seedpack
-from seedpack.api import unpack
+from seedpack import Calibration, CompressOptions, unpack
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.converter.calibration import hessians, layerwise, sensitivity, store, tokens
-from seedpack.converter.calibration.calibrate import Calibration, calibrated
+from seedpack.converter.calibration import layerwise, moments, sensitivity, store, tokens
+from seedpack.converter.calibration.calibrate import calibrate
 from seedpack.converter.calibration.store import Store
+from seedpack.converter.run import Run
+from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import ModelError
 from seedpack.eval.language import compare_language_models, windows
-from seedpack.hf import folder as folders
+from seedpack.hf import language_model
+from seedpack.hf.language_model import decoder_layers, generate_tokens, open_pretrained
 from tests.helpers.models import ARCHITECTURES, llama
 
 CPU = torch.device("cpu")
 FAST = TrellisCodec(3, effort="fast")
 DECODERS = ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "mixtral"]
+
+
+def calibrated(source: Source, calibration: Calibration, output: Path) -> Any:
+    return calibrate(Run(source, CompressOptions(calibration=calibration), output)).moments
 
 
 def ids(count: int = 6, context: int = 16) -> Tensor:
@@ -38,12 +45,14 @@ def ids(count: int = 6, context: int = 16) -> Tensor:
 def test_layer_by_layer_is_as_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", 40)  # two sequences at a time
     model, found = ARCHITECTURES[name](), {}
-    layerwise.run(model, ids(), lambda layer, values, output: found.update(values), lambda layer, hidden: None)
-    expected = hessians.run(model, list(ids().split(2)), CPU)
+    layerwise.run(
+        open_pretrained(model), ids(), lambda layer, values, output: found.update(values), lambda layer, hidden: None
+    )
+    expected = moments.run(model, list(ids().split(2)), CPU)
     assert found.keys() == expected.keys() and any("lm_head" in weight for weight in found)
     for weight, value in expected.items():
         torch.testing.assert_close(found[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
-    layers = layerwise.decoder_layers(model).values()
+    layers = decoder_layers(model).values()
     assert len(list(layers)) == 2 and not any("forward" in vars(layer) for layer in layers)
 
 
@@ -62,7 +71,7 @@ def test_self_written_text_fits_the_model_better_and_is_kept(folder: Path, tmp_p
     ]
     codecs = {t.name: t.codec for t in reports[1].plan.tensors if t.packed}
     assert all(not codec.circular for codec in codecs.values())  # type: ignore[attr-defined]
-    found = calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+    found = calibrated(open_source(folder), calibration, tmp_path / "x")
     head = found.get("lm_head.weight")
     assert head is not None and "model.embed_tokens.weight" in codecs  # the tied embedding is fitted as the head
     errors = []
@@ -86,21 +95,21 @@ def test_self_written_text_fits_the_model_better_and_is_kept(folder: Path, tmp_p
 
 def test_an_interrupted_calibration_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, calibration = open_source(folder), Calibration(ids(), context=16)
-    whole = calibrated(source, calibration, tmp_path / "one" / "x", CPU)
-    through, ran = layerwise._through, []
+    whole = calibrated(source, calibration, tmp_path / "one" / "x")
+    keep, ran = store.Store.add, []
 
-    def interrupted(name: str, *rest: Any) -> Any:
-        if name.endswith("1"):
+    def interrupted(self: Store, layer: str, *rest: Any) -> None:
+        if layer.endswith("1"):
             raise KeyboardInterrupt
-        return through(name, *rest)
+        keep(self, layer, *rest)
 
-    monkeypatch.setattr(layerwise, "_through", interrupted)
+    monkeypatch.setattr(store.Store, "add", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        calibrated(source, calibration, tmp_path / "two" / "x", CPU)
-    add = hessians.Hessians.means
-    monkeypatch.setattr(layerwise, "_through", through)
-    monkeypatch.setattr(hessians.Hessians, "means", lambda self: ran.append(list(self._sums)) or add(self))
-    resumed = calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+        calibrated(source, calibration, tmp_path / "two" / "x")
+    means = moments.InputMoments.means
+    monkeypatch.setattr(store.Store, "add", keep)
+    monkeypatch.setattr(moments.InputMoments, "means", lambda self: ran.append(list(self._sums)) or means(self))
+    resumed = calibrated(source, calibration, tmp_path / "two" / "x")
     assert not any("layers.0" in name for names in ran for name in names) and ran
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
         assert torch.equal(whole.get(name), resumed.get(name))  # type: ignore[arg-type]
@@ -110,11 +119,11 @@ def test_written_text_is_repeatable_and_leaves_the_generator_alone() -> None:
     torch.manual_seed(0)
     model = llama()
     state, done = torch.get_rng_state(), list[int]()
-    one = tokens.written(model, 100, 20, seed=3, watch=done.append)
+    one = generate_tokens(model, 100, 20, seed=3, progress=done.append)
     assert torch.equal(torch.get_rng_state(), state)
     assert one.shape == (5, 20) and sum(done) == 95 and bool((one[:, 0] == 1).all())
-    assert torch.equal(one, tokens.written(model, 100, 20, seed=3))
-    assert not torch.equal(one, tokens.written(model, 100, 20, seed=4))
+    assert torch.equal(one, generate_tokens(model, 100, 20, seed=3))
+    assert not torch.equal(one, generate_tokens(model, 100, 20, seed=4))
 
 
 class Words:
@@ -166,7 +175,7 @@ def test_what_cannot_be_calibrated(folder: Path, tmp_path: Path) -> None:
     state = {"a.weight": torch.randn(64, 64)}
     for model, text, message in (
         (state, "self", "a bare state dict has none to run"),
-        (folder, "nothing-there", "is no file, no data set of the hub"),
+        (folder, "nothing-there", "no such file, not a data set of the hub"),
         (folder, torch.zeros(3, dtype=torch.long), "token ids must be int64"),
         (folder, ids() + 100, "has 96 tokens, the text has others"),
         (folder, str(folder / "config.json"), "the model has no tokenizer"),
@@ -180,7 +189,7 @@ def test_what_cannot_be_calibrated(folder: Path, tmp_path: Path) -> None:
 
 def test_a_damaged_store_says_so(folder: Path, tmp_path: Path) -> None:
     calibration = Calibration(ids(), context=16)
-    found = calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+    found = calibrated(open_source(folder), calibration, tmp_path / "x")
     (kept,) = (tmp_path / "seedpack-calibration").iterdir()
     (kept / "layer-0000.safetensors").write_bytes(b"\0" * 40)
     with pytest.raises(ModelError, match=r"layer-0000.safetensors: cannot be read .* delete that folder"):
@@ -195,7 +204,7 @@ def test_a_damaged_store_says_so(folder: Path, tmp_path: Path) -> None:
     ):
         (kept / "index.json").write_text(json.dumps(bad))
         with pytest.raises(ModelError, match="holds another calibration"):
-            calibrated(open_source(folder), calibration, tmp_path / "x", CPU)
+            calibrated(open_source(folder), calibration, tmp_path / "x")
 
 
 def test_costs_predict_the_divergence() -> None:
@@ -206,8 +215,8 @@ def test_costs_predict_the_divergence() -> None:
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)  # predictions that say something
         model.model.embed_tokens.weight[0] = 0.1  # of padding, zero before: its norm would magnify any noise
-    text = tokens.written(model, 8192, 32)
-    costs = sensitivity.output_costs(model, text)
+    text = generate_tokens(model, 8192, 32)
+    costs = sensitivity.output_sensitivities(open_pretrained(model), text, lambda count: None)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     for name in ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.o_proj", "lm_head", "model.embed_tokens"):
         with torch.no_grad():
@@ -249,6 +258,8 @@ def test_in_sequence_layers_see_what_packed_ones_give(folder: Path, tmp_path: Pa
     calibration = Calibration(ids(24), context=16, sequential=True)
     codec = TrellisCodec(2, effort="fast")
     seedpack.compress(folder, tmp_path / "out", codec=codec, exclude=["*embed*"], calibration=calibration)
+    assert len(list((tmp_path / "seedpack-calibration").iterdir())) == 1  # the model runs once
+    calibrated(open_source(folder), Calibration(ids(24), context=16), tmp_path / "out")
     index = {
         found["made_of"].get("plan"): file.parent
         for file in (tmp_path / "seedpack-calibration").glob("*/index.json") if (found := json.loads(file.read_text()))
@@ -259,7 +270,9 @@ def test_in_sequence_layers_see_what_packed_ones_give(folder: Path, tmp_path: Pa
     unpack(tmp_path / "out", tmp_path / "decoded")
     packed = type(llama()).from_pretrained(tmp_path / "decoded")
     found: dict[str, Tensor] = {}
-    layerwise.run(packed, ids(24), lambda name, values, output: found.update(values), lambda name, hidden: None)
+    layerwise.run(
+        open_pretrained(packed), ids(24), lambda name, values, output: found.update(values), lambda name, hidden: None
+    )
     stores = [Store(path, json.loads((path / "index.json").read_text())["made_of"]) for path in (plain, sequence)]
     name = "model.layers.1.self_attn.q_proj.weight"
     torch.testing.assert_close(stores[1].get(name), found[name], rtol=1e-3, atol=1e-3)
@@ -301,7 +314,7 @@ def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(tmp_path / "dense")
-    text = tokens.written(model, 8192, 64, seed=1)
+    text = generate_tokens(model, 8192, 64, seed=1)
     kl, codec = [], TrellisCodec(2, effort="fast")
     for tune in (0, 2):
         out = tmp_path / str(tune)
@@ -319,13 +332,12 @@ def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
 
 def test_models_larger_than_memory_stay_on_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = Calibration(ids(), context=16)
-    whole = calibrated(open_source(folder), calibration, tmp_path / "one" / "x", CPU)
-    monkeypatch.setattr(folders, "_free_bytes", lambda: 1000)
+    whole = calibrated(open_source(folder), calibration, tmp_path / "one" / "x")
+    monkeypatch.setattr(language_model, "_free_bytes", lambda: 1000)
     source = open_source(folder)
-    assert source.opened is not None
-    model = source.opened()[0]
-    assert all(p.is_meta for p in layerwise.decoder_layers(model)["model.layers.1"].parameters())
-    found = calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+    model = source.open_model().module
+    assert all(p.is_meta for p in decoder_layers(model)["model.layers.1"].parameters())
+    found = calibrated(source, calibration, tmp_path / "two" / "x")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"):
         torch.testing.assert_close(whole.get(name), found.get(name))
     for more, message in (
@@ -369,12 +381,12 @@ def test_layers_that_give_tuples_and_take_biases_of_heads(name: str, tmp_path: P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layerwise, "TOKENS_AT_ONCE", 40)
-        layerwise.run(model, ids(), keep, lambda layer, hidden: None)
+        layerwise.run(open_pretrained(model), ids(), keep, lambda layer, hidden: None)
     whole, first = dict(found), min(outputs)
-    for weight, value in hessians.run(model, [ids()], CPU).items():
+    for weight, value in moments.run(model, [ids()], CPU).items():
         torch.testing.assert_close(whole[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
     found.clear()
-    layerwise.run(model, ids(), keep, lambda layer, hidden: outputs[layer] if layer == first else None)
+    layerwise.run(open_pretrained(model), ids(), keep, lambda layer, hidden: outputs[layer] if layer == first else None)
     assert all(torch.allclose(value, whole[weight], rtol=1e-3, atol=1e-4) for weight, value in found.items())
 
 
@@ -392,7 +404,7 @@ def test_what_language_models_cannot_do(tmp_path: Path) -> None:
 
 def test_a_kill_between_an_output_and_its_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, calibration = open_source(folder), Calibration(ids(), context=16)
-    whole = calibrated(source, calibration, tmp_path / "one" / "x", CPU)
+    whole = calibrated(source, calibration, tmp_path / "one" / "x")
     write, count = store.write_file, [0]
 
     def killed(path: Path, content: Any) -> None:
@@ -403,9 +415,9 @@ def test_a_kill_between_an_output_and_its_index(folder: Path, tmp_path: Path, mo
 
     monkeypatch.setattr(store, "write_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+        calibrated(source, calibration, tmp_path / "two" / "x")
     monkeypatch.setattr(store, "write_file", write)
-    resumed = calibrated(source, calibration, tmp_path / "two" / "x", CPU)
+    resumed = calibrated(source, calibration, tmp_path / "two" / "x")
     for name in ("model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
         assert torch.equal(whole.get(name), resumed.get(name))  # type: ignore[arg-type]
 

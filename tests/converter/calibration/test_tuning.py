@@ -12,6 +12,7 @@ from torch import nn
 
 from seedpack.converter.calibration import layerwise, tuning
 from seedpack.errors import ModelError
+from seedpack.hf.language_model import decoder_layers
 from tests.helpers.models import ARCHITECTURES
 
 
@@ -20,7 +21,7 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
     torch.manual_seed(0)
     teacher = ARCHITECTURES[name]().float().eval()
     student = copy.deepcopy(teacher)
-    layers = layerwise.decoder_layers(student)
+    layers = decoder_layers(student)
     inside = [(n, p) for n, p in student.named_parameters() if n.startswith(tuple(f"{layer}." for layer in layers))]
     rows = {n: n for n, p in inside if p.dim() == 2}
     values = [n for n, p in inside if p.dim() == 1]
@@ -34,7 +35,10 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
     monkeypatch.setattr(tuning, "RATE", 0.02)
     watched: list[tuple[str, int, int]] = []
 
-    learnt = tuning.tune(student, teacher, rows, values, tokens, epochs=0, watch=lambda *told: watched.append(told))
+    learnt = tuning.tune(
+        tuning.Student(student, list(layers), rows, values), teacher, tokens, epochs=0,
+        progress=lambda stage, done, total, unit="", item="", /: watched.append((stage, done, total)),
+    )  # fmt: skip
     for key, value in student.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
     assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers.values())
@@ -58,7 +62,9 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
 
 def test_nothing_to_tune_is_nothing_learnt() -> None:
     model = ARCHITECTURES["llama"]()
-    assert tuning.tune(model, model, {}, [], torch.zeros(1, 4, dtype=torch.int64)) == tuning.Tuned({}, {})
+    assert tuning.tune(tuning.Student(model, [], {}, []), model, torch.zeros(1, 4, dtype=torch.int64)) == tuning.Tuned(
+        {}, {}
+    )
 
 
 @pytest.mark.parametrize("heads", [4, 8])
@@ -68,19 +74,19 @@ def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
     tokens = torch.randint(3, 96, (4, 16))
     parts: list[torch.Tensor] = []
 
-    def call(name: str, forward: Any, fed: layerwise.Fed) -> Any:
-        out = [fed.some(forward, part) for part in layerwise.slices(4, 1)]
+    def call(name: str, forward: Any, inputs: layerwise.LayerInputs) -> Any:
+        out = [inputs.some(forward, part) for part in layerwise.slices(4, 1)]
         parts.append(layerwise.hidden_in(layerwise.joined(out)))
         return (parts[-1], None)
 
     with torch.no_grad():
         whole = model(input_ids=tokens).logits
-        with layerwise.layer_by_layer(model, call):
+        with layerwise.layer_by_layer(model, decoder_layers(model), call):
             torch.testing.assert_close(model(input_ids=tokens).logits, whole, rtol=1e-4, atol=1e-5)
     assert len(parts) == 2
 
 
 def test_more_than_one_hidden_state_a_token_is_refused() -> None:
     model, tokens = ARCHITECTURES["llama"](), torch.zeros(3, 8, dtype=torch.int64)
-    with pytest.raises(ModelError, match=r"fed \[4, 3, 8, 16\] for tokens \[3, 8\].*compress it without"):
-        layerwise.Fed((torch.zeros(4, 3, 8, 16),), {}, 4).require_one_stream(model, tokens)
+    with pytest.raises(ModelError, match=r"take \[4, 3, 8, 16\] for tokens \[3, 8\].*compress it without"):
+        layerwise.LayerInputs((torch.zeros(4, 3, 8, 16),), {}, 4).require_one_stream(model, tokens)

@@ -8,9 +8,9 @@ from torch import nn
 
 import seedpack
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.converter.calibration import hessians
-from seedpack.converter.calibration.hessians import Hessians, layer_input
-from seedpack.converter.sources.live import module_kind
+from seedpack.converter.calibration import moments
+from seedpack.converter.calibration.moments import InputMoments, layer_input
+from seedpack.converter.sources.module import module_kind
 from seedpack.errors import CodecError, ModelError
 
 
@@ -27,7 +27,7 @@ class Two(nn.Module):
 
 def test_means_over_batches_and_shared_inputs() -> None:
     net, batches = Two(), [torch.randn(5, 6), torch.randn(2, 7, 6)]
-    found = hessians.run(net, batches, torch.device("cpu"))
+    found = moments.run(net, batches, torch.device("cpu"))
     x = torch.cat([batch.reshape(-1, 6) for batch in batches])
     torch.testing.assert_close(found["a.weight"], x.T @ x / len(x))
     assert found["b.weight"] is found["a.weight"] and "unused.weight" not in found
@@ -59,7 +59,7 @@ def test_what_cannot_be_measured_is_left_out() -> None:
         "same": nn.Conv2d(4, 4, 3, padding="same"),
         "table": nn.Embedding(3, 4),
     }
-    with Hessians(layers) as found:
+    with InputMoments(layers) as found:
         layers["grouped"](torch.randn(1, 4, 5, 5))
         layers["same"](torch.randn(1, 4, 5, 5))
         layers["table"](torch.zeros(2, dtype=torch.long))
@@ -68,7 +68,7 @@ def test_what_cannot_be_measured_is_left_out() -> None:
 
 def test_batches_of_arguments_and_keywords() -> None:
     net, x = Two(), torch.randn(5, 6)
-    by = [hessians.run(net, [batch], torch.device("cpu"))["a.weight"] for batch in (x, (x,), {"x": x})]
+    by = [moments.run(net, [batch], torch.device("cpu"))["a.weight"] for batch in (x, (x,), {"x": x})]
     assert torch.equal(by[0], by[1]) and torch.equal(by[0], by[2])
 
 
@@ -82,7 +82,7 @@ def test_convolutions_of_one_input_that_see_it_otherwise() -> None:
             y: torch.Tensor = self.one(x).mean() + self.two(x).mean() + self.three(x).mean()
             return y
 
-    found = hessians.run(Block(), [torch.randn(2, 4, 8, 8)], torch.device("cpu"))
+    found = moments.run(Block(), [torch.randn(2, 4, 8, 8)], torch.device("cpu"))
     assert [len(found[f"{name}.weight"]) for name in ("one", "two", "three")] == [36, 4, 36]
     assert not torch.allclose(found["one.weight"], found["three.weight"])
 
@@ -90,12 +90,12 @@ def test_convolutions_of_one_input_that_see_it_otherwise() -> None:
 def test_no_batches_and_dead_inputs(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     with pytest.raises(ModelError, match="were there batches"):
-        hessians.run(net, iter(()), torch.device("cpu"))
+        moments.run(net, iter(()), torch.device("cpu"))
     for batch in (torch.randn(4, 7), (), {"y": torch.randn(4, 64)}):
         with pytest.raises(
             ModelError, match="calibration: Sequential cannot run on batch 1 .*pass what its forward takes"
         ):
-            hessians.run(net, [torch.randn(4, 64), batch], torch.device("cpu"))
+            moments.run(net, [torch.randn(4, 64), batch], torch.device("cpu"))
     with torch.no_grad():
         net[0].bias.fill_(-1e3)  # type: ignore[union-attr,operator]
     report = seedpack.compress(

@@ -1,4 +1,4 @@
-"""Sums of x·xᵀ over the inputs of layers, while a model runs."""
+"""Second moments E[x·xᵀ] of the inputs of layers (the Hessians of the layer-wise error), summed while a model runs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from seedpack.loader.layers import packed_class
 RECENT = 4  # inputs that a layer's input is compared with
 
 
-class Hessians:
-    """A context in which the inputs of some layers are summed up; layers that share an input share its sum.
+class InputMoments:
+    """A context that sums x·xᵀ over the inputs of some layers; layers that share an input share its sum.
 
     Args:
-        layers: by any name; what is none that `layer_input` knows is left out.
+        layers: by any name; those that `layer_input` does not know are left out.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module]):
@@ -30,7 +30,7 @@ class Hessians:
         self._recent: deque[tuple[Tensor, str]] = deque(maxlen=RECENT)
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> Hessians:
+    def __enter__(self) -> InputMoments:
         for name, layer in self._layers.items():
             self._hooks.append(
                 layer.register_forward_pre_hook(lambda layer, args, name=name: self._called(name, layer, args))
@@ -43,7 +43,7 @@ class Hessians:
         self._recent.clear()
 
     def means(self) -> dict[str, Tensor]:
-        """E[x·xᵀ], float32 [in, in] on the CPU, of every layer that was called; one tensor for those that share it."""
+        """Return E[x·xᵀ], float32 [in, in] on the CPU, of every layer that was called; one tensor for those that share it."""
         means = {name: (total / max(1, count)).cpu() for name, (total, count) in self._sums.items()}
         return means | {name: means[first] for name, first in self._shared.items() if first in means}
 
@@ -59,7 +59,7 @@ class Hessians:
         self.add(name, layer, args[0])
 
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        """Count an input in that a layer is not called with."""
+        """Add an input that a layer is not called with."""
         x = layer_input(layer, x.detach())
         if name not in self._sums:
             self._sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device), 0
@@ -68,13 +68,13 @@ class Hessians:
 
 
 def _form(layer: nn.Module) -> object:
-    """What layers of one input must have in common to see the same of it."""
+    """Return what layers of one input must have in common to see the same of it."""
     names = ("kernel_size", "stride", "padding", "dilation")
     return [getattr(layer, name) for name in names] if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else None
 
 
 def measurable(layer: nn.Module) -> bool:
-    """Whether `layer_input` knows a layer: linear ones, and convolutions of one group with zeros around them."""
+    """Return whether `layer_input` knows a layer: linear ones, and convolutions of one group with zeros around them."""
     if packed_class(layer) is None or isinstance(layer, nn.Embedding):
         return False
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
@@ -83,19 +83,21 @@ def measurable(layer: nn.Module) -> bool:
 
 
 def layer_input(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the rows of a layer's matrix are multiplied by, float32 [n, in]; for a convolution, patches."""
+    """Return the vectors that the rows of a layer's matrix are multiplied by, float32 [n, in]; for a convolution, patches."""
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         flat = isinstance(layer, nn.Conv1d)
         sizes = [getattr(layer, name) for name in ("kernel_size", "dilation", "padding", "stride")]
-        x = torch.nn.functional.unfold(x[..., None, :] if flat else x, *(((0 if i == 2 else 1, *size) if flat else size)
-            for i, size in enumerate(sizes)))  # fmt: skip
+        if flat:
+            x, sizes = x[..., None, :], [(0 if i == 2 else 1, *size) for i, size in enumerate(sizes)]
+        x = torch.nn.functional.unfold(x, *sizes)
         return x.mT.reshape(-1, x.shape[-2]).float()
     return x.reshape(-1, x.shape[-1]).float()
 
 
 def run(model: nn.Module, batches: Any, device: torch.device) -> dict[str, Tensor]:
-    """Hessians of all layers of a module that is run on batches: tensors, tuples of arguments, or dicts of keywords."""
-    with Hessians(dict(model.named_modules())) as hessians, torch.no_grad(), evaluated(model):
+    """Return the moments of all layers of a module that is run on batches: tensors, tuples of arguments, or dicts of
+    keywords."""
+    with InputMoments(dict(model.named_modules())) as collected, torch.no_grad(), evaluated(model):
         for number, batch in enumerate(batches):
             args, keywords = _arguments(batch, device)
             try:
@@ -105,7 +107,7 @@ def run(model: nn.Module, batches: Any, device: torch.device) -> dict[str, Tenso
                     f"calibration: {type(model).__name__} cannot run on batch {number} ({first_line(error)}); pass what its "
                     "forward takes: a tensor, a tuple of arguments, or a dict of keywords"
                 ) from error
-    means = hessians.means()
+    means = collected.means()
     if not means:
         raise ModelError("calibration: no layer that can be calibrated was called; were there batches?")
     return {f"{name}.weight" if name else "weight": value for name, value in means.items()}
@@ -113,7 +115,7 @@ def run(model: nn.Module, batches: Any, device: torch.device) -> dict[str, Tenso
 
 @contextmanager
 def evaluated(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation; afterwards each of its modules is as it was."""
+    """Put a model in evaluation mode; afterwards each of its modules is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,0 +1,57 @@
+"""Abilities that a codec may have beside the contract of `Codec`: a class inherits them too, and callers ask `isinstance`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from seedpack.codecs.base import Parts
+from seedpack.codecs.importance import Importance, ImportanceLike
+
+ROWS_AT_ONCE = 4096
+Own = TypeVar("Own")  # typing.Self, which runtime checkers refuse outside of a class
+
+
+class Rates(ABC):
+    """A codec of several rates, so that a budget of bits can be spread over tensors."""
+
+    @abstractmethod
+    def variants(self: Own) -> list[Own]:
+        """Return this codec at every rate it has, by bits."""
+
+    @abstractmethod
+    def expected_error(self) -> float:
+        """Return the relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1)."""
+
+    def sensitivity(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
+        """Return Σ over output channels of outputs·(squared error of the channel's output) per unit of `expected_error`.
+
+        Args:
+            weight: [out, in].
+            importance: of the layer's input channels, best a Hessian.
+            outputs: [out].
+        """
+        importance = Importance.of(importance)
+        h = importance.diagonal() if importance else torch.ones(weight.shape[1], dtype=torch.float64)
+        h = h.to(weight.device)
+        batches = zip(weight.split(ROWS_AT_ONCE), outputs.to(weight.device).split(ROWS_AT_ONCE), strict=True)
+        return float(sum(rows.double().square() @ h @ costs for rows, costs in batches))
+
+
+class HessianFitting:
+    """A codec whose `encode` uses all of a Hessian; others are given its diagonal."""
+
+    def with_hessian(self: Own) -> Own:
+        """Return this codec with the settings that it needs for a Hessian; it stores as much."""
+        return self
+
+
+class RowScaling(ABC):
+    """A codec whose rows can be scaled once they are packed, at no bit more."""
+
+    @abstractmethod
+    def rescaled(self, parts: Parts, factors: Tensor) -> Parts:
+        """Return the parts of the weight with its rows times factors [out]."""

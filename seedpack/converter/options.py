@@ -1,0 +1,196 @@
+"""Everything that `compress` can be asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from seedpack.codecs.base import Codec
+from seedpack.dtypes import PACKABLE, dtype_name, torch_dtype
+from seedpack.errors import FormatError, ModelError
+from seedpack.kernels.dispatch import Backend
+from seedpack.keys import add_key, default_seed
+
+TOKENS, CONTEXT = 16384, 512
+PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "head_bits", "target_size"})
+Text = str | Path | Tensor | Iterable[Any]
+
+
+class Progress(Protocol):
+    """Called as work is done."""
+
+    def __call__(self, stage: str, done: int, total: int, unit: str = "", item: str = "", /) -> None:
+        """Take note of `done` units of a stage since the last call, of `total` in all, on an item."""
+        ...
+
+
+def silent(stage: str, done: int, total: int, unit: str = "", item: str = "", /) -> None:
+    """Take no note of progress."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that layers are calibrated on, and how.
+
+    Attributes:
+        text: "self": the model writes it; a text or JSON lines file; a data set of the hub; token ids [n, context]; or,
+            for modules that are no language models, batches to run the module on.
+        tokens: that a language model reads.
+        context: tokens per sequence.
+        seed: of what the model writes.
+        sequential: fit each layer of a language model to the inputs that the packed layers before it give.
+        tune: epochs of tuning the packed language model to the original on the text.
+    """
+
+    text: Text
+    tokens: int = TOKENS
+    context: int = CONTEXT
+    seed: int = 0
+    sequential: bool = False
+    tune: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context < 2 or self.tokens < self.context:
+            raise ModelError(
+                f"calibration on {self.tokens} tokens in sequences of {self.context}: sequences must have at least 2, and "
+                "there must be tokens for one of them"
+            )
+        if type(self.tune) is not int or self.tune < 0:
+            raise ModelError(f"tune must be a count of epochs, got {self.tune!r}")
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a language model reads it; else a module runs on batches."""
+        return isinstance(self.text, (str, Path, Tensor))
+
+
+@dataclass(frozen=True)
+class CompressOptions:
+    """The choices of one run of the converter.
+
+    Attributes:
+        codec: a codec, its id, or "svd+seedlm".
+        bits: bits per weight; default the codec's, 4. For trellis a whole number is the code bits of every tensor but
+            the head; a fraction is a budget for all that is stored of the packed tensors (see `budget.allocate`).
+        settings: hyperparameters of the codec by name.
+        include: patterns of tensor names; given, only these are packed.
+        exclude: patterns of tensor names to leave raw.
+        dtype: of raw float tensors and decoded weights; default the source's.
+        head_bits: code bits of a language model's output head (and the embedding tied to it); default by `budget`.
+        target_size: instead of bits, bytes of the file (of the weights, in a folder) to stay within.
+        importance: by tensor name the weight of each input channel's error [in], or the input second moment E[x·xᵀ] of
+            its layer (its Hessian) [in, in]; default a guess where the codec has use for one: the power that the norm
+            before a layer gives each channel, over the norm of its weights.
+        calibration: run the model and take the second moments of its layers' inputs: "self" (a language model writes
+            the text itself), a text or JSON lines file, a data set of the hub, token ids [n, context], batches for
+            another module, or a `Calibration` that says more; "none" or None: do not. Kept in `seedpack-calibration`
+            beside the output for other runs.
+        key: the 16 bytes of a private key, for weights that are regenerated with one (basis, mask).
+        allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
+        force: replace an existing output.
+        shard_bytes: in a folder, start a new file before one exceeds this.
+        device: where tensors are fitted, one at a time: "cpu", "cuda" or "cuda:1".
+        backend: which kernels to use.
+    """
+
+    codec: str | Codec = "trellis"
+    bits: float | None = None
+    settings: Mapping[str, Any] | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    dtype: str | None = None
+    head_bits: int | None = None
+    target_size: int | None = None
+    importance: Mapping[str, Tensor] | None = None
+    calibration: Calibration | Text | None = None
+    key: bytes | None = field(default=None, repr=False)
+    allow_nonfinite: bool = False
+    force: bool = False
+    shard_bytes: int | None = None
+    device: str | torch.device = "cpu"
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        if self.target_size is not None and self.bits is not None:
+            raise ModelError("give bits or a target size, not both")
+        if self.dtype is not None:
+            float_dtype(self.dtype)
+        if self.key is not None:  # a random seed is drawn once
+            seeded = {"seed": default_seed(None, self.key), **(self.settings or {}), "key": add_key(self.key)}
+            object.__setattr__(self, "settings", seeded)
+        if isinstance(self.calibration, str) and self.calibration == "none":
+            object.__setattr__(self, "calibration", None)
+        elif self.calibration is not None and not isinstance(self.calibration, Calibration):
+            object.__setattr__(self, "calibration", Calibration(self.calibration))
+
+    @classmethod
+    def of(cls, options: CompressOptions | None, changes: Mapping[str, Any]) -> CompressOptions:
+        """Return options with some of them changed, as keywords of `compress` say.
+
+        Raises:
+            ModelError: there is no option of a name.
+        """
+        known = [option.name for option in dataclasses.fields(cls)]
+        if unknown := sorted(changes.keys() - set(known)):
+            raise ModelError(f"no such option: {unknown[0]!r}; known: {', '.join(known)}")
+        return cls(**changes) if options is None else dataclasses.replace(options, **changes)
+
+    def require_no_choices(self) -> None:
+        """Refuse choices that a plan has made already.
+
+        Raises:
+            ModelError: naming one.
+        """
+        for option in dataclasses.fields(self):
+            if option.name in PLANNED and getattr(self, option.name) != option.default:
+                raise ModelError(
+                    f"{option.name} is given, and a plan that has chosen it already; leave one of them out"
+                )
+
+    @property
+    def calibrated(self) -> Calibration | None:
+        """The calibration, in full; None for none."""
+        assert self.calibration is None or isinstance(self.calibration, Calibration)
+        return self.calibration
+
+    @property
+    def fitting_device(self) -> torch.device:
+        """The device to fit on.
+
+        Raises:
+            ModelError: it is unknown, or not here.
+        """
+        try:
+            device = torch.device(self.device)
+        except (RuntimeError, TypeError):
+            device = torch.device("meta")
+        if device.type not in ("cpu", "cuda"):
+            raise ModelError(f"device {str(self.device)!r}: fitting runs on cpu, cuda, or cuda:N")
+        count = torch.cuda.device_count() if device.type == "cuda" else 1
+        if (device.index or 0) >= count:
+            raise ModelError(
+                f"device {str(self.device)!r}: torch sees {count} CUDA devices here; choose another, leave --device out to "
+                "fit on the CPU, or install torch with CUDA"
+            )
+        return device
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """Return the float dtype of a name such as float16 or bf16.
+
+    Raises:
+        ModelError: it is none.
+    """
+    try:
+        dtype = torch_dtype(name)
+    except FormatError:
+        dtype = torch.uint8
+    if dtype_name(dtype) not in PACKABLE:
+        raise ModelError(f"dtype {name!r}: choose float32, float16, bfloat16 or float64")
+    return dtype

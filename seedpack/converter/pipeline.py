@@ -1,0 +1,194 @@
+"""The way through the converter: open, plan, calibrate, fit, write."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from seedpack._version import WRITER
+from seedpack.codecs.base import Codec
+from seedpack.converter.budget import is_budget, with_bits, with_size
+from seedpack.converter.calibration.calibrate import (
+    calibrate,
+    calibrate_in_sequence,
+    measured_sensitivities,
+    tune_packed,
+)
+from seedpack.converter.fitting import apply_tuning, fit, nonfinite_tensors
+from seedpack.converter.options import CompressOptions, Progress, float_dtype, silent
+from seedpack.converter.plan import Plan, codec_for, default_plan
+from seedpack.converter.report import Report
+from seedpack.converter.run import Run
+from seedpack.converter.sources.base import Source
+from seedpack.converter.sources.open import Model, open_source
+from seedpack.converter.statistics import Statistics
+from seedpack.dtypes import dtype_name, to_bytes
+from seedpack.errors import ModelError
+from seedpack.formats import CheckpointWriter, staged
+from seedpack.formats.writer import file_bytes
+
+Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
+
+
+def compress(
+    model: Model,
+    output: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | Edits | None = None,
+    progress: Progress = silent,
+    **changes: Any,
+) -> Report:
+    """Pack a model into a seed + coefficient checkpoint.
+
+    Args:
+        model: a file, a Hugging Face folder, a hub id, a module or a state dict (see `open_source`).
+        output: a file; for a Hugging Face model a folder. It appears whole or not at all.
+        options: see `CompressOptions`.
+        plan: a plan to follow, or a plan document or file (see `Plan.to_json`) whose choices win.
+        progress: called as work is done.
+        changes: options by name, as `bits=3`.
+
+    Raises:
+        NonfiniteError: naming the tensors.
+        OutputError: the output exists or cannot be written; what was there is untouched.
+    """
+    started = time.perf_counter()
+    run = open_run(model, output, CompressOptions.of(options, changes), progress)
+    planned = make_plan(run.source, run.options, plan)
+    with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
+        planned, statistics = calibrate_plan(run, planned, plan)
+        report = write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
+    if statistics.journal is not None:
+        statistics.journal.clear()
+    return replace(report, seconds=time.perf_counter() - started)
+
+
+def plan(
+    model: Model,
+    options: CompressOptions | None = None,
+    *,
+    output: str | Path | None = None,
+    edits: Edits | None = None,
+    progress: Progress = silent,
+    **changes: Any,
+) -> Plan:
+    """Make the plan that `compress` would follow.
+
+    Args:
+        model: as for `compress`.
+        options: see `CompressOptions`. With a calibration a budget is allocated by measured sensitivities.
+        output: of the run to come; needed with a calibration, which is kept beside it for that run.
+        edits: a plan document or file whose choices win.
+        progress: called as work is done.
+        changes: options by name.
+    """
+    options = CompressOptions.of(options, changes)
+    if options.calibrated is None:
+        return make_plan(open_source(model), options, edits)
+    if output is None:
+        raise ModelError("name the output that the plan is for: the calibration is kept beside it, for the run to come")
+    run = open_run(model, output, options, progress)
+    return calibrate_plan(run, make_plan(run.source, options, edits), edits)[0]
+
+
+def open_run(model: Model, output: str | Path, options: CompressOptions, progress: Progress) -> Run:
+    """Open the source of a run, and refuse what cannot be done before any work."""
+    run = Run(open_source(model), options, Path(output), progress)
+    run.check()
+    return run
+
+
+def make_plan(
+    source: Source,
+    options: CompressOptions,
+    given: Plan | Edits | None = None,
+    sensitivities: Mapping[str, float] | None = None,
+    hessians: Collection[str] = (),
+) -> Plan:
+    """Make the plan of a source.
+
+    Args:
+        source: the model.
+        options: the choices.
+        given: a plan of this source, which is followed, or a plan document or file whose choices win.
+        sensitivities: by tensor name, as for `budget.allocate`.
+        hessians: the names of tensors that a Hessian is known for.
+    """
+    if isinstance(given, Plan):
+        options.require_no_choices()
+        given.require_source(source.tensors)
+        return given
+    codec = options.codec
+    if not isinstance(codec, Codec):
+        codec = codec_for(codec, options.bits, options.settings or {})
+    dtype = dtype_name(float_dtype(options.dtype)) if options.dtype else None
+    result = default_plan(
+        source.tensors, source.shared, codec, include=options.include, exclude=options.exclude, dtype=dtype
+    )
+    if options.target_size is not None:
+        result = with_size(
+            result,
+            options.target_size,
+            lambda p: _file_bytes(p.with_hessians(hessians)),
+            options.head_bits,
+            sensitivities,
+        )
+    elif isinstance(options.codec, str) or options.head_bits is not None:
+        result = with_bits(result, options.bits, options.head_bits, sensitivities)
+    if given is not None:
+        result = result.edited_by_file(given) if isinstance(given, (str, Path)) else result.edited(given)
+    result.check_experts()
+    return result
+
+
+def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Plan, Statistics]:
+    """Return the plan that is followed, and the statistics that it is fitted with.
+
+    A budget is allocated once more by measured sensitivities. Calibration in sequence follows the plan; only where it has
+    to be measured first the layers' inputs before packing are needed too.
+    """
+    options, calibration = run.options, run.calibration
+    nonfinite = nonfinite_tensors(run, plan)
+    plan = plan.raw(nonfinite, "holds NaN or Inf")
+    in_sequence = calibration is not None and calibration.sequential
+    has_budget = options.target_size is not None or is_budget(plan, options.bits)
+    measures = calibration is not None and has_budget and not isinstance(given, Plan)
+    if measures or not in_sequence:
+        statistics = calibrate(run)
+    if measures:
+        sensitivities = measured_sensitivities(run, plan, statistics)
+        plan = make_plan(run.source, options, given, sensitivities, statistics.tensors_with_hessian(plan))
+        plan = plan.raw(nonfinite, "holds NaN or Inf")
+    if in_sequence:
+        statistics = calibrate_in_sequence(run, plan)
+    plan = plan.with_hessians(statistics.tensors_with_hessian(plan))
+    plan.check_experts()
+    return plan, statistics
+
+
+def write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -> Report:
+    """Fit every tensor of a plan, and write the checkpoint under a name that is not yet the output's."""
+    tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
+    planned = [tensor.for_writer() for tensor in plan.tensors]
+    folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
+    with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
+        for tensor in plan.tensors:
+            parts, report = fit(run if tuned is None else run.quiet(), tensor, statistics)
+            if tuned is not None:
+                parts, report = apply_tuning(run.source, parts, report, tuned.factors, tuned.values)
+            writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
+            if tensor.packed:
+                reports.append(report)
+    if folder:
+        dtype = float_dtype(run.options.dtype) if run.options.dtype else None
+        run.source.complete_output(partial, writer.manifest, dtype)
+    files = partial.glob("*.safetensors") if folder else [partial]
+    return Report(run.output, plan, tuple(reports), sum(file.stat().st_size for file in files), 0.0)
+
+
+def _file_bytes(plan: Plan) -> int:
+    return file_bytes([tensor.for_writer() for tensor in plan.tensors], plan.shared, WRITER)

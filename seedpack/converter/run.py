@@ -1,0 +1,66 @@
+"""One run of the converter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from seedpack.converter.options import Calibration, CompressOptions, Progress, silent
+from seedpack.converter.sources.base import Source
+from seedpack.errors import ModelError
+from seedpack.formats.staging import require_apart
+
+
+@dataclass(frozen=True)
+class Run:
+    """A model, the choices that it is converted by, and the output.
+
+    Attributes:
+        source: the model.
+        options: the choices.
+        output: a file; for a Hugging Face model a folder.
+        progress: told of progress.
+        weights: to be fitted in all, for progress.
+    """
+
+    source: Source
+    options: CompressOptions
+    output: Path
+    progress: Progress = silent
+    weights: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """The device to run and fit on."""
+        return self.options.fitting_device
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """The calibration, if one is asked for."""
+        return self.options.calibrated
+
+    @property
+    def writes_folder(self) -> bool:
+        """Whether the output is a folder."""
+        return self.source.config is not None
+
+    def quiet(self) -> Run:
+        """Return this run without progress."""
+        return replace(self, progress=silent)
+
+    def check(self) -> None:
+        """Refuse what cannot be done before any work.
+
+        Raises:
+            ModelError: the output cannot be what the model becomes, or an option does not fit the model.
+        """
+        require_apart(self.output, Path(self.source.name))
+        if self.writes_folder and self.output.suffix == ".safetensors":
+            raise ModelError(f"{self.output}: a Hugging Face model becomes a folder; name one without .safetensors")
+        if self.options.shard_bytes and not self.writes_folder:
+            raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
+        if unknown := sorted((self.options.importance or {}).keys() - self.source.tensors.keys()):
+            raise ModelError(f"importance is given for {unknown[0]!r}; no such tensor in the model")
+        self.options.fitting_device  # noqa: B018 (raises where there is none)

@@ -1,0 +1,69 @@
+"""State dicts in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from seedpack.converter.sources.base import Kind, KindOf, Source, SourceTensor
+from seedpack.dtypes import dtype_name, find_shared
+from seedpack.errors import ModelError
+
+
+class StateDictSource(Source):
+    """Tensors in memory; names of one storage are stored once.
+
+    Args:
+        name: for messages.
+        state: names to tensors.
+        kind_of: kind, transposed and group of a tensor; default by its name and shape.
+        dropped: what the input held beside tensors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        state: Mapping[str, object],
+        kind_of: KindOf | None = None,
+        *,
+        dropped: Iterable[str] = (),
+    ):
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                _require_plain(f"{name}: tensor {str(key)[:80]!r}", value)
+        wrong = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+        if wrong:
+            raise ModelError(f"{name}: entry {str(wrong[0])[:80]!r} is no named tensor; pass model.state_dict()")
+        self._state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        shared = find_shared(self._state.items())
+        tensors = {}
+        for key, value in self._state.items():
+            if key not in shared:
+                dtype, shape = dtype_name(value.dtype), tuple(value.shape)
+                tensors[key] = SourceTensor(dtype, shape, *(kind_of or guess_kind)(key, shape))
+        super().__init__(name, tensors, shared=shared, dropped=dropped)
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU."""
+        return self._state[name].detach().cpu().resolve_conj().resolve_neg()
+
+
+def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
+    """Guess kind, transposed and group of a tensor of a bare state dict: PyTorch calls layers' matrices `weight`.
+
+    >>> guess_kind("fc.weight", (10, 64))[0], guess_kind("bn.weight", (64,))[0]
+    ('linear', '')
+    """
+    if name.rpartition(".")[2] != "weight" or 0 in shape:
+        return "", False, ""
+    return {2: "linear", 3: "conv", 4: "conv"}.get(len(shape), ""), False, ""
+
+
+def _require_plain(label: str, tensor: Tensor) -> None:
+    """Refuse tensors that are no plain array of bytes in memory."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
+        raise ModelError(f"{label}: is sparse, nested, quantised or without data; make it a plain dense tensor")
+    if tensor.nbytes > max(1 << 30, tensor.untyped_storage().nbytes()):
+        raise ModelError(f"{label}: is a view of {tensor.nbytes} bytes into far fewer; save it as a tensor of its own")

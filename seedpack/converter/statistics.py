@@ -1,0 +1,73 @@
+"""Statistics of the inputs of a model's layers, that weights are fitted with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from seedpack.codecs.importance import Importance
+from seedpack.converter.plan import Plan, TensorPlan
+from seedpack.converter.report import TensorReport
+from seedpack.converter.sources.base import Source
+
+
+class SecondMoments(Protocol):
+    """Input second moments E[x·xᵀ] by the names of parameters, in memory or on disk."""
+
+    def __contains__(self, name: object, /) -> bool: ...
+
+    def get(self, name: str, /) -> Tensor | None:
+        """Return the second moment [in, in] of the input of a weight's layer."""
+        ...
+
+
+class Journal(Protocol):
+    """A place where fitted tensors are kept until all are."""
+
+    def get(self, tensor: TensorPlan, /) -> tuple[dict[str, Tensor], TensorReport] | None:
+        """Return a tensor's parts and report, if it was fitted before."""
+        ...
+
+    def put(self, parts: Mapping[str, Tensor], report: TensorReport, /) -> None:
+        """Keep them."""
+        ...
+
+    def clear(self) -> None:
+        """Forget all of them: the output stands."""
+        ...
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of the inputs of layers, by the names of a source's tensors.
+
+    Attributes:
+        source: the model.
+        given: by tensor name, the importance of each channel [in], or the Hessian [in, in]; it wins.
+        moments: by the model's parameter, the second moment of the layer's input [in, in].
+        journal: of tensors that are fitted with these statistics.
+    """
+
+    source: Source
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    moments: SecondMoments = field(default_factory=dict[str, Tensor])
+    journal: Journal | None = None
+
+    def tensors_with_hessian(self, plan: Plan) -> set[str]:
+        """Return the names of a plan's tensors that a Hessian is known for."""
+        names = {tensor.name for tensor in plan.tensors}
+        given = {name for name in names & self.given.keys() if Importance.of(self.given[name]).has_hessian}
+        return given | {name for name in names - self.given.keys() if self._parameter(name) is not None}
+
+    def importance(self, name: str) -> Importance:
+        """Return the importance of the input channels of a tensor's layer."""
+        if name in self.given:
+            return Importance.of(self.given[name])
+        parameter = self._parameter(name)
+        return Importance.of(None if parameter is None else self.moments.get(parameter))
+
+    def _parameter(self, name: str) -> str | None:
+        return next((p for p in self.source.parameters(name) if p in self.moments), None)

@@ -1,0 +1,153 @@
+"""Wrap every part of transformers that is not its public interface.
+
+All that seedpack uses and transformers may move without notice is in this file, as it stands from 5.17 to 5.24. The
+bounds of `transformers` in pyproject.toml are these; raise the upper one when the tests pass with a newer release.
+
+What is used, and what breaks if it moves:
+
+- `quantizers.auto`, its two mappings by method: transformers does not know packed models.
+- `conversion_mapping.get_model_conversion_mapping`, `core_model_loading.rename_source_key`: names of a checkpoint are
+  not matched to the model's.
+- `core_model_loading.WeightConverter`, `MergeModulelist`, `SplitModulelist`, `_original_source_patterns`: mixtures of
+  experts are neither packed nor loaded.
+- `all_tied_weights_keys`, `_tied_weights_keys`: tied weights are packed and saved twice.
+- `_is_hf_initialized`: transformers tries to draw random numbers for packed parts.
+- `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
+
+`hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
+Nothing heavy is imported before a function is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+QUANTIZERS_MODULE = "transformers.quantizers.auto"
+
+
+def register_quantizer(quantizers: ModuleType, method: str, quantizer: Any, config: Any) -> None:
+    """Add a quantisation method to `transformers.quantizers.auto`, which is given because it may be half imported."""
+    quantizers.AUTO_QUANTIZER_MAPPING[method] = quantizer
+    quantizers.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+
+
+def conversions(model: Any) -> tuple[list[Any], list[Any]]:
+    """Return the renamings, and the converters that merge or split, that transformers loads a model's checkpoints by."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    mapping = get_model_conversion_mapping(model)
+    return [entry for entry in mapping if not is_converter(entry)], [entry for entry in mapping if is_converter(entry)]
+
+
+def is_converter(entry: Any) -> bool:
+    """Return whether an entry of a conversion mapping merges or splits tensors, instead of only renaming them."""
+    from transformers.core_model_loading import WeightConverter
+
+    return isinstance(entry, WeightConverter)
+
+
+def model_name_of(
+    name: str, renamings: list[Any], converters: list[Any], prefix: str, state: dict[str, Any]
+) -> tuple[str, str | None]:
+    """Return the model's name of a checkpoint tensor, and the pattern of the converter that merges it, if one does.
+
+    Args:
+        name: the checkpoint's.
+        renamings, converters: of the model, from `conversions`.
+        prefix: the model's `base_model_prefix`.
+        state: the model's state dict.
+    """
+    from transformers.core_model_loading import rename_source_key
+
+    renamed, pattern = rename_source_key(name, renamings, converters, prefix, state)
+    if renamed not in state and name in state:
+        renamed, pattern = rename_source_key(name, [], [], prefix, state)
+    return renamed, pattern
+
+
+def source_patterns(converter: Any) -> list[str]:
+    """Return the patterns of the names that a converter merges, in order and as they were before it was compiled."""
+    patterns = getattr(converter, "_original_source_patterns", None) or converter.source_patterns
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def operation_names(converter: Any) -> list[str]:
+    """Return the class names of a converter's operations, in order."""
+    return [type(operation).__name__ for operation in converter.operations]
+
+
+def stacking_converter(source: str, target: str) -> Any:
+    """Return a converter that stacks experts' tensors on loading, experts first, and takes them apart on saving.
+
+    Args:
+        source: the pattern of their names on disk, with `*` for the expert.
+        target: the end of the stacked parameter's name.
+    """
+    from transformers.core_model_loading import WeightConverter
+
+    return WeightConverter([source], [target], operations=[_stacking_operation()(dim=0)])
+
+
+@cache
+def _stacking_operation() -> type[Any]:
+    from transformers.core_model_loading import MergeModulelist, SplitModulelist
+
+    class StackParts(MergeModulelist):
+        @property
+        def reverse_op(self) -> UnstackParts:
+            return UnstackParts(dim=self.dim)
+
+    class UnstackParts(SplitModulelist):
+        def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+            """Split, then restore each part's shape: transformers 5.17 drops axes of length one."""
+            (value,) = input_dict.values()
+            stacked = value[0] if isinstance(value, list) else value
+            parts: dict[str, Any] = super().convert(input_dict, *args, **kwargs)  # type: ignore[type-var]
+            return {name: part.reshape(stacked.shape[1:]) for name, part in parts.items()}
+
+        @property
+        def reverse_op(self) -> StackParts:
+            return StackParts(dim=self.dim)
+
+    return StackParts
+
+
+def tied_parameters(model: Any) -> dict[str, str]:
+    """Return the parameters that are tied to another one, {tied: the one that is stored}."""
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def add_ties(model: Any, ties: Mapping[str, str]) -> None:
+    """Tie further parameters {tied: source}: for loading, and for saving, which asks the class unless the model has its own."""
+    if ties:
+        model.all_tied_weights_keys.update(ties)
+        saved = getattr(model, "_tied_weights_keys", None)
+        if isinstance(saved, dict):
+            model._tied_weights_keys = {**saved, **ties}
+
+
+def forget_added_ties(model: Any) -> None:
+    """Undo `add_ties`, once the parameters that it named are gone."""
+    model.__dict__.pop("_tied_weights_keys", None)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for name in model.all_tied_weights_keys.keys() - names:
+        del model.all_tied_weights_keys[name]
+
+
+def mark_initialised(target: Any) -> None:
+    """Keep transformers from drawing random numbers for a parameter, or for all of a module."""
+    target._is_hf_initialized = True
+
+
+def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the layers that a transformers model is a stack of, by name."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
+    return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}

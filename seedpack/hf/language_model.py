@@ -1,0 +1,141 @@
+"""transformers models that can run: opened from a folder or live, with their decoder layers and the text that they write."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seedpack.converter.calibration.moments import evaluated
+from seedpack.converter.sources.base import OpenModel
+from seedpack.converter.sources.module import ModuleSource
+from seedpack.errors import ModelError, first_line
+from seedpack.formats.reader import read_json
+from seedpack.hf.checkpoint_names import architecture
+from seedpack.hf.internals import decoder_layers
+
+SEQUENCES_AT_ONCE = 64  # written side by side
+
+
+class PretrainedSource(ModuleSource):
+    """A live transformers model."""
+
+    def open_model(self) -> OpenModel:
+        """Return the model itself, ready to be calibrated on text where it is a causal language model."""
+        return open_pretrained(self._module)
+
+
+def open_pretrained(model: Any, tokenizer: Any = None) -> OpenModel:
+    """Return a transformers model with what calibration on text needs."""
+    causal = hasattr(model, "generate") and model.get_output_embeddings() is not None
+    if not causal or model.config.is_encoder_decoder:
+        return OpenModel(model, tokenizer)
+    return OpenModel(model, tokenizer, tuple(decoder_layers(model)), generate_tokens)
+
+
+def open_folder_model(path: Path) -> OpenModel:
+    """Open a folder's model, in float32, and its tokenizer; on disk where it fills more than half of what is free."""
+    import transformers
+
+    config = read_json(path / "config.json")
+    cls = architecture(config) or transformers.AutoModel
+    files = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
+    size = sum(file.stat().st_size for file in files)
+    options: dict[str, Any] = {"dtype": torch.float32}
+    holder = None
+    if 2 * size > _free_bytes() / 2:
+        holder = tempfile.TemporaryDirectory(prefix="seedpack-")
+        options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
+    try:
+        model = cls.from_pretrained(path, **options)
+    except Exception as error:  # the libraries' own
+        raise ModelError(f"{path}: transformers cannot run it ({first_line(error)})") from error
+    if holder is not None:
+        weakref.finalize(model, holder.cleanup)
+    return open_pretrained(model, tokenizer_of(path))
+
+
+def tokenizer_of(path: Path) -> Any:
+    """Return a folder's tokenizer, or None: not every model has one."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path)
+    except Exception:  # transformers fails in many ways where files are missing
+        return None
+
+
+def generate_tokens(
+    model: Any, tokens: int, context: int, seed: int = 0, progress: Callable[[int], None] | None = None
+) -> Tensor:
+    """Have a causal language model write text, int64 [n, context] (self-calibration: Williams et al., NAACL 2025).
+
+    Sampled from its own distribution at temperature 1, from nothing but its first token on; no data set is needed.
+
+    Args:
+        model: a causal language model of transformers.
+        tokens: in all; n is at least one.
+        context: tokens per sequence.
+        seed: of the sampling.
+        progress: called with the tokens written since the last call.
+    """
+    from transformers import GenerationConfig
+
+    count = max(1, tokens // context)
+    vocabulary = int(model.get_input_embeddings().num_embeddings)
+    first = getattr(model.config, "bos_token_id", None)
+    first = first[0] if isinstance(first, list) else first
+    device = torch.device("cpu") if model.device.type == "meta" else model.device
+    options = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=context - 1,
+        min_new_tokens=context - 1,
+        pad_token_id=0,
+    )
+    sequences = []
+    with torch.random.fork_rng(), torch.inference_mode(), evaluated(model):
+        torch.manual_seed(seed)
+        for indices in torch.arange(count).split(SEQUENCES_AT_ONCE):
+            shape = (len(indices), 1)
+            start = torch.randint(vocabulary, shape) if first is None else torch.full(shape, first)
+            start = start.to(device)
+            written = model.generate(
+                start,
+                attention_mask=torch.ones_like(start),
+                generation_config=options,
+                logits_processor=[_ProgressProcessor(progress)] if progress else None,
+            )
+            sequences.append(written[:, :context].cpu())
+    return torch.cat(sequences)
+
+
+class _ProgressProcessor:
+    """Reports each token written, and changes nothing."""
+
+    def __init__(self, progress: Callable[[int], None]):
+        self._progress = progress
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        self._progress(len(ids))
+        return scores
+
+
+def _free_bytes() -> int:
+    """Return the memory that could be had, as the system says; where it does not, as much as one could wish."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 62

@@ -1,0 +1,37 @@
+"""Packed folder -> transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seedpack.errors import ModelError, SeedpackError, first_line
+from seedpack.formats import Checkpoint
+from seedpack.formats.reader import read_json
+from seedpack.hf.checkpoint_names import architecture
+
+
+def load_pretrained(path: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
+    """Load a packed Hugging Face folder, whose layers stay packed, by transformers' own `from_pretrained`.
+
+    Args:
+        path: the folder.
+        dtype: of the computation; "auto" is the model's.
+        options: passed on (device_map, …).
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
+    config = read_json(path / "config.json")
+    Checkpoint(path).close()  # headers and manifest are checked before transformers reads anything
+    import transformers
+
+    cls = architecture(config) or transformers.AutoModel
+    try:
+        return cls.from_pretrained(path, dtype=dtype, **options)
+    except (SeedpackError, OSError, MemoryError):
+        raise
+    except Exception as error:  # transformers' own
+        raise ModelError(f"{path}: transformers cannot load it ({first_line(error)})") from error

@@ -1,0 +1,21 @@
+"""File -> dense file: every tensor rebuilt, one in memory at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from seedpack._version import WRITER
+from seedpack.dtypes import to_bytes
+from seedpack.formats import Checkpoint, CheckpointWriter
+from seedpack.loader.dense import dense_forms, dense_tensors
+from seedpack.loader.save import raw_planned
+
+
+def write_dense(checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a plain safetensors file with every tensor of a checkpoint, in its own dtype or, of floats, in another."""
+    planned = [raw_planned(name, kind, shape) for name, kind, shape in dense_forms(checkpoint, dtype)]
+    with CheckpointWriter(path, planned, {}, WRITER, manifest=False) as writer:
+        for name, tensor in dense_tensors(checkpoint, dtype):
+            writer.write(name, {"weight": to_bytes(tensor)})

@@ -1,0 +1,58 @@
+"""The private parts of transformers are where `seedpack.hf.internals` looks for them, and nowhere else are they used."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import transformers
+from packaging.specifiers import SpecifierSet
+
+from seedpack.hf import internals
+from tests.helpers.models import llama
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+PRIVATE = re.compile(
+    r"core_model_loading|conversion_mapping\b|quantizers\.auto|AUTO_QUANTI|GradientCheckpointingLayer"
+    r"|_tied_weights_keys|_is_hf_initialized|_original_source_patterns"
+)
+
+
+def test_installed_version_is_within_the_bounds() -> None:
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (bounds,) = (text.removeprefix("transformers") for text in dependencies if text.startswith("transformers"))
+    assert transformers.__version__ in SpecifierSet(bounds)
+    lower, upper = re.findall(r"5\.(\d+)", bounds)
+    assert f"from 5.{lower} to 5.{int(upper) - 1}" in " ".join((internals.__doc__ or "").split())
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("quantizers.auto", ["AUTO_QUANTIZER_MAPPING", "AUTO_QUANTIZATION_CONFIG_MAPPING"]),
+        ("conversion_mapping", ["get_model_conversion_mapping"]),
+        ("core_model_loading", ["WeightConverter", "MergeModulelist", "SplitModulelist", "rename_source_key"]),
+        ("modeling_layers", ["GradientCheckpointingLayer"]),
+    ],
+)
+def test_names_exist(module: str, names: list[str]) -> None:
+    assert all(hasattr(import_module(f"transformers.{module}"), name) for name in names)
+
+
+def test_ties_can_be_added_and_forgotten() -> None:
+    model = llama(tie_word_embeddings=True)
+    before, saved = internals.tied_parameters(model), model._tied_weights_keys
+    assert before == {"lm_head.weight": "model.embed_tokens.weight"}
+    internals.add_ties(model, {"lm_head.codes": "model.embed_tokens.codes"})
+    assert internals.tied_parameters(model).keys() == {"lm_head.weight", "lm_head.codes"}
+    assert model._tied_weights_keys == {**saved, "lm_head.codes": "model.embed_tokens.codes"}
+    internals.forget_added_ties(model)
+    assert internals.tied_parameters(model) == before and model._tied_weights_keys == saved
+
+
+def test_private_parts_are_used_in_one_file() -> None:
+    files = [path for path in (ROOT / "seedpack").rglob("*.py") if PRIVATE.search(path.read_text())]
+    assert [path.name for path in files] == ["internals.py"]
