@@ -23,7 +23,7 @@ from seedpack.converter.calibration.layerwise import differentiable, recomputed
 from seedpack.converter.calibration.store import Store
 from seedpack.converter.sources.open import open_source
 from seedpack.eval.language import compare_language_models, load_language_model, windows
-from seedpack.linalg import answer
+from seedpack.linalg import ldlq_correction
 
 TOKENS, BITS, ROWS = 4096, 3, 192
 Sketches = dict[str, tuple[Tensor, Tensor]]  # of a weight: E[‖g‖²·x·xᵀ] [in, in] and E[‖x‖²·g·gᵀ] [out, out]
@@ -81,7 +81,7 @@ def unrotated() -> Iterator[None]:
 
 
 def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, output: Tensor | None = None) -> Tensor:
-    """A weight as its codec rebuilds it; with an output side, rows too answer for the errors of rows after them."""
+    """A weight as its codec rebuilds it; with an output side, rows too compensate for the errors of rows after them."""
 
     def rebuilt(part: Tensor) -> Tensor:
         return codec.decode(codec.encode(part, importance), (len(part), part.shape[1]), torch.float32)
@@ -93,7 +93,7 @@ def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, outpu
     error, result = torch.zeros(weight.shape, dtype=torch.float64), weight.clone()
     for high in range(len(weight), 0, -ROWS):
         low = max(0, high - ROWS)
-        short = answer(error.mT, factor, low, high, high).mT
+        short = ldlq_correction(error.mT, factor, low, high, high).mT
         result[low:high] = rebuilt((weight[low:high] - short).float())
         error[low:high] = result[low:high].double() - weight[low:high]
     return result

@@ -20,7 +20,7 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
-from seedpack.kernels.basis.matmul import basis_matmul
+from seedpack.kernels.basis import noise_basis
 
 SIDE, NEW_TOKENS = 8192, 128
 CODECS: dict[str, Codec] = {
@@ -120,7 +120,7 @@ def basis(result: report.Result, dense: Tensor) -> None:
             for count in (1, 4, 16):
                 coefs = torch.randn(1, count)
                 ours, single = milliseconds(
-                    lambda x=x, c=coefs, g=generator: basis_matmul(x, c, seed=3, generator=g, rows=SIDE),
+                    lambda x=x, c=coefs, g=generator: noise_basis(g, 3).matmul(x, c, SIDE),
                     lambda x=x: linear(x, dense),
                     rounds=3,
                 )

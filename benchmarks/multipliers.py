@@ -10,11 +10,17 @@ from torch import Tensor
 
 from seedpack import prng
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.trellis import search_cpu as cpu
+from seedpack.kernels.trellis import decode_cpu, search_cpu
 
 CANDIDATES, REFINED = 256, 6
 SCREEN, SAMPLE = (48, 1024), (256, 2048)
 PUBLISHED = {"QTIP's 1MAD": 34038481, "EXL3's mul1": 0x83DCD12D}
+
+
+def forget() -> None:
+    """Forget what the kernels have made of a code."""
+    search_cpu._table.cache_clear()
+    decode_cpu.constants.cache_clear()
 
 
 def gap(code_bits: int, multiplier: int, sample: Tensor) -> float:
@@ -22,13 +28,13 @@ def gap(code_bits: int, multiplier: int, sample: Tensor) -> float:
     own = prng.TRELLIS_MULTIPLIERS[code_bits]
     try:
         prng.TRELLIS_MULTIPLIERS[code_bits] = (multiplier, multiplier)
-        cpu._table.cache_clear()
+        forget()
         codec = TrellisCodec(code_bits, balance=False)
         shape = (sample.shape[0], sample.shape[1])
         decoded = codec.decode(codec.encode(sample), shape, torch.float32)
     finally:
         prng.TRELLIS_MULTIPLIERS[code_bits] = own
-        cpu._table.cache_clear()
+        forget()
     error = (decoded - sample).double().square().sum() / sample.double().square().sum()
     return float(10 * torch.log10(error * 4**code_bits))
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import seedpack.nn as snn
-from seedpack.kernels.basis.decode import basis_dense
-from seedpack.kernels.basis.matmul import basis_matmul
+from seedpack.kernels.basis import noise_basis
 
 BLOCKS, WIDTH, HEADS, TOKENS = 12, 256, 4, 64
 ROWS, COUNT = 4096, 128
@@ -47,12 +46,11 @@ def scales(linear: Callable[[int, int], nn.Module], seed: int) -> tuple[float, f
 
 READY = f"""
 import torch
-from seedpack.kernels.basis.decode import basis_dense
-from seedpack.kernels.basis.matmul import basis_matmul
+from seedpack.kernels.basis import noise_basis
 x, coefs = torch.randn(1, {ROWS}), torch.randn({ROWS}, {COUNT})
-settings = dict(seed=1, generator="philox")
-basis_matmul(x[:, :64], coefs[:4], rows=4, **settings)
-basis_dense(coefs[:4], rows=4, columns=64, **settings)
+noise = noise_basis("philox", 1)
+noise.matmul(x[:, :64], coefs[:4], 4)
+noise.dense(coefs[:4], 4, 64)
 """
 
 
@@ -92,9 +90,9 @@ def measure(result: report.Result) -> None:
     result.table(["layers", "activations", "of nn.Linear", "gradients", "of nn.Linear"], rows)
 
     x, coefs = torch.randn(1, ROWS), torch.randn(ROWS, COUNT)
-    settings = {"seed": 1, "generator": "philox"}
-    fused = best(lambda: basis_matmul(x, coefs, rows=ROWS, **settings))
-    apart = best(lambda: x @ basis_dense(coefs, rows=ROWS, columns=ROWS, **settings).T)
+    noise = noise_basis("philox", 1)
+    fused = best(lambda: noise.matmul(x, coefs, ROWS))
+    apart = best(lambda: x @ noise.dense(coefs, ROWS, ROWS).T)
 
     def by_torch() -> Tensor:
         """As one would write it: each row's noise drawn, times its coefficients, times the input."""
@@ -105,8 +103,8 @@ def measure(result: report.Result) -> None:
 
     drawn = best(by_torch, 1)
     memory = [
-        report.added_memory(READY, f"basis_matmul(x, coefs, rows={ROWS}, **settings)"),
-        report.added_memory(READY, f"x @ basis_dense(coefs, rows={ROWS}, columns={ROWS}, **settings).T"),
+        report.added_memory(READY, f"noise.matmul(x, coefs, {ROWS})"),
+        report.added_memory(READY, f"x @ noise.dense(coefs, {ROWS}, {ROWS}).T"),
         ROWS * (ROWS + COUNT) * 4 / 1e6,
     ]
     words = ROWS * ROWS * COUNT

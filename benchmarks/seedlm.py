@@ -57,9 +57,12 @@ def measure(result: report.Result) -> None:
         codec = SeedLMCodec.from_bits(bits)
         floor = (codec.block + codec.rank * (codec.rank + 3) / 2) * (2**codec.seed_bits - 1) / codec.block
         blocks = torch.randn(GAUSSIAN // 4 // codec.block, codec.block)
-        settings = {"seed_bits": codec.seed_bits, "rank": codec.rank, "exponents": codec.exponents}
-        seedlm_search(blocks[:64], None, -5, **settings)
-        seconds = min(timed(lambda b=blocks, s=settings: seedlm_search(b, None, -5, **s))[1] for _ in range(3))
+
+        def search(blocks: torch.Tensor, codec: SeedLMCodec = codec) -> object:
+            return seedlm_search(blocks, None, -5, codec.code, exponents=codec.exponents)
+
+        search(blocks[:64])
+        seconds = min(timed(lambda b=blocks, run=search: run(b))[1] for _ in range(3))
         rate = blocks.numel() / seconds
         brute = torch_brute_force(codec)
         rows.append((
@@ -171,7 +174,7 @@ def multiply_add_rate() -> float:
 
 def torch_brute_force(codec: SeedLMCodec) -> float:
     """Weights a second of the plain method: every seed's least-squares solution, rounded, its error, the minimum."""
-    bases = reference.all_bases(codec.seed_bits, codec.block, codec.rank).float()
+    bases = reference.all_bases(codec.code).float()
     inverses = torch.linalg.pinv(bases.double()).float()
     blocks = torch.randn(8, codec.block)
 

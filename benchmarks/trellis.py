@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.trellis import EFFORTS, TrellisCodec
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.prng import trellis_key
 
@@ -85,13 +86,13 @@ def decoding(result: report.Result) -> None:
     rows = []
     for code_bits in (2, 3, 4):
         stream = torch.randint(0, 256, (4096, 512, code_bits), dtype=torch.uint8).view(4096, -1, 1)
-        options = {"code_bits": code_bits, "state_bits": 16, "key": trellis_key(0), "columns": 4096}
+        code = TrellisCode(code_bits, 16, trellis_key(0))
         seconds = {}
         for backend in ("cpu", "reference"):
-            trellis_decode(stream[:8], **options, backend=backend)  # type: ignore[arg-type]
+            trellis_decode(stream[:8], code, columns=4096, backend=backend)  # type: ignore[arg-type]
             count = 4096 if backend == "cpu" else 256
             started = time.perf_counter()
-            trellis_decode(stream[:count], **options, backend=backend)  # type: ignore[arg-type]
+            trellis_decode(stream[:count], code, columns=4096, backend=backend)  # type: ignore[arg-type]
             seconds[backend] = (time.perf_counter() - started) / count * 4096
         rows.append((code_bits, *(f"{4096 * 4096 / seconds[b] / 1e6:,.0f}" for b in ("cpu", "reference"))))
     source = torch.empty(4096, 4096)

@@ -65,7 +65,6 @@ def show_table(
 ) -> None:
     """Print a table; the first column is text, the others are numbers."""
     from rich import box
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -77,16 +76,11 @@ def show_table(
         )
     for row in rows:
         table.add_row(*(escape(printable(cell)) for cell in row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(f"[bold]{escape(printable(title))}[/bold]", soft_wrap=True)
-    console.print(table)
+    _print_below(title, table)
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Print pairs of a name and a value."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -95,7 +89,17 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in pairs:
         table.add_row(name, escape(printable(value)))
+    _print_below(title, table)
+
+
+def _print_below(title: str, table: Any) -> None:
+    """Print a table below its title, in 160 columns where there is no terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
     console.print(f"[bold]{escape(printable(title))}[/bold]", soft_wrap=True)
     console.print(table)
 

@@ -12,7 +12,7 @@ import torch
 from matplotlib import pyplot
 
 from seedpack.codecs.mask import frozen_signs
-from seedpack.kernels.basis.decode import basis_dense
+from seedpack.kernels.basis import noise_basis
 
 matplotlib.use("Agg")
 SIDE = 24
@@ -31,9 +31,8 @@ def sign(axes: pyplot.Axes, text: str) -> None:
 
 def main() -> None:
     figure, rows = pyplot.subplots(3, 7, figsize=(13, 6.6), dpi=110, width_ratios=[3, 1, 3, 1, 3, 1, 3])
-    shape = {"rows": SIDE, "columns": SIDE, "seed": 1}
     coefs = torch.tensor([0.9, -0.4, 1.1])
-    bases = [basis_dense(row[None], generator="hadamard", **shape) for row in torch.eye(3)]
+    bases = [noise_basis("hadamard", 1).dense(row[None], SIDE, SIDE) for row in torch.eye(3)]
     top = rows[0]
     for i in range(2):
         panel(top[2 * i], bases[i], f"base {i + 1}, from the seed", f"times coefficient {coefs[i]:.1f}")
@@ -60,7 +59,8 @@ def main() -> None:
     panel(middle[6], signs * mask, "weight", "mask_: scores are trained,\nthe mask is stored")
 
     bottom = rows[2]
-    noise = basis_dense(torch.randn(1, 3, generator=torch.Generator().manual_seed(3)), generator="philox", **shape)
+    coefs = torch.randn(1, 3, generator=torch.Generator().manual_seed(3))
+    noise = noise_basis("philox", 1).dense(coefs, SIDE, SIDE)
     x = torch.randn(SIDE, 1, generator=torch.Generator().manual_seed(4))
     panel(bottom[0], noise * 1.7, "noise · coefficients", "a tile at a time, in registers")
     sign(bottom[1], "·")

@@ -1,4 +1,4 @@
-"""Randomized SVD, singular values, effective rank."""
+"""Randomized SVD, singular values, effective rank, and the error feedback of LDLQ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def randomized_svd(
     power_iterations: int = 2,
     seed: int = 0,
 ) -> tuple[Float[Tensor, "m r"], Float[Tensor, " r"], Float[Tensor, "r n"]]:
-    """The `rank` leading singular triplets, approximately (Halko, Martinsson and Tropp 2011, Alg. 4.4 and 5.1).
+    """Return the `rank` leading singular triplets, approximately (Halko, Martinsson and Tropp 2011, Alg. 4.4 and 5.1).
 
     The test matrix is ±1 from Philox, so a run can be repeated on any device.
 
@@ -50,7 +50,7 @@ def randomized_svd(
 
 
 def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
-    """All singular values in descending order, float64 [min(m, n)], by the Gram matrix of the smaller side.
+    """Return all singular values in descending order, float64 [min(m, n)], by the Gram matrix of the smaller side.
 
     Those below 1e-8 of the largest drown in rounding; sums of squares and entropies do not notice.
     """
@@ -61,7 +61,7 @@ def singular_values(matrix: Float[Tensor, "m n"]) -> Float[Tensor, " k"]:
 
 
 def effective_rank(values: Float[Tensor, " k"]) -> float:
-    """exp of the Shannon entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
+    """Return exp of the Shannon entropy of the normalised singular values (Roy and Vetterli, EUSIPCO 2007).
 
     >>> round(effective_rank(torch.ones(5)), 6), round(effective_rank(torch.tensor([1.0, 0.0])), 6)
     (5.0, 1.0)
@@ -74,13 +74,13 @@ def effective_rank(values: Float[Tensor, " k"]) -> float:
 
 
 def captured_energy(values: Float[Tensor, " k"], rank: int) -> float:
-    """Share of ‖W‖² that the best approximation of a rank holds (Eckart and Young)."""
+    """Return the share of ‖W‖² that the best approximation of a rank holds (Eckart and Young)."""
     energy = values.double().square()
     return float(energy[:rank].sum() / energy.sum()) if energy.sum() > 0 else 1.0
 
 
-def answer(errors: Tensor, factor: Tensor, low: int, high: int, decided: int) -> Float[Tensor, "m block"]:
-    """By how much columns low … high - 1 should fall short to undo the errors of those from `decided` on.
+def ldlq_correction(errors: Tensor, factor: Tensor, low: int, high: int, decided: int) -> Float[Tensor, "m block"]:
+    """Return by how much columns low … high - 1 should fall short to compensate for the errors of those from `decided` on.
 
     With the error's cost ‖E·C‖², C lower triangular, the columns' own part of it is least then (LDLQ, Chee et al., arXiv
     2307.13304, blockwise): E·C[decided:, block]·C[block, block]⁻¹.
@@ -92,6 +92,6 @@ def answer(errors: Tensor, factor: Tensor, low: int, high: int, decided: int) ->
         high: behind its last.
         decided: first of the columns whose errors stand; at least `high`.
     """
-    of_others = errors[:, decided:] @ factor[decided:, low:high]
-    found: Tensor = torch.linalg.solve_triangular(factor[low:high, low:high], of_others, upper=False, left=False)
-    return found
+    carried = errors[:, decided:] @ factor[decided:, low:high]
+    correction: Tensor = torch.linalg.solve_triangular(factor[low:high, low:high], carried, upper=False, left=False)
+    return correction

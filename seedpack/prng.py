@@ -35,7 +35,7 @@ LFSR_TAPS: dict[int, tuple[int, ...]] = {
 
 
 def lfsr_step(state: int, bits: int) -> int:
-    """The successor of a state: shift right, feed the XOR of the tapped bits in at the top (SeedLM, Alg. 1).
+    """Return the successor of a state: shift right, feed the XOR of the tapped bits in at the top (SeedLM, Alg. 1).
 
     >>> [lfsr_step(4, 3), lfsr_step(2, 3), lfsr_step(5, 3)]
     [2, 5, 6]
@@ -48,7 +48,7 @@ def lfsr_step(state: int, bits: int) -> int:
 
 @functools.lru_cache(maxsize=8)
 def lfsr_cycle(bits: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """All 2^K - 1 states in the order the register visits them, from state 1 on. int32 [2^K - 1], read-only.
+    """Return all 2^K - 1 states in the order the register visits them, from state 1 on. int32 [2^K - 1], read-only.
 
     A state is a window of K consecutive bits of one sequence b with b[n+K] = XOR_j b[n+j]. Squaring that rule
     over GF(2) gives b[n + K·2^m] = XOR_j b[n + j·2^m], by which the sequence is made in growing blocks.
@@ -81,7 +81,7 @@ def lfsr_cycle(bits: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 @functools.lru_cache(maxsize=8)
 def lfsr_position(bits: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-    """Where in `lfsr_cycle` each state stands: random access. int32 [2^K]; entry 0 (absorbing) is -1."""
+    """Return where in `lfsr_cycle` each state stands: random access. int32 [2^K]; entry 0 (absorbing) is -1."""
     position = np.full(2**bits, -1, np.int32)
     position[lfsr_cycle(bits)] = np.arange(2**bits - 1, dtype=np.int32)
     position.flags.writeable = False
@@ -89,7 +89,7 @@ def lfsr_position(bits: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
 
 
 def lfsr_matrix(seed: int, bits: int, rows: int, columns: int) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    """V(s): the `rows·columns` states that follow the seed, row by row (SeedLM, Fig. 4).
+    """Return V(s): the `rows·columns` states that follow the seed, row by row (SeedLM, Fig. 4).
 
     >>> lfsr_matrix(4, bits=3, rows=4, columns=2).tolist()
     [[2, 5], [6, 7], [3, 1], [4, 2]]
@@ -109,14 +109,14 @@ Words = TypeVar("Words", Tensor, NDArray[np.int64])
 
 
 def _mul_hi_lo(constant: int, x: Words) -> tuple[Words, Words]:
-    """High and low 32 bits of a 32 by 32 bit product, by halves so that int64 never overflows."""
+    """Return the high and low 32 bits of a 32 by 32 bit product, by halves so that int64 never overflows."""
     low, high = constant * (x & 0xFFFF), constant * (x >> 16)
     middle = high + (low >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def philox(key: tuple[int, int], counter: Words, rounds: int = 10) -> Words:
-    """Philox4x32: four random 32-bit words for each counter of four words; any order, any device.
+    """Return by Philox4x32 four random 32-bit words for each counter of four words; any order, any device.
 
     Args:
         key: two 32-bit words.
@@ -135,7 +135,7 @@ def philox(key: tuple[int, int], counter: Words, rounds: int = 10) -> Words:
 
 
 def philox_words(seed: int, count: int, offset: int = 0, device: torch.device | None = None) -> Int[Tensor, " count"]:
-    """`count` words of the stream of a 64-bit seed, from word `offset` on (a multiple of 4).
+    """Return `count` words of the stream of a 64-bit seed, from word `offset` on (a multiple of 4).
 
     Block i of the stream is `philox((seed mod 2^32, seed / 2^32), (i mod 2^32, i / 2^32, 0, 0))`.
     """
@@ -148,19 +148,19 @@ def philox_words(seed: int, count: int, offset: int = 0, device: torch.device | 
 
 
 def rademacher(seed: int, rows: int, columns: int, device: torch.device | None = None) -> Tensor:
-    """A matrix of ±1, float32 [rows, columns], row-major from the low bits of `philox_words`; exact on every device."""
+    """Return a matrix of ±1, float32 [rows, columns], row-major from the low bits of `philox_words`; exact on every device."""
     return signs(philox_words(seed, -(-rows * columns // 32), device=device), rows * columns).reshape(rows, columns)
 
 
 def signs(words: Tensor, count: int) -> Tensor:
-    """The first `count` bits of words of 32 bits, each word's lowest first, as ±1: float32 [count]; a bit that is set is -1."""
+    """Return the first `count` bits of words of 32 bits, each word's lowest first, as ±1: float32 [count]; a bit that is set is -1."""
     shifts = torch.arange(32, dtype=torch.int64, device=words.device)
     bits = (words[:, None] >> shifts & 1).flatten()[:count]
     return (1 - 2 * bits).to(torch.float32)
 
 
 def squirrel5(position: Words, seed: int) -> Words:
-    """SquirrelNoise5: one 32-bit word for each position (0 … 2^32 - 1, int64; a torch tensor or a NumPy array).
+    """Return by SquirrelNoise5 one 32-bit word for each position (0 … 2^32 - 1, int64; a torch tensor or a NumPy array).
 
     Weak as a family: position and seed meet in one addition, so another seed is only a shift of the same stream,
     `squirrel5(p, s) = squirrel5(p + s·a⁻¹ mod 2^32, 0)`; streams of two tensors can overlap. Kept for RANDUMB's
@@ -179,7 +179,7 @@ def squirrel5(position: Words, seed: int) -> Words:
     return x ^ (x >> 17)
 
 
-# Multipliers of the trellis's code at k bits a weight, for windows of up to 16 bits and for longer ones: found by
+# Multipliers of the trellis's code at k bits per weight, for windows of up to 16 bits and for longer ones: found by
 # search, docs/codecs/trellis.md tells how.
 TRELLIS_MULTIPLIERS: dict[int, tuple[int, int]] = {
     1: (0x6565AC69, 0x6565AC69), 2: (0x214F47D1, 0x7821BD73), 3: (0x65605D9D, 0x136D564B), 4: (0x5168A857, 0xD216B473),
@@ -188,18 +188,18 @@ TRELLIS_MULTIPLIERS: dict[int, tuple[int, int]] = {
 
 
 def trellis_multiplier(code_bits: int, state_bits: int) -> int:
-    """a, of the trellis's code."""
+    """Return the multiplier a of the trellis's code."""
     return TRELLIS_MULTIPLIERS[code_bits][state_bits > 16]
 
 
 @functools.lru_cache(maxsize=256)
 def trellis_key(seed: int) -> int:
-    """The 32-bit constant c of the trellis's code: word 0 of the Philox stream of a seed."""
+    """Return the 32-bit constant c of the trellis's code: word 0 of the Philox stream of a seed."""
     return int(philox_words(seed, 1))
 
 
 def trellis_values(window: Words, multiplier: int, key: int) -> Words:
-    """The value of each window: the sum of the four bytes of a·window + c mod 2^32, less 510.
+    """Return the value of each window: the sum of the four bytes of a·window + c mod 2^32, less 510.
 
     The bytes' sum is nearly normal, of mean 0 and standard deviation 147.8, and never beyond ±510.
 

@@ -14,12 +14,13 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.basis.decode import basis_dense
+from seedpack.kernels.basis import noise_basis
 from seedpack.kernels.basis.linear import basis_linear
-from seedpack.kernels.basis.matmul import basis_grad_coefs
 from seedpack.kernels.rotation import mix
+from seedpack.kernels.seedlm.code import SeedLMCode
 from seedpack.kernels.seedlm.search import seedlm_search
 from seedpack.kernels.trellis import matmul_reference as reference
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.matmul import trellis_matmul
 from seedpack.kernels.trellis.search import trellis_search
 from seedpack.loader.layers import pack_module_
@@ -61,9 +62,9 @@ def test_products(make: Any, tokens: int, dtype: torch.dtype) -> None:
 def test_activations_of_8_bits(code_bits: int) -> None:
     stream = torch.randint(0, 256, (128, 512, code_bits), dtype=torch.uint8).cuda().view(128, 1, -1)
     scale, x = torch.rand(128).cuda(), torch.randn(3, 4096).cuda()
-    options: dict[str, Any] = {"code_bits": code_bits, "state_bits": 16, "key": 7}
-    exact = trellis_matmul(reference.rounded(x).double(), stream, scale, backend="reference", **options).double()
-    assert error(trellis_matmul(x, stream, scale, int8=True, backend="triton", **options), exact) < 2e-6
+    code = TrellisCode(code_bits, 16, 7)
+    exact = trellis_matmul(reference.rounded(x).double(), stream, scale, code, backend="reference").double()
+    assert error(trellis_matmul(x, stream, scale, code, int8=True, backend="triton"), exact) < 2e-6
 
 
 @pytest.mark.parametrize("width", [576, 4096, 14336])
@@ -76,33 +77,31 @@ def test_mixing(width: int) -> None:
 @pytest.mark.parametrize("tokens", [1, 8, 33])
 def test_basis_products(tokens: int, generator: str, columns: int) -> None:
     coefs, x = torch.randn(2, 9).cuda().requires_grad_(), torch.randn(tokens, columns).cuda().requires_grad_()
-    weight = basis_dense(coefs.detach(), seed=5, generator=generator, rows=70, columns=columns, backend="reference")
-    y = basis_linear(x, coefs, seed=5, generator=generator, rows=70)
+    basis = noise_basis(generator, 5)
+    weight = basis.dense(coefs.detach(), 70, columns, backend="reference")
+    y = basis_linear(x, coefs, basis, rows=70)
     assert error(y.detach(), x.detach().double() @ weight.double().T) < LIMIT[torch.float32]
     grad = torch.randn(tokens, 70).cuda()
     grad_x, grad_coefs = torch.autograd.grad(y, (x, coefs), grad)
     assert error(grad_x, grad.double() @ weight.double()) < LIMIT[torch.float32]
-    options: dict[str, Any] = {"blocks": 2, "count": 9, "seed": 5, "generator": generator}
-    assert error(grad_coefs, basis_grad_coefs(grad, x.detach(), backend="reference", **options).double()) < 1e-5
+    assert error(grad_coefs, basis.grad_coefs(grad, x.detach(), 2, 9, "reference").double()) < 1e-5
 
 
 @pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (4, 16, 8), (4, 16, 12)])
 def test_trellis_search(code_bits: int, state_bits: int, survivors: int) -> None:
     values = torch.randn(7, 64) * 150
-    options: dict[str, Any] = {
-        "code_bits": code_bits, "state_bits": state_bits, "key": 77, "survivors": survivors, "columns": 61,
-    }  # fmt: skip
-    expected = trellis_search(values, backend="reference", **options)
-    assert torch.equal(trellis_search(values.cuda(), **options).cpu(), expected)
+    code = TrellisCode(code_bits, state_bits, 77)
+    expected = trellis_search(values, code, survivors=survivors, columns=61, backend="reference")
+    assert torch.equal(trellis_search(values.cuda(), code, survivors=survivors, columns=61).cpu(), expected)
 
 
 @pytest.mark.parametrize(("seed_bits", "block", "rank"), [(16, 8, 3), (16, 12, 4), (12, 8, 3), (7, 6, 6)])
 @pytest.mark.parametrize("exponents", [1, 3])
 def test_seedlm_search(seed_bits: int, block: int, rank: int, exponents: int) -> None:
     blocks = torch.randn(60, block) * torch.logspace(-4, 1, 60)[:, None]
-    settings: dict[str, Any] = {"seed_bits": seed_bits, "rank": rank, "exponents": exponents}
-    expected = seedlm_search(blocks, None, -5, backend="reference", **settings).error
-    found = seedlm_search(blocks.cuda(), None, -5, **settings).error.cpu()
+    code = SeedLMCode(seed_bits, block, rank)
+    expected = seedlm_search(blocks, None, -5, code, exponents=exponents, backend="reference").error
+    found = seedlm_search(blocks.cuda(), None, -5, code, exponents=exponents).error.cpu()
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-13)
 
 

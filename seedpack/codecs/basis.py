@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -20,9 +21,7 @@ from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.interfaces import HessianFitting
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.basis.decode import basis_dense, basis_reduce
-from seedpack.kernels.basis.decode_reference import GENERATORS, HADAMARD
-from seedpack.kernels.basis.matmul import basis_matmul, basis_matmul_transposed
+from seedpack.kernels.basis import HADAMARD, NoiseBasis, noise_basis
 from seedpack.kernels.dispatch import Backend
 
 STEPS, TOLERANCE = 50, 1e-6  # of conjugate gradients
@@ -63,8 +62,6 @@ class BasisCodec(Codec, HessianFitting):
     levels: int = 1
 
     def __post_init__(self) -> None:
-        if self.generator not in GENERATORS:
-            raise CodecError(f"{self.id}: generator must be one of {', '.join(GENERATORS)}, got {self.generator!r}")
         if (self.count is None) == (self.bits is None):
             raise CodecError(f"{self.id}: give either count or bits")
         if self.count is not None:
@@ -79,13 +76,17 @@ class BasisCodec(Codec, HessianFitting):
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
         require_whole(self.id, "levels", self.levels, 1, min(MAX_LEVELS, self.count or MAX_LEVELS))
         require_check(self.id, self.key)
-        if self.key and self.generator != HADAMARD:
-            raise CodecError(f"{self.id}: generator {self.generator!r} takes no private key; use {HADAMARD!r}")
+        noise_basis(self.generator, self.seed, self.key)  # refuses what there is not
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> BasisCodec:
         """Return the codec with as many basis vectors as fit a budget of bits per weight."""
         return cls(**({} if "count" in settings else {"bits": bits}) | settings)
+
+    @cached_property
+    def noise(self) -> NoiseBasis:
+        """The bases."""
+        return noise_basis(self.generator, self.seed, self.key)
 
     def blocks_of(self, shape: Shape) -> int:
         """Return the count of blocks of a weight [out, in]."""
@@ -115,10 +116,8 @@ class BasisCodec(Codec, HessianFitting):
         weigh = _weighting(Importance.of(importance).require(self.id, shape[1]), weight.device)
 
         def reduced(error: Tensor) -> Tensor:
-            return basis_reduce(
-                weigh(error), blocks=self.blocks_of(shape), count=self.count_of(shape), rows=shape[0], seed=self.seed,
-                generator=self.generator, key=self.key, backend=backend,
-            )  # fmt: skip
+            count = self.count_of(shape)
+            return self.noise.reduce(weigh(error), self.blocks_of(shape), count, shape[0], backend=backend)
 
         residual = reduced(weight.detach().float())
         coefs, direction = torch.zeros_like(residual), residual
@@ -136,7 +135,7 @@ class BasisCodec(Codec, HessianFitting):
         return stored(coefs, self.coef_bits, self.levels)
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
-        """Generate the basis vectors and combine them; see `kernels.basis.decode`."""
+        """Sum the basis vectors times their coefficients; see `kernels.basis`."""
         return self._dense(self._coefs(parts, shape), shape, backend).to(dtype)
 
     def decode_rows(
@@ -147,18 +146,12 @@ class BasisCodec(Codec, HessianFitting):
 
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor | None:
         """Generate noise inside the product; a structured basis has no such kernel."""
-        if self.generator == HADAMARD:
-            return None
-        return basis_matmul(
-            x, self._coefs(parts, shape), seed=self.seed, generator=self.generator, rows=shape[0], backend=backend
-        )
+        return self.noise.matmul(x, self._coefs(parts, shape), shape[0], backend) if self.noise.fused else None
 
     def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
-        if self.generator == HADAMARD:
+        if not self.noise.fused:
             return super()._product_transposed(grad, parts, shape, backend)
-        return basis_matmul_transposed(
-            grad, self._coefs(parts, shape), seed=self.seed, generator=self.generator, columns=shape[1], backend=backend
-        )
+        return self.noise.matmul_transposed(grad, self._coefs(parts, shape), shape[1], backend)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """Check the parts' form, and that coefficients are finite."""
@@ -170,10 +163,7 @@ class BasisCodec(Codec, HessianFitting):
         return values_of(parts, self.count_of(shape), self.coef_bits, self.levels)
 
     def _dense(self, coefs: Tensor, shape: Shape, backend: Backend, index: Tensor | None = None) -> Tensor:
-        return basis_dense(
-            coefs, seed=self.seed, generator=self.generator, rows=shape[0], columns=shape[1], key=self.key, index=index,
-            backend=backend,
-        )  # fmt: skip
+        return self.noise.dense(coefs, shape[0], shape[1], index, backend)
 
 
 def _weighting(importance: Importance, device: torch.device) -> Callable[[Tensor], Tensor]:

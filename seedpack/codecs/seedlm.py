@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -21,11 +22,11 @@ from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
+from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
-from seedpack.kernels.seedlm.decode_reference import CODE_BITS
 from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed
 from seedpack.kernels.seedlm.search import seedlm_search
-from seedpack.linalg import answer
+from seedpack.linalg import ldlq_correction
 
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
 BIAS_MIN, BIAS_MAX = -118, 120
@@ -110,9 +111,8 @@ class SeedLMCodec(Codec, HessianFitting):
 
         def fit(where: tuple[slice, slice], part: Tensor, factor: Tensor | None) -> None:
             found = seedlm_search(
-                part.reshape(-1, self.block), factor, bias,
-                seed_bits=self.seed_bits, rank=self.rank, exponents=self.exponents, backend=backend,
-            )  # fmt: skip
+                part.reshape(-1, self.block), factor, bias, self.code, exponents=self.exponents, backend=backend
+            )
             seeds[where] = found.seed.view(part.shape[:2])
             codes[where] = torch.cat((found.exponent[:, None], found.mantissa), 1).view(*part.shape[:2], -1)
             if progress:
@@ -130,7 +130,7 @@ class SeedLMCodec(Codec, HessianFitting):
             for block in reversed(range(blocks)):
                 low, high = block * self.block, (block + 1) * self.block
                 factor, here = c[low:high, low:high], (slice(0, rows), slice(block, block + 1))
-                fit(here, (wanted[:, low:high] - answer(error, c, low, high, high))[:, None], factor)
+                fit(here, (wanted[:, low:high] - ldlq_correction(error, c, low, high, high))[:, None], factor)
                 found = self._values(seeds[here], codes[here], bias, backend)
                 error[:, low:high] = found - wanted[:, low:high]
         else:
@@ -146,22 +146,13 @@ class SeedLMCodec(Codec, HessianFitting):
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Multiply each block's matrix by its coefficients; see `kernels.seedlm.decode_reference`, the definition."""
-        return seedlm_decode(
-            parts["weight"], parts["codes"], parts["exponent_bias"],
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], dtype=dtype, backend=backend,
-        )  # fmt: skip
+        return seedlm_decode(self._packed(parts), self.code, columns=shape[1], dtype=dtype, backend=backend)
 
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
-        return seedlm_matmul(
-            x, parts["weight"], parts["codes"], parts["exponent_bias"],
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, backend=backend,
-        )  # fmt: skip
+        return seedlm_matmul(x, self._packed(parts), self.code, backend=backend)
 
     def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
-        return seedlm_matmul_transposed(
-            grad, parts["weight"], parts["codes"], parts["exponent_bias"],
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=shape[1], backend=backend,
-        )  # fmt: skip
+        return seedlm_matmul_transposed(grad, self._packed(parts), self.code, columns=shape[1], backend=backend)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Return seeds and codes of some rows, and the bias of all."""
@@ -181,6 +172,15 @@ class SeedLMCodec(Codec, HessianFitting):
         if not all(bool(unpack(part, blocks, self.seed_bits).all()) for part in parts["weight"].split(rows)):
             raise CodecError(f"{self.id}: a seed is 0, a state that the LFSR never leaves; the file is corrupt")
 
+    @cached_property
+    def code(self) -> SeedLMCode:
+        """K, C and P."""
+        return SeedLMCode(self.seed_bits, self.block, self.rank)
+
+    @staticmethod
+    def _packed(parts: Parts) -> SeedLMParts:
+        return SeedLMParts(parts["weight"], parts["codes"], parts["exponent_bias"])
+
     def _pack_codes(self, codes: Tensor) -> Tensor:
         """Pack codes [rows, blocks, P + 1] into bytes, whole groups of blocks."""
         rows, blocks, width = codes.shape
@@ -191,11 +191,9 @@ class SeedLMCodec(Codec, HessianFitting):
 
     def _values(self, seeds: Tensor, codes: Tensor, bias: int, backend: Backend) -> Tensor:
         """Return the weights [rows, C] of one block per row."""
-        return seedlm_decode(
-            pack(seeds, self.seed_bits), self._pack_codes(codes), torch.tensor([bias], dtype=torch.int8, device=seeds.device),
-            seed_bits=self.seed_bits, block=self.block, rank=self.rank, columns=self.block, dtype=torch.float32,
-            backend=backend,
-        ).double()  # fmt: skip
+        biases = torch.tensor([bias], dtype=torch.int8, device=seeds.device)
+        parts = SeedLMParts(pack(seeds, self.seed_bits), self._pack_codes(codes), biases)
+        return seedlm_decode(parts, self.code, columns=self.block, dtype=torch.float32, backend=backend).double()
 
     @staticmethod
     def _exponent_bias(blocks: Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import mix, rotate, signs, unrotate
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode, trellis_dense
 from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul_transposed
 from seedpack.kernels.trellis.search import trellis_search
@@ -217,9 +219,9 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             for _ in range(EFFORTS[self.effort].rounds):
                 values = torch.nn.functional.pad(rotated / unit.clamp_min(1e-38)[:, None], (0, padded - columns))
                 stream[here] = trellis_search(
-                    values, survivors=self.survivors, columns=columns, factor=factor, backend=backend, **self._code()
+                    values, self.code, survivors=self.survivors, columns=columns, factor=factor, backend=backend
                 )
-                found = trellis_decode(stream[here], columns=columns, backend=backend, **self._code()).double()
+                found = trellis_decode(stream[here], self.code, columns=columns, backend=backend).double()
                 wanted = rotated
                 if factor is not None:
                     found, wanted = found @ factor, rotated @ factor
@@ -231,14 +233,14 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Return float32(value)/128·(scale·2^exponent), exact but for one rounding, rotated back and divided by the balance."""
-        weight = trellis_dense(parts["weight"], self._scale(parts), columns=shape[1], backend=backend, **self._code())
+        weight = trellis_dense(parts["weight"], self._scale(parts), self.code, columns=shape[1], backend=backend)
         weight = unrotate(weight, self.seed)
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend, int8: bool = False) -> Tensor:
         """Rotate the activations instead of the weight, round them to 8 bits if asked, and multiply by the stream."""
         scale, factor = self._prepared_scales(parts, shape[1])
-        return trellis_linear(x, factor, parts["weight"], scale, int8=int8, backend=backend, **self._code())
+        return trellis_linear(x, factor, parts["weight"], scale, self.code, int8=int8, backend=backend)
 
     def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
         """Multiply by the stream, which gives the gradient to the rotated activations, and rotate it back."""
@@ -247,9 +249,9 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             grad.float(),
             parts["weight"],
             scale,
+            self.code,
             columns=shape[1],
             backend=backend,
-            **self._code(),
         )
         return (mix(rotated, None, backend) * factor).to(grad.dtype)
 
@@ -316,13 +318,10 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
         return math.sqrt(1 - 4.0**-self.code_bits) * STRETCH[self.effort][self.code_bits - 1] / CODE_DEVIATION
 
-    def _code(self) -> dict[str, Any]:
-        return {
-            "code_bits": self.code_bits,
-            "state_bits": self.state_bits,
-            "key": trellis_key(self.seed),
-            "circular": self.circular,
-        }
+    @cached_property
+    def code(self) -> TrellisCode:
+        """The code that the streams are made of."""
+        return TrellisCode(self.code_bits, self.state_bits, trellis_key(self.seed), self.circular)
 
     @staticmethod
     def _scale(parts: Parts) -> Tensor:

@@ -66,7 +66,7 @@ class Calibration:
 
     @property
     def is_text(self) -> bool:
-        """Whether a language model reads it; else a module runs on batches."""
+        """True if a language model reads it; else a module runs on batches."""
         return isinstance(self.text, (str, Path, Tensor))
 
 

@@ -41,7 +41,7 @@ class TensorPlan:
 
     @property
     def packed(self) -> bool:
-        """Whether any codec but raw is used."""
+        """True if any codec but raw is used."""
         return not isinstance(self.codec, RawCodec)
 
     @property

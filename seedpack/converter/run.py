@@ -43,7 +43,7 @@ class Run:
 
     @property
     def writes_folder(self) -> bool:
-        """Whether the output is a folder."""
+        """True if the output is a folder."""
         return self.source.config is not None
 
     def quiet(self) -> Run:

@@ -42,7 +42,7 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What is known of the inputs of layers, by the names of a source's tensors.
+    """Statistics of the inputs of layers, by the names of a source's tensors.
 
     Attributes:
         source: the model.

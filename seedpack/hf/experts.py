@@ -105,7 +105,12 @@ def check_experts(module: nn.Module) -> None:
 
 
 def pack_experts_(
-    model: nn.Module, path: str, names: list[str], skeleton: CheckpointNames, manifest: Manifest, dtype: torch.dtype
+    model: nn.Module,
+    path: str,
+    names: list[str],
+    checkpoint_names: CheckpointNames,
+    manifest: Manifest,
+    dtype: torch.dtype,
 ) -> list[ExpertGroup]:
     """Turn the experts module at `path` into its packed form, in place, its parts unfilled.
 
@@ -113,20 +118,20 @@ def pack_experts_(
         model: of transformers, on any device.
         path: the module's.
         names: the packed tensors of its experts, as the checkpoint has them.
-        skeleton: of the model.
+        checkpoint_names: of the model.
         manifest: of the checkpoint.
         dtype: of decoded weights.
     """
     module = model.get_submodule(path)
     members: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name in names:
-        expert = skeleton.expert(name)
+        expert = checkpoint_names.expert(name)
         assert expert is not None
         members[expert.parameter][expert.projection].append(name)
     groups: dict[str, list[ExpertGroup]] = {}
     for parameter, by_projection in sorted(members.items()):
         dense = module.get_parameter(parameter)
-        projections = skeleton.projections(next(iter(by_projection.values()))[0])
+        projections = checkpoint_names.projections(next(iter(by_projection.values()))[0])
         groups[parameter] = [
             _expert_group(path, parameter, projection, by_projection[projection], dense, manifest)
             for projection in projections

@@ -41,19 +41,19 @@ class SeedpackQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
-        skeleton = CheckpointNames(model)
+        checkpoint_names = CheckpointNames(model)
         experts: dict[str, list[str]] = defaultdict(list)
         layers: set[str] = set()
         for name in manifest.tensors:
-            expert = skeleton.expert(name)
+            expert = checkpoint_names.expert(name)
             if expert is not None:
                 experts[expert.module].append(name)
             else:
-                layers.add(self._pack_layer(model, name, skeleton.parameter(name)[0], dtype))
+                layers.add(self._pack_layer(model, name, checkpoint_names.parameter(name)[0], dtype))
         self._expert_groups = [
             group
             for path, names in experts.items()
-            for group in pack_experts_(model, path, names, skeleton, manifest, dtype)
+            for group in pack_experts_(model, path, names, checkpoint_names, manifest, dtype)
         ]
         _require_all_layers(model, self._expert_groups)
         if experts and hasattr(model, "set_experts_implementation"):

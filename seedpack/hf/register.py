@@ -1,7 +1,7 @@
 """Make transformers know the quantisation method `seedpack`, without importing transformers or torch.
 
 Where transformers is loaded already, its registries get two lazy entries at once; otherwise an import hook adds
-them when `transformers.quantizers.auto` is loaded. `seedpack.hf` is imported when a packed model is.
+them when its registry of quantisers is loaded. `seedpack.hf` is imported when a packed model is.
 """
 
 from __future__ import annotations

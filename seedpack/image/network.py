@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.image.wavelet import Band, bands, synthesised
-from seedpack.kernels.basis.decode_reference import HADAMARD
+from seedpack.kernels.basis import HADAMARD, noise_basis
 from seedpack.kernels.basis.weight import basis_weight
 
 CELL = 2  # pixels a side that one place of the network stands for
@@ -57,9 +57,7 @@ class Network:
         """Return the weights of coefficients [1, count]."""
         shapes = self.shapes()
         counts = [math.prod(shape) for shape, _ in shapes]
-        flat = basis_weight(
-            coefs, seed=self.seed, generator=HADAMARD, rows=1, columns=sum(counts), key="", index=None
-        ).flatten()
+        flat = basis_weight(coefs, noise_basis(HADAMARD, self.seed), rows=1, columns=sum(counts)).flatten()
         return [part.view(shape) * std for part, (shape, std) in zip(flat.split(counts), shapes, strict=True)]
 
     def cells(self, coefs: Tensor, numbers: list[Tensor]) -> Tensor:

@@ -1,1 +1,2 @@
-"""The operations: each in a folder of its own, `reference.py` the definition, the other files bit-identical to it."""
+"""The operations, by codec: `*_reference.py` is the definition in plain torch; the other backends agree with it bit for bit
+where results are integers, and up to the order of summation where they are products."""

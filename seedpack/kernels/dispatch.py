@@ -1,23 +1,34 @@
-"""Which backend runs an operation: an explicit choice works or raises, auto takes the first that can."""
+"""Choose the backend of an operation: an explicit choice works or raises, auto takes the first backend that can run.
+
+An operation is named by its place: "trellis.decode" is in `kernels/trellis/decode_<backend>.py`, "rotation" in
+`kernels/rotation/<backend>.py`. What these modules need is imported on first use.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 
 from seedpack.errors import BackendError
 
 Backend = Literal["auto", "reference", "cpu", "triton"]
-
-
-NOTHING: Mapping[str, str | None] = {}
+NAMES = get_args(Backend)
+BACKENDS = ("cpu", "triton", "reference")  # best first; the reference runs everywhere
+NO_REASONS: Mapping[str, str | None] = {}
 NATIVE = {"cpu": "cpu", "cuda": "triton"}  # the backend that a device's user expects
+
+
+class Kernels(Protocol):
+    """A backend's module of an operation."""
+
+    def __getattr__(self, name: str) -> Callable[..., torch.Tensor]: ...
 
 
 @cache
@@ -31,12 +42,12 @@ def _has_triton() -> bool:
 
 
 def _interprets() -> bool:
-    """Whether Triton runs its kernels in its interpreter, which takes tensors on the CPU."""
+    """Return whether Triton runs its kernels in its interpreter, which takes tensors on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _obstacle(backend: str, device: torch.device) -> str | None:
-    """Why a backend cannot run for tensors on a device, or None."""
+    """Say why a backend cannot run for tensors on a device, or return None."""
     if backend == "cpu":
         if device.type != "cpu":
             return f"it runs on the CPU, the tensors are on {device}"
@@ -52,37 +63,47 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
 
 @cache
 def _warn_fallback(op: str, backend: str, reason: str) -> None:
-    """Say once that auto passed a backend over for a reason that the user can mend."""
+    """Say once that auto passed over the backend that the device's user expects."""
     warnings.warn(f"{op}: backend {backend!r} passed over, {reason}", RuntimeWarning, stacklevel=4)
 
 
-def choose(
-    op: str, backend: Backend, device: torch.device, offered: Sequence[str], unable: Mapping[str, str | None] = NOTHING
-) -> str:
-    """The backend to run `op` with.
+@cache
+def _module(op: str, backend: str) -> Kernels:
+    separator = "_" if "." in op else "."
+    return importlib.import_module(f"seedpack.kernels.{op}{separator}{backend}")
+
+
+def kernels_for(
+    op: str,
+    backend: Backend,
+    device: torch.device,
+    unable: Mapping[str, str | None] = NO_REASONS,
+    among: Sequence[str] = BACKENDS,
+) -> Kernels:
+    """Return the module that runs `op`.
 
     Args:
-        op: the operation's name, for messages.
-        backend: what the caller asked for.
+        op: the operation, by its place.
+        backend: what the caller asks for.
         device: where the tensors are.
-        offered: the backends that the operation has, best first; "reference" runs everywhere.
         unable: for backends that cannot run these arguments, why.
+        among: the backends that the operation has, best first.
 
     Raises:
         BackendError: an explicit choice cannot run.
     """
-    if backend not in get_args(Backend):
-        raise BackendError(f"{op}: unknown backend {backend!r}; known: {', '.join(get_args(Backend))}")
+    if backend not in NAMES:
+        raise BackendError(f"{op}: unknown backend {backend!r}; known: {', '.join(NAMES)}")
     if backend != "auto":
-        if backend not in offered:
-            raise BackendError(f"{op} has no backend {backend!r}; it has: {', '.join(offered)}")
+        if backend not in among:
+            raise BackendError(f"{op} has no backend {backend!r}; it has: {', '.join(among)}")
         if (reason := _obstacle(backend, device) or unable.get(backend)) is not None:
             raise BackendError(f"{op}: backend {backend!r} cannot run: {reason}")
-        return backend
-    for candidate in offered:
+        return _module(op, backend)
+    for candidate in among:
         reason = _obstacle(candidate, device) or unable.get(candidate)
         if reason is None:
-            return candidate
+            return _module(op, candidate)
         if NATIVE.get(device.type) == candidate:
             _warn_fallback(op, candidate, reason)
     raise BackendError(f"{op}: no backend can run on {device}")

@@ -63,10 +63,7 @@ class Coefficients:
     def materialise(self, coefs: Tensor, index: Tensor | None = None) -> Tensor:
         """Return the dense tensor of some coefficients, as its codec's matrix [rows, columns] or the rows `index` of it."""
         rows, columns = matrix_shape(self.stored_shape)
-        codec = self.codec
-        return basis_weight(
-            coefs, seed=codec.seed, generator=codec.generator, rows=rows, columns=columns, key=codec.key, index=index
-        )
+        return basis_weight(coefs, self.codec.noise, rows=rows, columns=columns, index=index)
 
 
 class SharedCoefficients(Coefficients):

@@ -16,10 +16,8 @@ from torch import nn as torch_nn
 from seedpack._shapes import require_columns
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import as_stored
-from seedpack.kernels.basis.decode_reference import HADAMARD
 from seedpack.kernels.basis.linear import basis_linear
 from seedpack.loader.trained import Coefficients
-from seedpack.reparam.basis import NOISE_VARIANCE
 
 
 class _Noise(Coefficients, torch_nn.Module):
@@ -50,8 +48,7 @@ class _Noise(Coefficients, torch_nn.Module):
 
         With a noise bias (RANDUMB's default) its coefficient alone gives it, and the others are 0.
         """
-        variance = 1.0 if self.codec.generator == HADAMARD else NOISE_VARIANCE
-        scale = self.std / math.sqrt(variance)
+        scale = self.std / math.sqrt(self.codec.noise.variance)
         if self.noise_bias:
             self.coefs.zero_()[0, -1] = scale
         else:
@@ -71,7 +68,7 @@ class _Noise(Coefficients, torch_nn.Module):
     def _linear(self, x: Tensor) -> Tensor:
         require_columns(f"seedpack.nn.{type(self).__name__}", x, math.prod(self.stored_shape[1:]))
         coefs = as_stored(self.coefs, self.codec.coef_bits)
-        y = basis_linear(x, coefs, seed=self.codec.seed, generator=self.codec.generator, rows=self.stored_shape[0])
+        y = basis_linear(x, coefs, self.codec.noise, rows=self.stored_shape[0])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -19,12 +19,10 @@ from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.coefficients import as_stored, level_slices, values_of
 from seedpack.errors import ModelError
 from seedpack.formats import View
-from seedpack.kernels.basis.decode_reference import HADAMARD
+from seedpack.kernels.basis import HADAMARD
 from seedpack.keys import add_key, default_seed
 from seedpack.loader.trained import Piece, SharedCoefficients
 from seedpack.reparam.targets import BASIS_LEAF, Target, fan_in, refresh_recurrent, targets_of
-
-NOISE_VARIANCE = 1 / 3  # of uniform numbers in [-1, 1)
 
 
 def basis_(
@@ -100,7 +98,7 @@ def _reparametrise(
     codec = dataclasses.replace(codec, blocks=blocks)
     shape = (blocks, -(-size // blocks))
     device = group[0].parameter.device
-    unit = 1.0 if codec.generator == HADAMARD else NOISE_VARIANCE**0.5
+    unit = codec.noise.variance**0.5
     pieces, flat, offset = [], torch.zeros(math.prod(shape), device=device), 0
     for target in group:
         value = target.parameter.detach()

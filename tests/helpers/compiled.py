@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from seedpack.kernels.basis import decode_triton as basis_decode
 from seedpack.kernels.basis import matmul_triton as basis_matmul
+from seedpack.kernels.basis.dense_noise import DenseNoise
 from seedpack.kernels.common import gpu_configs as configs
 from seedpack.kernels.common import gpu_launch as launch
 from seedpack.kernels.feedforward import triton as fast_feedforward
@@ -32,10 +33,12 @@ from seedpack.kernels.feedforward.reference import Tree
 from seedpack.kernels.rotation import triton as rotation
 from seedpack.kernels.seedlm import decode_triton as seedlm
 from seedpack.kernels.seedlm import search_triton as seedlm_search
+from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.kernels.trellis import decode_triton as trellis
 from seedpack.kernels.trellis import matmul_triton as trellis_matmul
 from seedpack.kernels.trellis import search_triton as trellis_search
-from seedpack.kernels.trellis.search_reference import Code, Seam, from_zeros, seam_symbols
+from seedpack.kernels.trellis.code import TrellisCode
+from seedpack.kernels.trellis.search_reference import Boundary, zero_boundary
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
@@ -53,20 +56,26 @@ def seedlm_weight(block: int, rank: int, rows: int = ROWS) -> Any:
     blocks = -(-COLUMNS // block)
     seeds = torch.zeros(rows, blocks, 2, dtype=torch.uint8)
     codes = torch.zeros(rows, 1, -(-blocks * 4 * (rank + 1) // 8), dtype=torch.uint8)
-    return seedlm.regenerated(seeds, codes, torch.zeros(1, dtype=torch.int8), 16, block, rank, COLUMNS)
+    parts = SeedLMParts(seeds, codes, torch.zeros(1, dtype=torch.int8))
+    return seedlm.regenerated(parts, SeedLMCode(16, block, rank), COLUMNS)
 
 
 def launches() -> dict[str, Callable[[], object]]:
     """A name for each kernel in each form that matters."""
     found: dict[str, Callable[[], object]] = {
         "rotation": lambda: rotation.mix(torch.zeros(2, COLUMNS), None),
-        "rotation in lanes": lambda: trellis_matmul.mixed(torch.zeros(2, 4096).bfloat16(), torch.ones(4096), 4),
+        "rotation in lanes": lambda: trellis_matmul.mixed_lanes(
+            torch.zeros(2, 4096).bfloat16(), torch.ones(4096), TrellisCode(4, 16, 5)
+        ),
         "activations of 8 bits": lambda: trellis_matmul.eight_bits(torch.zeros(2, COLUMNS // 256, 8, 32)),
     }
     weights: dict[str, Callable[[], Any]] = {
-        f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), k, 16, 5, True, COLUMNS) for k in (2, 3, 4)
+        f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), TrellisCode(k, 16, 5), COLUMNS)
+        for k in (2, 3, 4)
     }
-    weights["trellis-4 zeros"] = lambda: trellis.regenerated(*trellis_parts(4), 4, 16, 5, False, COLUMNS)
+    weights["trellis-4 zeros"] = lambda: trellis.regenerated(
+        *trellis_parts(4), TrellisCode(4, 16, 5, tail_biting=False), COLUMNS
+    )
     weights |= {f"seedlm-{b}x{r}": lambda b=b, r=r: seedlm_weight(b, r) for b, r in ((8, 3), (12, 4))}
     for name, weight in weights.items():
         for dtype in (torch.float32, torch.float16):
@@ -82,20 +91,18 @@ def launches() -> dict[str, Callable[[], object]]:
                     torch.zeros(t, COLUMNS), w(), torch.float16
                 )
     for generator in ("philox", "squirrel5"):
-        coefs = torch.ones(1, 128)
+        coefs, basis = torch.ones(1, 128), DenseNoise(generator, 7)
         name = f"basis {generator}"
-        found[f"{name} dense"] = lambda g=generator, c=coefs: basis_decode.dense(
-            c, 7, g, ROWS, COLUMNS, torch.arange(ROWS)
-        )
+        found[f"{name} dense"] = lambda b=basis, c=coefs: basis_decode.dense(c, b, ROWS, COLUMNS, torch.arange(ROWS))
         for tokens in (1, 8, 300):
-            found[f"{name} {tokens} tokens"] = lambda g=generator, c=coefs, t=tokens: basis_matmul.matmul(
-                torch.zeros(t, COLUMNS, dtype=torch.float16), c, 7, g, ROWS
+            found[f"{name} {tokens} tokens"] = lambda b=basis, c=coefs, t=tokens: basis_matmul.matmul(
+                torch.zeros(t, COLUMNS, dtype=torch.float16), c, b, ROWS
             )
-        found[f"{name} transposed"] = lambda g=generator, c=coefs: basis_matmul.matmul_transposed(
-            torch.zeros(300, ROWS, dtype=torch.float16), c, 7, g, COLUMNS
+        found[f"{name} transposed"] = lambda b=basis, c=coefs: basis_matmul.matmul_transposed(
+            torch.zeros(300, ROWS, dtype=torch.float16), c, b, COLUMNS
         )
-        found[f"{name} gradient"] = lambda g=generator: basis_matmul.grad_coefs(
-            torch.zeros(300, ROWS), torch.zeros(300, COLUMNS), 1, 128, 7, g
+        found[f"{name} gradient"] = lambda b=basis: basis_matmul.grad_coefs(
+            torch.zeros(300, ROWS), torch.zeros(300, COLUMNS), 1, 128, b
         )
     for k in (2, 3, 4):
         for int8 in (False, True):
@@ -105,10 +112,7 @@ def launches() -> dict[str, Callable[[], object]]:
                         torch.zeros(t, COLUMNS // 256, 32 // gcd(k, 32), 8 * gcd(k, 32)),
                         t,
                         *trellis_parts(k, MANY_ROWS),
-                        k,
-                        16,
-                        5,
-                        True,
+                        TrellisCode(k, 16, 5),
                         torch.bfloat16,
                         i,
                     )
@@ -127,9 +131,9 @@ def launches() -> dict[str, Callable[[], object]]:
         q = torch.zeros(rank, 1 << 12, max(16, places), dtype=torch.float16)
         found[f"seedlm search {places}x{rank}"] = lambda q=q: seedlm_search.largest_energies(q, q[0, :100])
     single = {
-        "trellis": lambda: trellis.regenerated(*trellis_parts(4, 1), 4, 16, 1, True, COLUMNS),
+        "trellis": lambda: trellis.regenerated(*trellis_parts(4, 1), TrellisCode(4, 16, 1), COLUMNS),
         "seedlm": lambda: seedlm_weight(8, 3, 1),
-        "basis": lambda: basis_decode.regenerated(torch.ones(1, 4), 1, "squirrel5", 1, COLUMNS),
+        "basis": lambda: basis_decode.regenerated(torch.ones(1, 4), DenseNoise("squirrel5", 1), 1, COLUMNS),
     }
     for name, weight in single.items():
         for tokens in (1, 16):
@@ -142,12 +146,12 @@ def launches() -> dict[str, Callable[[], object]]:
         found[f"{name} of one row dense"] = lambda w=weight: launch.dense(w(), torch.float32)
     lanes = torch.zeros(1, 1, 8, 32)
     found["trellis few of one row"] = lambda: trellis_matmul.few_tokens(
-        lanes, 1, *trellis_parts(4, 1), 4, 16, 1, False, torch.float16
+        lanes, 1, *trellis_parts(4, 1), TrellisCode(4, 16, 1, tail_biting=False), torch.float16
     )
     found["activations of 8 bits, one group"] = lambda: trellis_matmul.eight_bits(lanes)
-    found["search of one row"] = lambda: trellis_search.walk(torch.zeros(1, 40), Code(4, 16, 1, 9))
+    found["search of one row"] = lambda: trellis_search.walk(torch.zeros(1, 40), TrellisCode(4, 16, 1), 9)
     found["search from zeros"] = lambda: trellis_search.walk(
-        torch.zeros(ROWS, 48), Code(3, 16, 1, 10), from_zeros(torch.zeros(ROWS))
+        torch.zeros(ROWS, 48), TrellisCode(3, 16, 1), 10, zero_boundary(torch.zeros(ROWS))
     )
     for activation, dtype in (("relu", torch.float32), ("gelu", torch.float16), ("silu", torch.bfloat16)):
         tables = [
@@ -156,15 +160,18 @@ def launches() -> dict[str, Callable[[], object]]:
         found[f"fast feedforward {activation}"] = lambda t=tables, a=activation: fast_feedforward.forward(
             torch.zeros(2, 768, dtype=t[0].dtype), Tree(*t), a
         )
-    found["gradient of one"] = lambda: basis_matmul.grad_coefs(torch.zeros(1, 1), torch.zeros(1, 8), 1, 1, 1, "philox")
+    found["gradient of one"] = lambda: basis_matmul.grad_coefs(
+        torch.zeros(1, 1), torch.zeros(1, 8), 1, 1, DenseNoise("philox", 1)
+    )
     return found
 
 
 def walk(code_bits: int, state_bits: int, survivors: int) -> torch.Tensor:
-    """A walk over rows, with a seam."""
-    symbols = torch.zeros(ROWS, seam_symbols(code_bits, state_bits), dtype=torch.int64)
-    seam = Seam(symbols[:, 0], symbols, symbols[:, :1])
-    return trellis_search.walk(torch.zeros(ROWS, COLUMNS), Code(code_bits, state_bits, 5, survivors), seam)
+    """Walk over tail-biting rows."""
+    code = TrellisCode(code_bits, state_bits, 5)
+    symbols = torch.zeros(ROWS, code.memory_symbols, dtype=torch.int64)
+    boundary = Boundary(symbols[:, 0], symbols, symbols[:, :1])
+    return trellis_search.walk(torch.zeros(ROWS, COLUMNS), code, survivors, boundary)
 
 
 def signature(value: object) -> Any:

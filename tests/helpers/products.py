@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from seedpack.kernels.common.bits import pack, packed_shape
+from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
 from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_dense
 from seedpack.kernels.trellis.matmul import trellis_matmul, trellis_matmul_transposed
 
@@ -30,18 +31,18 @@ class Weight:
 
 
 def trellis(
-    code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu", circular: bool = True
+    code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu", tail_biting: bool = True
 ) -> Weight:
     padded = 8 * -(-max(columns, -(-state_bits // code_bits)) // 8)
     stream = torch.randint(0, 256, packed_shape(rows, padded, code_bits), dtype=torch.uint8).to(device)
     scale = (torch.rand(rows) + 0.5).to(device)
-    code: dict[str, Any] = {"code_bits": code_bits, "state_bits": state_bits, "key": 0xDEADBEEF, "circular": circular}
+    code = TrellisCode(code_bits, state_bits, 0xDEADBEEF, tail_biting)
     return Weight(
         rows, columns,
-        lambda backend: trellis_dense(stream, scale, columns=columns, backend=backend, **code),  # type: ignore[arg-type]
-        lambda x, dtype, backend: trellis_matmul(x, stream, scale, dtype=dtype, backend=backend, **code),
+        lambda backend: trellis_dense(stream, scale, code, columns=columns, backend=backend),  # type: ignore[arg-type]
+        lambda x, dtype, backend: trellis_matmul(x, stream, scale, code, dtype=dtype, backend=backend),  # type: ignore[arg-type]
         lambda g, dtype, backend: trellis_matmul_transposed(
-            g, stream, scale, columns=columns, dtype=dtype, backend=backend, **code
+            g, stream, scale, code, columns=columns, dtype=dtype, backend=backend  # type: ignore[arg-type]
         ),
     )  # fmt: skip
 
@@ -50,14 +51,14 @@ def seedlm(seed_bits: int, block: int, rank: int, rows: int, columns: int, devic
     blocks = -(-columns // block)
     codes = torch.randint(-8, 8, (rows, blocks * (rank + 1) + blocks * (rank + 1) % 2))
     seeds, bias = pack(torch.randint(1, 2**seed_bits, (rows, blocks)), seed_bits), torch.tensor([-9], dtype=torch.int8)
-    parts = (seeds.to(device), pack(codes, 4).to(device), bias.to(device))
-    sizes: dict[str, Any] = {"seed_bits": seed_bits, "block": block, "rank": rank}
+    parts = SeedLMParts(seeds.to(device), pack(codes, 4).to(device), bias.to(device))
+    code = SeedLMCode(seed_bits, block, rank)
     return Weight(
         rows, columns,
-        lambda backend: seedlm_decode(*parts, columns=columns, dtype=torch.float32, backend=backend, **sizes),  # type: ignore[arg-type]
-        lambda x, dtype, backend: seedlm_matmul(x.to(dtype), *parts, backend=backend, **sizes),  # type: ignore[arg-type]
+        lambda backend: seedlm_decode(parts, code, columns=columns, dtype=torch.float32, backend=backend),  # type: ignore[arg-type]
+        lambda x, dtype, backend: seedlm_matmul(x.to(dtype), parts, code, backend=backend),  # type: ignore[arg-type]
         lambda g, dtype, backend: seedlm_matmul_transposed(
-            g.to(dtype), *parts, columns=columns, backend=backend, **sizes  # type: ignore[arg-type]
+            g.to(dtype), parts, code, columns=columns, backend=backend  # type: ignore[arg-type]
         ),
     )  # fmt: skip
 

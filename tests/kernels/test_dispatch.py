@@ -5,35 +5,44 @@ import torch
 
 from seedpack.errors import BackendError
 from seedpack.kernels import dispatch
-from seedpack.kernels.dispatch import choose
+from seedpack.kernels.dispatch import Kernels, kernels_for
+from seedpack.kernels.rotation import cpu, reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
+def chosen(backend: str, device: torch.device) -> Kernels:
+    return kernels_for("rotation", backend, device, among=("cpu", "reference"))  # type: ignore[arg-type]
+
+
 def test_auto_takes_the_first_that_can() -> None:
-    assert choose("op", "auto", CPU, ("cpu", "reference")) == "cpu"
-    assert choose("op", "auto", CUDA, ("cpu", "reference")) == "reference"
+    assert chosen("auto", CPU) is cpu and chosen("auto", CUDA) is reference
+
+
+def test_operations_are_named_by_their_place() -> None:
+    assert kernels_for("rotation", "auto", CPU).__name__ == "seedpack.kernels.rotation.cpu"
+    assert kernels_for("trellis.decode", "cpu", CPU).__name__ == "seedpack.kernels.trellis.decode_cpu"
 
 
 def test_explicit_works_or_raises() -> None:
-    assert choose("op", "reference", CPU, ("cpu", "reference")) == "reference"
+    assert chosen("reference", CPU) is reference
     for backend, device, message in [
-        ("triton", CPU, "op has no backend 'triton'; it has: cpu, reference"),
+        ("triton", CPU, "rotation has no backend 'triton'; it has: cpu, reference"),
         ("cpu", CUDA, "cannot run: it runs on the CPU, the tensors are on cuda"),
         ("fast", CPU, "unknown backend 'fast'; known: auto, reference, cpu, triton"),
     ]:
         with pytest.raises(BackendError, match=message):
-            choose("op", backend, device, ("cpu", "reference"))  # type: ignore[arg-type]
+            chosen(backend, device)
 
 
 def test_auto_says_once_what_it_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_has_numba", lambda: False)
     dispatch._warn_fallback.cache_clear()
     with pytest.warns(RuntimeWarning, match="backend 'cpu' passed over, Numba is not installed"):
-        assert choose("op", "auto", CPU, ("cpu", "reference")) == "reference"
-    assert choose("op", "auto", CPU, ("cpu", "reference")) == "reference"
+        assert chosen("auto", CPU) is reference
+    assert chosen("auto", CPU) is reference
     with pytest.raises(BackendError, match="Numba is not installed"):
-        choose("op", "cpu", CPU, ("cpu", "reference"))
+        chosen("cpu", CPU)
 
 
 def test_everything_runs_without_numba() -> None:

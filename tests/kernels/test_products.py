@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import product
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from seedpack.errors import BackendError
 from seedpack.kernels.common.bits import packed_shape
 from seedpack.kernels.rotation import mix
 from seedpack.kernels.trellis import matmul_reference as reference
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul
 from tests.helpers.marks import slow, slow_but
 from tests.helpers.products import LIMIT, Weight, error, seedlm, trellis
@@ -24,8 +24,8 @@ WEIGHTS: dict[str, Callable[[], Weight]] = {
     "trellis-4-16-17x515": lambda: trellis(4, 16, 17, 515),
     "trellis-5-20-7x96": lambda: trellis(5, 20, 7, 96),
     "trellis-8-16-1x1": lambda: trellis(8, 16, 1, 1),
-    "trellis-2-16-9x520-zeros": lambda: trellis(2, 16, 9, 520, circular=False),
-    "trellis-3-18-9x515-zeros": lambda: trellis(3, 18, 9, 515, circular=False),
+    "trellis-2-16-9x520-zeros": lambda: trellis(2, 16, 9, 520, tail_biting=False),
+    "trellis-3-18-9x515-zeros": lambda: trellis(3, 18, 9, 515, tail_biting=False),
     "seedlm-16-8-3-33x300": lambda: seedlm(16, 8, 3, 33, 300),
     "seedlm-16-12-4-9x515": lambda: seedlm(16, 12, 4, 9, 515),
     "seedlm-13-7-4-35x37": lambda: seedlm(13, 7, 4, 35, 37),
@@ -81,12 +81,12 @@ def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: py
 def test_activations_of_8_bits(code_bits: int, tokens: int, poison: None) -> None:
     stream = torch.randint(0, 256, (35, 1, 520 * code_bits // 8), dtype=torch.uint8)
     scale, x = torch.rand(35), torch.randn(tokens, 515)
-    options = {"code_bits": code_bits, "state_bits": 16, "key": 7}
-    exact = trellis_matmul(reference.rounded(x).double(), stream, scale, backend="reference", **options).double()  # type: ignore[arg-type]
+    code = TrellisCode(code_bits, 16, 7)
+    exact = trellis_matmul(reference.rounded(x).double(), stream, scale, code, backend="reference").double()
     for backend in BACKENDS:
-        found = trellis_matmul(x, stream, scale, int8=True, backend=backend, **options)  # type: ignore[arg-type]
+        found = trellis_matmul(x, stream, scale, code, int8=True, backend=backend)  # type: ignore[arg-type]
         assert error(found, exact) < 2e-6
-    whole = trellis_matmul(x, stream, scale, backend="reference", **options).double()  # type: ignore[arg-type]
+    whole = trellis_matmul(x, stream, scale, code, backend="reference").double()
     assert 1e-4 < error(exact, whole) < 0.02
 
 
@@ -109,11 +109,11 @@ def test_mixing(width: int, backend: str, poison: None) -> None:
 @pytest.mark.parametrize("columns", [96, 576])
 def test_mixing_and_product_of_hundreds(columns: int) -> None:
     stream, scale = torch.randint(0, 256, packed_shape(17, columns, 4), dtype=torch.uint8), torch.rand(17)
-    options: dict[str, Any] = {"code_bits": 4, "state_bits": 16, "key": 7}
+    code = TrellisCode(4, 16, 7)
     x, factor = torch.randn(columns, 256).bfloat16().T, torch.randn(columns)
     rotated = mix(x.double(), factor.double(), "reference")
-    exact = trellis_matmul(rotated, stream, scale, backend="reference", **options).double()
-    found = trellis_linear(x, factor, stream, scale, backend="triton", **options)
+    exact = trellis_matmul(rotated, stream, scale, code, backend="reference").double()
+    found = trellis_linear(x, factor, stream, scale, code, backend="triton")
     assert found.dtype == x.dtype and error(found, exact) < 2 * LIMIT[torch.bfloat16]
 
 
@@ -128,13 +128,13 @@ def test_mixing_and_product_in_one(tokens: int, columns: int, dtype: torch.dtype
     for code_bits in (3, 4):
         stream = torch.randint(0, 256, packed_shape(35, columns, code_bits), dtype=torch.uint8)
         scale, factor = torch.rand(35), torch.randn(columns)
-        options: dict[str, Any] = {"code_bits": code_bits, "state_bits": 16, "key": 7}
+        code = TrellisCode(code_bits, 16, 7)
         x = torch.randn(columns, tokens).to(dtype).T
         rotated = mix(x.float(), factor, "reference")
         rotated = reference.rounded(rotated) if int8 else rotated
-        exact = trellis_matmul(rotated.double(), stream, scale, backend="reference", **options).double()
+        exact = trellis_matmul(rotated.double(), stream, scale, code, backend="reference").double()
         for backend in BACKENDS:
-            found = trellis_linear(x, factor, stream, scale, int8=int8, backend=backend, **options)  # type: ignore[arg-type]
+            found = trellis_linear(x, factor, stream, scale, code, int8=int8, backend=backend)  # type: ignore[arg-type]
             assert found.dtype == dtype and found.shape == (tokens, 35)
             # sums in another order can round an activation the other way
             assert not tokens or error(found, exact) < (max(LIMIT[dtype], 2e-3) if int8 else LIMIT[dtype])

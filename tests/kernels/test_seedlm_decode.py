@@ -8,21 +8,19 @@ import pytest
 import torch
 
 from seedpack.kernels.common.bits import pack
+from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
 from seedpack.prng import lfsr_matrix
 from tests.helpers.marks import slow
 
 
-def random_parts(rows: int, columns: int, seed_bits: int, block: int, rank: int) -> dict[str, torch.Tensor]:
-    blocks = -(-columns // block)
-    codes = torch.randint(-8, 8, (rows, blocks * (rank + 1)))
-    if blocks * (rank + 1) % 2:
+def random_parts(rows: int, columns: int, code: SeedLMCode) -> SeedLMParts:
+    blocks = -(-columns // code.block)
+    codes = torch.randint(-8, 8, (rows, blocks * (code.rank + 1)))
+    if blocks * (code.rank + 1) % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    return {
-        "seeds": pack(torch.randint(1, 2**seed_bits, (rows, blocks)), seed_bits),
-        "codes": pack(codes, 4),
-        "exponent_bias": torch.randint(-20, 20, (1,), dtype=torch.int8),
-    }
+    seeds = pack(torch.randint(1, 2**code.seed_bits, (rows, blocks)), code.seed_bits)
+    return SeedLMParts(seeds, pack(codes, 4), torch.randint(-20, 20, (1,), dtype=torch.int8))
 
 
 SETTINGS = [(16, 8, 3), (5, 7, 5), *slow((16, 12, 4), (2, 3, 2), (11, 5, 1), (17, 6, 2), (20, 6, 6), (24, 9, 4))]
@@ -34,35 +32,28 @@ SETTINGS = [(16, 8, 3), (5, 7, 5), *slow((16, 12, 4), (2, 3, 2), (11, 5, 1), (17
 def test_backends_agree_bit_for_bit(
     seed_bits: int, block: int, rank: int, shape: tuple[int, int], dtype: torch.dtype, poison: None
 ) -> None:
-    parts = random_parts(*shape, seed_bits, block, rank)
-    settings = {"seed_bits": seed_bits, "block": block, "rank": rank, "columns": shape[1], "dtype": dtype}
-    expected = seedlm_decode(**parts, **settings, backend="reference")  # type: ignore[arg-type]
-    found = seedlm_decode(**parts, **settings, backend="cpu")  # type: ignore[arg-type]
+    code = SeedLMCode(seed_bits, block, rank)
+    parts = random_parts(*shape, code)
+    expected = seedlm_decode(parts, code, columns=shape[1], dtype=dtype, backend="reference")
+    found = seedlm_decode(parts, code, columns=shape[1], dtype=dtype, backend="cpu")
     assert found.shape == shape and found.dtype == dtype
     assert torch.equal(found, expected)
-    wide = {name: torch.stack((p, p), -1)[..., 0] if name != "exponent_bias" else p for name, p in parts.items()}
-    assert not wide["seeds"].is_contiguous() or wide["seeds"].numel() == 1
-    assert torch.equal(seedlm_decode(**wide, **settings, backend="cpu"), expected)  # type: ignore[arg-type]
+    wide = SeedLMParts(*(torch.stack((p, p), -1)[..., 0] for p in parts[:2]), parts.exponent_bias)
+    assert not wide.seeds.is_contiguous() or wide.seeds.numel() == 1
+    assert torch.equal(seedlm_decode(wide, code, columns=shape[1], dtype=dtype, backend="cpu"), expected)
 
 
 @pytest.mark.parametrize(("seed_bits", "block", "rank"), [(16, 8, 3), (5, 7, 5), (24, 9, 4)])
 def test_definition(seed_bits: int, block: int, rank: int) -> None:
     seed, exponent, bias = 2**seed_bits // 3, -3, 4
     mantissa = [(-8, 7, 3, -1, 0)[p % 5] for p in range(rank)]
-    parts = (
+    parts = SeedLMParts(
         pack(torch.tensor([[seed]]), seed_bits),
         pack(torch.tensor([[exponent, *mantissa] + [0] * ((rank + 1) % 2)]), 4),
         torch.tensor([bias], dtype=torch.int8),
     )
-    found = seedlm_decode(
-        *parts,
-        seed_bits=seed_bits,
-        block=block,
-        rank=rank,
-        columns=block,
-        dtype=torch.float32,
-        backend="reference",
-    )
+    code = SeedLMCode(seed_bits, block, rank)
+    found = seedlm_decode(parts, code, columns=block, dtype=torch.float32, backend="reference")
     half = 2 ** (seed_bits - 1)
     matrix = lfsr_matrix(seed, seed_bits, block, rank)
     for c in range(block):

@@ -9,20 +9,20 @@ import pytest
 import torch
 
 from seedpack.kernels.dispatch import Backend
-from seedpack.kernels.seedlm.search import Found, seedlm_search
+from seedpack.kernels.seedlm.code import SeedLMCode
+from seedpack.kernels.seedlm.search import BlockFits, seedlm_search
 from seedpack.kernels.seedlm.search_reference import all_bases
 from seedpack.prng import lfsr_position
 from tests.helpers.marks import slow_but
 
 
-def same_error(found: Found, expected: Found) -> None:
+def same_error(found: BlockFits, expected: BlockFits) -> None:
     torch.testing.assert_close(found.error, expected.error, rtol=1e-9, atol=1e-13)
 
 
-def reconstruct(found: Found, block: int, seed_bits: int, bias: int) -> torch.Tensor:
-    rank = found.mantissa.shape[1]
-    position = torch.from_numpy(lfsr_position(seed_bits).copy())[found.seed].long()
-    u = all_bases(seed_bits, block, rank)[position]
+def reconstruct(found: BlockFits, code: SeedLMCode, bias: int) -> torch.Tensor:
+    position = torch.from_numpy(lfsr_position(code.seed_bits).copy())[found.seed].long()
+    u = all_bases(code)[position]
     return (
         torch.einsum("ncp,np->nc", u, found.mantissa.double()) * torch.exp2((found.exponent + bias).double())[:, None]
     )
@@ -50,12 +50,12 @@ def test_exact(
 ) -> None:
     if exponents == 3:
         count //= 4
-    settings = {"seed_bits": seed_bits, "rank": rank, "exponents": exponents}
+    code = SeedLMCode(seed_bits, block, rank)
     blocks = torch.randn(count, block) * torch.logspace(-4, 1, count)[:, None]
-    expected = seedlm_search(blocks, None, -5, **settings, backend="reference")
-    found = seedlm_search(blocks, None, -5, **settings, backend=backend)
+    expected = seedlm_search(blocks, None, -5, code, exponents=exponents, backend="reference")
+    found = seedlm_search(blocks, None, -5, code, exponents=exponents, backend=backend)
     same_error(found, expected)
-    fitted = reconstruct(found, block, seed_bits, -5)
+    fitted = reconstruct(found, code, -5)
     torch.testing.assert_close((blocks.double() - fitted).square().sum(1), found.error, rtol=1e-9, atol=1e-13)
     assert found.mantissa.min() >= -8 and found.mantissa.max() <= 7
     assert found.exponent.min() >= -8 and found.exponent.max() <= 7
@@ -77,10 +77,10 @@ FACTORS = {
 def test_exact_under_a_norm(backend: Backend, name: str) -> None:
     factor = FACTORS[name]
     blocks = torch.randn(60, 8)
-    settings = {"seed_bits": 12, "rank": 3, "exponents": 3}
-    found = seedlm_search(blocks, factor, -5, **settings, backend=backend)
-    same_error(found, seedlm_search(blocks, factor, -5, **settings, backend="reference"))
-    error = (blocks.double() - reconstruct(found, 8, 12, -5)) @ factor.double()
+    code = SeedLMCode(12, 8, 3)
+    found = seedlm_search(blocks, factor, -5, code, exponents=3, backend=backend)
+    same_error(found, seedlm_search(blocks, factor, -5, code, exponents=3, backend="reference"))
+    error = (blocks.double() - reconstruct(found, code, -5)) @ factor.double()
     torch.testing.assert_close(error.square().sum(1), found.error, rtol=1e-9, atol=1e-13)
 
 
@@ -90,28 +90,31 @@ def test_real_weights_and_extremes(backend: Backend) -> None:
         (torch.eye(8), torch.ones(2, 8), torch.zeros(3, 8), 1e6 * torch.randn(5, 8), torch.randn(5, 8) ** 5,
          1e-7 * torch.randn(5, 8), 1e-30 * torch.randn(2, 8))
     )  # fmt: skip
-    settings = {"seed_bits": 14, "rank": 3, "exponents": 1}
-    found = seedlm_search(blocks, None, 2, **settings, backend=backend)
-    same_error(found, seedlm_search(blocks, None, 2, **settings, backend="reference"))
+    code = SeedLMCode(14, 8, 3)
+    found = seedlm_search(blocks, None, 2, code, exponents=1, backend=backend)
+    same_error(found, seedlm_search(blocks, None, 2, code, exponents=1, backend="reference"))
     assert torch.all(found.error[10:13] == 0) and torch.all(found.mantissa[10:13] == 0)
 
 
 def test_does_not_depend_on_threads_or_on_other_blocks() -> None:
     blocks = torch.randn(301, 8)
-    settings = {"seed_bits": 13, "rank": 3, "exponents": 3, "backend": "cpu"}
-    whole = seedlm_search(blocks, None, -5, **settings)
+
+    def search(blocks: torch.Tensor) -> BlockFits:
+        return seedlm_search(blocks, None, -5, SeedLMCode(13, 8, 3), exponents=3, backend="cpu")
+
+    whole = search(blocks)
     threads = numba.get_num_threads()
     try:
         numba.set_num_threads(1)
-        one = seedlm_search(blocks, None, -5, **settings)
+        one = search(blocks)
     finally:
         numba.set_num_threads(threads)
-    piece = seedlm_search(blocks[100:133], None, -5, **settings)
+    piece = search(blocks[100:133])
     for a, b, c in zip(whole, one, piece, strict=True):
         assert torch.equal(a, b) and torch.equal(a[100:133], c)
 
 
 def test_paper_error_at_four_bits() -> None:
     blocks = torch.randn(4096, 8)
-    found = seedlm_search(blocks, None, -5, seed_bits=16, rank=3, exponents=1, backend="cpu")
+    found = seedlm_search(blocks, None, -5, SeedLMCode(16, 8, 3), exponents=1, backend="cpu")
     assert float(found.error.sum() / blocks.numel()) == pytest.approx(0.01511, rel=0.03)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from seedpack.kernels.common.bits import pack, packed_shape
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.kernels.trellis.decode_reference import windows
 from seedpack.kernels.trellis.search import trellis_search
@@ -24,8 +25,8 @@ SEARCHES = [
     ("code_bits", "state_bits"),
     slow_but([(1, 12), (2, 16), (3, 20), (4, 16)], product(range(1, 9), [12, 16, 20])),
 )
-@pytest.mark.parametrize("circular", [True, False])
-def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int, circular: bool) -> None:
+@pytest.mark.parametrize("tail_biting", [True, False])
+def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int, tail_biting: bool) -> None:
     rng = np.random.default_rng(code_bits)
     rows, columns, padded = 3, 37, 40
     octets = rng.integers(0, 256, packed_shape(rows, padded, code_bits), dtype=np.uint8)
@@ -35,14 +36,12 @@ def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int, circ
         bits = np.unpackbits(octets[r].reshape(-1), bitorder="little")
         for t in range(columns):
             places = [code_bits * t + i for i in range(state_bits)]
-            window = sum(int(bits[p % len(bits)]) << i for i, p in enumerate(places) if circular or p < len(bits))
+            window = sum(int(bits[p % len(bits)]) << i for i, p in enumerate(places) if tail_biting or p < len(bits))
             h = (window * trellis_multiplier(code_bits, state_bits) + key) % 2**32
             expected[r, t] = sum(h.to_bytes(4, "little")) - 510
     for backend in ("reference", "cpu", *(["triton"] if state_bits == 16 else [])):
-        found = trellis_decode(
-            torch.from_numpy(octets), code_bits=code_bits, state_bits=state_bits, key=key, columns=columns,
-            circular=circular, backend=backend,  # type: ignore[arg-type]
-        )  # fmt: skip
+        code = TrellisCode(code_bits, state_bits, key, tail_biting)
+        found = trellis_decode(torch.from_numpy(octets), code, columns=columns, backend=backend)  # type: ignore[arg-type]
         assert found.dtype == torch.int16
         np.testing.assert_array_equal(found.numpy(), expected)
 
@@ -56,9 +55,10 @@ def test_values_are_nearly_normal() -> None:
 
 def test_decode_of_other_memory() -> None:
     stream = torch.randint(0, 256, (6, 8, 2), dtype=torch.uint8)[::2].transpose(0, 0)
-    options = {"code_bits": 4, "state_bits": 16, "key": 5, "columns": 30}
-    assert torch.equal(trellis_decode(stream, **options), trellis_decode(stream, **options, backend="reference"))  # type: ignore[arg-type]
-    assert trellis_decode(stream[:0], **options).shape == (0, 30)  # type: ignore[arg-type]
+    code = TrellisCode(4, 16, 5)
+    expected = trellis_decode(stream, code, columns=30, backend="reference")
+    assert torch.equal(trellis_decode(stream, code, columns=30), expected)
+    assert trellis_decode(stream[:0], code, columns=30).shape == (0, 30)
 
 
 @pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), SEARCHES)
@@ -71,11 +71,8 @@ def test_backends_find_the_same_stream(
     values = torch.randn(3, padded) * 150
     values[1] *= 10  # beyond the code's reach
     values[:, columns:] = torch.inf  # not to be looked at
-    options = {
-        "code_bits": code_bits, "state_bits": state_bits, "key": trellis_key(7), "survivors": survivors,
-        "columns": columns,
-    }  # fmt: skip
-    found = [trellis_search(values, **options, backend=backend) for backend in ("cpu", "reference")]  # type: ignore[arg-type]
+    code, options = TrellisCode(code_bits, state_bits, trellis_key(7)), {"survivors": survivors, "columns": columns}
+    found = [trellis_search(values, code, **options, backend=backend) for backend in ("cpu", "reference")]  # type: ignore[arg-type]
     assert found[0].shape == packed_shape(3, padded, code_bits)
     assert torch.equal(*found)
 
@@ -88,29 +85,25 @@ def test_search_in_triton(code_bits: int, state_bits: int, survivors: int, poiso
     values = torch.randn(2, 24) * 150
     values[1] *= 10
     values[:, 19:] = torch.inf
-    options = {
-        "code_bits": code_bits, "state_bits": state_bits, "key": trellis_key(7), "survivors": survivors, "columns": 19,
-    }  # fmt: skip
-    found = [trellis_search(values, **options, backend=backend) for backend in ("triton", "cpu")]  # type: ignore[arg-type]
+    code, options = TrellisCode(code_bits, state_bits, trellis_key(7)), {"survivors": survivors, "columns": 19}
+    found = [trellis_search(values, code, **options, backend=backend) for backend in ("triton", "cpu")]  # type: ignore[arg-type]
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
     ("code_bits", "state_bits", "survivors"), [(1, 10, 5), *slow((2, 16, 9), (4, 16, 8), (4, 18, 7))]
 )
-@pytest.mark.parametrize("answered", [False, True], ids=["plain", "feedback"])
+@pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
 def test_streams_that_end_in_zeros(
-    code_bits: int, state_bits: int, survivors: int, answered: bool, poison: None
+    code_bits: int, state_bits: int, survivors: int, feedback: bool, poison: None
 ) -> None:
     columns, padded = 61, 64
     values = torch.randn(2, padded) * 150
     values[:, columns:] = torch.inf
     factor = torch.eye(columns, dtype=torch.float64) + torch.randn(columns, columns, dtype=torch.float64).tril(-1) / 8
-    options = {
-        "code_bits": code_bits, "state_bits": state_bits, "key": trellis_key(7), "survivors": survivors,
-        "columns": columns, "circular": False, "factor": factor if answered else None,
-    }  # fmt: skip
-    found = [trellis_search(values, **options, backend=backend) for backend in ("cpu", "reference", "triton")]  # type: ignore[arg-type]
+    code = TrellisCode(code_bits, state_bits, trellis_key(7), tail_biting=False)
+    options = {"survivors": survivors, "columns": columns, "factor": factor if feedback else None}
+    found = [trellis_search(values, code, **options, backend=backend) for backend in ("cpu", "reference", "triton")]  # type: ignore[arg-type]
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
@@ -121,11 +114,11 @@ def test_feedback_lowers_the_error_of_the_product(code_bits: int, columns: int) 
     hessian = x.T @ x / len(x) + columns / 10 * torch.eye(columns)
     factor = torch.linalg.cholesky(hessian)
     values = torch.randn(16, -(-columns // 8) * 8) * 140
-    options = {"code_bits": code_bits, "state_bits": 16, "key": trellis_key(0), "columns": columns, "circular": False}
+    code = TrellisCode(code_bits, 16, trellis_key(0), tail_biting=False)
     errors = []
     for given in (None, factor):
-        stream = trellis_search(values, survivors=8, factor=given, **options)  # type: ignore[arg-type]
-        error = trellis_decode(stream, **options).double() - values[:, :columns]  # type: ignore[arg-type]
+        stream = trellis_search(values, code, survivors=8, columns=columns, factor=given)
+        error = trellis_decode(stream, code, columns=columns).double() - values[:, :columns]
         errors.append(float((error @ factor).square().sum()))
     promised = float(factor.diagonal().square().sum() / factor.square().sum())
     assert promised < 0.75
@@ -133,17 +126,15 @@ def test_feedback_lowers_the_error_of_the_product(code_bits: int, columns: int) 
 
 
 def test_search_against_all_streams() -> None:
-    """With every state kept the error stays near the least of all 2^16 streams, which the seam alone keeps it from."""
-    code_bits, state_bits, columns, key = 1, 5, 16, trellis_key(0)
+    """With every state kept the error stays near the least of all 2^16 streams, which the choice of where its ends meet alone keeps it from."""
+    code, columns = TrellisCode(1, 5, trellis_key(0)), 16
     values = torch.randn(24, columns) * 140
     every = torch.tensor(list(product((0, 1), repeat=columns)))
-    codes = trellis_decode(
-        pack(every, 1), code_bits=code_bits, state_bits=state_bits, key=key, columns=columns
-    ).double()
+    codes = trellis_decode(pack(every, 1), code, columns=columns).double()
     rounded = values.round().double()
     least = ((rounded[:, None] - codes) ** 2).sum(2).amin(1)
-    stream = trellis_search(values, code_bits=code_bits, state_bits=state_bits, key=key, survivors=4, columns=columns)
-    found = trellis_decode(stream, code_bits=code_bits, state_bits=state_bits, key=key, columns=columns)
+    stream = trellis_search(values, code, survivors=4, columns=columns)
+    found = trellis_decode(stream, code, columns=columns)
     error = ((rounded - found) ** 2).sum(1)
     assert bool((error >= least).all())
     assert float(error.sum() / least.sum()) < 1.1
@@ -154,15 +145,15 @@ def test_search_against_all_streams() -> None:
 def test_distortion(code_bits: int, survivors: int, stretch: float, gap: float) -> None:
     values = torch.randn(24, 1024)
     unit = math.sqrt(1 - 4.0**-code_bits) * stretch / 147.8
-    options = {"code_bits": code_bits, "state_bits": 16, "key": trellis_key(0), "columns": 1024}
-    stream = trellis_search(values / unit, survivors=survivors, **options)  # type: ignore[arg-type]
-    found = trellis_decode(stream, **options).float() * unit  # type: ignore[arg-type]
+    code = TrellisCode(code_bits, 16, trellis_key(0))
+    stream = trellis_search(values / unit, code, survivors=survivors, columns=1024)
+    found = trellis_decode(stream, code, columns=1024).float() * unit
     error = float((values - found).square().mean() / values.square().mean())
     assert 10 * math.log10(error * 4**code_bits) < gap
 
 
 def test_windows_overlap() -> None:
     stream = torch.randint(0, 256, packed_shape(2, 24, 3), dtype=torch.uint8)
-    window = windows(stream, 3, 16, True, 24)
+    window = windows(stream, TrellisCode(3, 16, 0), 24)
     assert torch.equal(window[:, :-1] >> 3, window[:, 1:] & (1 << 13) - 1)
     assert torch.equal(window[:, -1] >> 3, window[:, 0] & (1 << 13) - 1)

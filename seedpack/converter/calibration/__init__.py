@@ -1,1 +1,1 @@
-"""What a model's layers are fed: text for it to read, and the Hessians E[x·xᵀ] of its layers' inputs."""
+"""Calibration: text for a model to read, and statistics of the inputs of its layers."""

@@ -47,7 +47,7 @@ class Store:
 
     @property
     def complete(self) -> bool:
-        """Whether all layers are there."""
+        """True if all layers are there."""
         return "" in self._index["layers"]
 
     def add(self, layer: str, moments: Mapping[str, Tensor], output: Tensor | None) -> None:

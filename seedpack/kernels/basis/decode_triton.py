@@ -7,14 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE, rows_per_block
+from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE
+from seedpack.kernels.basis.dense_noise import DenseNoise
+from seedpack.kernels.basis.noise_basis import rows_per_block
 from seedpack.kernels.common import gpu_launch as launch
 from seedpack.kernels.common.gpu_launch import Regenerated
 
 
 @triton.jit
 def squirrel5(position, seed):
-    """A uint32 of `prng.squirrel5` for each."""
+    """Return a uint32 of `prng.squirrel5` for each position."""
     x = position * 0xD2A80A3F + seed
     x ^= x >> 9
     x += 0xA884F197
@@ -29,13 +31,13 @@ def squirrel5(position, seed):
 
 @triton.jit
 def number(word):
-    """A uint32 as a signed integer, times 2^-31."""
+    """Return a uint32 as a signed integer, times 2^-31."""
     return word.to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
 
 
 @triton.jit
 def four_numbers(i_weight, group, key, PHILOX: tl.constexpr, STRIDE: tl.constexpr):
-    """Noise of weights (int64) and bases 4·group … 4·group + 3; key is the seed as int64."""
+    """Return the noise of weights (int64) and bases 4·group … 4·group + 3; key is the seed as int64."""
     if PHILOX:
         low, high = i_weight.to(tl.uint32), (i_weight >> 32).to(tl.uint32)
         zero = tl.zeros_like(low)
@@ -43,15 +45,14 @@ def four_numbers(i_weight, group, key, PHILOX: tl.constexpr, STRIDE: tl.constexp
         return number(w0), number(w1), number(w2), number(w3)
     seed = tl.cast(key, tl.uint32)
     first = i_weight.to(tl.uint32) + (group * 4).to(tl.uint32) * STRIDE
-    return (
-        number(squirrel5(first, seed)), number(squirrel5(first + STRIDE, seed)),
-        number(squirrel5(first + 2 * STRIDE, seed)), number(squirrel5(first + 3 * STRIDE, seed)),
-    )  # fmt: skip
+    n0, n1 = number(squirrel5(first, seed)), number(squirrel5(first + STRIDE, seed))
+    n2, n3 = number(squirrel5(first + 2 * STRIDE, seed)), number(squirrel5(first + 3 * STRIDE, seed))
+    return n0, n1, n2, n3
 
 
 @triton.jit
 def basis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """See `gpu_tiles`; parts = coefficients [blocks, groups of 4], columns, rows a block, key; SIZES = groups, PHILOX, stride."""
+    """Make a tile, see `gpu_tiles`; parts = coefficients [blocks, groups of 4], columns, rows per block, key; SIZES = groups, PHILOX, stride."""
     coefs_ptr, columns, per_block, key = parts
     i_column = step * BLOCK_K + tl.arange(0, BLOCK_K)
     i_weight = i_row[:, None] * columns + i_column[None, :]
@@ -64,27 +65,20 @@ def basis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
     return i_column, b_weight
 
 
-def key_of(seed: int) -> int:
-    """A 64-bit seed as Triton takes it."""
-    return seed - (1 << 64) if seed >= 1 << 63 else seed
+def key_of(basis: DenseNoise) -> int:
+    """Return the 64-bit seed as Triton takes it."""
+    return basis.seed - (1 << 64) if basis.seed >= 1 << 63 else basis.seed
 
 
-def regenerated(coefs: Tensor, seed: int, generator: str, rows: int, columns: int) -> Regenerated:
-    """A basis weight for the kernels of `gpu_tiles`; the largest coefficient is the scale of all rows."""
+def regenerated(coefs: Tensor, basis: DenseNoise, rows: int, columns: int) -> Regenerated:
+    """Return a weight of noise for the kernels of `gpu_tiles`; the largest coefficient is the scale of all rows."""
     scale = coefs.detach().abs().amax().float().clamp_min(1e-30).reshape(1)
     padded = torch.nn.functional.pad(coefs.detach().float() / scale, (0, -coefs.shape[1] % 4)).contiguous()
-    parts = (padded, columns, rows_per_block(rows, len(coefs)), key_of(seed))
-    sizes = (padded.shape[1] // 4, generator == "philox", SQUIRREL_STRIDE)
+    parts = (padded, columns, rows_per_block(rows, len(coefs)), key_of(basis))
+    sizes = (padded.shape[1] // 4, basis.philox, SQUIRREL_STRIDE)
     return Regenerated(basis_tile, parts, sizes, scale, rows, columns, heavy=True)
 
 
-def dense(coefs: Tensor, seed: int, generator: str, rows: int, columns: int, index: Tensor) -> Tensor:
-    """As `reference.dense` for all rows: the same words, summed in another order."""
-    return launch.dense(regenerated(coefs, seed, generator, rows, columns), torch.float32)
-
-
-def reduce(weight_grad: Tensor, blocks: int, count: int, seed: int, generator: str, rows: int, index: Tensor) -> Tensor:
-    """As `reference.reduce` for all rows, summed in another order: the gradient of a product whose tokens are the rows."""
-    from seedpack.kernels.basis.matmul_triton import grad_coefs  # is made of this module
-
-    return grad_coefs(torch.eye(rows, device=weight_grad.device), weight_grad, blocks, count, seed, generator)
+def dense(coefs: Tensor, basis: DenseNoise, rows: int, columns: int, index: Tensor) -> Tensor:
+    """Do as `decode_reference.dense` for all rows: the same words, summed in another order."""
+    return launch.dense(regenerated(coefs, basis, rows, columns), torch.float32)

@@ -1,4 +1,4 @@
-"""Products with basis weights in Triton: `gpu_tiles`, and a kernel of its own for the gradient to the coefficients."""
+"""Products with weights of noise in Triton: `gpu_tiles`, and a kernel of its own for the gradient to the coefficients."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE, rows_per_block
+from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE
 from seedpack.kernels.basis.decode_triton import four_numbers, key_of, regenerated
+from seedpack.kernels.basis.dense_noise import DenseNoise
+from seedpack.kernels.basis.noise_basis import rows_per_block
 from seedpack.kernels.common import gpu_configs as configs
 from seedpack.kernels.common import gpu_launch as launch
 
@@ -19,7 +21,7 @@ def grad_coefs_kernel(
     PHILOX: tl.constexpr, STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [parts, rows, 4·groups] = for each row Σ over a part of the columns of noise·(gradᵀ·x); all float32.
+    """Store out [parts, rows, 4·groups] = for each row Σ over a part of the columns of noise·(gradᵀ·x); all float32.
 
     The weight's gradient is made a tile at a time in registers; each program adds to rows of `out` that are its own.
     """
@@ -49,29 +51,34 @@ def grad_coefs_kernel(
         tl.debug_barrier()
 
 
-def matmul(x: Tensor, coefs: Tensor, seed: int, generator: str, rows: int) -> Tensor:
-    """As `reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of 16 bits."""
-    return launch.matmul(x, regenerated(coefs, seed, generator, rows, x.shape[1]), x.dtype)
+def matmul(x: Tensor, coefs: Tensor, basis: DenseNoise, rows: int) -> Tensor:
+    """Do as `matmul_reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of 16 bits."""
+    return launch.matmul(x, regenerated(coefs, basis, rows, x.shape[1]), x.dtype)
 
 
-def matmul_transposed(grad: Tensor, coefs: Tensor, seed: int, generator: str, columns: int) -> Tensor:
-    """As `reference.matmul_transposed`, exact as `matmul` is."""
-    return launch.matmul_transposed(grad, regenerated(coefs, seed, generator, grad.shape[1], columns), grad.dtype)
+def matmul_transposed(grad: Tensor, coefs: Tensor, basis: DenseNoise, columns: int) -> Tensor:
+    """Do as `matmul_reference.matmul_transposed`, exact as `matmul` is."""
+    return launch.matmul_transposed(grad, regenerated(coefs, basis, grad.shape[1], columns), grad.dtype)
 
 
-def grad_coefs(grad: Tensor, x: Tensor, blocks: int, count: int, seed: int, generator: str) -> Tensor:
-    """As `reference.grad_coefs`, summed in another order."""
+def grad_coefs(grad: Tensor, x: Tensor, blocks: int, count: int, basis: DenseNoise) -> Tensor:
+    """Do as `matmul_reference.grad_coefs`, summed in another order."""
     rows, columns = grad.shape[1], x.shape[1]
     config, groups = configs.GRAD_COEFS, triton.cdiv(count, 4)
     tiles = triton.cdiv(columns, config["BLOCK_K"])
     per_part = triton.cdiv(tiles, configs.GRAD_PARTS)
     parts = triton.cdiv(tiles, per_part)
     out = torch.zeros(parts, rows, 4 * groups, dtype=torch.float32, device=x.device)
+    grid = triton.cdiv(rows, config["BLOCK_N"]), parts
+    args = grad.float().contiguous(), x.float().contiguous(), out, len(grad), rows, columns, per_part
+    constants = {"PHILOX": basis.philox, "STRIDE": SQUIRREL_STRIDE, "PRECISION": configs.precision(x.device)}
     with configs.current(x.device):
-        grad_coefs_kernel[(triton.cdiv(rows, config["BLOCK_N"]), parts)](
-            grad.float().contiguous(), x.float().contiguous(), out, grad.shape[0], rows, columns, per_part, key_of(seed), groups,
-            PHILOX=generator == "philox", STRIDE=SQUIRREL_STRIDE, PRECISION=configs.precision(x.device), **config,
-        )  # fmt: skip
+        grad_coefs_kernel[grid](*args, key_of(basis), groups, **constants, **config)
     block = torch.arange(rows, device=x.device) // rows_per_block(rows, blocks)
     zeros = torch.zeros(blocks, count, dtype=torch.float32, device=x.device)
     return zeros.index_add_(0, block, out.sum(0)[:, :count])
+
+
+def reduce(weight_grad: Tensor, blocks: int, count: int, basis: DenseNoise, rows: int, index: Tensor) -> Tensor:
+    """Do as `matmul_reference.reduce` for all rows, summed in another order: by a product whose tokens are the rows."""
+    return grad_coefs(torch.eye(rows, device=weight_grad.device), weight_grad, blocks, count, basis)

@@ -1,1 +1,1 @@
-"""What all Triton kernels share: products and decoding over tiles that a codec regenerates, and how they are launched."""
+"""Shared by all kernels: bit fields, tiles of rows, LLVM vectors, and tiles of regenerated weights on GPUs."""

@@ -18,7 +18,7 @@ BITS_AT_ONCE = 1 << 20
 
 
 def packed_shape(rows: int, fields: int, bits: int) -> tuple[int, int, int]:
-    """Shape of the packed bytes.
+    """Return the shape of the packed bytes.
 
     >>> packed_shape(3, 10, 16), packed_shape(3, 9, 20)
     ((3, 10, 2), (3, 5, 5))
@@ -50,7 +50,7 @@ def pack(values: Int[Tensor, "rows fields"], bits: int) -> UInt8[Tensor, "rows g
 
 
 def unpack(packed: UInt8[Tensor, "rows groups bytes"], fields: int, bits: int) -> Int[Tensor, "rows fields"]:
-    """The unsigned fields, int64 [rows, fields]; the inverse of `pack`."""
+    """Return the unsigned fields, int64 [rows, fields]: the inverse of `pack`."""
     rows, groups, width = packed.shape
     if bits == 16:
         low, high = packed.to(torch.int64).unbind(-1)
@@ -69,6 +69,6 @@ def unpack(packed: UInt8[Tensor, "rows groups bytes"], fields: int, bits: int) -
 
 
 def signed(values: Tensor, bits: int) -> Tensor:
-    """Two's complement: the unsigned field's signed value."""
+    """Return the signed value of unsigned fields in two's complement."""
     half = 1 << (bits - 1)
     return (values ^ half) - half

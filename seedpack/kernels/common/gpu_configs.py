@@ -1,4 +1,4 @@
-"""Block sizes and warps of each kernel, by GPU architecture: measured ones in `TUNED`, for the rest `triton.autotune`
+"""Choose block sizes and warps of each kernel by GPU architecture: measured ones in `TUNED`, for the rest `triton.autotune`
 chooses among `CANDIDATES`. The first candidate is chosen from the compiled code's registers, and used where nothing can be
 measured."""
 
@@ -19,7 +19,7 @@ TUNED: dict[str, dict[str, Config]] = {}
 
 
 def _tiles(*sizes: tuple[int, ...]) -> tuple[Config, ...]:
-    """Configurations of (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
+    """Return configurations of (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages)."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return tuple(dict(zip(names, size, strict=True)) for size in sizes)
 
@@ -46,21 +46,19 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "matmul_heavy": _tiles((128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 32, 32, 4, 2), (32, 32, 64, 4, 2)),
     "matmul_single": _tiles((32, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2)),
 }  # fmt: skip
-MANY_TOKENS = (
-    256  # from so many on, bfloat16 layers are decoded for cuBLAS; by the count of instructions, not yet measured
-)
+# From so many tokens on, bfloat16 layers are decoded for cuBLAS; by the count of instructions, not yet measured.
+MANY_TOKENS = 256
 DENSE_WEIGHTS = 1 << 26  # decoded at a time then: 128 MB
 GRAD_COEFS: Config = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4}
 GRAD_PARTS = 8  # parts of the columns whose sums stay apart
 MIX: Config = {"BLOCK": 16, "num_warps": 8}
-ENOUGH_PROGRAMS = (
-    528  # a product for few tokens is split along the input into so many, four for each of an H100's cores
-)
+# A product for few tokens is split along the input into so many programs, four for each of an H100's cores.
+ENOUGH_PROGRAMS = 528
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """A GPU's, as compilers call it."""
+    """Return a GPU's architecture, as compilers call it."""
     properties = torch.cuda.get_device_properties(device)
     if is_nvidia(device):
         return f"sm_{properties.major}{properties.minor}"
@@ -68,61 +66,60 @@ def architecture(device: torch.device) -> str:
 
 
 def fixed(kernel: str, device: torch.device) -> Config | None:
-    """The configuration of a kernel where it needs no search."""
+    """Return the configuration of a kernel where it needs no search."""
     if device.type != "cuda":
         return CANDIDATES[kernel][0]
     return TUNED.get(architecture(device), {}).get(kernel)
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:
-    """Where kernels are to be launched: Triton takes the current device, whatever its arguments are on."""
+    """Make a device current: Triton launches kernels there, whatever device their arguments are on."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def tokens_bucket(tokens: int) -> int:
-    """Counts of tokens up to a power of two share a configuration; from 1024 on all do."""
+    """Round a count of tokens up to a power of two, with which it shares a configuration; from 1024 on all share one."""
     return min(1024, 1 << (tokens - 1).bit_length())
 
 
 def is_nvidia(device: torch.device) -> bool:
-    """Whether a device has NVIDIA's own instructions."""
+    """Return whether a device has NVIDIA's own instructions."""
     return device.type == "cuda" and torch.version.hip is None
 
 
 def precision(device: torch.device) -> str:
-    """How float32 is multiplied on tensor cores without loss: in three parts where that is faster."""
+    """Say how float32 is multiplied on tensor cores without loss: in three parts where that is faster."""
     return "tf32x3" if is_nvidia(device) else "ieee"
 
 
 def trellis_few_tokens(tokens: int) -> str:
-    """The kernel's name for the trellis and few tokens."""
+    """Return the kernel's name for the trellis and few tokens."""
     return "trellis_1_token" if tokens <= 2 else "trellis_few_tokens"
 
 
 def matmul(operand: Tensor, heavy: bool) -> str:
-    """The kernel's name for products on tensor cores, by the operand's dtype and by what a tile of the weight takes."""
+    """Return the kernel's name for products on tensor cores, by the operand's dtype and by what a tile of the weight takes."""
     return "matmul_single" if operand.dtype != torch.float16 else "matmul_heavy" if heavy else "matmul_half"
 
 
 def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[str, Any]:
-    """For the trellis's search: states of a tile, predecessors in straight code, and registers that need no spilling."""
+    """Configure the trellis's search: states of a tile, predecessors in straight code, and registers that need no spilling."""
     block = min(1 << survivors, 1 << 12)
-    return {
-        "BLOCK": block, "UNROLLED": min(1 << code_bits, 8), "num_warps": max(1, min(8, block // 512)), "num_stages": 1,
-    } | ({"maxnreg": 128} if is_nvidia(device) else {})  # fmt: skip
+    config = {"BLOCK": block, "UNROLLED": min(1 << code_bits, 8), "num_stages": 1}
+    config["num_warps"] = max(1, min(8, block // 512))
+    return config | ({"maxnreg": 128} if is_nvidia(device) else {})
 
 
 def seedlm_energies(block: int, rank: int) -> dict[str, Any]:
-    """For the bound of SeedLM's search: places of a block padded for tensor cores, seeds and blocks of a tile."""
+    """Configure the bound of SeedLM's search: places of a block padded for tensor cores, seeds and blocks of a tile."""
     places = max(16, 1 << (block - 1).bit_length())
-    small = rank * places * 64 * 2 * 3 <= 48 << 10  # three stages of tables in shared memory
-    return {
-        "PLACES": places, "BLOCK_S": 64, "BLOCK_B": 64 if places <= 32 else 16, "num_warps": 4, "num_stages": 3 if small else 1,
-    }  # fmt: skip
+    stages = 3 if rank * places * 64 * 2 * 3 <= 48 << 10 else 1  # of tables in shared memory
+    blocks = 64 if places <= 32 else 16
+    return {"PLACES": places, "BLOCK_S": 64, "BLOCK_B": blocks, "num_warps": 4, "num_stages": stages}
 
 
 def programs(device: torch.device, jobs: int, warps: int, scratch_bytes: int) -> int:
-    """How many programs share some jobs: as many as run at a time, if their scratch takes at most four fifths of the free memory."""
+    """Return how many programs share some jobs: as many as run at a time, if their scratch takes at most four fifths of the free memory."""
     if device.type != "cuda":
         return min(jobs, 2)
     cores = torch.cuda.get_device_properties(device).multi_processor_count

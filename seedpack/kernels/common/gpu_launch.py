@@ -1,4 +1,4 @@
-"""Launching the kernels of `tiles` for a regenerated weight."""
+"""Launch the kernels of `gpu_tiles` for a regenerated weight."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from seedpack.kernels.common import gpu_configs as configs
 from seedpack.kernels.common import gpu_tiles as tiles
-from seedpack.kernels.common.row_tiles import FEW_TOKENS, padded_tokens
+from seedpack.kernels.common.row_tiles import FEW_TOKENS, pad_tokens
 
+Grid = Callable[[configs.Config], tuple[int, ...]]
 # The arguments, where a kernel has them, for whose values a configuration is searched.
 SEARCHED_FOR = ["rows", "columns", "blocks", "TOKENS", "BUCKET", "INT8", "SIZES", "CODE_BITS"]
 tuners: dict[tuple[str, Any], Any] = {}  # by kernel and TILE; `tuner.cache` holds what each has found
@@ -21,7 +22,7 @@ tuners: dict[tuple[str, Any], Any] = {}  # by kernel and TILE; `tuner.cache` hol
 
 @dataclass(frozen=True)
 class Regenerated:
-    """A weight [rows, columns] that a TILE function regenerates; see `tiles`.
+    """A weight [rows, columns] that a TILE function regenerates; see `gpu_tiles`.
 
     Attributes:
         tile: the function.
@@ -44,23 +45,16 @@ class Regenerated:
     heavy: bool = False
 
     def steps(self, block_k: int) -> int:
-        """Of BLOCK_K places of a tile, how many cover the columns."""
+        """Return how many steps of BLOCK_K places of a tile cover the columns."""
         return int(triton.cdiv(self.columns, block_k * self.dense_share[0] // self.dense_share[1]))
 
     @property
     def stride_scale(self) -> int:
-        """Between the scales of neighbouring rows."""
+        """The distance between the scales of neighbouring rows."""
         return int(self.scale.numel() > 1)
 
 
-def start(
-    kernel: Any,
-    name: str,
-    device: torch.device,
-    grid: Callable[[configs.Config], tuple[int, ...]],
-    *args: Any,
-    **constants: Any,
-) -> None:
+def start(kernel: Any, name: str, device: torch.device, grid: Grid, *args: Any, **constants: Any) -> None:
     """Launch a kernel in the configuration for a device: a fixed one, or the fastest of its candidates.
 
     The candidates are measured at the first call with new sizes, and the result is kept on disk.
@@ -73,8 +67,17 @@ def start(
             kernel[grid(config)](*args, **constants, **config)
 
 
+def start_on_tensor_cores(
+    kernel: Any, grid: Grid, operand: Tensor, weight: Regenerated, *args: Any, **constants: Any
+) -> None:
+    """Launch a kernel for many tokens, operand [tokens, n] the first of its arguments."""
+    device, bucket = operand.device, configs.tokens_bucket(len(operand))
+    constants |= {"PRECISION": configs.precision(device), "BUCKET": bucket}
+    start(kernel, configs.matmul(operand, weight.heavy), device, grid, operand, *args, **constants)
+
+
 def autotuned(kernel: Any, name: str, tile: Any) -> Any:
-    """A kernel, for a TILE, that measures its candidates."""
+    """Return a kernel, for a TILE, that measures its candidates."""
     if (name, tile) in tuners:
         return tuners[name, tile]
     choices = [
@@ -92,84 +95,88 @@ def autotuned(kernel: Any, name: str, tile: Any) -> Any:
 
 
 def dense(weight: Regenerated, dtype: torch.dtype, first: int = 0, rows: int | None = None) -> Tensor:
-    """The weight, or so many of its rows from one on, in a dtype."""
+    """Return the weight, or so many of its rows from one on, in a dtype."""
     rows = weight.rows if rows is None else rows
     out = torch.empty(rows, weight.columns, dtype=dtype, device=weight.scale.device)
     if rows:
-        start(
-            tiles.dense_kernel, "dense", out.device,
-            lambda block: (triton.cdiv(rows, block["BLOCK_N"]), weight.steps(block["BLOCK_K"])),
-            out, weight.scale, weight.parts, first, rows, weight.columns, weight.stride_scale,
-            TILE=weight.tile, SIZES=weight.sizes,
-        )  # fmt: skip
+
+        def grid(block: configs.Config) -> tuple[int, ...]:
+            return triton.cdiv(rows, block["BLOCK_N"]), weight.steps(block["BLOCK_K"])
+
+        args = out, weight.scale, weight.parts, first, rows, weight.columns, weight.stride_scale
+        start(tiles.dense_kernel, "dense", out.device, grid, *args, TILE=weight.tile, SIZES=weight.sizes)
     return out
 
 
-def some_rows(weight: Regenerated, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The weight in a dtype, as much at a time as `configs.DENSE_WEIGHTS` says, each with its first row."""
+def dense_chunks(weight: Regenerated, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Yield the weight in a dtype, as many rows at a time as `configs.DENSE_WEIGHTS` says, each time with the first row."""
     step = max(1, configs.DENSE_WEIGHTS // weight.columns)
     for first in range(0, weight.rows, step):
         yield first, dense(weight, dtype, first, min(step, weight.rows - first))
 
 
 def matmul(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
-    """x [tokens, columns] times the weight transposed, in a dtype, which also says how exact the product must be.
+    """Multiply x [tokens, columns] by the weight transposed, in a dtype, which also says how exact the product must be.
 
     Few tokens multiply in float32. For more, 16-bit dtypes allow float16 on tensor cores, each token of x scaled to its
     largest value; float32 is kept exact. For hundreds in bfloat16 it costs less to decode the weight once, some rows at a
     time, than for every tile of tokens again.
     """
     if dtype == torch.bfloat16 and len(x) >= configs.MANY_TOKENS:
-        given = x.to(dtype)
-        pieces = [given @ tile.T for _, tile in some_rows(weight, dtype)]
+        x = x.to(dtype)
+        pieces = [x @ chunk.T for _, chunk in dense_chunks(weight, dtype)]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
     if x.shape[0] <= FEW_TOKENS:
         return few_tokens(x, weight, dtype)
     operand, x_scale = tensor_core_operand(x, dtype)
     out = torch.empty(x.shape[0], weight.rows, dtype=dtype, device=x.device)
-    start(
-        tiles.matmul_kernel, configs.matmul(operand, weight.heavy), x.device,
-        lambda block: (triton.cdiv(len(x), block["BLOCK_M"]), triton.cdiv(weight.rows, block["BLOCK_N"])),
-        operand, x_scale, out, weight.scale, weight.parts, len(x), weight.rows, weight.columns, weight.stride_scale,
-        TILE=weight.tile, SIZES=weight.sizes, SHARE=weight.dense_share, PRECISION=configs.precision(x.device),
-        BUCKET=configs.tokens_bucket(len(x)),
-    )  # fmt: skip
+
+    def grid(block: configs.Config) -> tuple[int, ...]:
+        return triton.cdiv(len(x), block["BLOCK_M"]), triton.cdiv(weight.rows, block["BLOCK_N"])
+
+    shape = len(x), weight.rows, weight.columns, weight.stride_scale
+    args = x_scale, out, weight.scale, weight.parts, *shape
+    constants = {"TILE": weight.tile, "SIZES": weight.sizes, "SHARE": weight.dense_share}
+    start_on_tensor_cores(tiles.matmul_kernel, grid, operand, weight, *args, **constants)
     return out
 
 
 def few_tokens(x: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
-    """`matmul` for at most 8 tokens."""
-    padded = padded_tokens(x, 0)
+    """Multiply as `matmul`, at most 8 tokens."""
+    padded = pad_tokens(x, 0)
     out = torch.empty(len(padded), weight.rows, dtype=dtype, device=x.device)
-    start(
-        tiles.few_tokens_kernel, "few_tokens", x.device, lambda block: (triton.cdiv(weight.rows, block["BLOCK_N"]),),
-        padded, out, weight.scale, weight.parts, weight.rows, weight.columns, weight.stride_scale,
-        TOKENS=len(padded), TILE=weight.tile, SIZES=weight.sizes, SHARE=weight.dense_share,
-    )  # fmt: skip
+
+    def grid(block: configs.Config) -> tuple[int, ...]:
+        return (triton.cdiv(weight.rows, block["BLOCK_N"]),)
+
+    args = padded, out, weight.scale, weight.parts, weight.rows, weight.columns, weight.stride_scale
+    constants = {"TOKENS": len(padded), "TILE": weight.tile, "SIZES": weight.sizes, "SHARE": weight.dense_share}
+    start(tiles.few_tokens_kernel, "few_tokens", x.device, grid, *args, **constants)
     return out[: len(x)]
 
 
 def matmul_transposed(grad: Tensor, weight: Regenerated, dtype: torch.dtype) -> Tensor:
-    """grad [tokens, rows] times the weight, in a dtype; exact as `matmul` is."""
+    """Multiply grad [tokens, rows] by the weight, in a dtype; exact as `matmul` is."""
     if dtype == torch.bfloat16 and len(grad) >= configs.MANY_TOKENS:
-        given = grad.to(dtype)
-        pieces = [given[:, first : first + len(tile)] @ tile for first, tile in some_rows(weight, dtype)]
+        grad = grad.to(dtype)
+        pieces = [grad[:, first : first + len(chunk)] @ chunk for first, chunk in dense_chunks(weight, dtype)]
         return pieces[0] if len(pieces) == 1 else torch.stack(pieces).float().sum(0).to(dtype)
     operand, grad_scale = tensor_core_operand(grad.float() * weight.scale, dtype)
     out = torch.empty(grad.shape[0], weight.columns, dtype=dtype, device=grad.device)
     if len(grad):
-        start(
-            tiles.transposed_kernel, configs.matmul(operand, weight.heavy), grad.device,
-            lambda block: (triton.cdiv(len(grad), block["BLOCK_M"]), weight.steps(block["BLOCK_K"])),
-            operand, grad_scale, out, weight.parts, len(grad), weight.rows, weight.columns,
-            TILE=weight.tile, SIZES=weight.sizes, PRECISION=configs.precision(grad.device),
-            BUCKET=configs.tokens_bucket(len(grad)),
-        )  # fmt: skip
+
+        def grid(block: configs.Config) -> tuple[int, ...]:
+            return triton.cdiv(len(grad), block["BLOCK_M"]), weight.steps(block["BLOCK_K"])
+
+        args = grad_scale, out, weight.parts, len(grad), weight.rows, weight.columns
+        start_on_tensor_cores(
+            tiles.transposed_kernel, grid, operand, weight, *args, TILE=weight.tile, SIZES=weight.sizes
+        )
     return out
 
 
 def tensor_core_operand(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the tensor cores take for x [tokens, n], and the factor of each token: float16 in ±1, or float32 as it is."""
+    """Return what the tensor cores take for x [tokens, n], and the factor of each token: float16 in ±1, or float32 as it is."""
     x = x.float()
     if dtype == torch.float32:
         return x.contiguous(), torch.ones(x.shape[0], device=x.device)

@@ -1,4 +1,4 @@
-"""Decoding and products for any weight that is regenerated tile by tile, in Triton.
+"""Decode and multiply any weight that is regenerated tile by tile, in Triton.
 
 A codec gives a function TILE(parts, i_row, step, SIZES, BLOCK_K) -> (i_column [BLOCK_K], b_weight [BLOCK_N, BLOCK_K]):
 the columns of a step along the input, and float32 weights there. `parts` is a tuple of pointers and numbers, SIZES one of
@@ -20,7 +20,7 @@ def dense_kernel(
     out_ptr, scale_ptr, parts, first, rows, columns, stride_scale,
     TILE: tl.constexpr, SIZES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [rows, columns]: the weight's rows from `first` on times their scales."""
+    """Store out [rows, columns]: the weight's rows from `first` on times their scales."""
     i_out = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_out = i_out < rows
     i_row = first + tl.where(m_out, i_out, 0)
@@ -36,7 +36,7 @@ def few_tokens_kernel(
     TOKENS: tl.constexpr, TILE: tl.constexpr, SIZES: tl.constexpr, SHARE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [TOKENS, rows] = x [TOKENS, columns] · weight.T by multiply–adds; x is float32."""
+    """Store out [TOKENS, rows] = x [TOKENS, columns] · weight.T by multiply–adds; x is float32."""
     i_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_row = i_row < rows
     i_row = tl.where(m_row, i_row, 0)
@@ -58,7 +58,7 @@ def matmul_kernel(
     TILE: tl.constexpr, SIZES: tl.constexpr, SHARE: tl.constexpr, PRECISION: tl.constexpr, BUCKET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, rows] = x_scale [tokens] · x [tokens, columns] · weight.T on tensor cores, in the dtype of x.
+    """Store out [tokens, rows] = x_scale [tokens] · x [tokens, columns] · weight.T on tensor cores, in the dtype of x.
 
     The weight is the left operand: what was regenerated in registers stays there.
     """
@@ -84,7 +84,7 @@ def transposed_kernel(
     TILE: tl.constexpr, SIZES: tl.constexpr, PRECISION: tl.constexpr, BUCKET: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, columns] = grad_scale [tokens] · grad [tokens, rows] · weight; rows' scales are in grad already."""
+    """Store out [tokens, columns] = grad_scale [tokens] · grad [tokens, rows] · weight; rows' scales are in grad already."""
     i_token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_token = i_token < tokens
     b_sum = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)

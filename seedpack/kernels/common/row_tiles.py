@@ -1,5 +1,5 @@
-"""What the fused products share: tokens padded to what code is compiled for, and products with a weight that is rebuilt
-some rows at a time, so that no more than a tile of it is ever dense."""
+"""Pad tokens to the counts that code is compiled for, and multiply by a weight that is rebuilt some rows at a time, so that
+no more than a tile of it is ever dense."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 TILE_WEIGHTS = 1 << 21  # float32 of a tile: 8 MB, measured best; smaller ones change between thread pools too often
 FEW_TOKENS = 8  # up to so many the weights are regenerated inside the product, beyond it tile by tile
-AT_ONCE = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled for each
-Tile = Callable[[slice], Tensor]  # some rows of the weight, float32 [rows, columns]
+TOKEN_COUNTS = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled for each
+Tile = Callable[[slice], Tensor]  # from a slice of rows to the weight there, float32 [rows, columns]
 
 
-def at_once(tokens: int) -> int:
-    """For how many tokens code is run."""
-    return next(count for count in AT_ONCE if count >= tokens)
+def padded_token_count(tokens: int) -> int:
+    """Return the least of `TOKEN_COUNTS` that holds so many tokens."""
+    return next(count for count in TOKEN_COUNTS if count >= tokens)
 
 
-def padded_tokens(x: Tensor, columns: int) -> Tensor:
-    """x [tokens, n] in float32 with zeros for further columns, and for further tokens up to the next of `AT_ONCE`."""
-    tokens = at_once(x.shape[0])
+def pad_tokens(x: Tensor, columns: int) -> Tensor:
+    """Return x [tokens, n] in float32 with zeros for further columns, and for further tokens up to the next count."""
+    tokens = padded_token_count(x.shape[0])
     x = x.float()
     if columns or tokens > x.shape[0]:
         x = torch.nn.functional.pad(x, (0, columns, 0, tokens - x.shape[0]))
@@ -29,24 +29,24 @@ def padded_tokens(x: Tensor, columns: int) -> Tensor:
 
 
 def row_slices(rows: int, columns: int) -> list[slice]:
-    """The rows of a weight, a tile at a time."""
+    """Return the rows of a weight, a tile at a time."""
     step = max(16, TILE_WEIGHTS // columns)
     return [slice(row, min(rows, row + step)) for row in range(0, rows, step)]
 
 
 def matmul(x: Tensor, rows: int, tile: Tile) -> Tensor:
-    """x [tokens, columns] times the weight [rows, columns] transposed; summed in float32, in the dtype of x."""
+    """Multiply x [tokens, columns] by the weight [rows, columns] transposed; summed in float32, in the dtype of x."""
     columns = x.float().T.contiguous()
     out = torch.empty(rows, x.shape[0], dtype=torch.float32, device=x.device)
-    for some in row_slices(rows, x.shape[1]):
-        torch.mm(tile(some), columns, out=out[some])
+    for part in row_slices(rows, x.shape[1]):
+        torch.mm(tile(part), columns, out=out[part])
     return out.T.to(x.dtype)
 
 
 def matmul_transposed(grad: Tensor, columns: int, tile: Tile) -> Tensor:
-    """grad [tokens, rows] times the weight [rows, columns]; summed in float32, in the dtype of grad."""
+    """Multiply grad [tokens, rows] by the weight [rows, columns]; summed in float32, in the dtype of grad."""
     grads = grad.float()
     out = torch.zeros(grad.shape[0], columns, dtype=torch.float32, device=grad.device)
-    for some in row_slices(grad.shape[1], columns):
-        out.addmm_(grads[:, some], tile(some))
+    for part in row_slices(grad.shape[1], columns):
+        out.addmm_(grads[:, part], tile(part))
     return out.to(grad.dtype)

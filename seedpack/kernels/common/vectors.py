@@ -15,51 +15,51 @@ from numba.extending import intrinsic as _intrinsic
 
 intrinsic: Any = _intrinsic  # callers of an intrinsic leave its first argument out
 LANES = 16
-ROWS_AT_ONCE = 16  # what one task of a core takes
+ROWS_AT_ONCE = 16  # rows of one task of a core
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
 @cache
 def host_has(feature: str) -> bool:
-    """Whether this machine's processor has a feature, by LLVM's name."""
+    """Return whether this machine's processor has a feature, by LLVM's name."""
     return bool(llvmlite.binding.get_host_cpu_features().get(feature))
 
 
 def data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    """Pointer to an array's first element."""
+    """Emit IR for the pointer to an array's first element."""
     return cgutils.create_struct_proxy(kind)(context, builder, value=array).data
 
 
 def splat(vector: Any, value: int | float) -> Any:
-    """A constant vector of one number."""
+    """Return a constant vector of one number."""
     return ir.Constant(vector, [value] * vector.count)
 
 
 def spread(builder: Any, scalar: Any, vector: Any) -> Any:
-    """A vector of one scalar."""
+    """Emit IR for a vector of one scalar."""
     nothing = ir.Constant(vector, ir.Undefined)
     one = builder.insert_element(nothing, scalar, ir.Constant(I32, 0))
     return builder.shuffle_vector(one, nothing, splat(ir.VectorType(I32, vector.count), 0))
 
 
 def load(builder: Any, pointer: Any, vector: Any) -> Any:
-    """An unaligned vector."""
+    """Emit IR that loads an unaligned vector."""
     return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
 
 
 def store(builder: Any, value: Any, pointer: Any) -> None:
-    """An unaligned vector."""
+    """Emit IR that stores an unaligned vector."""
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
 def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
-    """x·y + z, fused where the machine can."""
+    """Emit IR for x·y + z, fused where the machine can."""
     return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
 def total(builder: Any, vector: Any) -> Any:
-    """The sum of a vector of floats, by halves."""
+    """Emit IR for the sum of a vector of floats, by halves."""
     count = vector.type.count
     while count > 1:
         count //= 2
@@ -71,7 +71,7 @@ def total(builder: Any, vector: Any) -> Any:
 
 
 def byte_sums(builder: Any, words: Any, start: int) -> Any:
-    """`start` and the sum of the four bytes of each of 16 words."""
+    """Emit IR for `start` plus the sum of the four bytes of each of 16 words."""
     if host_has("avx512bw"):
         octets, pairs = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
         by_two = cgutils.get_or_insert_function(
@@ -89,8 +89,8 @@ def byte_sums(builder: Any, words: Any, start: int) -> Any:
 
 
 def words_at(builder: Any, pointer: Any, stride: int, window: int, offset: int = 0) -> Any:
-    """16 words, lane i holding the bits from bit stride·i + offset on of the bytes at a pointer, `window` of them at
-    least (at most 25).
+    """Emit IR for 16 words, lane i holding the bits from bit stride·i + offset on of the bytes at a pointer, `window` of them
+    at least (at most 25).
 
     A load, a shuffle that gives each lane its four bytes, a shift.
     """

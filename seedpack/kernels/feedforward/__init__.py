@@ -1,28 +1,23 @@
-"""The product of tokens with one leaf each of a tree; see `reference`."""
+"""Multiply tokens by one leaf each of a tree; see `reference`."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
-from importlib import import_module
 
 import torch
 from torch import Tensor
 
 from seedpack._shapes import require_columns
 from seedpack.errors import BackendError
-from seedpack.kernels.dispatch import NOTHING, Backend, choose
+from seedpack.kernels.dispatch import NO_REASONS, Backend, kernels_for
 from seedpack.kernels.feedforward import reference
 from seedpack.kernels.feedforward.reference import ACTIVATIONS as ACTIVATIONS
 from seedpack.kernels.feedforward.reference import Tree as Tree
 from seedpack.kernels.feedforward.reference import leaves as leaves
 
-BACKENDS = ("cpu", "triton", "reference")
 PLAIN = (Tensor, torch.nn.Parameter)  # others may have no address
 
 
 def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = "auto") -> Tensor:
-    """x [..., in] -> [..., out] in the dtype of x; where a gradient is wanted or a table is a function, by the reference.
+    """Map x [..., in] to [..., out] in the dtype of x; where a gradient is wanted or a table is a function, by the reference.
 
     Raises:
         ModelError: x has another width than the tables.
@@ -37,24 +32,17 @@ def fast_feedforward(x: Tensor, tree: Tree, activation: str, backend: Backend = 
     if backend == "reference" or (backend == "auto" and (graded or not dense)):
         y = reference.forward(tokens, tree, activation)
     elif not dense:
-        raise BackendError(
-            f"fast_feedforward: backend {backend!r} cannot run: a table is a function, as a packed one is"
-        )
+        raise BackendError(f"feedforward: backend {backend!r} cannot run: a table is a function, as a packed one is")
     else:
         y = (_operator if torch.compiler.is_compiling() else _forward)(tokens, tensors, activation, backend)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-@functools.cache
-def _kernel(backend: str) -> Callable[[Tensor, Tree, str], Tensor]:
-    return import_module(f"seedpack.kernels.feedforward.{backend}").forward  # type: ignore[no-any-return]
-
-
 def _forward(x: Tensor, tensors: list[Tensor], activation: str, backend: str) -> Tensor:
     plain = all([value.dtype == torch.float32 and type(value) in PLAIN for value in (x, *tensors)])
-    unable = NOTHING if plain else {"cpu": "it takes plain float32 tensors alone"}
-    chosen = choose("fast_feedforward", backend, x.device, BACKENDS, unable)  # type: ignore[arg-type]
-    return _kernel(chosen)(x, Tree(*tensors), activation)
+    unable = NO_REASONS if plain else {"cpu": "it takes plain float32 tensors alone"}
+    kernels = kernels_for("feedforward", backend, x.device, unable)  # type: ignore[arg-type]
+    return kernels.forward(x, Tree(*tensors), activation)
 
 
 # Opaque to the compiler; a call through it costs 20 µs.

@@ -57,7 +57,7 @@ def _through(
 
 @intrinsic
 def _floats(context: Any, address: Any) -> Any:
-    """A pointer from an address."""
+    """Make a pointer from an address."""
 
     def cast(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
@@ -67,18 +67,30 @@ def _floats(context: Any, address: Any) -> Any:
 
 @njit(cache=True, nogil=True)
 def _one_by_one(
-    x: int, nodes: int, node_bias: int, leaf_in: int, in_bias: int, leaf_out: int, out_bias: int, out: int,
-    tokens: int, columns: int, depth: int, width: int, outputs: int, activation: int,
-) -> None:  # fmt: skip
-    """By addresses: to make arrays of so many tensors takes longer than one token's products."""
+    x: int,
+    nodes: int,
+    node_bias: int,
+    leaf_in: int,
+    in_bias: int,
+    leaf_out: int,
+    out_bias: int,
+    out: int,
+    tokens: int,
+    columns: int,
+    depth: int,
+    width: int,
+    outputs: int,
+    activation: int,
+) -> None:
+    """Take tokens one by one, by addresses: to make arrays of so many tensors takes longer than one token's products."""
     leaves, units = 1 << depth, width << depth
-    given, found = carray(_floats(x), (tokens, columns)), carray(_floats(out), (tokens, outputs))  # type: ignore[call-arg]
+    x_, out_ = carray(_floats(x), (tokens, columns)), carray(_floats(out), (tokens, outputs))  # type: ignore[call-arg]
     nodes_, node_bias_ = carray(_floats(nodes), (leaves, columns)), carray(_floats(node_bias), leaves)
     leaf_in_, in_bias_ = carray(_floats(leaf_in), (units, columns)), carray(_floats(in_bias), (leaves, width))
     leaf_out_, out_bias_ = carray(_floats(leaf_out), (units, outputs)), carray(_floats(out_bias), (leaves, outputs))
     for t in range(tokens):
-        leaf = _leaf(given[t], nodes_, node_bias_, depth)
-        _through(given[t], leaf, leaf_in_, in_bias_, leaf_out_, out_bias_, activation, found[t])
+        leaf = _leaf(x_[t], nodes_, node_bias_, depth)
+        _through(x_[t], leaf, leaf_in_, in_bias_, leaf_out_, out_bias_, activation, out_[t])
 
 
 @njit(parallel=True, cache=True, nogil=True)
@@ -97,7 +109,7 @@ def _in_order(
 
 
 def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
-    """As `reference.forward`, summed in another order; float32. Many tokens go leaf by leaf, so that rows stay in cache."""
+    """Do as `reference.forward`, summed in another order; float32. Many tokens go leaf by leaf, so that rows stay in cache."""
     values: list[Any] = [value if value.is_contiguous() else value.contiguous() for value in (x, *tree)]  # type: ignore[union-attr]
     tokens, columns = x.shape
     width, outputs = tree.in_bias.shape[1], tree.out_bias.shape[1]
@@ -107,8 +119,8 @@ def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
         addresses: Any = [value.data_ptr() for value in (*values, out)]
         _one_by_one(*addresses, tokens, columns, depth, width, outputs, number)  # type: ignore[call-arg]
         return out
-    given, nodes, node_bias, *leaf_tables = [value.detach().numpy() for value in values]
-    chosen = np.empty(tokens, np.int64)
-    _all_leaves(given, nodes, node_bias, depth, chosen)
-    _in_order(given, np.argsort(chosen, kind="stable"), chosen, *leaf_tables, number, out.numpy())  # type: ignore[call-arg]
+    rows, nodes, node_bias, *leaf_tables = [value.detach().numpy() for value in values]
+    leaves = np.empty(tokens, np.int64)
+    _all_leaves(rows, nodes, node_bias, depth, leaves)
+    _in_order(rows, np.argsort(leaves, kind="stable"), leaves, *leaf_tables, number, out.numpy())  # type: ignore[call-arg]
     return out

@@ -15,8 +15,10 @@ from torch import Tensor
 
 Lookup = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.nn.functional.relu, "gelu": torch.nn.functional.gelu, "silu": torch.nn.functional.silu,
-}  # fmt: skip
+    "relu": torch.nn.functional.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
 
 
 class Tree(NamedTuple):
@@ -36,7 +38,7 @@ class Tree(NamedTuple):
 
     @property
     def dense(self) -> bool:
-        """Whether all tables are tensors."""
+        """True if all tables are tensors."""
         return all(isinstance(value, Tensor) for value in self)
 
 
@@ -45,7 +47,7 @@ def _rows(table: Tensor | Lookup, index: Tensor) -> Tensor:
 
 
 def leaves(x: Tensor, tree: Tree) -> Tensor:
-    """The leaf of each token [tokens, in]: int64 [tokens]."""
+    """Return the leaf of each token [tokens, in]: int64 [tokens]."""
     node = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     for _ in range(tree.depth):
         score = (x * _rows(tree.nodes, node)).sum(-1) + tree.node_bias[node]
@@ -54,14 +56,14 @@ def leaves(x: Tensor, tree: Tree) -> Tensor:
 
 
 def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
-    """[tokens, in] -> [tokens, out], each token by its leaf; tokens of one leaf are multiplied together."""
+    """Map [tokens, in] to [tokens, out], each token by its leaf; tokens of one leaf are multiplied together."""
     width = tree.in_bias.shape[1]
-    chosen, order = leaves(x, tree).sort(stable=True)
-    used, counts = chosen.unique_consecutive(return_counts=True)
+    in_order, order = leaves(x, tree).sort(stable=True)
+    used, counts = in_order.unique_consecutive(return_counts=True)
     parts = []
-    for leaf, mine in zip(used.tolist(), x[order].split(counts.tolist()), strict=True):
+    for leaf, tokens in zip(used.tolist(), x[order].split(counts.tolist()), strict=True):
         rows = torch.arange(leaf * width, (leaf + 1) * width, device=x.device)
-        hidden = torch.nn.functional.linear(mine, _rows(tree.leaf_in, rows), tree.in_bias[leaf])
+        hidden = torch.nn.functional.linear(tokens, _rows(tree.leaf_in, rows), tree.in_bias[leaf])
         parts.append(torch.addmm(tree.out_bias[leaf], ACTIVATIONS[activation](hidden), _rows(tree.leaf_out, rows)))
     if not parts:
         return x.new_empty(0, tree.out_bias.shape[1])

@@ -15,7 +15,7 @@ WARPS = 4
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr):
-    """relu, gelu or silu; NaN stays NaN."""
+    """Apply relu, gelu or silu; NaN stays NaN."""
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)
     if ACTIVATION == "gelu":
@@ -28,7 +28,7 @@ def forward_kernel(
     x_ptr, nodes_ptr, node_bias_ptr, leaf_in_ptr, in_bias_ptr, leaf_out_ptr, out_bias_ptr, out_ptr, columns, outputs, width,
     DEPTH: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, outputs] = the leaf of x [tokens, columns]; sums in float32. WIDTH: width to a power of two."""
+    """Store out [tokens, outputs] = the leaf of x [tokens, columns]; sums in float32. WIDTH: width to a power of two."""
     i_token = tl.program_id(0).to(tl.int64)
     i_block = tl.arange(0, BLOCK)
     node = i_token * 0
@@ -64,16 +64,16 @@ def forward_kernel(
 
 
 def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
-    """As `reference.forward`, summed in another order and in float32."""
+    """Do as `reference.forward`, summed in another order and in float32."""
     values = [x.detach(), *(value.detach() for value in tree)]  # type: ignore[union-attr]
     width = tree.in_bias.shape[1]
     out = torch.empty(len(x), tree.out_bias.shape[1], dtype=x.dtype, device=x.device)
     if not len(x):
         return out
     padded = triton.next_power_of_2(width)
+    args = *(value.contiguous() for value in values), out, x.shape[1], out.shape[1], width
+    constants = {"DEPTH": tree.depth, "WIDTH": padded, "ACTIVATION": activation}
+    block = max(16, min(512, 8192 // padded))
     with configs.current(x.device):
-        forward_kernel[(len(x),)](
-            *(value.contiguous() for value in values), out, x.shape[1], out.shape[1], width, DEPTH=tree.depth, WIDTH=padded,
-            ACTIVATION=activation, BLOCK=max(16, min(512, 8192 // padded)), num_warps=WARPS,
-        )  # fmt: skip
+        forward_kernel[(len(x),)](*args, **constants, BLOCK=block, num_warps=WARPS)
     return out

@@ -1,6 +1,6 @@
 """The rotation's mixing on the CPU, for few tokens: butterflies for the power of two, small products for odd orders.
 
-n·log2(2^p) additions and n·(odd order) multiply–adds a token.
+n·log2(2^p) additions and n·(odd order) multiply–adds per token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SMALL = 64  # an odd order up to which the compiled product is used; larger ones
 
 @njit(cache=True, nogil=True, fastmath=True)
 def _mix(x: Any, factor: Any, norm: Any, odd: int, small: Any, out: Any) -> None:
-    """out = norm·(x·factor) times Sylvester's Hadamard matrix along the first axis of [2^p, odd], and, if `small` is not
+    """Store in out norm·(x·factor) times Sylvester's Hadamard matrix along the first axis of [2^p, odd], and, if `small` is not
     empty, times it along the second."""
     order = small.shape[0]
     segment = np.empty(order, np.float32)
@@ -49,8 +49,8 @@ def _mix(x: Any, factor: Any, norm: Any, odd: int, small: Any, out: Any) -> None
 
 @lru_cache(maxsize=64)
 def _plan(width: int) -> tuple[np.float32, int, Any, list[int]]:
-    """Norm of the powers of two, product of the other factors, the matrix that the compiled code multiplies by, and the
-    orders that are left to torch."""
+    """Return the norm of the powers of two, the product of the other factors, the matrix that the compiled code multiplies by,
+    and the orders that are left to torch."""
     orders = [order for order in factors(width) if order % 2 and order != 1]
     odd = math.prod(map(abs, orders))
     compiled = len(orders) == 1 and 1 < orders[0] <= SMALL
@@ -64,7 +64,7 @@ def _ones(width: int) -> Tensor:
 
 
 def mix(x: Tensor, factor: Tensor | None) -> Tensor:
-    """As `reference.mix(x·factor)`, summed in another order; float32."""
+    """Do as `reference.mix`, summed in another order; float32."""
     width = x.shape[-1]
     norm, odd, small, orders = _plan(width)
     out = torch.empty(x.shape, dtype=torch.float32)

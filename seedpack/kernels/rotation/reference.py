@@ -15,7 +15,7 @@ POWER_OF_TWO = 64
 
 
 def factors(width: int) -> list[int]:
-    """Orders of the factors, whose product is the width: powers of two up to 64, then odd orders.
+    """Return the orders of the factors, whose product is the width: powers of two up to 64, then odd orders.
 
     A prime factor above 1024 stands as its negative: the blocks along it are not mixed.
 
@@ -43,7 +43,7 @@ def factors(width: int) -> list[int]:
 
 @lru_cache(maxsize=64)
 def matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Symmetric and orthogonal: Sylvester's Hadamard matrix for a power of two, else the discrete Hartley
+    """Return a symmetric orthogonal matrix: Sylvester's Hadamard matrix for a power of two, else the discrete Hartley
     transform cas(2π·i·j / n) / √n (Bracewell, 1983), whose entries are nearly as even."""
     index = torch.arange(order, dtype=torch.int64)
     product = index[:, None] * index
@@ -61,12 +61,12 @@ def matrix(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @lru_cache(maxsize=64)
 def signs(seed: int, width: int, device: torch.device) -> Tensor:
-    """The ±1 of a seed, float32 [width]."""
+    """Return the ±1 of a seed, float32 [width]."""
     return rademacher(seed, 1, width, device=device)[0]
 
 
 def mix_factors(x: Tensor, orders: list[int]) -> Tensor:
-    """x [..., n] times the Kronecker product of the matrices of some orders, whose product is n."""
+    """Multiply x [..., n] by the Kronecker product of the matrices of some orders, whose product is n."""
     rows = x.numel() // max(1, x.shape[-1])
     y = x
     for order in orders:  # the first axis is mixed and becomes the last; after all they stand as before
@@ -75,9 +75,9 @@ def mix_factors(x: Tensor, orders: list[int]) -> Tensor:
     return y.reshape(x.shape)
 
 
-def mix(x: Tensor) -> Tensor:
-    """x [..., n] times K; float64 stays so, else float32."""
-    return mix_factors(_working(x), factors(x.shape[-1]))
+def mix(x: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Return (x·diag(factor)) K for x [..., n]; float64 stays so, else float32."""
+    return mix_factors(_working(x if factor is None else x * factor), factors(x.shape[-1]))
 
 
 def _working(x: Tensor) -> Tensor:
@@ -85,10 +85,10 @@ def _working(x: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, seed: int) -> Tensor:
-    """x [..., n] times the rotation: n·(64 + 64 + … + odd order) multiply-adds a row. float64 stays so, else float32."""
+    """Multiply x [..., n] by the rotation: n·(64 + 64 + … + odd order) multiply-adds per row. float64 stays so, else float32."""
     return mix(_working(x) * signs(seed, x.shape[-1], x.device))
 
 
 def unrotate(x: Tensor, seed: int) -> Tensor:
-    """The inverse of `rotate`."""
+    """Undo `rotate`."""
     return mix(x) * signs(seed, x.shape[-1], x.device)

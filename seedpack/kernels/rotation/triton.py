@@ -1,4 +1,4 @@
-"""The rotation's mixing in Triton, for few tokens: all factors in one launch, a token a program.
+"""The rotation's mixing in Triton, for few tokens: all factors in one launch, one program per token.
 
 Each factor is a product with a small matrix along one axis, from one buffer into another; what a program writes it alone
 reads again, behind a barrier.
@@ -26,7 +26,7 @@ def mix_kernel(
     ORDERS: tl.constexpr, AFTER: tl.constexpr, PADDED: tl.constexpr, GROUP: tl.constexpr, PER: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [tokens, out_n] = (x·factor) K in float32; ORDERS and AFTER: each factor's order, and the product of those behind.
+    """Store out [tokens, out_n] = (x·factor) K in float32; ORDERS and AFTER: each factor's order, and the product of those behind.
 
     In each GROUP of the result the first of every PER stand together, then the second, and so on. scratch [2, tokens, n].
     """
@@ -56,7 +56,7 @@ def mix_kernel(
 
 @lru_cache(maxsize=64)
 def _steps(width: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Order of each factor that is mixed, the product of the factors behind it, and the order rounded to a power of two."""
+    """Return the order of each factor that is mixed, the product of the factors behind it, and the order rounded to a power of two."""
     orders = factors(width)
     behind = [math.prod(map(abs, orders[i + 1 :])) for i in range(len(orders))]
     mixed = [(order, after) for order, after in zip(orders, behind, strict=True) if order > 1] or [(1, 1)]
@@ -68,12 +68,12 @@ def _steps(width: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...
 
 
 def mix(x: Tensor, factor: Tensor | None) -> Tensor:
-    """As `reference.mix(x·factor)`, summed in another order; float32."""
+    """Do as `reference.mix`, summed in another order; float32."""
     return mix_lanes(x, factor, torch.empty(x.shape, dtype=torch.float32, device=x.device), 1, 1)
 
 
 def mix_lanes(x: Tensor, factor: Tensor | None, out: Tensor, group: int, per: int) -> Tensor:
-    """`mix` into out [tokens at least, n at least], float32, groups reordered as `mix_kernel` says; returns it."""
+    """Mix into out [tokens at least, n at least], float32, groups reordered as `mix_kernel` says; returns it."""
     x, n = x.contiguous(), x.shape[-1]
     factor = torch.ones(n, device=x.device) if factor is None else factor.contiguous()
     orders, after, padded = _steps(n)
@@ -82,9 +82,8 @@ def mix_lanes(x: Tensor, factor: Tensor | None, out: Tensor, group: int, per: in
     matrices = tuple(matrix(order, x.device, torch.float32) for order in orders)
     tokens = x.numel() // n
     scratch = torch.empty(2, tokens, n if len(orders) > 1 else 0, dtype=torch.float32, device=x.device)
+    constants = {"ORDERS": orders, "AFTER": after, "PADDED": padded, "GROUP": group, "PER": per}
+    constants["PRECISION"] = configs.precision(x.device)
     with configs.current(x.device):
-        mix_kernel[(tokens,)](
-            x, factor, out, scratch, matrices, n, out.shape[-1], ORDERS=orders, AFTER=after, PADDED=padded,
-            GROUP=group, PER=per, PRECISION=configs.precision(x.device), **configs.MIX,
-        )  # fmt: skip
+        mix_kernel[(tokens,)](x, factor, out, scratch, matrices, n, out.shape[-1], **constants, **configs.MIX)
     return out

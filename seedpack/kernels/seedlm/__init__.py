@@ -1,1 +1,1 @@
-"""Kernels of the SeedLM codec."""
+"""The kernels of the SeedLM codec."""

@@ -1,4 +1,4 @@
-"""SeedLM decoding on the CPU: 16 blocks of a row in the lanes of vectors, a row a core.
+"""SeedLM decoding on the CPU: 16 blocks of a row in the lanes of vectors, rows shared among the cores.
 
 The states that follow a seed are the windows of one bit sequence that begins with it. The sequence is grown by the
 register's rule, several bits at a time; then each state is a shift of two words and a mask. A weight costs, for its
@@ -29,14 +29,14 @@ from seedpack.kernels.common.vectors import (
     store,
     words_at,
 )
-from seedpack.kernels.seedlm.decode_reference import CODE_BITS
+from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.prng import LFSR_TAPS
 
 MARGIN = 20  # bytes behind a group that its loads may take
 
 
 def _extracted(builder: Any, words: list[Any], start: int, bits: int) -> Any:
-    """`bits` bits from bit `start` on of each lane's sequence; its words beyond those made so far are zero."""
+    """Emit IR for `bits` bits from bit `start` on of each lane's sequence; its words beyond those made so far are zero."""
     word, shift = divmod(start, 32)
     value = builder.lshr(words[word], splat(INTS, shift)) if shift else words[word]
     if shift + bits > 32:
@@ -45,7 +45,7 @@ def _extracted(builder: Any, words: list[Any], start: int, bits: int) -> Any:
 
 
 def _sequence(builder: Any, seeds: Any, seed_bits: int, length: int) -> list[Any]:
-    """The bits that a register of K bits gives, from the seed's own on, in words of 32.
+    """Emit IR for the bits that a register of K bits gives, from the seed's own on, in words of 32.
 
     b[n + K·s] = XOR_j b[n + j·s] for powers of two s: with more bits known, more come at once.
     """
@@ -74,7 +74,7 @@ def _signed_field(builder: Any, codes: Any, stride: int, offset: int) -> Any:
 def blocks16(
     builder: Any, seeds: Any, codes: Any, group: Any, bias: Any, seed_bits: int, block: int, rank: int
 ) -> tuple[list[Any], Any]:
-    """IR for blocks 16·group … 16·group + 15 of a row: for each c the integers Σ_p V'[c, p]·q[p], and 2^(e + bias)."""
+    """Emit IR for blocks 16·group … 16·group + 15 of a row: for each c the integers Σ_p V'[c, p]·q[p], and 2^(e + bias)."""
     stride = CODE_BITS * (rank + 1)
     seeds = builder.gep(seeds, [builder.mul(group, ir.Constant(I64, 2 * seed_bits))])
     codes = builder.gep(codes, [builder.mul(group, ir.Constant(I64, 2 * stride))])
@@ -101,7 +101,7 @@ def blocks16(
 def _decode16(
     context: Any, bits: Any, block: Any, rank: Any, seeds: Any, codes: Any, group: Any, bias: Any, unit: Any, out: Any
 ) -> Any:
-    """out[c, i]: weight c of block 16·group + i. `bias` is the exponent's and float32's own, 127."""
+    """Store in out[c, i] weight c of block 16·group + i. `bias` is the exponent's and float32's own, 127."""
     signature = types.void(bits, block, rank, seeds, codes, types.int64, types.int32, types.float32, out)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -118,13 +118,13 @@ def _decode16(
 
 @njit(cache=True, nogil=True)
 def whole_groups(size: int, group_bytes: int) -> int:
-    """Groups of a row of `size` bytes whose loads stay inside it."""
+    """Count the groups of a row of `size` bytes whose loads stay inside it."""
     return max(0, (size - group_bytes - MARGIN) // group_bytes + 1)
 
 
 @njit(cache=True, nogil=True)
 def tail_buffer(size: int, group_bytes: int) -> Any:
-    """For the last bytes of a row, and zeros behind them for whole loads."""
+    """Make room for the last bytes of a row, with zeros behind them for whole loads."""
     return np.zeros(size + group_bytes + MARGIN, np.uint8)
 
 
@@ -149,25 +149,23 @@ def _dense(bits: Any, block: Any, rank: Any, seeds: Any, codes: Any, bias: Any, 
                     _decode16(bits, block, rank, last_seeds, last_codes, group - inside, bias, unit, values)
                 to = out[r, group * LANES * c : (group + 1) * LANES * c]
                 for i in range(-(-to.shape[0] // c)):
-                    here = to[i * c : (i + 1) * c]
-                    for j in range(here.shape[0]):
-                        here[j] = values[j, i]
+                    weights = to[i * c : (i + 1) * c]
+                    for j in range(weights.shape[0]):
+                        weights[j] = values[j, i]
 
 
-def constants(seed_bits: int, block: int, rank: int, exponent_bias: Tensor) -> tuple[Any, Any, Any]:
-    """What the compiled code is told of a codec: K, C and P as lengths of tuples (constants there), bias and unit."""
-    if not -118 <= int(exponent_bias) <= 120:  # beyond, 2^(e + bias) is no normal float32
-        raise CodecError(f"seedlm: exponent bias {int(exponent_bias)} is not in -118 … 120")
-    unit = np.float32(1.0 / ((1 << (seed_bits - 1)) - 1))
-    return ((0,) * seed_bits, (0,) * block, (0,) * rank), np.int32(int(exponent_bias) + 127), unit
+def constants(code: SeedLMCode, exponent_bias: Tensor) -> tuple[Any, Any, Any]:
+    """Return what the compiled code takes: K, C and P as lengths of tuples (constants there), bias and unit."""
+    bias = int(exponent_bias)
+    if not -118 <= bias <= 120:  # beyond, 2^(e + bias) is no normal float32
+        raise CodecError(f"seedlm: exponent bias {bias} is not in -118 … 120")
+    return ((0,) * code.seed_bits, (0,) * code.block, (0,) * code.rank), np.int32(bias + 127), np.float32(code.unit)
 
 
-def decode(
-    seeds: Tensor, codes: Tensor, exponent_bias: Tensor, seed_bits: int, block: int, rank: int, columns: int
-) -> Tensor:
-    """As `reference.decode`, bit for bit."""
-    (k, c, p), bias, unit = constants(seed_bits, block, rank, exponent_bias)
-    out = torch.empty(seeds.shape[0], columns, dtype=torch.float32)
-    rows, fields = (part.contiguous().flatten(1).numpy() for part in (seeds, codes))
-    _dense(k, c, p, rows, fields, bias, unit, out.numpy())
-    return out
+def decode(parts: SeedLMParts, code: SeedLMCode, columns: int, dtype: torch.dtype) -> Tensor:
+    """Do as `decode_reference.decode`, bit for bit."""
+    (k, c, p), bias, unit = constants(code, parts.exponent_bias)
+    out = torch.empty(parts.seeds.shape[0], columns, dtype=torch.float32)
+    seeds, codes = (part.contiguous().flatten(1).numpy() for part in parts[:2])
+    _dense(k, c, p, seeds, codes, bias, unit, out.numpy())
+    return out.to(dtype)

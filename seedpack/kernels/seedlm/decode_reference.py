@@ -9,14 +9,13 @@ from torch import Tensor
 
 from seedpack._shapes import Float, Int, UInt8
 from seedpack.kernels.common.bits import signed, unpack
+from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.prng import lfsr_cycle, lfsr_position
-
-CODE_BITS = 4
 
 
 @lru_cache(maxsize=8)
 def tables(seed_bits: int, span: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per device: position of each state (int32 [2^K]), and the centred cycle, `span` values longer (int32)."""
+    """Return, on a device, the position of each state (int32 [2^K]), and the centred cycle, `span` values longer (int32)."""
     cycle = torch.from_numpy(lfsr_cycle(seed_bits).copy()) - (1 << (seed_bits - 1))
     repeats = -(-span // len(cycle)) + 1
     position = torch.from_numpy(lfsr_position(seed_bits).copy())
@@ -24,26 +23,15 @@ def tables(seed_bits: int, span: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 def fields(
-    seeds: UInt8[Tensor, "rows g1 b1"],
-    codes: UInt8[Tensor, "rows g2 b2"],
-    seed_bits: int,
-    rank: int,
-    blocks: int,
+    seeds: UInt8[Tensor, "rows g1 b1"], codes: UInt8[Tensor, "rows g2 b2"], code: SeedLMCode, blocks: int
 ) -> tuple[Int[Tensor, "rows blocks"], Int[Tensor, "rows blocks"], Int[Tensor, "rows blocks rank"]]:
     """Unpack seeds (1 … 2^K - 1), exponents (-8 … 7) and mantissas (-8 … 7)."""
-    nibbles = signed(unpack(codes, blocks * (rank + 1), CODE_BITS), CODE_BITS).unflatten(1, (blocks, rank + 1))
-    return unpack(seeds, blocks, seed_bits), nibbles[..., 0], nibbles[..., 1:]
+    width = code.rank + 1
+    nibbles = signed(unpack(codes, blocks * width, CODE_BITS), CODE_BITS).unflatten(1, (blocks, width))
+    return unpack(seeds, blocks, code.seed_bits), nibbles[..., 0], nibbles[..., 1:]
 
 
-def decode(
-    seeds: UInt8[Tensor, "rows g1 b1"],
-    codes: UInt8[Tensor, "rows g2 b2"],
-    exponent_bias: Int[Tensor, "1"],
-    seed_bits: int,
-    block: int,
-    rank: int,
-    columns: int,
-) -> Float[Tensor, "rows columns"]:
+def decode(parts: SeedLMParts, code: SeedLMCode, columns: int, dtype: torch.dtype) -> Float[Tensor, "rows columns"]:
     """Rebuild the matrix (SeedLM, arXiv 2410.10714, Section 3 and Alg. 2).
 
     With V the states that follow the seed, V'[c, p] = V[c, p] - 2^(K-1), mantissas q and exponent e of a block:
@@ -54,17 +42,17 @@ def decode(
     product rounded to float32, and a product with a power of two.
 
     Returns:
-        float32 [rows, columns].
+        [rows, columns] in a dtype.
     """
-    blocks = -(-columns // block)
-    seed, exponent, mantissa = fields(seeds, codes, seed_bits, rank, blocks)
-    position, cycle = tables(seed_bits, block * rank, seeds.device)
+    seeds, codes, exponent_bias = parts
+    seed, exponent, mantissa = fields(seeds, codes, code, code.blocks(columns))
+    position, cycle = tables(code.seed_bits, code.states, seeds.device)
     start = position[seed].to(torch.int64) + 1
-    total = torch.zeros(*seed.shape, block, dtype=torch.int32, device=seeds.device)
-    row = torch.arange(block, device=seeds.device) * rank
-    for p in range(rank):
+    total = torch.zeros(*seed.shape, code.block, dtype=torch.int32, device=seeds.device)
+    row = torch.arange(code.block, device=seeds.device) * code.rank
+    for p in range(code.rank):
         total += cycle[start[..., None] + row + p] * mantissa[..., p, None].to(torch.int32)
-    unit = torch.tensor(1.0 / ((1 << (seed_bits - 1)) - 1), dtype=torch.float32, device=seeds.device)
+    unit = torch.tensor(code.unit, dtype=torch.float32, device=seeds.device)
     power = exponent + exponent_bias.to(torch.int64)
     scale = ((power + 127) << 23).to(torch.int32).view(torch.float32)
-    return (total.to(torch.float32) * unit * scale[..., None]).flatten(1)[:, :columns]
+    return (total.to(torch.float32) * unit * scale[..., None]).flatten(1)[:, :columns].to(dtype)

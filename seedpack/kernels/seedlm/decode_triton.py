@@ -13,12 +13,13 @@ from torch import Tensor
 
 from seedpack.kernels.common import gpu_launch as launch
 from seedpack.kernels.common.gpu_launch import Regenerated
+from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.prng import LFSR_TAPS
 
 
 @triton.jit
 def _field(p_row, first, size, BITS: tl.constexpr):
-    """The BITS bits (at most 24) from bit `first` on of rows of `size` bytes, int32; bytes beyond a row are 0."""
+    """Load the BITS bits (at most 24) from bit `first` on of rows of `size` bytes, int32; bytes beyond a row are 0."""
     byte = first >> 3
     value = tl.load(p_row + byte, byte < size, other=0).to(tl.int32)
     for i in tl.static_range(1, 4):
@@ -29,7 +30,7 @@ def _field(p_row, first, size, BITS: tl.constexpr):
 
 @triton.jit
 def seedlm_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """See `gpu_tiles`; parts = seeds, codes, bytes of a row of each, columns, 1 / (2^(K-1) - 1);
+    """Make a tile, see `gpu_tiles`; parts = seeds, codes, bytes of a row of each, columns, 1 / (2^(K-1) - 1);
     SIZES = K, C, P, places of a block, bits that one step grows, the taps as a mask."""
     seeds_ptr, codes_ptr, seed_bytes, code_bytes, columns, unit = parts
     SEED_BITS: tl.constexpr = SIZES[0]
@@ -62,23 +63,17 @@ def seedlm_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
     return i_column, tl.reshape(b_weight, (i_row.shape[0], BLOCK_K))
 
 
-def regenerated(
-    seeds: Tensor, codes: Tensor, exponent_bias: Tensor, seed_bits: int, block: int, rank: int, columns: int
-) -> Regenerated:
-    """A SeedLM weight for the kernels of `gpu_tiles`."""
-    seeds, codes = seeds.contiguous().flatten(1), codes.contiguous().flatten(1)
-    places = triton.next_power_of_2(block)
-    taps = LFSR_TAPS[seed_bits]
-    unit = 1.0 / ((1 << (seed_bits - 1)) - 1)
-    scale = torch.ldexp(torch.ones(1, device=exponent_bias.device), exponent_bias.to(torch.int32))
-    parts = (seeds, codes, seeds.shape[1], codes.shape[1], columns, unit)
-    sizes = (seed_bits, block, rank, places, seed_bits - max(taps), sum(1 << tap for tap in taps))
-    return Regenerated(seedlm_tile, parts, sizes, scale, seeds.shape[0], columns, (block, places))
+def regenerated(parts: SeedLMParts, code: SeedLMCode, columns: int) -> Regenerated:
+    """Return a SeedLM weight for the kernels of `gpu_tiles`."""
+    seeds, codes, bias = parts.seeds.contiguous().flatten(1), parts.codes.contiguous().flatten(1), parts.exponent_bias
+    places = triton.next_power_of_2(code.block)
+    taps = LFSR_TAPS[code.seed_bits]
+    scale = torch.ldexp(torch.ones(1, device=bias.device), bias.to(torch.int32))
+    pointers = (seeds, codes, seeds.shape[1], codes.shape[1], columns, code.unit)
+    sizes = (code.seed_bits, code.block, code.rank, places, code.seed_bits - max(taps), sum(1 << tap for tap in taps))
+    return Regenerated(seedlm_tile, pointers, sizes, scale, seeds.shape[0], columns, (code.block, places))
 
 
-def decode(
-    seeds: Tensor, codes: Tensor, exponent_bias: Tensor, seed_bits: int, block: int, rank: int, columns: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """As `reference.decode`, bit for bit."""
-    return launch.dense(regenerated(seeds, codes, exponent_bias, seed_bits, block, rank, columns), dtype)
+def decode(parts: SeedLMParts, code: SeedLMCode, columns: int, dtype: torch.dtype) -> Tensor:
+    """Do as `decode_reference.decode`, bit for bit."""
+    return launch.dense(regenerated(parts, code, columns), dtype)

@@ -1,4 +1,5 @@
-"""SeedLM's product on the CPU, for few tokens: 16 blocks of a row are regenerated in registers and multiplied there.
+"""SeedLM's product on the CPU: for few tokens 16 blocks of a row are regenerated in registers and multiplied there; for
+more, tiles are decoded and multiplied by torch.
 
 Activations are laid out like the blocks in the lanes. To the work of decoding each token adds one multiply–add for 16
 weights, and one for 16 blocks' scales.
@@ -14,7 +15,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from torch import Tensor
 
-from seedpack.kernels.common.row_tiles import padded_tokens
+from seedpack.kernels.common import row_tiles
 from seedpack.kernels.common.vectors import (
     FLOATS,
     I64,
@@ -27,15 +28,25 @@ from seedpack.kernels.common.vectors import (
     splat,
     total,
 )
-from seedpack.kernels.seedlm.decode_cpu import blocks16, constants, tail_buffer, whole_groups
+from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
+from seedpack.kernels.seedlm.decode_cpu import blocks16, constants, decode, tail_buffer, whole_groups
 
 
 @intrinsic
 def _dots(
-    context: Any, bits: Any, block: Any, rank: Any, seeds: Any, codes: Any, bias: Any, x: Any, first: Any, groups: Any,
+    context: Any,
+    bits: Any,
+    block: Any,
+    rank: Any,
+    seeds: Any,
+    codes: Any,
+    bias: Any,
+    x: Any,
+    first: Any,
+    groups: Any,
     tokens: Any,
-) -> Any:  # fmt: skip
-    """The products of a row's groups of blocks with those of each row of x [len(tokens), groups, C, 16], from `first` on.
+) -> Any:
+    """Multiply a row's groups of blocks with those of each row of x [len(tokens), groups, C, 16], from `first` on.
 
     Not yet times the unit. `seeds` and `codes` begin with the first group's bytes.
     """
@@ -83,21 +94,30 @@ def _matmul(
         for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
             last_seeds[:rest_seeds] = seeds[r, inside * seed_bytes :]
             last_codes[:rest_codes] = codes[r, inside * code_bytes :]
-            found = _dots(bits, block, rank, seeds[r], codes[r], bias, x, 0, inside, tokens)
-            rest = _dots(bits, block, rank, last_seeds, last_codes, bias, x, inside, groups - inside, tokens)
+            dots = _dots(bits, block, rank, seeds[r], codes[r], bias, x, 0, inside, tokens)
+            last_dots = _dots(bits, block, rank, last_seeds, last_codes, bias, x, inside, groups - inside, tokens)
             for t in range(len(tokens)):
-                out[t, r] = (found[t] + rest[t]) * unit
+                out[t, r] = (dots[t] + last_dots[t]) * unit
 
 
-def matmul(
-    x: Tensor, seeds: Tensor, codes: Tensor, exponent_bias: Tensor, seed_bits: int, block: int, rank: int
-) -> Tensor:
-    """As `reference.matmul`, summed in another order; at most 8 tokens, blocks of at most `LARGEST` states."""
+def matmul(x: Tensor, parts: SeedLMParts, code: SeedLMCode) -> Tensor:
+    """Do as `matmul_reference.matmul`, summed in another order."""
     tokens, columns = x.shape
-    padded = padded_tokens(x, -columns % (block * LANES))
-    lanes = padded.view(len(padded), -1, LANES, block).transpose(2, 3).contiguous()
-    (k, c, p), bias, unit = constants(seed_bits, block, rank, exponent_bias)
-    out = torch.empty(len(padded), seeds.shape[0], dtype=torch.float32)
-    rows, fields = (part.contiguous().flatten(1).numpy() for part in (seeds, codes))
-    _matmul(k, c, p, rows, fields, bias, unit, lanes.numpy(), (0,) * len(padded), out.numpy())
+    if tokens > row_tiles.FEW_TOKENS:
+        return row_tiles.matmul(x, len(parts.seeds), _tile(parts, code, columns))
+    padded = row_tiles.pad_tokens(x, -columns % (code.block * LANES))
+    lanes = padded.view(len(padded), -1, LANES, code.block).transpose(2, 3).contiguous()
+    (k, c, p), bias, unit = constants(code, parts.exponent_bias)
+    out = torch.empty(len(padded), len(parts.seeds), dtype=torch.float32)
+    seeds, codes = (part.contiguous().flatten(1).numpy() for part in parts[:2])
+    _matmul(k, c, p, seeds, codes, bias, unit, lanes.numpy(), (0,) * len(padded), out.numpy())
     return out[:tokens].to(x.dtype)
+
+
+def matmul_transposed(grad: Tensor, parts: SeedLMParts, code: SeedLMCode, columns: int) -> Tensor:
+    """Do as `matmul_reference.matmul_transposed`, summed in another order."""
+    return row_tiles.matmul_transposed(grad, columns, _tile(parts, code, columns))
+
+
+def _tile(parts: SeedLMParts, code: SeedLMCode, columns: int) -> row_tiles.Tile:
+    return lambda rows: decode(parts.rows(rows), code, columns, torch.float32)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from typing import cast
 
 from torch import Tensor
 
-from seedpack.kernels.dispatch import Backend, choose
-from seedpack.kernels.seedlm.search_reference import Found as Found
-
-BACKENDS = ("cpu", "triton", "reference")
+from seedpack.kernels.dispatch import Backend, kernels_for
+from seedpack.kernels.seedlm.code import SeedLMCode
+from seedpack.kernels.seedlm.search_reference import BlockFits as BlockFits
 
 
 def seedlm_search(
     blocks: Tensor,
     factor: Tensor | None,
     exponent_bias: int,
+    code: SeedLMCode,
     *,
-    seed_bits: int,
-    rank: int,
     exponents: int,
     backend: Backend = "auto",
-) -> Found:
-    """The exact argmin of the quantised error for each block; see `reference.search` for what that is."""
-    chosen = choose("seedlm_search", backend, blocks.device, BACKENDS)
-    kernels = import_module(f"seedpack.kernels.seedlm.search_{chosen}")
-    return kernels.search(blocks, factor, exponent_bias, seed_bits, rank, exponents)  # type: ignore[no-any-return]
+) -> BlockFits:
+    """Return the exact argmin of the quantised error for each block; see `search_reference.search` for what that is."""
+    kernels = kernels_for("seedlm.search", backend, blocks.device)
+    return cast(BlockFits, kernels.search(blocks, factor, exponent_bias, code, exponents))

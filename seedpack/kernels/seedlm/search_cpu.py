@@ -6,7 +6,7 @@ evaluation: about four of 65,535.
 
 The bound for all seeds is one pass of SIMD arithmetic. In LFSR order U(s)[c, p] = u[n + 1 + c·P + p] with n the
 position of s, so with z[j] = Σ_c w[c]·u[j + c·P] the projections U(s)ᵀw of *all* seeds are z[n+1 … n+P]: one
-sliding dot product, C multiply-adds a seed. A lower triangular R(s) from the seed's QR factors turns them into
+sliding dot product, C multiply-adds per seed. A lower triangular R(s) from the seed's QR factors turns them into
 Qᵀw: P(P+1)/2 more, and P for the squares: C + P(P+3)/2 in all, 17 for C = 8, P = 3. Tiles of seeds stay in the
 L1 cache while a chunk of blocks passes; per block only the maximum over each class of `TILE / LANES` seeds is kept.
 
@@ -26,13 +26,8 @@ import torch
 from numba import get_num_threads, njit, prange
 from torch import Tensor
 
-from seedpack.kernels.seedlm.search_reference import (
-    EXPONENT_MAX,
-    EXPONENT_MIN,
-    MANTISSA_MAX,
-    MANTISSA_MIN,
-    Found,
-)
+from seedpack.kernels.seedlm.code import SeedLMCode
+from seedpack.kernels.seedlm.search_reference import EXPONENT_MAX, EXPONENT_MIN, MANTISSA_MAX, MANTISSA_MIN, BlockFits
 from seedpack.prng import lfsr_cycle
 
 TILE = 1024
@@ -45,14 +40,14 @@ FINISH_BLOCKS = 16
 LEAST_MANTISSA = 0.49**2 * 4.0**EXPONENT_MIN
 
 
-def _slack(block: int, rank: int) -> float:
-    """Bound on the float32 error of ‖Qᵀw‖² over ‖w‖², for condition numbers up to `MAX_CONDITION`."""
-    return 2.0 * rank * (block + rank + 8) * 2.0**-24 * MAX_CONDITION
+def _slack(code: SeedLMCode) -> float:
+    """Bound the float32 error of ‖Qᵀw‖² over ‖w‖², for condition numbers up to `MAX_CONDITION`."""
+    return 2.0 * code.rank * (code.block + code.rank + 8) * 2.0**-24 * MAX_CONDITION
 
 
 @njit(cache=True, nogil=True)
 def _qr(u: Any, start: int, factor: Any, q: Any, r: Any) -> bool:
-    """Q [P, C] and upper R [P, P] of Mᵀ·U(s) by Gram-Schmidt, twice; False if it has not full rank."""
+    """Store Q [P, C] and upper R [P, P] of Mᵀ·U(s) by Gram-Schmidt, twice; return False if it has not full rank."""
     rank, block = q.shape
     full = True
     for p in range(rank):
@@ -122,7 +117,7 @@ def _bound_tables(u: Any, seeds: int, factor: Any, largest: float, rank: int, lo
 
 @njit(cache=True, nogil=True)
 def _ill_bases(u: Any, positions: Any, factor: Any, rank: int, bases: Any) -> None:
-    """Orthonormal bases of the ill-conditioned seeds, `bases` [P, C, ill]."""
+    """Store orthonormal bases of the ill-conditioned seeds, `bases` [P, C, ill]."""
     block = factor.shape[0]
     q = np.empty((rank, block))
     r = np.empty((rank, rank))
@@ -135,7 +130,7 @@ def _ill_bases(u: Any, positions: Any, factor: Any, rank: int, bases: Any) -> No
 
 @njit(fastmath=True, cache=True, nogil=True)
 def _ill_energy(bases: Any, w: Any, dot: Any, energy: Any) -> None:
-    """‖Qᵀw‖² of the ill-conditioned seeds, with their explicit bases [P, C, ill]."""
+    """Store ‖Qᵀw‖² of the ill-conditioned seeds, with their explicit bases [P, C, ill]."""
     energy[:] = np.float32(0)
     for p in range(bases.shape[0]):
         dot[:] = np.float32(0)
@@ -176,9 +171,20 @@ def _least_norm(r: Any, t: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _evaluate(
-    u: Any, n: int, w: Any, weighted: Any, factor: Any, exponents: int, q: Any, r: Any, t: Any, trial: Any,
-    rest: Any, best_error: float, best: Any,
-) -> float:  # fmt: skip
+    u: Any,
+    n: int,
+    w: Any,
+    weighted: Any,
+    factor: Any,
+    exponents: int,
+    q: Any,
+    r: Any,
+    t: Any,
+    trial: Any,
+    residual: Any,
+    best_error: float,
+    best: Any,
+) -> float:
     """Quantise the fit of the seed at position n; if it beats `best_error`, store (n, exponent, mantissas) in `best`.
 
     Ties go to the lower position, so that the result does not depend on the order of the search.
@@ -215,11 +221,11 @@ def _evaluate(
             fit = 0.0
             for p in range(rank):
                 fit += u[n + 1 + c * rank + p] * trial[p]
-            rest[c] = w[c] - fit * scale
+            residual[c] = w[c] - fit * scale
         for c in range(block):
             miss = 0.0
             for d in range(c, block):
-                miss += factor[d, c] * rest[d]
+                miss += factor[d, c] * residual[d]
             error += miss * miss
         if error < best_error or (error == best_error and n < best[0]):
             best_error = error
@@ -232,7 +238,7 @@ def _evaluate(
 
 @lru_cache(maxsize=16)
 def _make_bound(block: int, rank: int) -> Callable[..., None]:
-    """The bound for blocks, with C and P as compile-time constants so that LLVM unrolls and vectorises."""
+    """Compile the bound for blocks, with C and P as constants so that LLVM unrolls and vectorises."""
     C, P = np.uint64(block), np.uint64(rank)
     reach = np.uint64(TILE + rank)
 
@@ -283,24 +289,40 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _finish(
-    u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, wm: Any, factor: Any,
-    exponents: int, slack: float, spread: float, chunk: int, maxima: Any, tops: Any, found: Any, errors: Any,
-) -> None:  # fmt: skip
-    """The exact search among the seeds that the bound leaves."""
+    u: Any,
+    u32: Any,
+    seeds: int,
+    lower: Any,
+    ill: Any,
+    ill_bases: Any,
+    w: Any,
+    hw: Any,
+    wm: Any,
+    factor: Any,
+    exponents: int,
+    slack: float,
+    spread: float,
+    chunk: int,
+    maxima: Any,
+    tops: Any,
+    fits: Any,
+    errors: Any,
+) -> None:
+    """Search exactly among the seeds that the bound leaves."""
     count, block = w.shape
     rank = ill_bases.shape[0]
     for job in prange((count + chunk - 1) // chunk):
         energy, dot = np.empty(ill.shape[0], np.float32), np.empty(ill.shape[0], np.float32)
         q, r = np.empty((rank, block)), np.empty((rank, rank))
-        t, trial, rest = np.empty(rank), np.empty(rank), np.empty(block)
+        t, trial, residual = np.empty(rank), np.empty(rank), np.empty(block)
         halves = np.empty(block, np.float32)
         for i in range(job * chunk, min(count, (job + 1) * chunk)):
             total = 0.0
             for c in range(block):
                 total += wm[i, c] ** 2
                 halves[c] = np.float32(wm[i, c])
-            found[i, 0], found[i, 1] = 0, EXPONENT_MIN
-            found[i, 2:] = 0
+            fits[i, 0], fits[i, 1] = 0, EXPONENT_MIN
+            fits[i, 2:] = 0
             error = total  # of the zero block, always a candidate
             errors[i] = total
             if total == 0.0:
@@ -331,24 +353,26 @@ def _finish(
                             value += y * y
                         if value >= bar and value * size >= LEAST_MANTISSA:  # else all its mantissas are zero
                             error = _evaluate(
-                                u, n, w[i], wm[i], factor, exponents, q, r, t, trial, rest, error, found[i]
+                                u, n, w[i], wm[i], factor, exponents, q, r, t, trial, residual, error, fits[i]
                             )
             _ill_energy(ill_bases, halves, dot, energy)
             for k in range(ill.shape[0]):
                 if energy[k] >= total * (1.0 - slack) - error:
-                    error = _evaluate(u, ill[k], w[i], wm[i], factor, exponents, q, r, t, trial, rest, error, found[i])
+                    error = _evaluate(
+                        u, ill[k], w[i], wm[i], factor, exponents, q, r, t, trial, residual, error, fits[i]
+                    )
             errors[i] = error
 
 
 class _Tables:
-    """What the search needs of one (K, C, P) and one factor, made once for all blocks."""
+    """The tables of one code and one factor, made once for all blocks."""
 
-    def __init__(self, seed_bits: int, block: int, rank: int, factor: np.ndarray[Any, Any]):
-        half = 1 << (seed_bits - 1)
-        values = (lfsr_cycle(seed_bits).astype(np.float64) - half) / (half - 1)
+    def __init__(self, code: SeedLMCode, factor: np.ndarray[Any, Any]):
+        block, rank = code.block, code.rank
+        values = (lfsr_cycle(code.seed_bits).astype(np.float64) - code.half) / (code.half - 1)
         self.seeds, self.factor = len(values), factor
         tiles = -(-self.seeds // TILE)
-        length = tiles * TILE + block * rank + rank + 1
+        length = tiles * TILE + code.states + rank + 1
         self.u = np.resize(values, length)
         self.u32 = self.u.astype(np.float32)
         self.lower = np.zeros((tiles, rank * (rank + 1) // 2, TILE), np.float32)
@@ -361,38 +385,34 @@ class _Tables:
 
 
 @lru_cache(maxsize=4)
-def _plain_tables(seed_bits: int, block: int, rank: int) -> _Tables:
-    return _Tables(seed_bits, block, rank, np.eye(block))
+def _plain_tables(code: SeedLMCode) -> _Tables:
+    return _Tables(code, np.eye(code.block))
 
 
-def search(
-    blocks: Tensor, factor: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
-) -> Found:
-    """As `reference.search`: the same least error; of seeds that tie, the first in LFSR order."""
-    count, block = blocks.shape
+def search(blocks: Tensor, factor: Tensor | None, exponent_bias: int, code: SeedLMCode, exponents: int) -> BlockFits:
+    """Find the same least error as `search_reference.search`; of seeds that tie, the first in LFSR order."""
+    count = len(blocks)
     if factor is None:
-        tables = _plain_tables(seed_bits, block, rank)
+        tables = _plain_tables(code)
     else:
-        tables = _Tables(seed_bits, block, rank, np.ascontiguousarray(factor.double().cpu().numpy()))
+        tables = _Tables(code, np.ascontiguousarray(factor.double().cpu().numpy()))
     w = np.ldexp(blocks.detach().double().numpy(), -exponent_bias)  # float32 bounds must not under- or overflow
     wm = w @ tables.factor
     hw = (wm @ tables.factor.T).astype(np.float32)
-    found = np.zeros((count, 2 + rank), np.int64)
+    fits = np.zeros((count, 2 + code.rank), np.int64)
     errors = np.empty(count)
     classes = tables.lower.shape[0] * LANES
-    bound, slack = _make_bound(block, rank), _slack(block, rank)
+    bound, slack = _make_bound(code.block, code.rank), _slack(code)
     chunk = max(2, min(CHUNK_BLOCKS, CHUNK_FLOATS // classes, -(-count // get_num_threads())))
     batch = chunk * get_num_threads() * JOBS_PER_THREAD
     maxima = np.empty((min(batch, count), classes), np.float32)
     tops = np.empty((len(maxima), tables.lower.shape[0]), np.float32)
+    seeds = tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases
     for first in range(0, count, batch):
         part = slice(first, min(count, first + batch))
         bound(tables.u32, tables.lower, hw[part], chunk, maxima, tops)
-        _finish(
-            tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases, w[part], hw[part],
-            wm[part], tables.factor, exponents, slack, tables.spread, FINISH_BLOCKS, maxima, tops, found[part],
-            errors[part],
-        )  # fmt: skip
-    result = torch.from_numpy(found)
-    seeds = torch.from_numpy(lfsr_cycle(seed_bits)[found[:, 0]].astype(np.int64))
-    return Found(seeds, result[:, 1], result[:, 2:], torch.from_numpy(np.ldexp(errors, 2 * exponent_bias)))
+        weights, tuning = (w[part], hw[part], wm[part]), (slack, tables.spread, FINISH_BLOCKS)
+        _finish(*seeds, *weights, tables.factor, exponents, *tuning, maxima, tops, fits[part], errors[part])
+    result = torch.from_numpy(fits)
+    winners = torch.from_numpy(lfsr_cycle(code.seed_bits)[fits[:, 0]].astype(np.int64))
+    return BlockFits(winners, result[:, 1], result[:, 2:], torch.from_numpy(np.ldexp(errors, 2 * exponent_bias)))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
+from seedpack.kernels.seedlm.code import SeedLMCode
 from seedpack.prng import lfsr_cycle
 
 MANTISSA_MIN, MANTISSA_MAX = -8, 7
@@ -15,8 +16,8 @@ EXPONENT_MIN, EXPONENT_MAX = -8, 7
 CHUNK_SEEDS = 4096
 
 
-class Found(NamedTuple):
-    """The winners: `seed` int64 [n], `exponent` int64 [n] (bias taken off), `mantissa` int64 [n, P], `error` float64 [n]."""
+class BlockFits(NamedTuple):
+    """The fit of each block: `seed` int64 [n], `exponent` int64 [n] (bias taken off), `mantissa` int64 [n, P], `error` float64 [n]."""
 
     seed: Tensor
     exponent: Tensor
@@ -24,28 +25,28 @@ class Found(NamedTuple):
     error: Tensor
 
 
-def basis_values(seed_bits: int) -> Float[Tensor, " seeds"]:
-    """(V - 2^(K-1)) / (2^(K-1) - 1) for each state V of the register, in the order of `lfsr_cycle`, float64."""
-    half = 1 << (seed_bits - 1)
-    return (torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(torch.float64) - half) / (half - 1)
+def basis_values(code: SeedLMCode) -> Float[Tensor, " seeds"]:
+    """Return (V - 2^(K-1)) / (2^(K-1) - 1) for each state V of the register, in the order of `lfsr_cycle`, float64."""
+    states = torch.from_numpy(lfsr_cycle(code.seed_bits).copy()).to(torch.float64)
+    return (states - code.half) / (code.half - 1)
 
 
-def bases(values: Float[Tensor, " seeds"], position: Tensor, block: int, rank: int) -> Float[Tensor, "n block rank"]:
-    """U of the seeds at some positions [n] of `basis_values`."""
-    index = position[:, None] + 1 + torch.arange(block * rank, device=values.device)
-    return values[index % len(values)].view(-1, block, rank)
+def bases(values: Float[Tensor, " seeds"], position: Tensor, code: SeedLMCode) -> Float[Tensor, "n block rank"]:
+    """Return U of the seeds at some positions [n] of `basis_values`."""
+    index = position[:, None] + 1 + torch.arange(code.states, device=values.device)
+    return values[index % len(values)].view(-1, code.block, code.rank)
 
 
-def all_bases(seed_bits: int, block: int, rank: int) -> Float[Tensor, "seeds block rank"]:
-    """U(s) for each seed, in the order of `lfsr_cycle`, float64."""
-    values = basis_values(seed_bits)
-    return bases(values, torch.arange(len(values)), block, rank)
+def all_bases(code: SeedLMCode) -> Float[Tensor, "seeds block rank"]:
+    """Return U(s) for each seed, in the order of `lfsr_cycle`, float64."""
+    values = basis_values(code)
+    return bases(values, torch.arange(len(values)), code)
 
 
 def quantised(
     t: Tensor, u: Tensor, w: Tensor, factor: Tensor, exponent_bias: int, exponents: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The best of the exponents for coefficients t [..., P] of blocks w [..., C]: see `search`.
+    """Return the best of the exponents for coefficients t [..., P] of blocks w [..., C]: see `search`.
 
     Returns:
         ‖error·M‖² [...], M the factor [C, C]; the exponent with the bias taken off [...]; the mantissas [..., P].
@@ -72,14 +73,13 @@ def search(
     blocks: Float[Tensor, "n block"],
     factor: Float[Tensor, "block block"] | None,
     exponent_bias: int,
-    seed_bits: int,
-    rank: int,
+    code: SeedLMCode,
     exponents: int,
-) -> Found:
-    """For each block w the (seed, exponent, mantissas) of least ‖(w - U(s)·q·2^(e + bias))·M‖².
+) -> BlockFits:
+    """Find for each block w the (seed, exponent, mantissas) of least ‖(w - U(s)·q·2^(e + bias))·M‖².
 
-    The zero block (all mantissas 0) is always a candidate. For each seed t is the (weighted) least-squares solution of U(s)·t = w. Its exponent by the rule is
-    E = ceil(log2(max|t| / 7.5)), the least with which every mantissa round(t / 2^E) fits four bits. With
+    The zero block (all mantissas 0) is always a candidate. For each seed t is the (weighted) least-squares solution of
+    U(s)·t = w. Its exponent by the rule is E = ceil(log2(max|t| / 7.5)), the least with which every mantissa round(t / 2^E) fits four bits. With
     `exponents=1` that is the one tried (the paper's method; its printed floor(log2 max|t|) leaves only the codes
     -2 … 2); with 3, E - 1 (with saturation), E and E + 1 are.
 
@@ -87,16 +87,18 @@ def search(
         blocks: float32 or float64 [n, C].
         factor: M, lower triangular [C, C] of full rank; None is the identity. Diagonal with √h, each place counts h.
         exponent_bias: exponents -8 … 7 are stored with this taken off.
+        code: K, C and P.
+        exponents: how many are tried for each seed, 1 or 3.
     """
     w = blocks.double()
     n, block = w.shape
     m = torch.eye(block, dtype=torch.float64) if factor is None else factor.double()
-    every = all_bases(seed_bits, block, rank)
-    cycle = torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(torch.int64)
-    best = Found(
+    every = all_bases(code)
+    cycle = torch.from_numpy(lfsr_cycle(code.seed_bits).copy()).to(torch.int64)
+    best = BlockFits(
         torch.ones(n, dtype=torch.int64),
         torch.full((n,), EXPONENT_MIN, dtype=torch.int64),
-        torch.zeros(n, rank, dtype=torch.int64),
+        torch.zeros(n, code.rank, dtype=torch.int64),
         (w @ m).square().sum(-1),
     )
     row = torch.arange(n)
@@ -106,7 +108,7 @@ def search(
         errors, e, q = quantised(t, u, w[:, None], m, exponent_bias, exponents)
         error, at = errors.min(1)
         better = error < best.error
-        best = Found(
+        best = BlockFits(
             torch.where(better, cycle[first + at], best.seed),
             torch.where(better, e[row, at], best.exponent),
             torch.where(better[:, None], q[row, at], best.mantissa),

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from seedpack.kernels.common import gpu_configs as configs
-from seedpack.kernels.seedlm.search_reference import EXPONENT_MIN, Found, bases, basis_values, quantised
+from seedpack.kernels.seedlm.code import SeedLMCode
+from seedpack.kernels.seedlm.search_reference import EXPONENT_MIN, BlockFits, bases, basis_values, quantised
 from seedpack.prng import lfsr_cycle
 
 TILES = 16  # seeds of a class
@@ -35,7 +36,7 @@ def energies_kernel(
     q_ptr, w_ptr, tops_ptr, blocks, seeds, classes,
     RANK: tl.constexpr, PLACES: tl.constexpr, TILES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """tops [blocks, classes] = max of ‖Qᵀw‖² over the seeds of each class; q [RANK, seeds, PLACES], w [blocks, PLACES]."""
+    """Store tops [blocks, classes] = max of ‖Qᵀw‖² over the seeds of each class; q [RANK, seeds, PLACES], w [blocks, PLACES]."""
     i_block = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     m_block = i_block < blocks
     i_place, i_lane = tl.arange(0, PLACES), tl.arange(0, BLOCK_S)
@@ -54,7 +55,7 @@ def energies_kernel(
 
 
 def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q [..., C, P], R [..., P, P] of matrices by Gram and Schmidt, twice, and whether they have full rank [...]."""
+    """Return Q [..., C, P], R [..., P, P] of matrices by Gram and Schmidt, twice, and whether they have full rank [...]."""
     q, rank = torch.zeros_like(columns), columns.shape[-1]
     r = columns.new_zeros(*columns.shape[:-2], rank, rank)
     full = torch.ones_like(r[..., 0, 0], dtype=torch.bool)
@@ -74,7 +75,7 @@ def orthonormal(columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def back_substituted(r: Tensor, y: Tensor) -> Tensor:
-    """x of R x = y for upper triangular R [n, P, P] and y [n, P]."""
+    """Solve R x = y for upper triangular R [n, P, P] and y [n, P]."""
     x = torch.zeros_like(y)
     for p in range(y.shape[1] - 1, -1, -1):
         x[:, p] = (y[:, p] - (r[:, p, p + 1 :] * x[:, p + 1 :]).sum(1)) / r[:, p, p]
@@ -82,7 +83,7 @@ def back_substituted(r: Tensor, y: Tensor) -> Tensor:
 
 
 def largest_energies(q: Tensor, w: Tensor) -> Tensor:
-    """float32 [blocks, seeds / TILES], see `energies_kernel`; q float16 [P, seeds, places], w float16 [blocks, places]."""
+    """Return float32 [blocks, seeds / TILES], see `energies_kernel`; q float16 [P, seeds, places], w float16 [blocks, places]."""
     (rank, seeds, places), classes = q.shape, q.shape[1] // TILES
     tops = torch.empty(len(w), classes, dtype=torch.float32, device=w.device)
     config = configs.seedlm_energies(places, rank)
@@ -93,7 +94,7 @@ def largest_energies(q: Tensor, w: Tensor) -> Tensor:
 
 
 def _slack(block: int, rank: int) -> float:
-    """Bound on the error of ‖Qᵀw‖² for ‖w‖ = 1: of each of the P sums 2^-10 (two roundings to float16), a little, and what
+    """Bound the error of ‖Qᵀw‖² for ‖w‖ = 1: of each of the P sums 2^-10 (two roundings to float16), a little, and what
     some AMD processors lose by taking subnormal numbers for zero."""
     each = 1.05 * 2.0**-10 + 2 * math.sqrt(block) * 2.0**-14
     return 2 * math.sqrt(rank) * each + rank * each**2
@@ -101,9 +102,10 @@ def _slack(block: int, rank: int) -> float:
 
 @dataclass(frozen=True)
 class _Tables:
-    """What the search needs of one (K, C, P) and one factor; S seeds, padded to whole classes.
+    """The tables of one code and one factor; S seeds, padded to whole classes.
 
     Attributes:
+        code: K, C, P.
         values: of `reference.basis_values`.
         factor: M, float64 [C, C].
         q: float16 [P, S, places], of the seeds in the order of `spread`; zero for padding.
@@ -112,6 +114,7 @@ class _Tables:
         lanes: seeds of a tile.
     """
 
+    code: SeedLMCode
     values: Tensor
     factor: Tensor
     q: Tensor
@@ -124,107 +127,100 @@ class _Tables:
         return len(self.position) // TILES
 
     def of_class(self, index: Tensor) -> Tensor:
-        """The seeds of classes [...]: [..., TILES]."""
+        """Return the seeds of classes [...]: [..., TILES]."""
         step = torch.arange(TILES, device=index.device) * self.lanes
         return (index // self.lanes * (self.lanes * TILES) + index % self.lanes)[..., None] + step
 
 
-def _make_tables(seed_bits: int, block: int, rank: int, factor: Tensor) -> _Tables:
-    device = factor.device
-    values = basis_values(seed_bits).to(device)
-    pieces = torch.arange(len(values), device=device).split(max(1, NUMBERS_AT_ONCE // (block * rank)))
+def _make_tables(code: SeedLMCode, factor: Tensor) -> _Tables:
+    device, rank = factor.device, code.rank
+    values = basis_values(code).to(device)
+    pieces = torch.arange(len(values), device=device).split(max(1, NUMBERS_AT_ONCE // code.states))
     identity = torch.eye(rank, dtype=torch.float64, device=device)
 
     spreads, columns = [], []
     for piece in pieces:
-        q, r, full = orthonormal(factor.mT @ bases(values, piece, block, rank))
+        q, r, full = orthonormal(factor.mT @ bases(values, piece, code))
         inverse = [back_substituted(r, one.expand(len(piece), rank)) for one in identity]
         spread = torch.stack([column.square().sum(-1) for column in inverse]).sum(0)
         spreads.append(torch.where(full, spread, torch.inf).float())
         columns.append(q.half())
     spread, order = torch.cat(spreads).sort(stable=True)
-    config = configs.seedlm_energies(block, rank)
+    config = configs.seedlm_energies(code.block, rank)
     padding = -len(values) % (TILES * config["BLOCK_S"])
     q = torch.zeros(rank, len(values) + padding, config["PLACES"], dtype=torch.float16, device=device)
-    q[:, : len(values), :block] = torch.cat(columns)[order].permute(2, 0, 1)
+    q[:, : len(values), : code.block] = torch.cat(columns)[order].permute(2, 0, 1)
     pad = torch.nn.functional.pad
-    return _Tables(values, factor, q, pad(order, (0, padding)), pad(spread, (0, padding)), config["BLOCK_S"])
+    return _Tables(code, values, factor, q, pad(order, (0, padding)), pad(spread, (0, padding)), config["BLOCK_S"])
 
 
 @lru_cache(maxsize=4)
-def _plain_tables(seed_bits: int, block: int, rank: int, device: torch.device) -> _Tables:
-    return _make_tables(seed_bits, block, rank, torch.eye(block, dtype=torch.float64, device=device))
+def _plain_tables(code: SeedLMCode, device: torch.device) -> _Tables:
+    return _make_tables(code, torch.eye(code.block, dtype=torch.float64, device=device))
 
 
-def search(
-    blocks: Tensor, factor: Tensor | None, exponent_bias: int, seed_bits: int, rank: int, exponents: int
-) -> Found:
-    """As `reference.search`: the same least error; of seeds that tie, the first in LFSR order."""
-    count, block = blocks.shape
-    device = blocks.device
-    if factor is None:
-        tables = _plain_tables(seed_bits, block, rank, device)
-    else:
-        tables = _make_tables(seed_bits, block, rank, factor.to(device, torch.float64))
+def search(blocks: Tensor, factor: Tensor | None, exponent_bias: int, code: SeedLMCode, exponents: int) -> BlockFits:
+    """Find the same least error as `search_reference.search`; of seeds that tie, the first in LFSR order."""
+    count, device = len(blocks), blocks.device
+    tables = _plain_tables(code, device) if factor is None else _make_tables(code, factor.to(device, torch.float64))
     w = blocks.detach().double()
     total = (w @ tables.factor).square().sum(1)
-    best = Found(  # `seed` is a position until the end
+    best = BlockFits(  # `seed` is a position until the end
         torch.zeros(count, dtype=torch.int64, device=device),
         torch.full((count,), EXPONENT_MIN, dtype=torch.int64, device=device),
-        torch.zeros(count, rank, dtype=torch.int64, device=device),
+        torch.zeros(count, code.rank, dtype=torch.int64, device=device),
         total.clone(),
     )
-    for some in total.nonzero()[:, 0].split(max(1, AT_ONCE // tables.classes)):
-        _search(tables, w, total, some, exponent_bias, exponents, best)
-    cycle = torch.from_numpy(lfsr_cycle(seed_bits).copy()).to(device, torch.int64)
+    for index in total.nonzero()[:, 0].split(max(1, AT_ONCE // tables.classes)):
+        _search(tables, w, total, index, exponent_bias, exponents, best)
+    cycle = torch.from_numpy(lfsr_cycle(code.seed_bits).copy()).to(device, torch.int64)
     return best._replace(seed=cycle[best.seed])
 
 
 def _search(
-    tables: _Tables, w: Tensor, total: Tensor, some: Tensor, exponent_bias: int, exponents: int, best: Found
+    tables: _Tables, w: Tensor, total: Tensor, index: Tensor, exponent_bias: int, exponents: int, best: BlockFits
 ) -> None:
-    """The search for blocks `some` [n] of w [blocks, C], none zero; what is better than in `best` is put there."""
+    """Search for blocks `index` [n] of w [blocks, C], none zero; put what is better than in `best` there."""
     rank, _, places = tables.q.shape
-    unit = w[some] @ tables.factor / total[some, None].sqrt()
+    unit = w[index] @ tables.factor / total[index, None].sqrt()
     halves = torch.nn.functional.pad(unit, (0, places - unit.shape[1])).half()
     tops = largest_energies(tables.q, halves)
     room = max(1, AT_ONCE // (TILES * rank * places))
     slack = _slack(unit.shape[1], rank)
-    least = LEAST_MANTISSA * 4.0**exponent_bias / total[some]  # mantissas of less all round to zero
+    least = LEAST_MANTISSA * 4.0**exponent_bias / total[index]  # mantissas of less all round to zero
     class_spread = tables.spread[tables.of_class(torch.arange(tables.classes, device=w.device))].amax(1)
 
     def energies(row: Tensor, seed: Tensor) -> Tensor:
         return (tables.q[:, seed].float() * halves[row].float()).sum(-1).square().sum(0)
 
     def fit(row: Tensor, seed: Tensor) -> None:
-        _fit(tables, w, some[row], tables.position[seed], exponent_bias, exponents, best)
+        _fit(tables, w, index[row], tables.position[seed], exponent_bias, exponents, best)
 
-    every, first = torch.arange(len(some), device=w.device), min(FIRST_FITS, tables.classes)
+    every, first = torch.arange(len(index), device=w.device), min(FIRST_FITS, tables.classes)
     lines = max(1, room // first)
     for rows, greatest in zip(every.split(lines), tops.split(lines), strict=True):
         seeds = tables.of_class(greatest.topk(first, 1).indices).view(-1, TILES)
         rows = rows.repeat_interleave(first)
-        found = energies(rows.repeat_interleave(TILES), seeds.flatten()).view(-1, TILES)
-        fit(rows, seeds.gather(1, found.argmax(1, keepdim=True))[:, 0])
-    bar = 1 - best.error[some] / total[some] - slack
+        energy = energies(rows.repeat_interleave(TILES), seeds.flatten()).view(-1, TILES)
+        fit(rows, seeds.gather(1, energy.argmax(1, keepdim=True))[:, 0])
+    bar = 1 - best.error[index] / total[index] - slack
     row, top = (tops >= bar.float()[:, None]).nonzero(as_tuple=True)
     left = (tops[row, top] + slack) * class_spread[top] >= least[row]
     for rows, classes in zip(row[left].split(room), top[left].split(room), strict=True):
         rows, seeds = rows.repeat_interleave(TILES), tables.of_class(classes).flatten()
-        bar = 1 - best.error[some] / total[some] - slack  # lower than it was
-        found = energies(rows, seeds)
-        win = (found >= bar[rows]) & ((found + slack) * tables.spread[seeds] >= least[rows])
+        bar = 1 - best.error[index] / total[index] - slack  # lower than it was
+        energy = energies(rows, seeds)
+        win = (energy >= bar[rows]) & ((energy + slack) * tables.spread[seeds] >= least[rows])
         fit(rows[win], seeds[win])
 
 
 def _fit(
-    tables: _Tables, w: Tensor, index: Tensor, position: Tensor, exponent_bias: int, exponents: int, best: Found
+    tables: _Tables, w: Tensor, index: Tensor, position: Tensor, exponent_bias: int, exponents: int, best: BlockFits
 ) -> None:
-    """The exact evaluation of pairs of a block and a seed [n]; the best of each block is put into `best`."""
-    block, rank = w.shape[1], best.mantissa.shape[1]
+    """Evaluate exactly pairs of a block and a seed [n]; put the best of each block into `best`."""
     if not len(index):
         return
-    u, rooted = bases(tables.values, position, block, rank), w[index] @ tables.factor
+    u, rooted = bases(tables.values, position, tables.code), w[index] @ tables.factor
     weighted = tables.factor.mT @ u
     q, r, full = orthonormal(weighted)
     t = back_substituted(r, (q * rooted[..., None]).sum(1))

@@ -1,1 +1,1 @@
-"""Kernels of the trellis codec."""
+"""The kernels of the trellis codec."""

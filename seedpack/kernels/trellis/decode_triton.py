@@ -9,19 +9,19 @@ from torch import Tensor
 
 from seedpack.kernels.common import gpu_launch as launch
 from seedpack.kernels.common.gpu_launch import Regenerated
-from seedpack.prng import trellis_multiplier
+from seedpack.kernels.trellis.code import TrellisCode
 
 
 @triton.jit
 def byte_sum(word):
-    """The sum of the four bytes of a uint32, as int32."""
+    """Sum the four bytes of a uint32, as int32."""
     pairs = (word & 0x00FF00FF) + ((word >> 8) & 0x00FF00FF)
     return ((pairs * 0x00010001) >> 16).to(tl.int32)
 
 
 @triton.jit
 def byte_dot(word, activation, start, DP4A: tl.constexpr):
-    """start + Σ over the four bytes of a uint32 times a signed 8-bit activation, which stands in each byte of an int32."""
+    """Add to start the four bytes of a uint32, each times a signed 8-bit activation that stands in every byte of an int32."""
     if DP4A:
         return tl.inline_asm_elementwise(
             "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, activation, start], dtype=tl.int32, is_pure=True, pack=1
@@ -30,15 +30,15 @@ def byte_dot(word, activation, start, DP4A: tl.constexpr):
 
 
 @triton.jit
-def stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED: tl.constexpr, CIRCULAR: tl.constexpr):
-    """Word i_word [n] of each row [m] of a stream of `size` bytes, uint32 [m, n].
+def stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED: tl.constexpr, TAIL_BITING: tl.constexpr):
+    """Load word i_word [n] of each row [m] of a stream of `size` bytes, uint32 [m, n].
 
-    A word beyond the end of a circular row is one of its beginning, beyond that, any; of another row, zero. Rows that are no whole number of words are read
-    byte by byte.
+    A word beyond the end of a tail-biting row is one of its beginning, beyond that, any; of another row, zero. Rows that are
+    not a whole number of words are read byte by byte.
     """
     if ALIGNED:
         p_row = stream_ptr.to(tl.pointer_type(tl.uint32)) + i_row[:, None] * words
-        if CIRCULAR:
+        if TAIL_BITING:
             i_word = tl.minimum(tl.where(i_word < words, i_word, i_word - words), words - 1)
             word = tl.load(p_row + i_word[None, :])
         else:
@@ -48,14 +48,15 @@ def stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED: tl.constexpr, C
         word = tl.zeros((i_row.shape[0], i_word.shape[0]), tl.uint32)
         for byte in tl.static_range(4):
             i_byte = i_word * 4 + byte
-            octet = tl.load(p_row + (i_byte % size)[None, :], (CIRCULAR | (i_byte < size))[None, :], other=0)
+            octet = tl.load(p_row + (i_byte % size)[None, :], (TAIL_BITING | (i_byte < size))[None, :], other=0)
             word |= octet.to(tl.uint32) << (8 * byte)
     return word
 
 
 @triton.jit
 def trellis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """See `gpu_tiles`; parts = stream, its words and bytes a row, a, c; SIZES = k, L, whether rows are whole words, and circular."""
+    """Make a tile, see `gpu_tiles`; parts = stream, words and bytes per row, a, c; SIZES = k, L, whether rows are whole words,
+    and whether they are tail-biting."""
     stream_ptr, words, size, multiplier, key = parts
     CODE_BITS: tl.constexpr = SIZES[0]
     STATE_BITS: tl.constexpr = SIZES[1]
@@ -69,27 +70,20 @@ def trellis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr)
     return i_column, (byte_sum(mixed) - 510).to(tl.float32)
 
 
-def regenerated(
-    stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int
-) -> Regenerated:
-    """A trellis weight for the kernels of `gpu_tiles`."""
+def regenerated(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Regenerated:
+    """Return a trellis weight for the kernels of `gpu_tiles`."""
     stream = stream.contiguous().flatten(1)
     size = stream.shape[1]
-    multiplier = trellis_multiplier(code_bits, state_bits)
-    parts = (stream, size // 4, size, multiplier, key)
-    return Regenerated(
-        trellis_tile, parts, (code_bits, state_bits, size % 4 == 0, circular), scale, stream.shape[0], columns
-    )
+    parts = (stream, size // 4, size, code.multiplier, code.key)
+    sizes = (code.code_bits, code.state_bits, size % 4 == 0, code.tail_biting)
+    return Regenerated(trellis_tile, parts, sizes, scale, stream.shape[0], columns)
 
 
-def dense(
-    stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int
-) -> Tensor:
-    """As `reference.dense`, bit for bit."""
-    return launch.dense(regenerated(stream, scale, code_bits, state_bits, key, circular, columns), torch.float32)
+def dense(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Tensor:
+    """Do as `decode_reference.dense`, bit for bit."""
+    return launch.dense(regenerated(stream, scale, code, columns), torch.float32)
 
 
-def decode(stream: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int) -> Tensor:
-    """As `reference.decode`, bit for bit."""
-    ones = torch.ones(1, device=stream.device)
-    return launch.dense(regenerated(stream, ones, code_bits, state_bits, key, circular, columns), torch.int16)
+def decode(stream: Tensor, code: TrellisCode, columns: int) -> Tensor:
+    """Do as `decode_reference.decode`, bit for bit."""
+    return launch.dense(regenerated(stream, torch.ones(1, device=stream.device), code, columns), torch.int16)

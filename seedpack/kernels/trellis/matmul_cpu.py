@@ -1,6 +1,7 @@
-"""The trellis's product on the CPU: a row's weights are regenerated in registers and multiplied there, a row a core.
+"""The trellis's product on the CPU: for few tokens a row's weights are regenerated in registers and multiplied there, rows
+shared among the cores; for more, tiles are decoded and multiplied by torch.
 
-For few tokens. For 16 weights `values16` makes, each token adds one multiply–add with its activations in memory.
+For 16 weights `values16` makes, each token adds one multiply–add with its activations in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from torch import Tensor
 
-from seedpack.kernels.common.row_tiles import padded_tokens
+from seedpack.kernels.common import row_tiles
 from seedpack.kernels.common.vectors import (
     FLOATS,
     I64,
@@ -26,21 +27,18 @@ from seedpack.kernels.common.vectors import (
     splat,
     total,
 )
-from seedpack.kernels.trellis.decode_cpu import (
-    constants,
-    fill_tail,
-    tail_buffer,
-    values16,
-    whole_groups,
-)
+from seedpack.kernels.dispatch import Backend
+from seedpack.kernels.rotation import mix
+from seedpack.kernels.trellis.code import TrellisCode
+from seedpack.kernels.trellis.decode_cpu import constants, dense, fill_tail, tail_buffer, values16, whole_groups
+from seedpack.kernels.trellis.matmul_reference import rounded
 
 
 @intrinsic
 def _dots(
-    context: Any, bits: Any, row: Any, mask: Any, multiplier: Any, key: Any, x: Any, first: Any, groups: Any,
-    tokens: Any,
-) -> Any:  # fmt: skip
-    """The products of a row's groups with those of each row of x [len(tokens), 16·…], from group `first` on.
+    context: Any, bits: Any, row: Any, mask: Any, a: Any, c: Any, x: Any, first: Any, groups: Any, tokens: Any
+) -> Any:
+    """Multiply a row's groups with those of each row of x [len(tokens), 16·…], from group `first` on.
 
     `row` begins with the first group's bytes. Two groups at a time, each with accumulators of its own, so that sums
     of one do not wait for the other's.
@@ -69,55 +67,55 @@ def _dots(
             step(builder.add(group, ir.Constant(I64, 1)), 1)
         with cgutils.for_range_slice(builder, even, args[7], ir.Constant(I64, 1), I64) as (group, _):
             step(group, 0)
-        found = [total(builder, builder.fadd(builder.load(one), builder.load(other))) for one, other in sums]
-        return ctx.make_tuple(builder, signature.return_type, found)
+        dots = [total(builder, builder.fadd(builder.load(one), builder.load(other))) for one, other in sums]
+        return ctx.make_tuple(builder, signature.return_type, dots)
 
     return signature, codegen
 
 
 @njit(parallel=True, cache=True, nogil=True)
 def _matmul(
-    bits: Any,
-    stream: Any,
-    mask: Any,
-    multiplier: Any,
-    key: Any,
-    circular: Any,
-    scale: Any,
-    x: Any,
-    tokens: Any,
-    out: Any,
+    bits: Any, stream: Any, mask: Any, a: Any, c: Any, tail_biting: Any, scale: Any, x: Any, tokens: Any, out: Any
 ) -> None:
     rows, groups = stream.shape[0], x.shape[1] // LANES
     inside = min(groups, whole_groups(stream.shape[1], len(bits)))
     for chunk in prange(-(-rows // ROWS_AT_ONCE)):
-        last = tail_buffer(stream.shape[1], inside, len(bits))
+        tail = tail_buffer(stream.shape[1], inside, len(bits))
         for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
-            found = _dots(bits, stream[r], mask, multiplier, key, x, 0, inside, tokens)
-            fill_tail(last, stream[r], inside, len(bits), circular)
-            rest = _dots(bits, last, mask, multiplier, key, x, inside, groups - inside, tokens)
+            dots = _dots(bits, stream[r], mask, a, c, x, 0, inside, tokens)
+            fill_tail(tail, stream[r], inside, len(bits), tail_biting)
+            tail_dots = _dots(bits, tail, mask, a, c, x, inside, groups - inside, tokens)
             for t in range(len(tokens)):
-                out[t, r] = (found[t] + rest[t]) * scale[r]
+                out[t, r] = (dots[t] + tail_dots[t]) * scale[r]
 
 
-def matmul(
-    x: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool
-) -> Tensor:
-    """As `reference.matmul`, summed in another order; at most 8 tokens."""
-    padded = padded_tokens(x, -x.shape[1] % LANES)
+def matmul(x: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, dtype: torch.dtype, int8: bool) -> Tensor:
+    """Do as `matmul_reference.matmul`, summed in another order."""
+    x = rounded(x) if int8 else x
+    if len(x) > row_tiles.FEW_TOKENS:
+        return row_tiles.matmul(x, len(scale), _tile(stream, scale, code, x.shape[1])).to(dtype)
+    padded = row_tiles.pad_tokens(x, -x.shape[1] % LANES)
     out = torch.empty(len(padded), stream.shape[0], dtype=torch.float32)
-    bits, mask, multiplier, c = constants(code_bits, state_bits, key)
-    rows = stream.contiguous().flatten(1).numpy()
-    _matmul(
-        bits,
-        rows,
-        mask,
-        multiplier,
-        c,
-        circular,
-        scale.contiguous().numpy(),
-        padded.numpy(),
-        (0,) * len(padded),
-        out.numpy(),
-    )
-    return out[: len(x)].to(x.dtype)
+    bits, mask, multiplier, key = constants(code)
+    rows, scales = stream.contiguous().flatten(1).numpy(), scale.contiguous().numpy()
+    tokens = (0,) * len(padded)
+    _matmul(bits, rows, mask, multiplier, key, code.tail_biting, scales, padded.numpy(), tokens, out.numpy())
+    return out[: len(x)].to(dtype)
+
+
+def linear(
+    x: Tensor, factor: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, int8: bool, backend: Backend
+) -> Tensor:
+    """Do as `matmul_reference.linear`."""
+    return matmul(mix(x, factor, backend), stream, scale, code, x.dtype, int8)
+
+
+def matmul_transposed(
+    grad: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Do as `matmul_reference.matmul_transposed`, summed in another order."""
+    return row_tiles.matmul_transposed(grad, columns, _tile(stream, scale, code, columns)).to(dtype)
+
+
+def _tile(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> row_tiles.Tile:
+    return lambda rows: dense(stream[rows], scale[rows], code, columns)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from seedpack.kernels.common import gpu_configs as configs
 from seedpack.kernels.common import gpu_launch as launch
-from seedpack.kernels.common.row_tiles import FEW_TOKENS, at_once, padded_tokens
+from seedpack.kernels.common.row_tiles import FEW_TOKENS, pad_tokens, padded_token_count
+from seedpack.kernels.dispatch import Backend
+from seedpack.kernels.rotation import mix, unable
+from seedpack.kernels.rotation.reference import factors, mix_factors
 from seedpack.kernels.rotation.triton import mix_lanes
-from seedpack.kernels.trellis import matmul_reference as reference
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode_triton import byte_dot, regenerated, stream_word
-from seedpack.kernels.trellis.matmul_reference import ACTIVATION_GROUP
-from seedpack.prng import trellis_multiplier
+from seedpack.kernels.trellis.matmul_reference import ACTIVATION_GROUP, rounded
 
 TYPICAL_ROWS = 16  # of a program
 
@@ -30,10 +32,9 @@ TYPICAL_ROWS = 16  # of a program
 def few_tokens_kernel(
     x_ptr, x_scale_ptr, out_ptr, scale_ptr, stream_ptr, words, size, multiplier, key, rows, blocks, per_program,
     CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
-    CIRCULAR: tl.constexpr,
-    TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+    TAIL_BITING: tl.constexpr, TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """out [parts, TOKENS, rows], to be summed over parts, = x · weight.T; a part is `per_program` blocks of the input.
+    """Store out [parts, TOKENS, rows], to be summed over parts, = x · weight.T; a part is `per_program` blocks of the input.
 
     x is [TOKENS, blocks, PER, BLOCK_G]: the j-th activations of a block's groups lie together. It is float32, or with
     INT8 an 8-bit activation in each byte of an int32, with a scale [TOKENS, blocks], and behind those 510 times the sum
@@ -51,10 +52,10 @@ def few_tokens_kernel(
         i_word = (block * BLOCK_G + i_lane) * WORDS
         p_x = x_ptr + (i_token[None, None, :] * blocks + block) * (PER * BLOCK_G) + i_lane[None, :, None]
         b_dot = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.int32)
-        high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED, CIRCULAR)
+        high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED, TAIL_BITING)
         for i in tl.static_range(WORDS):
             low = high
-            high = stream_word(stream_ptr, i_row, i_word + (i + 1), words, size, ALIGNED, CIRCULAR)
+            high = stream_word(stream_ptr, i_row, i_word + (i + 1), words, size, ALIGNED, TAIL_BITING)
             for j in tl.static_range(PER):
                 if j * CODE_BITS // 32 == i:
                     window = low >> (j * CODE_BITS % 32)
@@ -83,7 +84,7 @@ def few_tokens_kernel(
 
 @triton.jit
 def eight_bits_kernel(x_ptr, codes_ptr, scale_ptr, blocks, tokens, GROUP: tl.constexpr):
-    """Each of `blocks` groups of a program's token rounded to 8 bits: codes, each in all bytes of an int32; scales; and
+    """Round each of `blocks` groups of a program's token to 8 bits: store codes, each in all bytes of an int32; scales; and
     behind these, for `few_tokens_kernel`, 510 times the sum of the token's activations."""
     token = tl.program_id(0)
     offset = 0.0
@@ -99,7 +100,7 @@ def eight_bits_kernel(x_ptr, codes_ptr, scale_ptr, blocks, tokens, GROUP: tl.con
 
 
 def eight_bits(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of activations [tokens, blocks, …], see `eight_bits_kernel`; the definition is `reference.rounded`."""
+    """Return codes and scales of activations [tokens, blocks, …], see `eight_bits_kernel`; the definition is `rounded`."""
     tokens, blocks = lanes.shape[:2]
     codes = torch.empty(lanes.shape, dtype=torch.int32, device=lanes.device)
     scale = torch.empty(tokens * (blocks + 1), dtype=torch.float32, device=lanes.device)
@@ -108,31 +109,36 @@ def eight_bits(lanes: Tensor) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _per(code_bits: int) -> int:
-    """Weights of a lane: as many as whole words hold."""
-    return 32 // math.gcd(code_bits, 32)
+def _lane_weights(code: TrellisCode) -> int:
+    """Return the weights of a lane: as many as whole words hold."""
+    return 32 // math.gcd(code.code_bits, 32)
 
 
-def mixed(x: Tensor, factor: Tensor, code_bits: int) -> Tensor:
-    """`rotation.mix` of x [tokens, columns] as `few_tokens` takes it."""
-    per, (tokens, columns) = _per(code_bits), x.shape
-    shape = (at_once(tokens), triton.cdiv(columns, ACTIVATION_GROUP) * ACTIVATION_GROUP)
+def mixed_lanes(x: Tensor, factor: Tensor, code: TrellisCode) -> Tensor:
+    """Do as `rotation.mix` for x [tokens, columns], laid out as `few_tokens` takes it."""
+    per, (tokens, columns) = _lane_weights(code), x.shape
+    shape = (padded_token_count(tokens), triton.cdiv(columns, ACTIVATION_GROUP) * ACTIVATION_GROUP)
     out = (torch.empty if shape == x.shape else torch.zeros)(shape, dtype=torch.float32, device=x.device)
     return mix_lanes(x, factor, out, ACTIVATION_GROUP, per).view(shape[0], -1, per, ACTIVATION_GROUP // per)
 
 
-def in_lanes(x: Tensor, code_bits: int) -> Tensor:
-    """Rotated activations [tokens, columns] as `few_tokens` takes them."""
-    per = _per(code_bits)
-    padded = padded_tokens(x, -x.shape[1] % ACTIVATION_GROUP)
+def in_lanes(x: Tensor, code: TrellisCode) -> Tensor:
+    """Lay out rotated activations [tokens, columns] as `few_tokens` takes them."""
+    per = _lane_weights(code)
+    padded = pad_tokens(x, -x.shape[1] % ACTIVATION_GROUP)
     return padded.view(len(padded), -1, ACTIVATION_GROUP // per, per).transpose(2, 3).contiguous()
 
 
 def few_tokens(
-    lanes: Tensor, count: int, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool,
-    dtype: torch.dtype, int8: bool = False,
-) -> Tensor:  # fmt: skip
-    """The product of `count` tokens, at most 8, in a dtype.
+    lanes: Tensor,
+    count: int,
+    stream: Tensor,
+    scale: Tensor,
+    code: TrellisCode,
+    dtype: torch.dtype,
+    int8: bool = False,
+) -> Tensor:
+    """Return the product of `count` tokens, at most 8, in a dtype.
 
     `lanes` is float32 [tokens, blocks, PER, lanes of 256 / PER]: the j-th activations of a block's lanes lie together.
     """
@@ -145,41 +151,44 @@ def few_tokens(
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
     out = torch.empty(parts, tokens, rows, dtype=dtype if parts == 1 else torch.float32, device=lanes.device)
-    launch.start(
-        few_tokens_kernel, configs.trellis_few_tokens(tokens), lanes.device,
-        lambda block: (triton.cdiv(rows, block["BLOCK_N"]), parts),
-        lanes, x_scale, out, scale, stream, stream.shape[1] // 4, stream.shape[1],
-        trellis_multiplier(code_bits, state_bits), key, rows, blocks, per_program,
-        CODE_BITS=code_bits, STATE_BITS=state_bits, PER=per, WORDS=per * code_bits // 32,
-        ALIGNED=stream.shape[1] % 4 == 0, CIRCULAR=circular, TOKENS=tokens, INT8=int8, DP4A=configs.is_nvidia(lanes.device), BLOCK_G=block_g,
-    )  # fmt: skip
+
+    def grid(block: configs.Config) -> tuple[int, ...]:
+        return triton.cdiv(rows, block["BLOCK_N"]), parts
+
+    size = stream.shape[1]
+    args = lanes, x_scale, out, scale, stream, size // 4, size, code.multiplier, code.key, rows, blocks, per_program
+    form = {"CODE_BITS": code.code_bits, "STATE_BITS": code.state_bits, "TAIL_BITING": code.tail_biting}
+    form |= {"PER": per, "WORDS": per * code.code_bits // 32, "ALIGNED": size % 4 == 0, "BLOCK_G": block_g}
+    constants = {"TOKENS": tokens, "INT8": int8, "DP4A": configs.is_nvidia(lanes.device)}
+    name = configs.trellis_few_tokens(tokens)
+    launch.start(few_tokens_kernel, name, lanes.device, grid, *args, **form, **constants)
     return (out[0] if parts == 1 else out.sum(0).to(dtype))[:count]
 
 
-def matmul(
-    x: Tensor,
-    stream: Tensor,
-    scale: Tensor,
-    code_bits: int,
-    state_bits: int,
-    key: int,
-    circular: bool,
-    dtype: torch.dtype,
-    int8: bool,
-) -> Tensor:
-    """As `reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of a 16-bit dtype."""
+def matmul(x: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, dtype: torch.dtype, int8: bool) -> Tensor:
+    """Do as `matmul_reference.matmul`, summed in another order, and in float16 on tensor cores for many tokens of a 16-bit
+    dtype."""
     if len(x) <= FEW_TOKENS:
-        lanes = in_lanes(x, code_bits)
-        return few_tokens(lanes, len(x), stream, scale, code_bits, state_bits, key, circular, dtype, int8)
-    weight = regenerated(stream, scale, code_bits, state_bits, key, circular, x.shape[1])
-    return launch.matmul(reference.rounded(x) if int8 else x, weight, dtype)
+        return few_tokens(in_lanes(x, code), len(x), stream, scale, code, dtype, int8)
+    return launch.matmul(rounded(x) if int8 else x, regenerated(stream, scale, code, x.shape[1]), dtype)
+
+
+def linear(
+    x: Tensor, factor: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, int8: bool, backend: Backend
+) -> Tensor:
+    """Do as `matmul_reference.linear`: the mixing of few tokens writes what the product reads, and no launch lies between;
+    hundreds in bfloat16 are mixed in bfloat16."""
+    if len(x) <= FEW_TOKENS and unable(x.shape[1])["triton"] is None:
+        return few_tokens(mixed_lanes(x, factor, code), len(x), stream, scale, code, x.dtype, int8)
+    if x.dtype == torch.bfloat16 and len(x) >= configs.MANY_TOKENS:
+        rotated = mix_factors((x * factor).to(x.dtype), factors(x.shape[1]))
+    else:
+        rotated = mix(x, factor, backend)
+    return matmul(rotated, stream, scale, code, x.dtype, int8)
 
 
 def matmul_transposed(
-    grad: Tensor, stream: Tensor, scale: Tensor, code_bits: int, state_bits: int, key: int, circular: bool, columns: int,
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """As `reference.matmul_transposed`, exact as `matmul` is."""
-    return launch.matmul_transposed(
-        grad, regenerated(stream, scale, code_bits, state_bits, key, circular, columns), dtype
-    )
+    grad: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """Do as `matmul_reference.matmul_transposed`, exact as `matmul` is."""
+    return launch.matmul_transposed(grad, regenerated(stream, scale, code, columns), dtype)

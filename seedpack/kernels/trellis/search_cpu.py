@@ -1,4 +1,4 @@
-"""The trellis's search on the CPU: the reference's arithmetic in float32 lanes, a row a core.
+"""The trellis's search on the CPU: the reference's arithmetic in float32 lanes, rows shared among the cores.
 
 A weight costs 2^(m + k) edges. An edge is a load, a subtraction, a multiply–add and a minimum, no index: metrics are
 whole numbers, exact in float32 below 2^24, and their low k bits carry the symbol that a survivor came from through
@@ -22,7 +22,8 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.common.vectors import LANES, intrinsic, spread
-from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Code, Seam, table
+from seedpack.kernels.trellis.code import TrellisCode
+from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Boundary, table
 
 UNROLLED = 16
 LINE = 64
@@ -31,7 +32,7 @@ CEILING_BITS = np.float32(CEILING).view(np.int32)
 
 @intrinsic
 def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: Any, q: Any, x: Any) -> Any:
-    """best[q·2^k …] = min over the 2^k predecessors p = j·2^(m-k) + q of metric[p] + (x - table[base[p] …])²."""
+    """Store best[q·2^k …] = min over the 2^k predecessors p = j·2^(m-k) + q of metric[p] + (x - table[base[p] …])²."""
     k = bits.count  # a tuple's length is part of its type: a constant here
     symbols, lanes, unrolled = 1 << k, min(1 << k, LANES), min(1 << k, UNROLLED)
     signature = types.void(bits, table, base, metric, best, types.int64, types.float32)
@@ -76,10 +77,19 @@ def _relax(context: Any, bits: Any, table: Any, base: Any, metric: Any, best: An
 
 @intrinsic
 def _settle(
-    context: Any, best: Any, metric: Any, base: Any, history: Any, first: Any, floor: Any, k: Any, m: Any, tags: Any,
+    context: Any,
+    best: Any,
+    metric: Any,
+    base: Any,
+    history: Any,
+    first: Any,
+    floor: Any,
+    k: Any,
+    m: Any,
+    tags: Any,
     memory: Any,
-) -> Any:  # fmt: skip
-    """What `_step` says of 16 states from `first` on: their symbols, and them as the next step's predecessors."""
+) -> Any:
+    """Store what `_step` says of 16 states from `first` on: their symbols, and them as the next step's predecessors."""
     signature = types.void(best, metric, base, history, *(types.int64,) * 6)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -107,7 +117,7 @@ def _settle(
 
 @njit(cache=True, nogil=True)
 def _open(metric: Any, base: Any, k: int) -> None:
-    """Every state may be a start; the older bits are zero."""
+    """Let every state be a start; the older bits are zero."""
     shift = metric.shape[0] >> k
     for i in range(metric.shape[0]):
         metric[i] = np.float32(i // shift)
@@ -116,10 +126,20 @@ def _open(metric: Any, base: Any, k: int) -> None:
 
 @njit(cache=True, nogil=True)
 def _step(
-    bits: Any, table: Any, base: Any, metric: Any, best: Any, bits_of_best: Any, history: Any, x: Any, padding: bool,
-    m: int, tags: int, memory: int,
-) -> None:  # fmt: skip
-    """One weight: relax all edges, keep each state's tag, and lay out the next step's predecessors.
+    bits: Any,
+    table: Any,
+    base: Any,
+    metric: Any,
+    best: Any,
+    bits_of_best: Any,
+    history: Any,
+    x: Any,
+    padding: bool,
+    m: int,
+    tags: int,
+    memory: int,
+) -> None:
+    """Take one weight: relax all edges, keep each state's tag, and lay out the next step's predecessors.
 
     `metric` holds tags too. `bits_of_best` is `best` as integers, which order positive floats alike: their minimum is
     vectorised without licence to reorder floats. `tags` and `memory` are masks.
@@ -143,7 +163,7 @@ def _step(
 
 @njit(cache=True, nogil=True)
 def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
-    """The symbols on the way to a state: symbols[i] led to the state after step i."""
+    """Store the symbols on the way to a state: symbols[i] led to the state after step i."""
     states = history.shape[1]
     shift = 0
     while 1 << (shift + k) < states:
@@ -155,17 +175,26 @@ def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _walk(
-    bits: Any, x: Any, table: Any, state_bits: int, survivors: int, tag: int, start: Any, given: Any, unreal: Any, out: Any
-) -> None:  # fmt: skip
-    """`walk` for x [rows, steps]; `start` [rows] is empty for any, `given` [rows, n] has no columns for any."""
+    bits: Any,
+    x: Any,
+    table: Any,
+    state_bits: int,
+    survivors: int,
+    tag: int,
+    start: Any,
+    last: Any,
+    unreal: Any,
+    out: Any,
+) -> None:
+    """Walk over x [rows, steps]; `start` [rows] is empty for any start, `last` [rows, n] has no columns for any end."""
     rows, steps = x.shape
-    k, seam = len(bits), given.shape[1]
+    k, count = len(bits), last.shape[1]
     states, tags, memory_mask = 1 << survivors, (1 << tag) - 1, (1 << (state_bits - k)) - 1
     for r in prange(rows):
         metric, best = np.empty(states, np.float32), np.empty(states, np.float32)
         base = np.empty(states, np.int32)
         as_bits = best.view(np.int32)
-        history = np.empty((steps - seam, states), np.uint8)
+        history = np.empty((steps - count, states), np.uint8)
         memory: Any = 0
         _open(metric, base, k)
         if start.shape[0]:
@@ -174,37 +203,35 @@ def _walk(
             metric += np.float32(CLOSED)
             metric[first] = np.float32((memory >> (survivors - k)) & tags)
             base[first] = memory << k
-        for i in range(steps - seam):
-            _step(
-                bits, table, base, metric, best, as_bits, history[i], x[r, i], x[r, i] >= unreal, survivors, tags,
-                memory_mask,
-            )  # fmt: skip
+        for i in range(steps - count):
+            padding = x[r, i] >= unreal
+            _step(bits, table, base, metric, best, as_bits, history[i], x[r, i], padding, survivors, tags, memory_mask)
         oldest: Any = 0
         state, least = 0, np.int64(1) << 62
-        below = state_bits - k * seam  # bits of the oldest given symbol that others' windows see
-        options = 1 << (k - below) if seam else 1
-        for i in range(states):  # every survivor goes on with the given symbols
+        seen = state_bits - k * count  # bits of the first of the last symbols that other windows see too
+        options = 1 << (k - seen) if count else 1
+        for i in range(states):  # every survivor goes on with the last symbols
             for free in range(options):
                 memory, cost = np.int64(base[i]) >> k, (np.int64(metric[i]) >> tag) << tag
-                first = (np.int64(given[r, 0]) & ((1 << below) - 1)) | (free << below) if seam else 0
-                for j in range(seam):
-                    window = (memory << k) | (first if j == 0 else np.int64(given[r, j]))
+                first = (np.int64(last[r, 0]) & ((1 << seen) - 1)) | (free << seen) if count else 0
+                for j in range(count):
+                    window = (memory << k) | (first if j == 0 else np.int64(last[r, j]))
                     memory = window & memory_mask
-                    if x[r, steps - seam + j] < unreal:
-                        error = np.int64(x[r, steps - seam + j]) - np.int64(table[window])
+                    if x[r, steps - count + j] < unreal:
+                        error = np.int64(x[r, steps - count + j]) - np.int64(table[window])
                         cost += error * error
                 if cost < least:
                     state, oldest, least = i, first, cost
-        for j in range(seam):
-            out[r, steps - seam + j] = oldest if j == 0 else given[r, j]
+        for j in range(count):
+            out[r, steps - count + j] = oldest if j == 0 else last[r, j]
         _trace(history, state, k, out[r])
 
 
 @lru_cache(maxsize=8)
-def _table(code_bits: int, state_bits: int, key: int, tag: int) -> Any:
-    """float32 [2^L + 2^k], the last 2^k zero, aligned to cache lines."""
-    values = table(code_bits, state_bits, key, tag).numpy()
-    symbols = 1 << code_bits
+def _table(code: TrellisCode, tag: int) -> Any:
+    """Return the table of values, float32 [2^L + 2^k], the last 2^k zero, aligned to cache lines."""
+    values = table(code, tag).numpy()
+    symbols = 1 << code.code_bits
     raw = np.zeros((len(values) + symbols) * 4 + LINE, np.uint8)
     start = -raw.ctypes.data % LINE
     out = raw[start : start + (len(values) + symbols) * 4].view(np.float32)
@@ -212,15 +239,14 @@ def _table(code_bits: int, state_bits: int, key: int, tag: int) -> Any:
     return out
 
 
-def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
-    """As `reference.walk`, bit for bit."""
-    k, scale = code.code_bits, 1 << -(-code.tag // 2)
+def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None = None) -> Tensor:
+    """Do as `search_reference.walk`, bit for bit."""
+    tag = code.tag_bits(survivors)
+    scale = 1 << -(-tag // 2)
     scaled = (x.float() * scale).contiguous().numpy()  # whole numbers still
     nothing = torch.empty(0, dtype=torch.int64)
-    memory, given, _ = seam or Seam(nothing, nothing.expand(len(x), 0), nothing)
-    out = torch.empty(x.shape, dtype=torch.uint8)
-    _walk(
-        (0,) * k, scaled, _table(k, code.state_bits, code.key, code.tag), code.state_bits, code.survivors, code.tag,
-        memory.contiguous().numpy(), given.contiguous().numpy(), np.float32(PADDING * scale), out.numpy(),
-    )  # fmt: skip
+    memory, last, _ = boundary or Boundary(nothing, nothing.expand(len(x), 0), nothing)
+    start, end, unreal = memory.contiguous().numpy(), last.contiguous().numpy(), np.float32(PADDING * scale)
+    out, bits = torch.empty(x.shape, dtype=torch.uint8), (0,) * code.code_bits
+    _walk(bits, scaled, _table(code, tag), code.state_bits, survivors, tag, start, end, unreal, out.numpy())
     return out

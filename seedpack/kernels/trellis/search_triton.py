@@ -13,38 +13,38 @@ import triton.language as tl
 from torch import Tensor
 
 from seedpack.kernels.common import gpu_configs as configs
+from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode_triton import byte_dot
-from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Code, Seam
-from seedpack.prng import trellis_multiplier
+from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Boundary
 
 
 @triton.jit
 def _terms(p_x, PADDING: tl.constexpr, UNIT: tl.constexpr, SHAPE: tl.constexpr):
-    """What `byte_dot` takes for UNIT·(a window's value - x), in tiles: the factor of each byte, and the start."""
+    """Return what `byte_dot` takes for UNIT·(a window's value - x), in tiles: the factor of each byte, and the start."""
     x = tl.load(p_x)
     unit = tl.where(x == PADDING, 0, UNIT)
     return tl.full(SHAPE, 0x01010101, tl.int32) * unit, tl.full(SHAPE, -510, tl.int32) * unit - x * unit
 
 
 @triton.jit
-def _given(p_given, i, option, BELOW: tl.constexpr):
-    """The i-th of the row's last symbols; the free bits of the first are an option."""
-    symbol = tl.load(p_given + i).to(tl.int32)
-    return tl.where(i == 0, (symbol & ((1 << BELOW) - 1)) | (option << BELOW), symbol)
+def _last_symbol(p_last, i, option, SEEN: tl.constexpr):
+    """Load the i-th of the row's last symbols; the free bits of the first are an option."""
+    symbol = tl.load(p_last + i).to(tl.int32)
+    return tl.where(i == 0, (symbol & ((1 << SEEN) - 1)) | (option << SEEN), symbol)
 
 
 @triton.jit
 def walk_kernel(
-    x_ptr, memory_ptr, given_ptr, symbols_ptr, metric_ptr, base_ptr, best_ptr, history_ptr,
+    x_ptr, memory_ptr, last_ptr, symbols_ptr, metric_ptr, base_ptr, best_ptr, history_ptr,
     rows, steps, multiplier, key,
     CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, SURVIVORS: tl.constexpr, TAG: tl.constexpr,
-    START: tl.constexpr, SEAM: tl.constexpr, BELOW: tl.constexpr, PADDING: tl.constexpr, CLOSED: tl.constexpr, CEILING: tl.constexpr,
-    DP4A: tl.constexpr, BLOCK: tl.constexpr, UNROLLED: tl.constexpr,
+    START: tl.constexpr, LAST: tl.constexpr, SEEN: tl.constexpr, PADDING: tl.constexpr, CLOSED: tl.constexpr,
+    CEILING: tl.constexpr, DP4A: tl.constexpr, BLOCK: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
-    """symbols [rows, steps] of least error for x [rows, steps], int32.
+    """Store the symbols [rows, steps] of least error for x [rows, steps], int32.
 
-    START says whether the walk starts from `memory` [rows], or anywhere. It ends with SEAM symbols `given` [rows, SEAM],
-    of whose first the bits from BELOW on are free. Scratch is each program's own: metric (with tags), base (the
+    START says whether the walk starts from `memory` [rows], or anywhere. It ends with the symbols `last` [rows, LAST],
+    of whose first the bits from SEEN on are free. Scratch is each program's own: metric (with tags), base (the
     window's older bits times the multiplier, plus the key), best [programs, 2^m]; history uint8 [programs, steps, 2^m].
     """
     STATES: tl.constexpr = 1 << SURVIVORS
@@ -76,7 +76,7 @@ def walk_kernel(
             tl.store(metric_ptr + i_state, b_metric + ((b_memory >> (SURVIVORS - CODE_BITS)) & TAGS))
             tl.store(base_ptr + i_state, ((b_memory << CODE_BITS).to(tl.uint32) * a + c).to(tl.int32))
         tl.debug_barrier()
-        for step in range(steps - SEAM):
+        for step in range(steps - LAST):
             b_unit, b_offset = _terms(x_row + step, PADDING, UNIT, (SYMBOLS, GROUPS))
             least = tl.cast(CEILING, tl.int32)
             for first in range(0, STATES, BLOCK):
@@ -109,8 +109,8 @@ def walk_kernel(
                 tl.store(history_ptr + tl.cast(step, tl.int64) * STATES + i_state, (b_tag & (SYMBOLS - 1)).to(tl.uint8))
             tl.debug_barrier()
 
-        OPTIONS: tl.constexpr = 1 << (CODE_BITS - BELOW) if SEAM > 0 else 1
-        found = tl.cast((1 << 62), tl.int64)  # cost, state and what the oldest given symbol becomes, in this order
+        OPTIONS: tl.constexpr = 1 << (CODE_BITS - SEEN) if LAST > 0 else 1
+        best = tl.cast((1 << 62), tl.int64)  # cost, state and what the first of the last symbols becomes, in this order
         FEW: tl.constexpr = max(BLOCK // 8, SYMBOLS)  # long integers take two registers
         for first in range(0, STATES, FEW):
             i_state = first + tl.arange(0, FEW)
@@ -118,44 +118,43 @@ def walk_kernel(
             for option in range(OPTIONS):
                 b_memory = (((b_best & TAGS) << SURVIVORS) | i_state) & MEMORY
                 b_cost = (b_best & ~TAGS).to(tl.int64)
-                for i in range(SEAM):
-                    symbol = _given(given_ptr + row * SEAM, i, option, BELOW)
+                for i in range(LAST):
+                    symbol = _last_symbol(last_ptr + row * LAST, i, option, SEEN)
                     b_window = (b_memory << CODE_BITS) | symbol
-                    b_unit, b_offset = _terms(x_row + steps - SEAM + i, PADDING, UNIT, (FEW,))
+                    b_unit, b_offset = _terms(x_row + steps - LAST + i, PADDING, UNIT, (FEW,))
                     error = byte_dot(b_window.to(tl.uint32) * a + c, b_unit, b_offset, DP4A).to(tl.int64)
                     b_cost += error * error
                     b_memory = b_window & MEMORY
-                found = tl.minimum(found, tl.min((b_cost * STATES + i_state) * OPTIONS + option, 0))
-        option = (found % OPTIONS).to(tl.int32)
-        state = (found // OPTIONS % STATES).to(tl.int32)
-        for i in range(SEAM):
-            tl.store(symbols_row + steps - SEAM + i, _given(given_ptr + row * SEAM, i, option, BELOW).to(tl.uint8))
-        for back in range(steps - SEAM):
-            step = steps - SEAM - 1 - back
+                best = tl.minimum(best, tl.min((b_cost * STATES + i_state) * OPTIONS + option, 0))
+        option = (best % OPTIONS).to(tl.int32)
+        state = (best // OPTIONS % STATES).to(tl.int32)
+        for i in range(LAST):
+            tl.store(symbols_row + steps - LAST + i, _last_symbol(last_ptr + row * LAST, i, option, SEEN).to(tl.uint8))
+        for back in range(steps - LAST):
+            step = steps - LAST - 1 - back
             tl.store(symbols_row + step, (state & (SYMBOLS - 1)).to(tl.uint8))
             symbol = tl.load(history_ptr + tl.cast(step, tl.int64) * STATES + state).to(tl.int32)
             state = (symbol << (SURVIVORS - CODE_BITS)) | (state >> CODE_BITS)
         tl.debug_barrier()
 
 
-def walk(x: Tensor, code: Code, seam: Seam | None = None) -> Tensor:
-    """As `reference.walk`, bit for bit."""
-    (rows, steps), states = x.shape, 1 << code.survivors
-    config = configs.trellis_walk(code.code_bits, code.survivors, x.device)
+def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None = None) -> Tensor:
+    """Do as `search_reference.walk`, bit for bit."""
+    (rows, steps), states = x.shape, 1 << survivors
+    config = configs.trellis_walk(code.code_bits, survivors, x.device)
     programs = configs.programs(x.device, rows, config["num_warps"], steps * states)
     scratch = torch.empty(3, programs, states, dtype=torch.int32, device=x.device)
     history = torch.empty(programs, steps, states, dtype=torch.uint8, device=x.device)
     symbols = torch.empty(rows, steps, dtype=torch.uint8, device=x.device)
-    count = 0 if seam is None else seam.given.shape[1]
+    memory, last, count = symbols, symbols, 0
+    if boundary is not None:
+        memory, last = boundary.memory.contiguous(), boundary.last.to(torch.uint8).contiguous()
+        count = last.shape[1]
+    args = memory, last, symbols, *scratch.unbind(), history, rows, steps, code.multiplier, code.key
+    constants = {"CODE_BITS": code.code_bits, "STATE_BITS": code.state_bits, "SURVIVORS": survivors}
+    constants |= {"TAG": code.tag_bits(survivors), "PADDING": PADDING, "CLOSED": CLOSED, "CEILING": CEILING}
+    constants |= {"START": boundary is not None, "LAST": count, "DP4A": configs.is_nvidia(x.device)}
+    constants["SEEN"] = max(0, code.state_bits - code.code_bits * count)
     with configs.current(x.device):
-        walk_kernel[(programs,)](
-            x.to(torch.int32).contiguous(),
-            symbols if seam is None else seam.memory.contiguous(),
-            symbols if seam is None else seam.given.to(torch.uint8).contiguous(),
-            symbols, scratch[0], scratch[1], scratch[2], history, rows, steps,
-            trellis_multiplier(code.code_bits, code.state_bits), code.key,
-            CODE_BITS=code.code_bits, STATE_BITS=code.state_bits, SURVIVORS=code.survivors, TAG=code.tag,
-            START=seam is not None, SEAM=count, BELOW=max(0, code.state_bits - code.code_bits * count), PADDING=PADDING, CLOSED=CLOSED, CEILING=CEILING,
-            DP4A=configs.is_nvidia(x.device), **config,
-        )  # fmt: skip
+        walk_kernel[(programs,)](x.to(torch.int32).contiguous(), *args, **constants, **config)
     return symbols

@@ -11,12 +11,16 @@ import torch
 
 from seedpack import keys
 from seedpack.errors import CodecError, KeyNeededError
-from seedpack.kernels.basis import hadamard as hadamard_basis
-from seedpack.kernels.basis.decode import basis_dense, basis_reduce
-from seedpack.kernels.basis.hadamard import expand, reduce, width_of
+from seedpack.kernels.basis import HADAMARD, noise_basis, structured
+from seedpack.kernels.basis.structured import StructuredBasis, width_of
 from seedpack.kernels.basis.weight import basis_weight
 from seedpack.prng import philox_words
 from tests.helpers.marks import slow
+
+
+def basis_of(seed: int, key: str = "") -> StructuredBasis:
+    return StructuredBasis(HADAMARD, seed, key)
+
 
 SIZES = [(1, 10, 1), (1, 64, 200), (3, 70, 300), (2, 200, 256), (1, 129, 5000)]
 
@@ -53,25 +57,24 @@ def written_out(coefs: torch.Tensor, size: int, seed: int) -> torch.Tensor:
 def test_definition_and_transpose(backend: Any, blocks: int, count: int, size: int, poison: None) -> None:
     coefs, grad = torch.randn(blocks, count), torch.randn(blocks, size)
     exact = written_out(coefs, size, 7)
-    torch.testing.assert_close(expand(coefs, size, 7, backend=backend), exact, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(basis_of(7).expand(coefs, size, backend), exact, rtol=1e-4, atol=1e-4)
     leaf = coefs.clone().requires_grad_(True)
     (written_out(leaf, size, 7) * grad).sum().backward()
-    torch.testing.assert_close(reduce(grad, count, 7, backend=backend), leaf.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(basis_of(7).reduce_blocks(grad, count, backend), leaf.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_large_ones_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     coefs, grad = torch.randn(3, 100), torch.randn(3, 1000)
-    whole = expand(coefs, 1000, 3), reduce(grad, 100, 3)
+    basis = basis_of(3)
+    whole = basis.expand(coefs, 1000), basis.reduce_blocks(grad, 100)
     for at_once in (1, 300, 1500):
-        monkeypatch.setattr(hadamard_basis, "WEIGHTS_AT_ONCE", at_once)
-        assert torch.equal(expand(coefs, 1000, 3), whole[0])
-        torch.testing.assert_close(reduce(grad, 100, 3), whole[1], rtol=1e-5, atol=1e-3)
+        monkeypatch.setattr(structured, "WEIGHTS_AT_ONCE", at_once)
+        assert torch.equal(basis.expand(coefs, 1000), whole[0])
+        torch.testing.assert_close(basis.reduce_blocks(grad, 100), whole[1], rtol=1e-5, atol=1e-3)
 
 
 def test_bases_are_a_frame_of_nearly_normal_numbers() -> None:
-    bases = torch.stack(
-        [expand(row[None], 128 * 40, 11)[0] for row in torch.eye(128)]
-    )  # fmt: skip
+    bases = torch.stack([basis_of(11).expand(row[None], 128 * 40)[0] for row in torch.eye(128)])
     torch.testing.assert_close(bases @ bases.T / bases.shape[1], torch.eye(128), rtol=0, atol=1e-4)
     assert abs(float(bases.mean())) < 0.01
     assert abs(float((bases**4).mean()) - 3) < 0.1  # kurtosis of the normal distribution
@@ -81,16 +84,16 @@ def test_bases_are_a_frame_of_nearly_normal_numbers() -> None:
 def key() -> Iterator[bytes]:
     yield bytes(range(16))
     keys._keys.clear()
-    hadamard_basis.piece_signs.cache_clear()
+    structured.piece_signs.cache_clear()
 
 
 def test_a_private_key_gives_other_bases(key: bytes) -> None:
     coefs = torch.randn(1, 100)
     check = keys.add_key(key)
-    weight = expand(coefs, 5000, 7, check)
-    assert abs(float(torch.corrcoef(torch.stack((weight[0], expand(coefs, 5000, 7)[0])))[0, 1])) < 0.1
-    assert not torch.equal(weight, expand(coefs, 5000, 8, check))
-    torch.testing.assert_close(expand(coefs, 5000, 7, check, backend="reference"), weight, rtol=1e-4, atol=1e-4)
+    weight = basis_of(7, check).expand(coefs, 5000)
+    assert abs(float(torch.corrcoef(torch.stack((weight[0], basis_of(7).expand(coefs, 5000)[0])))[0, 1])) < 0.1
+    assert not torch.equal(weight, basis_of(8, check).expand(coefs, 5000))
+    torch.testing.assert_close(basis_of(7, check).expand(coefs, 5000, "reference"), weight, rtol=1e-4, atol=1e-4)
 
 
 def test_keystream_is_that_of_chacha20(key: bytes) -> None:
@@ -110,7 +113,7 @@ def test_keystream_is_that_of_chacha20(key: bytes) -> None:
 
 def test_missing_and_wrong_keys_are_said(key: bytes) -> None:
     with pytest.raises(KeyNeededError, match="no key with check 0123456789abcdef was added"):
-        expand(torch.ones(1, 5), 10, 1, "0123456789abcdef")
+        basis_of(1, "0123456789abcdef").expand(torch.ones(1, 5), 10)
     with pytest.raises(KeyNeededError, match=r"private key \(check 0123456789abcdef\), and none is given; pass it by"):
         keys.require_key("0123456789abcdef")
     with keys.use_key(key):
@@ -122,7 +125,7 @@ def test_missing_and_wrong_keys_are_said(key: bytes) -> None:
     with pytest.raises(KeyNeededError, match="has 16 bytes, got 3 bytes"):
         keys.add_key(b"abc")
     with pytest.raises(CodecError, match="'philox' takes no private key; use 'hadamard'"):
-        basis_dense(torch.ones(1, 5), seed=1, generator="philox", rows=1, columns=9, key="0123456789abcdef")
+        noise_basis("philox", 1, "0123456789abcdef")
 
 
 def test_keys_from_files(tmp_path: Any, key: bytes) -> None:
@@ -150,26 +153,23 @@ def test_keys_from_files(tmp_path: Any, key: bytes) -> None:
 )
 def test_weight_operator(generator: str, blocks: int, rows: int, columns: int) -> None:
     coefs = torch.randn(blocks, 9, requires_grad=True)
-    options: dict[str, Any] = {"seed": 5, "generator": generator, "rows": rows}
+    basis = noise_basis(generator, 5)
     index = torch.tensor([rows - 1, 0, rows - 1])
-    torch.library.opcheck(torch.ops.seedpack.basis_weight.default, (coefs, 5, generator, rows, columns, "", None))
-    torch.library.opcheck(torch.ops.seedpack.basis_weight.default, (coefs, 5, generator, rows, columns, "", index))
-    exact = basis_dense(coefs.detach(), columns=columns, backend="reference", **options)
-    weight = basis_weight(coefs, columns=columns, **options)
+    torch.library.opcheck(torch.ops.seedpack.basis_weight.default, (coefs, generator, 5, "", rows, columns, None))
+    torch.library.opcheck(torch.ops.seedpack.basis_weight.default, (coefs, generator, 5, "", rows, columns, index))
+    exact = basis.dense(coefs.detach(), rows, columns, backend="reference")
+    weight = basis_weight(coefs, basis, rows=rows, columns=columns)
     torch.testing.assert_close(weight, exact, rtol=1e-4, atol=1e-4)
-    some = basis_weight(coefs, columns=columns, index=index, **options)
+    some = basis_weight(coefs, basis, rows=rows, columns=columns, index=index)
     torch.testing.assert_close(some, exact[index], rtol=1e-4, atol=1e-4)
     grad, grad_some = torch.randn(rows, columns), torch.randn(3, columns)
     for found, given in ((weight, grad), (some, grad_some)):
         whole = given if found is weight else torch.zeros(rows, columns).index_add_(0, index, given)
         expected = torch.stack(
-            [
-                (basis_dense(unit.view(blocks, 9), columns=columns, **options) * whole).sum()
-                for unit in torch.eye(blocks * 9)
-            ]
+            [(basis.dense(unit.view(blocks, 9), rows, columns) * whole).sum() for unit in torch.eye(blocks * 9)]
         )
         (grad_coefs,) = torch.autograd.grad(found, coefs, given)
         torch.testing.assert_close(grad_coefs.flatten(), expected, rtol=1e-3, atol=1e-2)
         for backend in ("reference",) if generator == "hadamard" else ("reference", "triton"):
-            reduced = basis_reduce(whole, blocks=blocks, count=9, backend=backend, **options)
+            reduced = basis.reduce(whole, blocks, 9, rows, backend=backend)  # type: ignore[arg-type]
             torch.testing.assert_close(reduced, grad_coefs, rtol=1e-3, atol=1e-2)

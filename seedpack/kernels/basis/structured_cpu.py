@@ -15,7 +15,7 @@ from torch import Tensor
 
 @njit(cache=True, nogil=True)
 def _transform(y: Any) -> None:
-    """y times Sylvester's Hadamard matrix, not normalised; its size a power of two from 16 on."""
+    """Multiply y by Sylvester's Hadamard matrix, not normalised; its size a power of two from 16 on."""
     size = y.shape[0]
     for i in range(0, size, 8):
         a0, a1, a2, a3 = y[i] + y[i + 1], y[i] - y[i + 1], y[i + 2] + y[i + 3], y[i + 2] - y[i + 3]
@@ -41,7 +41,7 @@ def _transform(y: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _transform_twice(y: Any, between: Any) -> None:
-    """`_transform`, signs, `_transform`."""
+    """Transform, multiply by signs, transform."""
     _transform(y)
     for i in range(y.shape[0]):
         y[i] *= np.float32(between[i])
@@ -73,14 +73,14 @@ def _reduce(weight_grad: Any, signs: Any, norm: Any, out: Any) -> None:
 
 
 def expand(coefs: Tensor, signs: Tensor) -> Tensor:
-    """As `reference.expand`, summed in another order; signs int8."""
+    """Do as `structured_reference.expand`, summed in another order; signs int8."""
     out = torch.empty(signs.shape[1:], dtype=torch.float32)
     _expand(coefs.contiguous().numpy(), signs.numpy(), _norm(signs), out.numpy())
     return out
 
 
 def reduce(weight_grad: Tensor, signs: Tensor) -> Tensor:
-    """As `reference.reduce`, summed in another order; signs int8."""
+    """Do as `structured_reference.reduce`, summed in another order; signs int8."""
     out = torch.empty(signs.shape[1:], dtype=torch.float32)
     _reduce(weight_grad.contiguous().numpy(), signs.numpy(), _norm(signs), out.numpy())
     return out.sum(1)

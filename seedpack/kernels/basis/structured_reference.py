@@ -1,4 +1,4 @@
-"""The definition of a structured basis, in plain torch."""
+"""The definition of structured bases, in plain torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seedpack.kernels.rotation.reference import mix
 def expand(
     coefs: Float[Tensor, "blocks width"], signs: Int[Tensor, "2 blocks pieces width"]
 ) -> Float[Tensor, "blocks pieces width"]:
-    """√K · H · S2 · H · S1 · z for each piece of each block, float32.
+    """Return √K · H · S2 · H · S1 · z for each piece of each block, float32.
 
     Args:
         coefs: z of each block.
@@ -25,7 +25,7 @@ def expand(
 def reduce(
     weight_grad: Float[Tensor, "blocks pieces width"], signs: Int[Tensor, "2 blocks pieces width"]
 ) -> Float[Tensor, "blocks width"]:
-    """The transpose of `expand`: √K · Σ over pieces of S1 · H · S2 · H · g, float32."""
+    """Transpose `expand`: return √K · Σ over pieces of S1 · H · S2 · H · g, float32."""
     first, second = signs.float()
     values: Tensor = (mix(mix(weight_grad) * second) * first).sum(1)
     return values * float(values.shape[-1] ** 0.5)
