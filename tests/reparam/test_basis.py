@@ -116,13 +116,13 @@ def test_gradients_are_those_of_the_weights() -> None:
     torch.testing.assert_close(coefs.grad, numeric, rtol=2e-2, atol=0.5)
 
 
-def test_a_pass_makes_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_materialises_the_weights_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = basis_(Net(), 50)
-    made = []
-    make = Basis.made
-    monkeypatch.setattr(Basis, "made", lambda self, coefs: made.append(1) or make(self, coefs))  # type: ignore[func-returns-value]
+    calls = []
+    materialise = Basis.materialise
+    monkeypatch.setattr(Basis, "materialise", lambda self, coefs: calls.append(1) or materialise(self, coefs))  # type: ignore[func-returns-value]
     model(*batch())
-    assert len(made) == 1
+    assert len(calls) == 1
     with pytest.raises(RuntimeError):
         model(torch.randn(4, 3, 8, 8), batch()[1])
     assert model.conv.parametrizations.weight[0].basis._held is None, "nothing is held after an error"  # type: ignore[union-attr, index]
