@@ -299,7 +299,7 @@ def test_progress_lines_where_there_is_no_terminal(
     from seedpack.cli import output
 
     clock = iter(range(0, 1000, 40))
-    monkeypatch.setattr(output.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("seedpack.cli.output.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     with output.progress("Fitting", 100, "weights") as advance:
         advance("a", 50)

@@ -86,7 +86,7 @@ def test_settings_out_of_range() -> None:
         ({"exponents": 2}, "exponents must be 1 or 3"),
     ]:
         with pytest.raises(CodecError, match=message):
-            SeedLMCodec(**settings)  # type: ignore[arg-type]
+            SeedLMCodec(**settings)
     with pytest.raises(CodecError, match="5.0 bits: the paper gives configurations for 3 and 4"):
         SeedLMCodec.from_bits(5.0)
 

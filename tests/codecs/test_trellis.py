@@ -148,4 +148,4 @@ def test_corrupt_parts_are_refused() -> None:
 def test_states_hold_a_symbol_and_as_much_memory(code_bits: int, state_bits: int) -> None:
     with pytest.raises(CodecError, match=f"state_bits must be a whole number from {2 * code_bits} to 20"):
         TrellisCodec(code_bits, state_bits)
-    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]  # type: ignore[attr-defined]
+    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]

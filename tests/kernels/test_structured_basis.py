@@ -27,7 +27,9 @@ SIZES = [(1, 10, 1), (1, 64, 200), (3, 70, 300), (2, 200, 256), (1, 129, 5000)]
 
 @cache
 def hadamard_matrix(width: int) -> torch.Tensor:
-    h = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(width)] for i in range(width)]) / width**0.5
+    h: torch.Tensor = (
+        torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(width)] for i in range(width)]) / width**0.5
+    )
     assert torch.allclose(h @ h, torch.eye(width), atol=1e-5)
     return h
 
