@@ -104,7 +104,7 @@ def test_a_calibrated_plan_is_what_compress_follows(tmp_path: Path) -> None:
 
 def test_progress_counts_every_weight_once(tmp_path: Path) -> None:
     done: list[tuple[str, int, int, str, str]] = []
-    seedpack.compress(state(), tmp_path / "out", progress=lambda *told: done.append(told), **FAST)  # type: ignore[arg-type]
+    seedpack.compress(state(), tmp_path / "out", progress=lambda *told: done.append(told), **FAST)
     assert {entry[0] for entry in done} == {"Fitting"} and {entry[3:] for entry in done} == {
         ("weights", "a.weight"),
         ("weights", "b.weight"),
