@@ -3,22 +3,31 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A file's tests run on one core: they share fixtures and compiled kernels.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test lint types bench bench-gpu wheel clean
+.PHONY: demo test test-slow test-all lint types bench bench-gpu wheel clean
 
 # Compress a real language model, load it back, and show what was gained and lost.
 demo: $(VENV)/demo
 	$(BIN)/python -m benchmarks.demo
 
+# Every rule, kernel and refusal once (some minutes on 2 cores).
 test: $(VENV)/dev
-	$(BIN)/python -m pytest -n auto -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
+
+# The others: every combination of settings, large shapes, compilation for GPUs, long trainings (half an hour).
+test-slow: $(VENV)/dev
+	$(PYTEST) -m "slow and not gpu"
+
+test-all: test test-slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev
-	$(BIN)/mypy --strict -p seedpack
+	$(BIN)/mypy --strict -p seedpack -p tests
 
 # Regenerate every number that the README and docs/ quote (most of a day on 2 cores, peers included).
 bench: $(VENV)/bench

@@ -182,9 +182,15 @@ def squirrel5(position: Words, seed: int) -> Words:
 # Multipliers of the trellis's code at k bits per weight, for windows of up to 16 bits and for longer ones: found by
 # search, docs/codecs/trellis.md tells how.
 TRELLIS_MULTIPLIERS: dict[int, tuple[int, int]] = {
-    1: (0x6565AC69, 0x6565AC69), 2: (0x214F47D1, 0x7821BD73), 3: (0x65605D9D, 0x136D564B), 4: (0x5168A857, 0xD216B473),
-    5: (0x06D54E13, 0x0F6338E9), 6: (0xCBC21A49, 0xEA2A86E9), 7: (0x456737C5, 0x74102017), 8: (0x91E125C5, 0xCBF07ED5),
-}  # fmt: skip
+    1: (0x6565AC69, 0x6565AC69),
+    2: (0x214F47D1, 0x7821BD73),
+    3: (0x65605D9D, 0x136D564B),
+    4: (0x5168A857, 0xD216B473),
+    5: (0x06D54E13, 0x0F6338E9),
+    6: (0xCBC21A49, 0xEA2A86E9),
+    7: (0x456737C5, 0x74102017),
+    8: (0x91E125C5, 0xCBF07ED5),
+}
 
 
 def trellis_multiplier(code_bits: int, state_bits: int) -> int:

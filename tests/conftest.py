@@ -53,7 +53,8 @@ class Net(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         x = self.conv1(self.embed(ids).mT).mT
         y = self.conv2(x[:, None]).mean((1, 2, 3))
-        return self.out(torch.relu(self.fc(self.norm(x)))) + y[:, None, None]
+        out: torch.Tensor = self.out(torch.relu(self.fc(self.norm(x)))) + y[:, None, None]
+        return out
 
 
 @pytest.fixture

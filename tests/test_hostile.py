@@ -20,6 +20,7 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import CodecError, FormatError, ModelError, OutputError, SeedpackError, VersionError
 from seedpack.eval.tensors import compare_tensors
 from seedpack.formats import Checkpoint
+from seedpack.formats.manifest import _document_digest
 from seedpack.loader.layers import pack_module_
 from tests.helpers import checkpoints as make
 from tests.helpers.models import Folders, llama
@@ -150,7 +151,7 @@ def test_config_and_files_must_agree(folders: Folders, tmp_path: Path) -> None:
     document = config["quantization_config"]
     document["codecs"][0]["config"]["exponents"] = 3
     body = {k: v for k, v in document.items() if k not in ("digest", "quant_method")}
-    document["digest"] = make._document_digest(body)
+    document["digest"] = _document_digest(body)
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FormatError, match="quantization_config is not that of the weight files"):
         seedpack.load(path)

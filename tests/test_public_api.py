@@ -23,7 +23,7 @@ def test_exported_names() -> None:
 
 def test_unknown_name() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'nope'"):
-        _ = seedpack.nope  # type: ignore[attr-defined]
+        _ = seedpack.nope
 
 
 @pytest.mark.parametrize("order", ["import seedpack, transformers", "import transformers, seedpack"])

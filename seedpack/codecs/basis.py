@@ -85,7 +85,7 @@ class BasisCodec(Codec, HessianFitting):
 
     @cached_property
     def noise(self) -> NoiseBasis:
-        """The bases."""
+        """The generator of the basis vectors."""
         return noise_basis(self.generator, self.seed, self.key)
 
     def blocks_of(self, shape: Shape) -> int:

@@ -110,11 +110,11 @@ class SeedLMCodec(Codec, HessianFitting):
         codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8, device=device)
 
         def fit(where: tuple[slice, slice], part: Tensor, factor: Tensor | None) -> None:
-            found = seedlm_search(
+            best = seedlm_search(
                 part.reshape(-1, self.block), factor, bias, self.code, exponents=self.exponents, backend=backend
             )
-            seeds[where] = found.seed.view(part.shape[:2])
-            codes[where] = torch.cat((found.exponent[:, None], found.mantissa), 1).view(*part.shape[:2], -1)
+            seeds[where] = best.seed.view(part.shape[:2])
+            codes[where] = torch.cat((best.exponent[:, None], best.mantissa), 1).view(*part.shape[:2], -1)
             if progress:
                 progress(part.shape[0] * (min(columns, where[1].stop * self.block) - where[1].start * self.block))
 
@@ -125,14 +125,13 @@ class SeedLMCodec(Codec, HessianFitting):
                 fit(here, padded[here], None)
         elif importance.has_hessian:
             c = importance.cholesky(device, padding)
-            wanted = padded.flatten(1).double()
-            error = torch.zeros_like(wanted)
+            targets = padded.flatten(1).double()
+            errors = torch.zeros_like(targets)
             for block in reversed(range(blocks)):
                 low, high = block * self.block, (block + 1) * self.block
                 factor, here = c[low:high, low:high], (slice(0, rows), slice(block, block + 1))
-                fit(here, (wanted[:, low:high] - ldlq_correction(error, c, low, high, high))[:, None], factor)
-                found = self._values(seeds[here], codes[here], bias, backend)
-                error[:, low:high] = found - wanted[:, low:high]
+                fit(here, (targets[:, low:high] - ldlq_correction(errors, c, low, high, high))[:, None], factor)
+                errors[:, low:high] = self._values(seeds[here], codes[here], bias, backend) - targets[:, low:high]
         else:
             weights = torch.nn.functional.pad(importance.channel_weights(), (0, padding), value=1.0)
             for block, h in enumerate(weights.view(blocks, self.block)):
@@ -174,7 +173,7 @@ class SeedLMCodec(Codec, HessianFitting):
 
     @cached_property
     def code(self) -> SeedLMCode:
-        """K, C and P."""
+        """K, C and P, as kernels take them."""
         return SeedLMCode(self.seed_bits, self.block, self.rank)
 
     @staticmethod

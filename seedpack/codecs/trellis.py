@@ -221,11 +221,11 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
                 stream[here] = trellis_search(
                     values, self.code, survivors=self.survivors, columns=columns, factor=factor, backend=backend
                 )
-                found = trellis_decode(stream[here], self.code, columns=columns, backend=backend).double()
-                wanted = rotated
+                decoded = trellis_decode(stream[here], self.code, columns=columns, backend=backend).double()
+                target = rotated
                 if factor is not None:
-                    found, wanted = found @ factor, rotated @ factor
-                unit = (wanted * found).sum(1) / found.square().sum(1).clamp_min(1e-30)
+                    decoded, target = decoded @ factor, rotated @ factor
+                unit = (target * decoded).sum(1) / decoded.square().sum(1).clamp_min(1e-30)
             scale[here] = unit / VALUE_UNIT
             if progress:
                 progress((here.stop - row) * columns)

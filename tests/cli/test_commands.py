@@ -160,8 +160,25 @@ def test_options_reach_the_library(model: Path) -> None:
         (["eval", "MODEL", "MODEL", "--text", "nothing"], 2, "does not exist"),
     ],
 )
-def test_mistakes_get_one_clear_line(model: Path, arguments: list[str], code: int, message: str) -> None:
-    command = [sys.executable, "-m", "seedpack.cli", *(str(model) if a == "MODEL" else a for a in arguments)]
+def test_mistakes_get_one_clear_line(
+    model: Path, arguments: list[str], code: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    result = run(*(model if a == "MODEL" else a for a in arguments), code=code)
+    assert isinstance(result.exception, SystemExit), "no error but seedpack's own"
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert sorted(p.name for p in model.parent.iterdir()) == ["net.pt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["inspect", "net.pt"], 1, "net.pt: not a safetensors file"),
+        (["comprss"], 2, "Did you mean 'compress'?"),
+    ],
+)
+def test_exit_codes_of_the_program(model: Path, arguments: list[str], code: int, message: str) -> None:
+    command = [sys.executable, "-m", "seedpack.cli", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=model.parent)
     assert done.returncode == code, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
@@ -282,7 +299,7 @@ def test_progress_lines_where_there_is_no_terminal(
     from seedpack.cli import output
 
     clock = iter(range(0, 1000, 40))
-    monkeypatch.setattr(output.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr("seedpack.cli.output.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
     with output.progress("Fitting", 100, "weights") as advance:
         advance("a", 50)

@@ -6,13 +6,13 @@ import torch
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.errors import CodecError
 from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
+from tests.helpers.marks import slow
 
 CODECS = [
     SeedLMCodec(10, 8, 3),
-    SeedLMCodec(9, 12, 4),
-    SeedLMCodec(8, 4, 2),
+    *slow(SeedLMCodec(9, 12, 4), SeedLMCodec(8, 4, 2)),
     SeedLMCodec(7, 5, 1, 1),
-    SeedLMCodec(11, 6, 6),
+    *slow(SeedLMCodec(11, 6, 6)),
 ]
 
 
@@ -76,7 +76,7 @@ def test_wrong_importance(importance: torch.Tensor) -> None:
 
 def test_hessians() -> None:
     check_hessian(SeedLMCodec(10, 8, 3), 0.8)
-    check_hessian(SeedLMCodec(9, 7, 2), 0.8)  # padded
+    check_hessian(SeedLMCodec(9, 5, 1), 0.8)  # padded
 
 
 def test_settings_out_of_range() -> None:
@@ -86,13 +86,13 @@ def test_settings_out_of_range() -> None:
         ({"exponents": 2}, "exponents must be 1 or 3"),
     ]:
         with pytest.raises(CodecError, match=message):
-            SeedLMCodec(**settings)  # type: ignore[arg-type]
+            SeedLMCodec(**settings)
     with pytest.raises(CodecError, match="5.0 bits: the paper gives configurations for 3 and 4"):
         SeedLMCodec.from_bits(5.0)
 
 
 def test_exponent_bias_out_of_range() -> None:
-    codec = SeedLMCodec(8, 4, 2)
+    codec = SeedLMCodec(8, 8, 3)
     parts = codec.encode(torch.randn(2, 8))
     parts["exponent_bias"][0] = -128
     with pytest.raises(CodecError, match="exponent bias -128 is not in"):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -69,14 +71,15 @@ def test_hessians() -> None:
 
 
 def test_settings() -> None:
-    for settings, message in [
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "either rank or bits"),
         ({"rank": 3, "bits": 4.0}, "either rank or bits"),
         ({"rank": 0}, "rank must be a whole number"),
         ({"bits": 0.0}, "bits must be above 0"),
         ({"rank": 3, "factors": {"id": "raw"}}, "factors must be a codec's id, version and config"),
         ({"rank": 3, "factors": SVDCodec(rank=2).spec().to_json()}, "cannot be svd again"),
-    ]:
+    ]
+    for settings, message in wrong:
         with pytest.raises(CodecError, match=message):
             get_codec("svd")(**settings)
 

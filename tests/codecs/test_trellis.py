@@ -10,6 +10,7 @@ from seedpack.codecs.importance import Importance
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
 from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
+from tests.helpers.marks import slow_but
 
 CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast")]
 
@@ -81,7 +82,7 @@ def test_balance_is_stored_where_it_is_cheap() -> None:
     assert codec.bits_per_weight((4096, 4096)) == 4 + 16 / 4096 + 4 / 4096 + 8 / 4096**2
 
 
-@pytest.mark.parametrize("code_bits", range(1, 9))
+@pytest.mark.parametrize("code_bits", slow_but([2, 4], range(1, 9)))
 def test_error_falls_by_six_decibels_a_bit(code_bits: int) -> None:
     codec = TrellisCodec(code_bits, effort="fast")
     weight = torch.randn(8, 512)
@@ -147,4 +148,4 @@ def test_corrupt_parts_are_refused() -> None:
 def test_states_hold_a_symbol_and_as_much_memory(code_bits: int, state_bits: int) -> None:
     with pytest.raises(CodecError, match=f"state_bits must be a whole number from {2 * code_bits} to 20"):
         TrellisCodec(code_bits, state_bits)
-    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]  # type: ignore[attr-defined]
+    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]

@@ -31,11 +31,12 @@ def bits_of(plan: Plan) -> dict[str, int]:
 
 
 def loss(plan: Plan) -> float:
-    return sum(
+    total: float = sum(
         math.prod(t.shape) ** SIZE_EXPONENT * t.codec.expected_error() * (HEAD_SENSITIVITY if t.kind == "head" else 1)
         for t in plan.tensors
         if isinstance(t.codec, Rates)
     )
+    return total
 
 
 @pytest.mark.parametrize("budget", [1.5, 2.3, 3.5, 4.0, 6.75, 8.9])

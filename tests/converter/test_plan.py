@@ -113,4 +113,4 @@ def test_codec_of_the_command_line() -> None:
         ("seedlm", None, {"colour": 1}, "has no setting 'colour'; it has: seed_bits, block"),
     ]:
         with pytest.raises(CodecError, match=message):
-            codec_for(name, bits, settings)  # type: ignore[arg-type]
+            codec_for(name, bits, settings)

@@ -115,12 +115,13 @@ def test_shared_tensors_are_found() -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("")
     (tmp_path / "folder").mkdir()
-    for path, message in [
+    missing: list[tuple[Path | str, str]] = [
         (tmp_path / "none.pt", "no such file or folder, and not a hub id"),
         (tmp_path / "x.txt", "unknown kind of file '.txt'; known:"),
         (tmp_path / "folder", "has no config.json"),
         ("no-such-org/no-such-model", "as a hub id it could not be had"),
-    ]:
+    ]
+    for path, message in missing:
         with pytest.raises(ModelError, match=message):
             open_source(path)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,10 @@ def refused(path: Path, message: str, kind: type[SeedpackError] = FormatError) -
         for name in checkpoint.manifest.tensors:
             stored_dense(checkpoint, name)
     assert str(path.name) in str(caught.value), "the message says which file"
+
+
+def update(manifest: dict[str, Any], **changes: Any) -> None:
+    manifest.update(changes)
 
 
 def test_every_rule_has_a_test() -> None:
@@ -284,7 +289,7 @@ def test_m16_part_forms(file: Path, tmp_path: Path) -> None:
 def test_m17_shared_names(file: Path) -> None:
     assert load(file, dense=True).keys() == {"a.weight", "b", "tied.weight"}
     for shared in ({"x": "nowhere"}, {"b": "a.weight"}, {"x": 3}):
-        make.edit_manifest(file, lambda m, shared=shared: m.update(shared=shared))
+        make.edit_manifest(file, partial(update, shared=shared))
         refused(file, "must be new and point to a stored tensor")
 
 
@@ -386,7 +391,8 @@ def test_schema_describes_real_manifests(file: Path) -> None:
     document = json.loads(header["__metadata__"]["seedpack"])
     jsonschema.validate(document, schema)
     assert schema["properties"]["tensors"]["additionalProperties"]["properties"]["dtype"]["enum"] == list(DTYPE_BYTES)
-    for change in ({"more": 1}, {"seedpack": 2}, {"codecs": [{}]}, {"digest": "x"}):
+    changes: list[dict[str, Any]] = [{"more": 1}, {"seedpack": 2}, {"codecs": [{}]}, {"digest": "x"}]
+    for change in changes:
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**document, **change}, schema)
         with pytest.raises(FormatError):
@@ -426,7 +432,7 @@ def test_m25_views(tmp_path: Path) -> None:
     )
     for given, message in changed:
         path.write_bytes(data)
-        make.edit_manifest(path, lambda manifest, given=given: manifest.update(views=given))
+        make.edit_manifest(path, partial(update, views=given))
         refused(path, message)
 
 

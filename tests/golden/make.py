@@ -68,7 +68,7 @@ def write(path: Path, codec: Codec) -> None:
     )
     tensors = source()
     tensors["tied.weight"] = tensors["layer.weight"]
-    seedpack.compress(tensors, path / "packed.safetensors", **options)  # type: ignore[arg-type]
+    seedpack.compress(tensors, path / "packed.safetensors", **options)
     decoded = {name: tensor.clone() for name, tensor in seedpack.load(path / "packed.safetensors", dense=True).items()}
     save_file(decoded, path / "decoded.safetensors")
     sums = [

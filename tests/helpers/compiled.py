@@ -256,7 +256,9 @@ def cuda_figures(built: Any) -> dict[str, float]:
         )
     registers = re.search(r"REG:(\d+)", usage)
     assert registers
-    labels, instructions, an_edge = {}, [], 0.0
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    an_edge = 0.0
     for line in sass.splitlines():
         if label := re.match(r"\s*(\.L\w+):", line):
             labels[label[1]] = len(instructions)

@@ -37,13 +37,13 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
     "bert-encoder": lambda: transformers.BertModel(transformers.BertConfig(**{**SMALL, "eos_token_id": None, "bos_token_id": None})),
     "t5": lambda: transformers.T5ForConditionalGeneration(
         transformers.T5Config(
-            vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0
+            vocab_size=96, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, decoder_start_token_id=0  # type: ignore[call-arg]
         )
     ),
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, **ROUTED, num_local_experts=4)),
     "qwen3-moe": lambda: transformers.Qwen3MoeForCausalLM(
         transformers.Qwen3MoeConfig(
-            **SMALL, **ROUTED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, decoder_sparse_step=1
+            **SMALL, **ROUTED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, decoder_sparse_step=1  # type: ignore[call-arg]
         )
     ),
 }  # fmt: skip

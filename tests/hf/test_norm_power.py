@@ -59,7 +59,7 @@ def test_models_that_cannot_run_so() -> None:
             self.layer_norm, self.fc = nn.LayerNorm(4), nn.Linear(4, 4)
 
         def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-            x = self.fc(self.layer_norm(torch.zeros(1, 4)))
+            x: torch.Tensor = self.fc(self.layer_norm(torch.zeros(1, 4)))
             return x[x.sum() > 0]  # needs values
 
     with torch.device("meta"):

@@ -40,7 +40,8 @@ def test_what_is_written_is_read(channels: int, height: int, width: int) -> None
     places = bands(channels, height, width)
     given, expected = sizes(channels), numbers(places)
     decoder = coding.decoder(coded(given, places, expected))
-    again, found = coding.Sizes.from_bytes(given.to_bytes(), channels), []
+    again = coding.Sizes.from_bytes(given.to_bytes(), channels)
+    found: list[coding.Ints] = []
     assert len(given.to_bytes()) == coding.Sizes.nbytes(channels)
     for band, parent, before in with_context(places, found):
         found.append(coding.read_band(decoder, again, band, parent, before))

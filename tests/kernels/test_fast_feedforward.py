@@ -72,7 +72,7 @@ def test_tensors_without_an_address_of_their_own() -> None:
 
     x, tree = torch.randn(4, 12), tree_of(12, 7, 2, 3)
     exact = fast_feedforward(x, tree, "gelu", backend="cpu")
-    strided = Tree(*(torch.stack((-value, value), -1)[..., 1] for value in tree))  # type: ignore[arg-type]
+    strided = Tree(*(torch.stack((-value, value), -1)[..., 1] for value in tree))  # type: ignore[operator, arg-type]
     assert not strided.leaf_in.is_contiguous()  # type: ignore[union-attr]
     assert torch.equal(fast_feedforward(x.T.contiguous().T, strided, "gelu", backend="cpu"), exact)
     with pytest.raises(BackendError, match="plain float32 tensors alone"):
@@ -108,7 +108,7 @@ def test_tables_that_are_functions() -> None:
     looked_up = tree._replace(leaf_in=lambda index: tree.leaf_in[index])  # type: ignore[index]
     exact = fast_feedforward(x, tree, "relu", backend="reference")
     for backend in ("auto", "reference"):
-        assert torch.equal(fast_feedforward(x, looked_up, "relu", backend=backend), exact)  # type: ignore[arg-type]
+        assert torch.equal(fast_feedforward(x, looked_up, "relu", backend=backend), exact)
     with pytest.raises(BackendError, match="backend 'cpu' cannot run: a table is a function"):
         fast_feedforward(x, looked_up, "relu", backend="cpu")
 

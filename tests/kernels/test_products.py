@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from seedpack.kernels.rotation import mix
 from seedpack.kernels.trellis import matmul_reference as reference
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul
+from tests.helpers.marks import slow, slow_but
 from tests.helpers.products import LIMIT, Weight, error, seedlm, trellis
 
 WEIGHTS: dict[str, Callable[[], Weight]] = {
@@ -30,11 +32,14 @@ WEIGHTS: dict[str, Callable[[], Weight]] = {
     "seedlm-2-1-1-1x1": lambda: seedlm(2, 1, 1, 1, 1),
 }
 BACKENDS = ["cpu", "triton", "reference"]
+# each codec as it is used, odd widths, streams of both ends; each count of tokens that takes a way of its own
+DEFAULT = ["trellis-4-16-17x515", "trellis-3-18-9x515-zeros", "seedlm-16-8-3-33x300"]
+FEW = [(1, torch.bfloat16), (3, torch.float32), (33, torch.float16)]
 
 
-@pytest.fixture(params=WEIGHTS.values(), ids=WEIGHTS.keys())
+@pytest.fixture(params=slow_but(DEFAULT, WEIGHTS))
 def weight(request: pytest.FixtureRequest) -> Weight:
-    return request.param()  # type: ignore[no-any-return]
+    return WEIGHTS[request.param]()
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -44,8 +49,7 @@ def test_dense_bit_for_bit(weight: Weight, backend: str, poison: None) -> None:
     assert torch.equal(found, weight.dense("reference"))
 
 
-@pytest.mark.parametrize("dtype", LIMIT, ids=str)
-@pytest.mark.parametrize("tokens", [1, 3, 8, 33])
+@pytest.mark.parametrize(("tokens", "dtype"), slow_but(FEW, product([1, 3, 8, 33], LIMIT)), ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_products(weight: Weight, backend: str, tokens: int, dtype: torch.dtype, poison: None) -> None:
     dense = weight.dense("reference").double()
@@ -59,7 +63,7 @@ def test_products(weight: Weight, backend: str, tokens: int, dtype: torch.dtype,
     assert error(found, grad.double() @ dense) < LIMIT[dtype]
 
 
-@pytest.mark.parametrize("rows_at_a_time", [1, 4, 100])
+@pytest.mark.parametrize("rows_at_a_time", [*slow(1), 4, *slow(100)])
 def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     monkeypatch.setattr("seedpack.kernels.common.gpu_configs.DENSE_WEIGHTS", rows_at_a_time * weight.columns)
     # twice the limit: here the weight is rounded to bfloat16 too
@@ -71,8 +75,9 @@ def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: py
     assert found.dtype == dtype and error(found, grad.double() @ dense) < 2 * LIMIT[dtype]
 
 
-@pytest.mark.parametrize("code_bits", [2, 3, 4])
-@pytest.mark.parametrize("tokens", [1, 3, 33])
+@pytest.mark.parametrize(
+    ("code_bits", "tokens"), slow_but([(2, 33), (3, 3), (4, 1)], product([2, 3, 4], [1, 3, 33])), ids=str
+)
 def test_activations_of_8_bits(code_bits: int, tokens: int, poison: None) -> None:
     stream = torch.randint(0, 256, (35, 1, 520 * code_bits // 8), dtype=torch.uint8)
     scale, x = torch.rand(35), torch.randn(tokens, 515)
@@ -91,7 +96,7 @@ def test_error_of_8_bits_is_a_hundredth_of_that_of_4_bit_weights() -> None:
     assert error(reference.rounded(x), x.double()) ** 2 < 0.01 * 0.0049
 
 
-@pytest.mark.parametrize("width", [1, 2, 5, 27, 144, 576, 1536, 4096, 1200, 2 * 1031])
+@pytest.mark.parametrize("width", [1, 2, 5, 27, *slow(144), 576, *slow(1536), 4096, 1200, *slow(2 * 1031)])
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_mixing(width: int, backend: str, poison: None) -> None:
     x, factor = torch.randn(width, 3).T, torch.randn(width)
@@ -112,24 +117,27 @@ def test_mixing_and_product_of_hundreds(columns: int) -> None:
     assert found.dtype == x.dtype and error(found, exact) < 2 * LIMIT[torch.bfloat16]
 
 
+TOGETHER = [(0, 40, torch.float16), (1, 768, torch.bfloat16), (3, 40, torch.float32), (33, 40, torch.bfloat16)]
+
+
 @pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
-@pytest.mark.parametrize("columns", [40, 768])
-@pytest.mark.parametrize("tokens", [0, 1, 3, 8, 33])
-def test_mixing_and_product_in_one(tokens: int, columns: int, int8: bool, poison: None) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "columns", "dtype"), slow_but(TOGETHER, product([0, 1, 3, 8, 33], [40, 768], LIMIT)), ids=str
+)
+def test_mixing_and_product_in_one(tokens: int, columns: int, dtype: torch.dtype, int8: bool, poison: None) -> None:
     for code_bits in (3, 4):
         stream = torch.randint(0, 256, packed_shape(35, columns, code_bits), dtype=torch.uint8)
         scale, factor = torch.rand(35), torch.randn(columns)
         code = TrellisCode(code_bits, 16, 7)
-        for dtype, limit in LIMIT.items():
-            x = torch.randn(columns, tokens).to(dtype).T
-            rotated = mix(x.float(), factor, "reference")
-            rotated = reference.rounded(rotated) if int8 else rotated
-            exact = trellis_matmul(rotated.double(), stream, scale, code, backend="reference").double()
-            for backend in BACKENDS:
-                found = trellis_linear(x, factor, stream, scale, code, int8=int8, backend=backend)  # type: ignore[arg-type]
-                assert found.dtype == dtype and found.shape == (tokens, 35)
-                # sums in another order can round an activation the other way
-                assert not tokens or error(found, exact) < (max(limit, 2e-3) if int8 else limit)
+        x = torch.randn(columns, tokens).to(dtype).T
+        rotated = mix(x.float(), factor, "reference")
+        rotated = reference.rounded(rotated) if int8 else rotated
+        exact = trellis_matmul(rotated.double(), stream, scale, code, backend="reference").double()
+        for backend in BACKENDS:
+            found = trellis_linear(x, factor, stream, scale, code, int8=int8, backend=backend)  # type: ignore[arg-type]
+            assert found.dtype == dtype and found.shape == (tokens, 35)
+            # sums in another order can round an activation the other way
+            assert not tokens or error(found, exact) < (max(LIMIT[dtype], 2e-3) if int8 else LIMIT[dtype])
 
 
 def test_what_a_backend_cannot_take() -> None:

@@ -11,6 +11,7 @@ from seedpack.kernels.common.bits import pack
 from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
 from seedpack.prng import lfsr_matrix
+from tests.helpers.marks import slow
 
 
 def random_parts(rows: int, columns: int, code: SeedLMCode) -> SeedLMParts:
@@ -22,7 +23,7 @@ def random_parts(rows: int, columns: int, code: SeedLMCode) -> SeedLMParts:
     return SeedLMParts(seeds, pack(codes, 4), torch.randint(-20, 20, (1,), dtype=torch.int8))
 
 
-SETTINGS = [(16, 8, 3), (16, 12, 4), (2, 3, 2), (5, 7, 5), (11, 5, 1), (17, 6, 2), (20, 6, 6), (24, 9, 4)]
+SETTINGS = [(16, 8, 3), (5, 7, 5), *slow((16, 12, 4), (2, 3, 2), (11, 5, 1), (17, 6, 2), (20, 6, 6), (24, 9, 4))]
 
 
 @pytest.mark.parametrize(("seed_bits", "block", "rank"), SETTINGS)
@@ -37,7 +38,9 @@ def test_backends_agree_bit_for_bit(
     found = seedlm_decode(parts, code, columns=shape[1], dtype=dtype, backend="cpu")
     assert found.shape == shape and found.dtype == dtype
     assert torch.equal(found, expected)
-    wide = SeedLMParts(*(torch.stack((p, p), -1)[..., 0] for p in parts[:2]), parts.exponent_bias)
+    wide = parts._replace(
+        **{name: torch.stack((p, p), -1)[..., 0] for name, p in parts._asdict().items() if p.dim() > 1}
+    )
     assert not wide.seeds.is_contiguous() or wide.seeds.numel() == 1
     assert torch.equal(seedlm_decode(wide, code, columns=shape[1], dtype=dtype, backend="cpu"), expected)
 

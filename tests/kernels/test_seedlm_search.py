@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numba
 import pytest
 import torch
@@ -11,6 +13,7 @@ from seedpack.kernels.seedlm.code import SeedLMCode
 from seedpack.kernels.seedlm.search import BlockFits, seedlm_search
 from seedpack.kernels.seedlm.search_reference import all_bases
 from seedpack.prng import lfsr_position
+from tests.helpers.marks import slow_but
 
 
 def same_error(found: BlockFits, expected: BlockFits) -> None:
@@ -25,25 +28,25 @@ def reconstruct(found: BlockFits, code: SeedLMCode, bias: int) -> torch.Tensor:
     )
 
 
+SIZES = [
+    (16, 8, 3, 400), (16, 12, 4, 300), (12, 8, 3, 200), (9, 4, 2, 200), (7, 6, 6, 100), (3, 4, 2, 50), (5, 1, 1, 50),
+    (13, 7, 5, 100), (4, 16, 16, 40), (3, 8, 8, 40),
+]  # fmt: skip
+DEFAULT = [
+    ("cpu", 1, 9, 4, 2, 200), ("cpu", 1, 7, 6, 6, 100), ("cpu", 3, 12, 8, 3, 200),
+    ("triton", 1, 9, 4, 2, 200), ("triton", 3, 5, 1, 1, 50), ("triton", 3, 7, 6, 6, 100),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("seed_bits", "block", "rank", "count"),
-    [
-        (16, 8, 3, 400),
-        (16, 12, 4, 300),
-        (12, 8, 3, 200),
-        (9, 4, 2, 200),
-        (7, 6, 6, 100),
-        (3, 4, 2, 50),
-        (5, 1, 1, 50),
-        (13, 7, 5, 100),
-        (4, 16, 16, 40),
-        (3, 8, 8, 40),
-    ],
+    ("backend", "exponents", "seed_bits", "block", "rank", "count"),
+    slow_but(
+        DEFAULT,
+        ((backend, exponents, *size) for backend in ("cpu", "triton") for exponents in (1, 3) for size in SIZES),
+    ),
 )
-@pytest.mark.parametrize("exponents", [1, 3])
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
 def test_exact(
-    seed_bits: int, block: int, rank: int, count: int, exponents: int, backend: Backend, poison: None
+    backend: Backend, exponents: int, seed_bits: int, block: int, rank: int, count: int, poison: None
 ) -> None:
     if exponents == 3:
         count //= 4
@@ -67,9 +70,12 @@ FACTORS = {
 }
 
 
-@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS.keys())
-@pytest.mark.parametrize("backend", ["cpu", "triton"])
-def test_exact_under_a_norm(factor: torch.Tensor, backend: Backend) -> None:
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [*product(["cpu"], FACTORS), *slow_but([("triton", "triangular")], product(["triton"], FACTORS))],
+)
+def test_exact_under_a_norm(backend: Backend, name: str) -> None:
+    factor = FACTORS[name]
     blocks = torch.randn(60, 8)
     code = SeedLMCode(12, 8, 3)
     found = seedlm_search(blocks, factor, -5, code, exponents=3, backend=backend)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import itertools
 import math
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,13 +13,18 @@ from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.kernels.trellis.decode_reference import windows
 from seedpack.kernels.trellis.search import trellis_search
 from seedpack.prng import trellis_key, trellis_multiplier, trellis_values
+from tests.helpers.marks import slow, slow_but
 
 # (code bits, state bits, survivors): survivors below, at and far below L - k; tags wider than a symbol; two vectors
-SEARCHES = [(1, 10, 5), (2, 12, 6), (2, 16, 9), (3, 16, 9), (4, 16, 8), (4, 9, 5), (4, 18, 7), (8, 16, 8)]
+SEARCHES = [
+    (1, 10, 5), (2, 12, 6), *slow((2, 16, 9)), (3, 16, 9), *slow((4, 16, 8)), (4, 9, 5), *slow((4, 18, 7), (8, 16, 8)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("code_bits", range(1, 9))
-@pytest.mark.parametrize("state_bits", [12, 16, 20])
+@pytest.mark.parametrize(
+    ("code_bits", "state_bits"),
+    slow_but([(1, 12), (2, 16), (3, 20), (4, 16)], product(range(1, 9), [12, 16, 20])),
+)
 @pytest.mark.parametrize("tail_biting", [True, False])
 def test_decode_is_the_definition_in_numpy(code_bits: int, state_bits: int, tail_biting: bool) -> None:
     rng = np.random.default_rng(code_bits)
@@ -57,7 +62,7 @@ def test_decode_of_other_memory() -> None:
 
 
 @pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), SEARCHES)
-@pytest.mark.parametrize(("columns", "padded"), [(37, 40), (200, 200)])
+@pytest.mark.parametrize(("columns", "padded"), [(37, 40), *slow((200, 200))])
 def test_backends_find_the_same_stream(
     code_bits: int, state_bits: int, survivors: int, columns: int, padded: int
 ) -> None:
@@ -73,7 +78,8 @@ def test_backends_find_the_same_stream(
 
 
 @pytest.mark.parametrize(
-    ("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (3, 12, 5), (4, 16, 8), (4, 18, 7), (5, 13, 5)]
+    ("code_bits", "state_bits", "survivors"),
+    [(1, 10, 5), (2, 16, 9), *slow((3, 12, 5), (4, 16, 8), (4, 18, 7), (5, 13, 5))],
 )
 def test_search_in_triton(code_bits: int, state_bits: int, survivors: int, poison: None) -> None:
     values = torch.randn(2, 24) * 150
@@ -84,7 +90,9 @@ def test_search_in_triton(code_bits: int, state_bits: int, survivors: int, poiso
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (4, 16, 8), (4, 18, 7)])
+@pytest.mark.parametrize(
+    ("code_bits", "state_bits", "survivors"), [(1, 10, 5), *slow((2, 16, 9), (4, 16, 8), (4, 18, 7))]
+)
 @pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
 def test_streams_that_end_in_zeros(
     code_bits: int, state_bits: int, survivors: int, feedback: bool, poison: None
@@ -99,7 +107,7 @@ def test_streams_that_end_in_zeros(
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@pytest.mark.parametrize(("code_bits", "columns"), [(2, 300), (4, 1100)])
+@pytest.mark.parametrize(("code_bits", "columns"), [(2, 300), *slow((4, 1100))])
 def test_feedback_lowers_the_error_of_the_product(code_bits: int, columns: int) -> None:
     """By nearly what the factor promises: the mean square of its diagonal over that of its rows."""
     x = torch.randn(4 * columns, columns // 4).double() @ torch.randn(columns // 4, columns).double()
@@ -121,7 +129,7 @@ def test_search_against_all_streams() -> None:
     """With every state kept the error stays near the least of all 2^16 streams, which the choice of where its ends meet alone keeps it from."""
     code, columns = TrellisCode(1, 5, trellis_key(0)), 16
     values = torch.randn(24, columns) * 140
-    every = torch.tensor(list(itertools.product((0, 1), repeat=columns)))
+    every = torch.tensor(list(product((0, 1), repeat=columns)))
     codes = trellis_decode(pack(every, 1), code, columns=columns).double()
     rounded = values.round().double()
     least = ((rounded[:, None] - codes) ** 2).sum(2).amin(1)

@@ -21,7 +21,7 @@ from seedpack.loader.layers import (
     unpack_module_,
 )
 
-CODEC = SeedLMCodec(9, 4, 2)
+CODEC = SeedLMCodec(9, 8, 3)
 
 
 def conv1d() -> nn.Module:
@@ -148,14 +148,15 @@ def test_activations_of_8_bits_are_an_option() -> None:
     codec = TrellisCodec(4, effort="fast")
     layer, other = nn.Linear(256, 40), nn.Linear(256, 40)
     parts = codec.encode(layer.weight.detach())
-    model = nn.Sequential(pack_module_(layer, codec, parts), nn.ReLU())
+    packed = pack_module_(layer, codec, parts)
+    model = nn.Sequential(packed, nn.ReLU())
     x = torch.randn(3, 256, requires_grad=True)
     before = model(x)
     use_int8_activations_(model)
     (after := model(x)).sum().backward()
     difference = float(((after - before).norm() / before.norm()).detach())
     assert 1e-4 < difference < 2e-2 and x.grad is not None
-    unpack_module_(layer)
+    unpack_module_(packed)
     assert "int8_activations" not in layer.__dict__
     pack_module_(other, CODEC)
     with pytest.raises(ModelError, match=r"no packed linear layer's codec takes them \(found: seedlm\)"):

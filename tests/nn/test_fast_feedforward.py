@@ -127,7 +127,7 @@ def mlp_and_inputs() -> tuple[nn.Sequential, torch.Tensor]:
     """A block on inputs that lie near few directions, as real ones do."""
     mlp = nn.Sequential(nn.Linear(24, 96), nn.GELU(), nn.Linear(96, 20))
     with torch.no_grad():
-        mlp[0].weight.mul_(3)
+        next(mlp.parameters()).mul_(3)
     return mlp, torch.randn(6000, 5) @ torch.randn(5, 24)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,28 +22,28 @@ from tests.helpers.nets import Net, batch, check_saved, trained
 @pytest.mark.parametrize("kept", [0.5, 0.3])
 def test_trains_and_saves(kept: float, tmp_path: Path) -> None:
     inputs, targets = batch(), torch.randint(0, 5, (4,))
-    model = mask_(Net(), kept, seed=3)
+    model: Any = mask_(Net(), kept, seed=3)
     scores = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(name.endswith("original") for name in scores) and len(scores) == 5
     first, last = trained(model, inputs, targets)
     assert last < 0.4 * first
     for name, weight in (("conv", model.conv.weight), ("head", model.head.weight)):
-        scale = math.sqrt(2 / (weight[0].numel() * kept))  # type: ignore[index, union-attr, operator]
-        values = weight.unique()  # type: ignore[union-attr, operator]
+        scale = math.sqrt(2 / (weight[0].numel() * kept))
+        values = weight.unique()
         torch.testing.assert_close(values, torch.tensor([-scale, 0, scale]), msg=name)
-        assert int((weight != 0).sum()) == round(kept * weight.numel())  # type: ignore[union-attr, operator, arg-type]
+        assert int((weight != 0).sum()) == round(kept * weight.numel())
     loaded = check_saved(model, Net, inputs, tmp_path / "net.safetensors")
     assert isinstance(loaded.head, PackedLinear) and isinstance(loaded.conv, PackedConv2d)
     check_saved(loaded, Net, inputs, tmp_path / "again.safetensors")
 
 
 def test_all_else_is_frozen_and_said() -> None:
-    model = mask_(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)))
+    model: Any = mask_(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3)))
     model(torch.randn(8, 1, 4, 4) + 3)
     assert float(model[1].running_mean.abs().max()) > 0, "statistics run"
     assert torch.equal(model[1].weight, torch.ones(4)) and not model[1].weight.requires_grad
     assert torch.equal(model[3].bias, torch.zeros(3))
-    kept = mask_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), exclude=["1.*"])
+    kept: Any = mask_(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), exclude=["1.*"])
     assert {name for name, p in kept.named_parameters() if p.requires_grad} == {
         "0.parametrizations.weight.original", "1.weight", "1.bias"
     }  # fmt: skip
@@ -58,7 +59,7 @@ def test_gradient_passes_straight_through() -> None:
 
 
 def test_files_take_the_entropy(tmp_path: Path) -> None:
-    model = mask_(nn.Linear(400, 500, bias=False), 0.3)
+    model: Any = mask_(nn.Linear(400, 500, bias=False), 0.3)
     seedpack.save(model, tmp_path / "net.safetensors")
     with Checkpoint(tmp_path / "net.safetensors") as checkpoint:
         bits = 8 * len(checkpoint.part("weight", "weight").data) / 200_000
@@ -68,7 +69,7 @@ def test_files_take_the_entropy(tmp_path: Path) -> None:
 
 def test_a_private_key_is_needed(tmp_path: Path) -> None:
     inputs, key, file = batch(), bytes(range(16)), tmp_path / "net.safetensors"
-    model = mask_(Net(), 0.5, key=key).eval()
+    model: Any = mask_(Net(), 0.5, key=key).eval()
     with torch.no_grad():
         expected = model(*inputs)
     seedpack.save(model, file)
@@ -102,9 +103,9 @@ def test_fan_in_of_transformers_conv1d() -> None:
 
 
 def test_scores_that_are_lost(tmp_path: Path) -> None:
-    model = mask_(nn.Linear(4, 4))
+    model: Any = mask_(nn.Linear(4, 4))
     with torch.no_grad():
-        model.parametrizations.weight.original[0, 0] = float("nan")  # type: ignore[union-attr, index]
+        model.parametrizations.weight.original[0, 0] = float("nan")
     with pytest.raises(NonfiniteError, match="scores hold NaN or Inf"):
         seedpack.save(model, tmp_path / "net.safetensors")
 

@@ -130,11 +130,10 @@ class StructuredBasis(NoiseBasis):
         for block in range(0, blocks, step):
             chunk = slice(block, min(block + step, blocks))
             for piece in range(0, pieces, most):
-                some = slice(piece, min(piece + most, pieces))
-                each = some.stop - some.start
-                first, count = block * pieces + piece, (chunk.stop - block) * each
-                signs = piece_signs(self.seed, self.key, first, count, width, device)
-                yield chunk, some, signs.view(2, -1, each, width)
+                part = slice(piece, min(piece + most, pieces))
+                first, per_block = block * pieces + piece, part.stop - part.start
+                signs = piece_signs(self.seed, self.key, first, (chunk.stop - block) * per_block, width, device)
+                yield chunk, part, signs.view(2, -1, per_block, width)
 
 
 def _kernels(backend: Backend, like: Tensor) -> Kernels:

@@ -40,12 +40,17 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     "trellis_1_token": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((32, 4), (16, 4), (8, 4), (16, 2), (32, 8))),
     "trellis_few_tokens": tuple({"BLOCK_N": n, "num_warps": w} for n, w in ((16, 8), (8, 4), (16, 4), (32, 8))),
     "matmul_half": _tiles(
-        (128, 64, 64, 8, 2), (128, 64, 64, 8, 3), (128, 64, 32, 4, 3), (64, 64, 64, 4, 3), (128, 128, 32, 8, 3), (256, 64, 32, 8, 3),
+        (128, 64, 64, 8, 2),
+        (128, 64, 64, 8, 3),
+        (128, 64, 32, 4, 3),
+        (64, 64, 64, 4, 3),
+        (128, 128, 32, 8, 3),
+        (256, 64, 32, 8, 3),
         (32, 64, 64, 4, 3),
     ),
     "matmul_heavy": _tiles((128, 32, 64, 8, 2), (64, 32, 64, 4, 2), (128, 32, 32, 4, 2), (32, 32, 64, 4, 2)),
     "matmul_single": _tiles((32, 64, 32, 8, 2), (64, 64, 32, 8, 2), (32, 32, 32, 4, 2)),
-}  # fmt: skip
+}
 # From so many tokens on, bfloat16 layers are decoded for cuBLAS; by the count of instructions, not yet measured.
 MANY_TOKENS = 256
 DENSE_WEIGHTS = 1 << 26  # decoded at a time then: 128 MB

@@ -171,20 +171,9 @@ def _least_norm(r: Any, t: Any) -> None:
 
 @njit(cache=True, nogil=True)
 def _evaluate(
-    u: Any,
-    n: int,
-    w: Any,
-    weighted: Any,
-    factor: Any,
-    exponents: int,
-    q: Any,
-    r: Any,
-    t: Any,
-    trial: Any,
-    residual: Any,
-    best_error: float,
-    best: Any,
-) -> float:
+    u: Any, n: int, w: Any, weighted: Any, factor: Any, exponents: int, q: Any, r: Any, t: Any, trial: Any,
+    residual: Any, best_error: float, best: Any,
+) -> float:  # fmt: skip
     """Quantise the fit of the seed at position n; if it beats `best_error`, store (n, exponent, mantissas) in `best`.
 
     Ties go to the lower position, so that the result does not depend on the order of the search.
@@ -289,25 +278,9 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
 
 @njit(parallel=True, cache=True, nogil=True)
 def _finish(
-    u: Any,
-    u32: Any,
-    seeds: int,
-    lower: Any,
-    ill: Any,
-    ill_bases: Any,
-    w: Any,
-    hw: Any,
-    wm: Any,
-    factor: Any,
-    exponents: int,
-    slack: float,
-    spread: float,
-    chunk: int,
-    maxima: Any,
-    tops: Any,
-    fits: Any,
-    errors: Any,
-) -> None:
+    u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, wm: Any, factor: Any,
+    exponents: int, slack: float, spread: float, chunk: int, maxima: Any, tops: Any, fits: Any, errors: Any,
+) -> None:  # fmt: skip
     """Search exactly among the seeds that the bound leaves."""
     count, block = w.shape
     rank = ill_bases.shape[0]

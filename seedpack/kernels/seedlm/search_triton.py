@@ -96,8 +96,8 @@ def largest_energies(q: Tensor, w: Tensor) -> Tensor:
 def _slack(block: int, rank: int) -> float:
     """Bound the error of ‖Qᵀw‖² for ‖w‖ = 1: of each of the P sums 2^-10 (two roundings to float16), a little, and what
     some AMD processors lose by taking subnormal numbers for zero."""
-    each = 1.05 * 2.0**-10 + 2 * math.sqrt(block) * 2.0**-14
-    return 2 * math.sqrt(rank) * each + rank * each**2
+    of_sum = 1.05 * 2.0**-10 + 2 * math.sqrt(block) * 2.0**-14
+    return 2 * math.sqrt(rank) * of_sum + rank * of_sum**2
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def test_no_batches_and_dead_inputs(tmp_path: Path) -> None:
         ):
             moments.run(net, [torch.randn(4, 64), batch], torch.device("cpu"))
     with torch.no_grad():
-        net[0].bias.fill_(-1e3)  # type: ignore[union-attr,operator]
+        net[0].bias.fill_(-1e3)  # type: ignore[operator]
     report = seedpack.compress(
         net, tmp_path / "out", codec=TrellisCodec(3, effort="fast"), calibration=[torch.randn(9, 64)]
     )

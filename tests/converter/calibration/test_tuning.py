@@ -12,7 +12,7 @@ from torch import nn
 
 from seedpack.converter.calibration import layerwise, tuning
 from seedpack.errors import ModelError
-from seedpack.hf.language_model import decoder_layers
+from seedpack.hf.internals import decoder_layers
 from tests.helpers.models import ARCHITECTURES
 
 
