@@ -104,6 +104,7 @@ class Siren(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.last = nn.Linear(width, 3)
         for number, layer in enumerate(self.layers):
+            assert isinstance(layer, nn.Linear)
             bound = 1 / 2 if number == 0 else math.sqrt(6 / width) / 30
             nn.init.uniform_(layer.weight, -bound, bound)
 
@@ -205,7 +206,7 @@ def measure(result: report.Result) -> None:
     prefixes = [(f"{rate}", *(f"{m[f'psnr at {share}']:.2f}" for share in PREFIXES), f"{m['psnr']:.2f}")
                 for (kind, rate), m in means.items() if kind == "seedpack"]  # fmt: skip
     result.say("PSNR of the beginning of a file, by the share of its levels:")
-    result.table(["bits per pixel", *PREFIXES, "all"], prefixes)
+    result.table(["bits per pixel", *map(str, PREFIXES), "all"], prefixes)
     for label, row in rows.items():
         if label.startswith("SIREN"):
             beside = rows.get(label.replace("SIREN", "seedpack"), {"psnr": math.nan})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import sys
@@ -89,24 +90,22 @@ def products(result: report.Result) -> None:
             torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * shape[0] * shape[1]))
         ]
         target = torch.empty_like(weights[0])
-        copy = microseconds([lambda w=w, t=target: t.copy_(w) for w in weights])
+        copy = microseconds([functools.partial(target.copy_, weight) for weight in weights])
         nf4, int4 = bitsandbytes_layer(shape), torchao_layer(shape)
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
-            dense = microseconds([lambda w=w, x=x: linear(x, w) for w in weights])
+            dense = microseconds([functools.partial(linear, x, weight) for weight in weights])
             row: list[object] = [f"{shape[0]}×{shape[1]}", tokens, f"{copy:.1f}", f"{dense:.1f}"]
             for codec in CODECS.values():
                 parts = random_parts(codec, shape)
                 some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
-                ours = microseconds([lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s) for p in some])
+                ours = microseconds([functools.partial(codec.matmul, x, p, shape) for p in some])
                 row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
                 if codec.int8_activations and tokens <= FEW_TOKENS:
-                    rounded = microseconds(
-                        [lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s, int8=True) for p in some]
-                    )
+                    rounded = microseconds([functools.partial(codec.matmul, x, p, shape, int8=True) for p in some])
                     row[-1] = f"{row[-1]}, int8 {rounded:.1f} ({dense / rounded:.2f}×)"
             for peer in (nf4, int4):
-                row.append("" if peer is None else f"{microseconds([lambda x=x, layer=peer: layer(x)]):.1f}")
+                row.append("" if peer is None else f"{microseconds([functools.partial(peer, x)]):.1f}")
             rows.append(row)
             print(row, flush=True)
         del weights, target
@@ -167,9 +166,10 @@ def llama(shape: dict[str, int], codec: TrellisCodec | None) -> Any:
 
     with torch.device("cuda"):
         model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128256)).bfloat16().eval()  # type: ignore[arg-type]
-    for module in list(model.modules()) if codec is not None else []:
-        if isinstance(module, torch.nn.Linear):
-            pack_module_(module, codec, on_device(random_parts(codec, tuple(module.weight.shape))))
+    for module in list(model.modules()):
+        if codec is not None and isinstance(module, torch.nn.Linear):
+            rows, columns = module.weight.shape
+            pack_module_(module, codec, on_device(random_parts(codec, (rows, columns))))
     return model
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import numba
 import numpy as np
@@ -20,6 +22,7 @@ from seedpack.kernels.seedlm.search import seedlm_search
 
 GAUSSIAN = 1 << 20
 LANES, DEPTH = 2048, 32
+T = TypeVar("T")
 
 
 def measure(result: report.Result) -> None:
@@ -35,7 +38,7 @@ def measure(result: report.Result) -> None:
         for exponents in (1, 3):
             base = SeedLMCodec.from_bits(bits)
             codec = SeedLMCodec(base.seed_bits, base.block, base.rank, exponents)
-            decoded, seconds = timed(lambda c=codec, s=sample: c.decode(c.encode(s), tuple(s.shape), torch.float32))
+            decoded, seconds = timed(functools.partial(rebuilt, codec, sample))
             rows.append(
                 row(f"seedlm, exponents={exponents}", codec.bits_per_weight(tuple(sample.shape)), decoded, sample)
             )
@@ -61,7 +64,7 @@ def measure(result: report.Result) -> None:
             return seedlm_search(blocks, None, -5, codec.code, exponents=codec.exponents)
 
         search(blocks[:64])
-        seconds = min(timed(lambda b=blocks, run=search: run(b))[1] for _ in range(3))
+        seconds = min(timed(functools.partial(search, blocks))[1] for _ in range(3))
         rate = blocks.numel() / seconds
         brute = torch_brute_force(codec)
         rows.append((
@@ -144,14 +147,19 @@ def relative(decoded: torch.Tensor, weight: torch.Tensor) -> str:
     return f"{10 * math.log10(float((decoded - weight).square().sum() / weight.square().sum())):.2f}"
 
 
-def timed(work: Callable[[], object]) -> tuple[object, float]:
+def rebuilt(codec: SeedLMCodec, weight: torch.Tensor) -> torch.Tensor:
+    rows, columns = weight.shape
+    return codec.decode(codec.encode(weight), (rows, columns), torch.float32)
+
+
+def timed(work: Callable[[], T]) -> tuple[T, float]:
     started = time.perf_counter()
     done = work()
     return done, time.perf_counter() - started
 
 
 @numba.njit(parallel=True, fastmath=True)
-def _chains(rounds: int, out: np.ndarray) -> None:  # type: ignore[type-arg]
+def _chains(rounds: int, out: np.ndarray) -> None:
     for core in numba.prange(out.shape[0]):
         x = np.full(LANES, np.float32(1.0))
         for _ in range(rounds):

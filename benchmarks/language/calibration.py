@@ -101,17 +101,18 @@ class Subject:
 
 def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[], Found]]]:
     """List what is measured, by label: a family, which is drawn as one line, and how."""
-    ours, methods = subject.ours, {}
+    ours = subject.ours
+    methods: dict[str, tuple[str, Callable[[], Found]]] = {}
     for bits in (4, 3, 2):
-        methods[f"trellis {bits}"] = ("trellis", lambda b=bits: ours("trellis", b))
-        methods[f"trellis {bits} + self"] = ("trellis + self", lambda b=bits: ours("trellis", b, "self"))
-    for bits in (4.03, 3.03, 2.03) if whole else ():
-        methods[f"trellis {bits} + self, budget, tuned"] = (
-            "trellis + self, budget, tuned", lambda b=bits: ours("trellis", b, Calibration("self", tune=1))
+        methods[f"trellis {bits}"] = ("trellis", functools.partial(ours, "trellis", bits))
+        methods[f"trellis {bits} + self"] = ("trellis + self", functools.partial(ours, "trellis", bits, "self"))
+    for budget in (4.03, 3.03, 2.03) if whole else ():
+        methods[f"trellis {budget} + self, budget, tuned"] = (
+            "trellis + self, budget, tuned", functools.partial(ours, "trellis", budget, Calibration("self", tune=1))
         )  # fmt: skip
-    for bits in (3.03, 2.03) if whole else ():
-        methods[f"trellis {bits} + self, budget, tuned 3 times"] = (
-            "trellis + self, budget, tuned 3 times", lambda b=bits: ours("trellis", b, Calibration("self", tune=3))
+    for budget in (3.03, 2.03) if whole else ():
+        methods[f"trellis {budget} + self, budget, tuned 3 times"] = (
+            "trellis + self, budget, tuned 3 times", functools.partial(ours, "trellis", budget, Calibration("self", tune=3))
         )  # fmt: skip
     if whole:
         methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", lambda: ours("trellis", 3.03, "self"))
@@ -125,9 +126,9 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
             "trellis + Python's manual", lambda: ours("trellis", 3, subject.manual())
         )  # fmt: skip
     methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, subject.other_text()))
-    for bits, removed in ((12.8, 20), (9.6, 40)) if whole else ():
-        methods[f"svd, {removed}% removed"] = ("svd", lambda b=bits: ours("svd", b))
-        methods[f"svd, {removed}% removed + self"] = ("svd + self", lambda b=bits: ours("svd", b, "self"))
+    for budget, removed in ((12.8, 20), (9.6, 40)) if whole else ():
+        methods[f"svd, {removed}% removed"] = ("svd", functools.partial(ours, "svd", budget))
+        methods[f"svd, {removed}% removed + self"] = ("svd + self", functools.partial(ours, "svd", budget, "self"))
     methods["NF4 (its arithmetic)"] = (
         "bitsandbytes NF4",
         lambda: subject.rebuilt(lambda name, weight: peers.nf4(weight)),
@@ -135,9 +136,12 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
     if importlib.util.find_spec("xllamacpp"):
         for kind in IMATRIX_TYPES:
             family = "GGUF i-quants, imatrix" if kind.startswith("IQ") else "GGUF K-quants, imatrix"
-            methods[f"GGUF {kind}, imatrix"] = (family, lambda k=kind: subject.with_imatrix(k))
+            methods[f"GGUF {kind}, imatrix"] = (family, functools.partial(subject.with_imatrix, kind))
     for bits in (4, 3, 2):
-        methods[f"GPTQ {bits} bits g64, WikiText"] = ("GPTQ g64 (llm-compressor)", lambda b=bits: subject.by_gptq(b))
+        methods[f"GPTQ {bits} bits g64, WikiText"] = (
+            "GPTQ g64 (llm-compressor)",
+            functools.partial(subject.by_gptq, bits),
+        )
     if whole:
         methods["seedlm 3"] = ("seedlm", lambda: ours("seedlm", 3))
         methods["seedlm 3 + self"] = ("seedlm + self", lambda: ours("seedlm", 3, "self"))

@@ -106,18 +106,19 @@ print(json.dumps(found))
 class Unfitted(TrellisCodec):
     """Streams at random: loading does not look at them."""
 
-    def encode(self, weight: Tensor, importance: Tensor | None = None, **options: object) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, *args: Any, **options: Any) -> dict[str, Tensor]:
         return random_parts(self, (weight.shape[0], weight.shape[1]))
 
 
 def build(name: str, dtype: torch.dtype, **shape: Any) -> Path:
-    """A Llama of random weights, one shard a layer so that building it is cheap too."""
+    """A Llama of random weights, one shard per layer so that building it is cheap too."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = CACHE / f"llama-{name}"
     if not (folder / "config.json").is_file():
         config = LlamaConfig(**shape, tie_word_embeddings=True)
-        LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="100MB")
+        model: Any = LlamaForCausalLM(config)
+        model.to(dtype).save_pretrained(folder, max_shard_size="100MB")
     return folder
 
 

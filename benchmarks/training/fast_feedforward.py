@@ -132,8 +132,9 @@ def tree_from_dense(depth: int) -> Net:
 
 
 @torch.no_grad()
-def judged(model: Net) -> dict[str, Any]:
-    data, tree = fashion(), model[1]
+def judged(make: Callable[[], Net]) -> dict[str, Any]:
+    model, data = make(), fashion()
+    tree = model[1]
     found = {"accuracy": accuracy(model, data)}
     if isinstance(tree, FastFeedforward):
         x = data.test.flatten(1)
@@ -145,12 +146,12 @@ def judged(model: Net) -> dict[str, Any]:
 
 def accuracies(result: report.Result) -> None:
     methods: dict[str, Callable[[], Net]] = {
-        f"dense, {hidden} units": lambda hidden=hidden: trained_dense(hidden) for hidden in (HIDDEN, 16)
+        f"dense, {hidden} units": functools.partial(trained_dense, hidden) for hidden in (HIDDEN, 16)
     }
     for how, make in (("tree", trained_tree), ("from the dense block, tree", tree_from_dense)):
         for depth in (2, 4, 6, 8):
-            methods[f"{how} of depth {depth}, leaves of {HIDDEN // 2**depth}"] = lambda d=depth, make=make: make(d)
-    rows = measured(result, {label: lambda make=make: judged(make()) for label, make in methods.items()})
+            methods[f"{how} of depth {depth}, leaves of {HIDDEN // 2**depth}"] = functools.partial(make, depth)
+    rows = measured(result, {label: functools.partial(judged, make) for label, make in methods.items()})
     result.say(
         f"## Trained\nFashion-MNIST, one hidden block, Adam, {EPOCHS} epochs, trees with hardening loss times 0.1; then trees that "
         "`fastfeedforward_from` makes of the trained dense block. 'Soft': all leaves, weighted, as in training; 'leaves': how "
@@ -201,6 +202,7 @@ class Encoder:
     def states(self) -> list[Call]:
         """With what the first layer is called, for each batch to learn from, and which tokens are not padding."""
         calls: list[Call] = []
+        mask = torch.empty(0)
         model = copy.deepcopy(self.model)
         model.encoder.layer = model.encoder.layer[:1]
         hook = model.encoder.layer[0].register_forward_pre_hook(
@@ -240,8 +242,9 @@ class Block(nn.Module):
         return y
 
 
-def distilled(encoder: Encoder, depth: int, width: int) -> dict[str, Any]:
-    """All blocks of a model, each distilled on what it sees behind those before it."""
+def distilled(make: Callable[[], Encoder], depth: int, width: int) -> dict[str, Any]:
+    """Distil all blocks of a model, each on what it sees behind those before it."""
+    encoder = make()
     model, calls = copy.deepcopy(encoder.model), encoder.calls
     for number, layer in enumerate(model.encoder.layer):
         tree = fastfeedforward_from(Block(layer), passed(layer, calls)[1], depth, width, steps=1000)
@@ -261,7 +264,7 @@ def distillation(result: report.Result) -> None:
         f"depth {depth}, leaves of {width}": (depth, width)
         for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 192), (4, 96), (6, 48))
     }
-    rows = measured(result, {label: lambda how=how: distilled(encoder(), *how) for label, how in methods.items()})
+    rows = measured(result, {label: functools.partial(distilled, encoder, *how) for label, how in methods.items()})
     result.say(
         "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384) by `fastfeedforward_from`, block by block on half of a "
         "text; 1 − cosine of the other half's sentence embeddings with the original's, against the share of the "

@@ -175,30 +175,34 @@ def from_trained(name: str, make: Callable[[nn.Module], nn.Module], epochs: int)
 def weights_of(model: nn.Module) -> list[torch.Tensor]:
     """Weights and biases of LeNet's layers, whatever they are made of."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return [value for layer in layers for value in (layer.weight, layer.bias)]
+    return [value for layer in layers for value in (layer.weight, layer.bias) if value is not None]
 
 
 def entropy(share: float) -> float:
     return -share * math.log2(share) - (1 - share) * math.log2(1 - share) if 0 < share < 1 else 0.0
 
 
+def row(data: str, family: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return {"data": data, "family": family, **run()}
+
+
 def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
     """By label: the data, a family that is drawn as one line, and how."""
     found: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {}
     for name in SETS:
-        found[f"{name}: all weights"] = (name, "all weights", lambda n=name: dense(n))
+        found[f"{name}: all weights"] = (name, "all weights", functools.partial(dense, name))
         for count in COUNTS:
-            found[f"{name}: {count} coefficients, float32"] = (name, "float32", lambda n=name, c=count: based(n, c))
+            found[f"{name}: {count} coefficients, float32"] = (name, "float32", functools.partial(based, name, count))
         for count in COUNTS:
             found[f"{name}: {count} coefficients, 8 bits"] = (
-                name, "8 bits", lambda n=name, c=count: based(n, c, coef_bits=8)
+                name, "8 bits", functools.partial(based, name, count, coef_bits=8)
             )  # fmt: skip
         for count in COUNTS[1:]:
-            found[f"{name}: pruned to {count} bytes"] = (name, "pruned", lambda n=name, c=count: pruned(n, c))
+            found[f"{name}: pruned to {count} bytes"] = (name, "pruned", functools.partial(pruned, name, count))
     name = "MNIST"
     for bits in (2, 4):
         found[f"{name}: 2221 coefficients, {bits} bits"] = (
-            name, "other bits", lambda b=bits: based(name, 2221, coef_bits=b)
+            name, "other bits", functools.partial(based, name, 2221, coef_bits=bits)
         )  # fmt: skip
     for label, how in (
         ("nested", lambda: by_levels(name, True)), ("not nested", lambda: by_levels(name, False)),
@@ -208,11 +212,11 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
     for count in (1000, 10_000, 22_213):  # the last is half of its parameters
         found[f"{name}: trained, then {count} coefficients"] = (
             name, "from trained",
-            lambda c=count: from_trained(name, lambda model: basis_(model, c, start="weights"), EPOCHS),
+            functools.partial(from_trained, name, functools.partial(basis_, count=count, start="weights"), EPOCHS),
         )  # fmt: skip
     for generator in ("hadamard", "philox"):
         found[f"{name}: 440 coefficients, {generator}, 3 epochs"] = (
-            name, "generators", lambda g=generator: based(name, 440, generator=g, epochs=3)
+            name, "generators", functools.partial(based, name, 440, generator=generator, epochs=3)
         )  # fmt: skip
     return found
 
@@ -272,8 +276,8 @@ def measure(result: report.Result) -> None:
     wanted = {label: how for label, how in every.items() if result.wanted(label)}
     rows = result.joined(
         [
-            report.kept("pranc", label, lambda how=how: {"data": how[0], "family": how[1], **how[2]()})
-            for label, how in wanted.items()
+            report.kept("pranc", label, functools.partial(row, data, family, run))
+            for label, (data, family, run) in wanted.items()
         ]
     )
     result.say(

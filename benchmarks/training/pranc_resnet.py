@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import sys
@@ -35,7 +36,7 @@ def run(count: int | None, data: pictures.Pictures) -> dict[str, Any]:
     places = [(place / length, cycle) for cycle, length in enumerate(cycles) for place in range(length)]
     torch.manual_seed(0)
     model = ResNet20() if count is None else basis_(ResNet20(), count)
-    model = model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     lr = LR_DENSE if count is None else learning_rate(count)
     optimiser = torch.optim.Adam(model.parameters(), lr)
     file = models.CACHE / "pranc-resnet" / f"{count}-{cycles[0]}.pt"
@@ -91,7 +92,7 @@ def measure(result: report.Result) -> None:
     wanted = [label for label in labels if result.wanted(label)]
     data = prepared(pictures.cifar10())
     rows = result.joined(
-        [report.kept("pranc_resnet", label, lambda each=label: run(labels[each], data)) for label in wanted]
+        [report.kept("pranc_resnet", label, functools.partial(run, labels[label], data)) for label in wanted]
     )
     rows = [row for row in rows if row["label"] in labels]
     result.say(
