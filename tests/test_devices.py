@@ -15,6 +15,7 @@ from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import ModelError
 from tests.conftest import Net
 from tests.helpers.fake_cuda import FakeCuda
+from tests.helpers.marks import slow
 
 SMALL = SeedLMCodec(8, 8, 3)
 CODECS = (TrellisCodec(1, 9), SMALL, SVDCodec(rank=3), SVDCodec.over(SMALL, rank=3))
@@ -22,7 +23,7 @@ if torch.cuda.is_available():
     pytest.skip("a real one is at hand: pytest -m gpu", allow_module_level=True)
 
 
-@pytest.mark.parametrize("importance", [None, torch.linspace(0.1, 2, 24)], ids=["plain", "weighted"])
+@pytest.mark.parametrize("importance", [*slow(None), torch.linspace(0.1, 2, 24)], ids=["plain", "weighted"])
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.id)
 def test_codecs_stay_on_their_device(
     codec: Codec, importance: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch

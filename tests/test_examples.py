@@ -24,6 +24,7 @@ def run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MNIST.is_dir(), reason=f"no pictures at {MNIST}")
 @pytest.mark.parametrize("name", ["pranc", "supermask"])
 def test_pictures(name: str, tmp_path: Path) -> None:

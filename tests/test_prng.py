@@ -22,13 +22,14 @@ from seedpack.prng import (
     rademacher,
     squirrel5,
 )
+from tests.helpers.marks import slow_but
 
 
 def test_lfsr_check_matrix_of_seedlm_figure_4() -> None:
     assert lfsr_matrix(4, bits=3, rows=4, columns=2).tolist() == [[2, 5], [6, 7], [3, 1], [4, 2]]
 
 
-@pytest.mark.parametrize("bits", sorted(LFSR_TAPS))
+@pytest.mark.parametrize("bits", slow_but(range(2, 23), sorted(LFSR_TAPS)))
 def test_lfsr_visits_every_state_once(bits: int) -> None:
     cycle, position = lfsr_cycle(bits), lfsr_position(bits)
     assert np.array_equal(np.sort(cycle), np.arange(1, 2**bits))

@@ -27,6 +27,7 @@ from seedpack.eval.language import compare_language_models, windows
 from seedpack.hf import language_model
 from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import generate_tokens, open_pretrained
+from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES, llama
 
 CPU = torch.device("cpu")
@@ -309,15 +310,15 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         assert (tmp_path / "parts" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "count"), [("llama-tied", 2048), *slow(("llama-tied", 8192), ("gpt2", 8192))])
+def test_tuning_brings_predictions_nearer(name: str, count: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ARCHITECTURES[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(tmp_path / "dense")
-    text = generate_tokens(model, 8192, 64, seed=1)
+    text = generate_tokens(model, count, 64, seed=1)
     kl, codec = [], TrellisCodec(2, effort="fast")
     for tune in (0, 2):
         out = tmp_path / str(tune)
@@ -353,8 +354,8 @@ def test_models_larger_than_memory_stay_on_disk(folder: Path, tmp_path: Path, mo
     assert report.plan.totals()["bits_per_packed_weight"] <= 3.9
 
 
-@pytest.mark.parametrize("options", [{"sequential": True}, {"tune": 1}, {"text": "self"}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", [{"sequential": True}, {"tune": 1}, *slow({"text": "self"})], ids=str)
+@pytest.mark.parametrize("dtype", [*slow(torch.float32), torch.bfloat16], ids=str)
 def test_a_live_model_is_left_as_it_was(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     model = llama(tie_word_embeddings=True).to(dtype).train()
     model.model.layers[0].eval()
