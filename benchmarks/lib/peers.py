@@ -194,7 +194,7 @@ def replace_weights(model: torch.nn.Module, quantise: Quantiser) -> tuple[float,
     A weight that the peer's groups do not divide stays as it is, and counts 16 bits.
 
     Returns:
-        Bits a weight, and the relative error in dB.
+        Bits per weight, and the relative error in dB.
     """
     error = energy = stored = weights = 0.0
     kinds = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Conv2d)
