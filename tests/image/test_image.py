@@ -183,7 +183,7 @@ def test_files_of_images(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ModelError, match="is not an image"):
         image.read(tmp_path / "text.png")
-    with pytest.raises(ModelError, match=r"as \.png"):
+    with pytest.raises(ModelError, match=r"as in photo\.png"):
         image.write(shown, tmp_path / "a.spi")
 
 
