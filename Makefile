@@ -27,7 +27,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev
-	$(BIN)/mypy --strict -p seedpack -p tests
+	$(BIN)/mypy --strict -p seedpack -p tests -p benchmarks
 
 # Regenerate every number that the README and docs/ quote (most of a day on 2 cores, peers included).
 bench: $(VENV)/bench

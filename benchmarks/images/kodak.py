@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ class Siren(nn.Module):
     def __init__(self, width: int, depth: int):
         super().__init__()
         sizes = [2, *[width] * depth]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        self.last = nn.Linear(width, 3)
-        for number, layer in enumerate(self.layers):
+        layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
+        self.layers, self.last = nn.ModuleList(layers), nn.Linear(width, 3)
+        for number, layer in enumerate(layers):
             bound = 1 / 2 if number == 0 else math.sqrt(6 / width) / 30
             nn.init.uniform_(layer.weight, -bound, bound)
 
@@ -166,16 +167,13 @@ def crossing(means: dict[tuple[str, float], dict[str, float]], kind: str) -> str
 def measure(result: report.Result) -> None:
     files = sorted(FOLDER.glob("*.png"))
 
-    def methods() -> Iterator[tuple[str, Any]]:
+    def methods() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
         for rate in RATES:
             for file in files:
-                yield f"seedpack, {file.stem}, {rate}", lambda file=file, rate=rate: ours(file, rate)
+                yield f"seedpack, {file.stem}, {rate}", partial(ours, file, rate)
                 for kind in OTHERS:
-                    yield (
-                        f"{kind}, {file.stem}, {rate}",
-                        lambda file=file, rate=rate, kind=kind: other(file, kind, rate),
-                    )
-        yield f"SIREN, {files[2].stem}, 0.3", lambda: siren(files[2], 0.3, 10)
+                    yield f"{kind}, {file.stem}, {rate}", partial(other, file, kind, rate)
+        yield f"SIREN, {files[2].stem}, 0.3", partial(siren, files[2], 0.3, 10)
 
     wanted = [(label, how) for label, how in methods() if result.wanted(label)]
     rows = {r["label"]: r for r in result.joined([report.kept("kodak", label, how) for label, how in wanted])}
@@ -205,7 +203,7 @@ def measure(result: report.Result) -> None:
     prefixes = [(f"{rate}", *(f"{m[f'psnr at {share}']:.2f}" for share in PREFIXES), f"{m['psnr']:.2f}")
                 for (kind, rate), m in means.items() if kind == "seedpack"]  # fmt: skip
     result.say("PSNR of the beginning of a file, by the share of its levels:")
-    result.table(["bits per pixel", *PREFIXES, "all"], prefixes)
+    result.table(["bits per pixel", *map(str, PREFIXES), "all"], prefixes)
     for label, row in rows.items():
         if label.startswith("SIREN"):
             beside = rows.get(label.replace("SIREN", "seedpack"), {"psnr": math.nan})

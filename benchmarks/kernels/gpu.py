@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,12 @@ from seedpack.loader.layers import pack_module_
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 TOKENS = (1, 2, 4, 8, 16, 256, 4096)
-CODECS = {"trellis, 2 bits": TrellisCodec(2), "trellis, 3 bits": TrellisCodec(3), "trellis, 4 bits": TrellisCodec(4),
-          "seedlm, 4 bits": SeedLMCodec()}  # fmt: skip
+CODECS: dict[str, Codec] = {
+    "trellis, 2 bits": TrellisCodec(2),
+    "trellis, 3 bits": TrellisCodec(3),
+    "trellis, 4 bits": TrellisCodec(4),
+    "seedlm, 4 bits": SeedLMCodec(),
+}
 ENCODERS: dict[str, Codec] = {
     "seedlm, 4 bits, paper's rule": SeedLMCodec(exponents=1), "seedlm, 4 bits": SeedLMCodec(), "trellis, 4 bits": TrellisCodec(4),
     "trellis, 4 bits, best, L = 16": TrellisCodec(4, 16, effort="best"), "trellis, 2 bits, best": TrellisCodec(2, effort="best"),
@@ -89,24 +94,22 @@ def products(result: report.Result) -> None:
             torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * shape[0] * shape[1]))
         ]
         target = torch.empty_like(weights[0])
-        copy = microseconds([lambda w=w, t=target: t.copy_(w) for w in weights])
+        copy = microseconds([partial(target.copy_, weight) for weight in weights])
         nf4, int4 = bitsandbytes_layer(shape), torchao_layer(shape)
         for tokens in TOKENS:
             x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
-            dense = microseconds([lambda w=w, x=x: linear(x, w) for w in weights])
+            dense = microseconds([partial(linear, x, weight) for weight in weights])
             row: list[object] = [f"{shape[0]}×{shape[1]}", tokens, f"{copy:.1f}", f"{dense:.1f}"]
             for codec in CODECS.values():
                 parts = random_parts(codec, shape)
                 some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
-                ours = microseconds([lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s) for p in some])
+                ours = microseconds([partial(codec.matmul, x, each, shape) for each in some])
                 row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
                 if codec.int8_activations and tokens <= FEW_TOKENS:
-                    rounded = microseconds(
-                        [lambda p=p, c=codec, x=x, s=shape: c.matmul(x, p, s, int8=True) for p in some]
-                    )
+                    rounded = microseconds([partial(codec.matmul, x, each, shape, int8=True) for each in some])
                     row[-1] = f"{row[-1]}, int8 {rounded:.1f} ({dense / rounded:.2f}×)"
             for peer in (nf4, int4):
-                row.append("" if peer is None else f"{microseconds([lambda x=x, layer=peer: layer(x)]):.1f}")
+                row.append("" if peer is None else f"{microseconds([partial(peer, x)]):.1f}")
             rows.append(row)
             print(row, flush=True)
         del weights, target
@@ -167,9 +170,9 @@ def llama(shape: dict[str, int], codec: TrellisCodec | None) -> Any:
 
     with torch.device("cuda"):
         model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=128256)).bfloat16().eval()  # type: ignore[arg-type]
-    for module in list(model.modules()) if codec is not None else []:
-        if isinstance(module, torch.nn.Linear):
-            pack_module_(module, codec, on_device(random_parts(codec, tuple(module.weight.shape))))
+    if codec is not None:
+        for layer in [module for module in model.modules() if isinstance(module, torch.nn.Linear)]:
+            pack_module_(layer, codec, on_device(random_parts(codec, (layer.out_features, layer.in_features))))
     return model
 
 

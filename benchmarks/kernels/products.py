@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,9 +88,9 @@ def measure(result: report.Result) -> None:
         rounds = 9 if tokens < 100 else 3
         for name, codec in CODECS.items():
             ours, single, bfloat = milliseconds(
-                lambda c=codec, p=packed[name], x=x: c.matmul(x, p, shape),
-                lambda x=x: linear(x, dense),
-                lambda x=x_half: linear(x, half),
+                partial(codec.matmul, x, packed[name], shape),
+                partial(linear, x, dense),
+                partial(linear, x_half, half),
                 rounds=rounds,
             )
             floor = sum(part.nbytes for part in packed[name].values()) / read / 1e6
@@ -119,9 +120,7 @@ def basis(result: report.Result, dense: Tensor) -> None:
             for count in (1, 4, 16):
                 coefs = torch.randn(1, count)
                 ours, single = milliseconds(
-                    lambda x=x, c=coefs, g=generator: noise_basis(g, 3).matmul(x, c, SIDE),
-                    lambda x=x: linear(x, dense),
-                    rounds=3,
+                    partial(noise_basis(generator, 3).matmul, x, coefs, SIDE), partial(linear, x, dense), rounds=3
                 )
                 rows.append((tokens, generator, count, f"{ours:.0f}", f"{single:.0f}", f"{single / ours:.2f}×"))
                 print(rows[-1], flush=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 import numba
 import numpy as np
@@ -20,6 +22,7 @@ from seedpack.kernels.seedlm.search import seedlm_search
 
 GAUSSIAN = 1 << 20
 LANES, DEPTH = 2048, 32
+Value = TypeVar("Value")
 
 
 def measure(result: report.Result) -> None:
@@ -35,7 +38,7 @@ def measure(result: report.Result) -> None:
         for exponents in (1, 3):
             base = SeedLMCodec.from_bits(bits)
             codec = SeedLMCodec(base.seed_bits, base.block, base.rank, exponents)
-            decoded, seconds = timed(lambda c=codec, s=sample: c.decode(c.encode(s), tuple(s.shape), torch.float32))
+            decoded, seconds = timed(partial(rebuilt, codec, sample))
             rows.append(
                 row(f"seedlm, exponents={exponents}", codec.bits_per_weight(tuple(sample.shape)), decoded, sample)
             )
@@ -56,12 +59,9 @@ def measure(result: report.Result) -> None:
         codec = SeedLMCodec.from_bits(bits)
         floor = (codec.block + codec.rank * (codec.rank + 3) / 2) * (2**codec.seed_bits - 1) / codec.block
         blocks = torch.randn(GAUSSIAN // 4 // codec.block, codec.block)
-
-        def search(blocks: torch.Tensor, codec: SeedLMCodec = codec) -> object:
-            return seedlm_search(blocks, None, -5, codec.code, exponents=codec.exponents)
-
+        search = partial(seedlm_search, factor=None, exponent_bias=-5, code=codec.code, exponents=codec.exponents)
         search(blocks[:64])
-        seconds = min(timed(lambda b=blocks, run=search: run(b))[1] for _ in range(3))
+        seconds = min(timed(partial(search, blocks))[1] for _ in range(3))
         rate = blocks.numel() / seconds
         brute = torch_brute_force(codec)
         rows.append((
@@ -103,7 +103,7 @@ def measure(result: report.Result) -> None:
         cells = []
         for bits in (4.0, 3.0):
             codec = SeedLMCodec.from_bits(bits)
-            cells.append(relative(codec.decode(codec.encode(real), tuple(real.shape), torch.float32), real))
+            cells.append(relative(rebuilt(codec, real), real))
         cells += [relative(decoded, real) for decoded, _ in (peers.nf4(real), peers.rtn(real, 4, 64))]
         rows.append((name, *cells))
     result.table(["tensor", "seedlm 4.000", "seedlm 3.000", "NF4 4.127", "min/max g64 4.500"], rows)
@@ -117,7 +117,7 @@ def check_bit_identity(result: report.Result) -> None:
 
     weight = open_source(smollm2()).read("model.layers.3.self_attn.o_proj.weight")
     codec = SeedLMCodec()
-    before = codec.decode(codec.encode(weight), tuple(weight.shape), torch.float32)
+    before = rebuilt(codec, weight)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.safetensors"
         seedpack.compress({"w.weight": weight}, path, codec=codec)
@@ -144,14 +144,18 @@ def relative(decoded: torch.Tensor, weight: torch.Tensor) -> str:
     return f"{10 * math.log10(float((decoded - weight).square().sum() / weight.square().sum())):.2f}"
 
 
-def timed(work: Callable[[], object]) -> tuple[object, float]:
+def rebuilt(codec: SeedLMCodec, weight: torch.Tensor) -> torch.Tensor:
+    return codec.decode(codec.encode(weight), tuple(weight.shape), torch.float32)
+
+
+def timed(work: Callable[[], Value]) -> tuple[Value, float]:
     started = time.perf_counter()
     done = work()
     return done, time.perf_counter() - started
 
 
 @numba.njit(parallel=True, fastmath=True)
-def _chains(rounds: int, out: np.ndarray) -> None:  # type: ignore[type-arg]
+def _chains(rounds: int, out: np.ndarray) -> None:
     for core in numba.prange(out.shape[0]):
         x = np.full(LANES, np.float32(1.0))
         for _ in range(rounds):

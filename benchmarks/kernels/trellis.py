@@ -87,10 +87,10 @@ def decoding(result: report.Result) -> None:
         code = TrellisCode(code_bits, 16, trellis_key(0))
         seconds = {}
         for backend in ("cpu", "reference"):
-            trellis_decode(stream[:8], code, columns=4096, backend=backend)  # type: ignore[arg-type]
+            trellis_decode(stream[:8], code, columns=4096, backend=backend)
             count = 4096 if backend == "cpu" else 256
             started = time.perf_counter()
-            trellis_decode(stream[:count], code, columns=4096, backend=backend)  # type: ignore[arg-type]
+            trellis_decode(stream[:count], code, columns=4096, backend=backend)
             seconds[backend] = (time.perf_counter() - started) / count * 4096
         rows.append((code_bits, *(f"{4096 * 4096 / seconds[b] / 1e6:,.0f}" for b in ("cpu", "reference"))))
     source = torch.empty(4096, 4096)

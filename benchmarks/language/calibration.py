@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Subject:
         self.prefix, self.title, self.folder = prefix, title, folder
         self.work = models.CACHE / "calibration" / folder.name
 
-    @functools.cached_property
+    @cached_property
     def original(self) -> Recorded:
         """The model's own logits on the text that is scored."""
         model, tokenizer = load_language_model(self.folder)
@@ -101,46 +101,44 @@ class Subject:
 
 def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[], Found]]]:
     """List what is measured, by label: a family, which is drawn as one line, and how."""
-    ours, methods = subject.ours, {}
+    ours, methods = subject.ours, dict[str, tuple[str, Callable[[], Found]]]()
     for bits in (4, 3, 2):
-        methods[f"trellis {bits}"] = ("trellis", lambda b=bits: ours("trellis", b))
-        methods[f"trellis {bits} + self"] = ("trellis + self", lambda b=bits: ours("trellis", b, "self"))
-    for bits in (4.03, 3.03, 2.03) if whole else ():
-        methods[f"trellis {bits} + self, budget, tuned"] = (
-            "trellis + self, budget, tuned", lambda b=bits: ours("trellis", b, Calibration("self", tune=1))
+        methods[f"trellis {bits}"] = ("trellis", partial(ours, "trellis", bits))
+        methods[f"trellis {bits} + self"] = ("trellis + self", partial(ours, "trellis", bits, "self"))
+    for budget in (4.03, 3.03, 2.03) if whole else ():
+        methods[f"trellis {budget} + self, budget, tuned"] = (
+            "trellis + self, budget, tuned", partial(ours, "trellis", budget, Calibration("self", tune=1))
         )  # fmt: skip
-    for bits in (3.03, 2.03) if whole else ():
-        methods[f"trellis {bits} + self, budget, tuned 3 times"] = (
-            "trellis + self, budget, tuned 3 times", lambda b=bits: ours("trellis", b, Calibration("self", tune=3))
+    for budget in (3.03, 2.03) if whole else ():
+        methods[f"trellis {budget} + self, budget, tuned 3 times"] = (
+            "trellis + self, budget, tuned 3 times", partial(ours, "trellis", budget, Calibration("self", tune=3))
         )  # fmt: skip
     if whole:
-        methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", lambda: ours("trellis", 3.03, "self"))
+        methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", partial(ours, "trellis", 3.03, "self"))
         methods["trellis 3 + self, tuned"] = (
-            "trellis + self, tuned", lambda: ours("trellis", 3, Calibration("self", tune=1))
+            "trellis + self, tuned", partial(ours, "trellis", 3, Calibration("self", tune=1))
         )  # fmt: skip
         methods["trellis 3 + self, in sequence"] = (
-            "trellis + self, in sequence", lambda: ours("trellis", 3, Calibration("self", sequential=True))
+            "trellis + self, in sequence", partial(ours, "trellis", 3, Calibration("self", sequential=True))
         )  # fmt: skip
         methods["trellis 3 + Python's manual"] = (
             "trellis + Python's manual", lambda: ours("trellis", 3, subject.manual())
         )  # fmt: skip
     methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, subject.other_text()))
-    for bits, removed in ((12.8, 20), (9.6, 40)) if whole else ():
-        methods[f"svd, {removed}% removed"] = ("svd", lambda b=bits: ours("svd", b))
-        methods[f"svd, {removed}% removed + self"] = ("svd + self", lambda b=bits: ours("svd", b, "self"))
-    methods["NF4 (its arithmetic)"] = (
-        "bitsandbytes NF4",
-        lambda: subject.rebuilt(lambda name, weight: peers.nf4(weight)),
-    )
+    for budget, removed in ((12.8, 20), (9.6, 40)) if whole else ():
+        methods[f"svd, {removed}% removed"] = ("svd", partial(ours, "svd", budget))
+        methods[f"svd, {removed}% removed + self"] = ("svd + self", partial(ours, "svd", budget, "self"))
+    nf4 = partial(subject.rebuilt, lambda name, weight: peers.nf4(weight))
+    methods["NF4 (its arithmetic)"] = ("bitsandbytes NF4", nf4)
     if importlib.util.find_spec("xllamacpp"):
         for kind in IMATRIX_TYPES:
             family = "GGUF i-quants, imatrix" if kind.startswith("IQ") else "GGUF K-quants, imatrix"
-            methods[f"GGUF {kind}, imatrix"] = (family, lambda k=kind: subject.with_imatrix(k))
+            methods[f"GGUF {kind}, imatrix"] = (family, partial(subject.with_imatrix, kind))
     for bits in (4, 3, 2):
-        methods[f"GPTQ {bits} bits g64, WikiText"] = ("GPTQ g64 (llm-compressor)", lambda b=bits: subject.by_gptq(b))
+        methods[f"GPTQ {bits} bits g64, WikiText"] = ("GPTQ g64 (llm-compressor)", partial(subject.by_gptq, bits))
     if whole:
-        methods["seedlm 3"] = ("seedlm", lambda: ours("seedlm", 3))
-        methods["seedlm 3 + self"] = ("seedlm + self", lambda: ours("seedlm", 3, "self"))
+        methods["seedlm 3"] = ("seedlm", partial(ours, "seedlm", 3))
+        methods["seedlm 3 + self"] = ("seedlm + self", partial(ours, "seedlm", 3, "self"))
     return {subject.prefix + label: method for label, method in methods.items()}
 
 

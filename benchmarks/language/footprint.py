@@ -18,6 +18,7 @@ import seedpack
 from benchmarks.kernels.products import random_parts
 from benchmarks.lib import models, report
 from benchmarks.lib.models import CACHE
+from seedpack.codecs.importance import ImportanceLike
 from seedpack.codecs.trellis import TrellisCodec
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 16384
@@ -106,7 +107,7 @@ print(json.dumps(found))
 class Unfitted(TrellisCodec):
     """Streams at random: loading does not look at them."""
 
-    def encode(self, weight: Tensor, importance: Tensor | None = None, **options: object) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, importance: ImportanceLike = None, **options: object) -> dict[str, Tensor]:
         return random_parts(self, (weight.shape[0], weight.shape[1]))
 
 
@@ -117,7 +118,8 @@ def build(name: str, dtype: torch.dtype, **shape: Any) -> Path:
     folder = CACHE / f"llama-{name}"
     if not (folder / "config.json").is_file():
         config = LlamaConfig(**shape, tie_word_embeddings=True)
-        LlamaForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size="100MB")
+        model: Any = LlamaForCausalLM(config)  # its `to` has no types of use
+        model.to(dtype).save_pretrained(folder, max_shard_size="100MB")
     return folder
 
 

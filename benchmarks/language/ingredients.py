@@ -137,7 +137,7 @@ def measure(result: report.Result) -> None:
         return asdict(compare_language_models(original, other, ids))
 
     wanted = [(label, how) for label, how in methods.items() if result.wanted(label)]
-    rows = result.joined([report.kept("ingredients", label, lambda how=how: scored(*how)) for label, how in wanted])
+    rows = result.joined([report.kept("ingredients", label, functools.partial(scored, *how)) for label, how in wanted])
     result.say(
         f"SmolLM2-135M-Instruct (rescaled), its linear layers at {BITS} bits by the trellis, effort fast; {rows[0]['tokens']:,} "
         f"tokens of {text_name}, context {rows[0]['context']}; perplexity unpacked {rows[0]['perplexity_original']:.3f}. "

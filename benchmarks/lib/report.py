@@ -92,8 +92,9 @@ def run(name: str, title: str, measure: Callable[[Result], None]) -> None:
     parser.add_argument("--write", action="store_true", help=f"write docs/benchmarks/{name}.md")
     parser.add_argument("--only", default="*", help="methods to measure, patterns with | between them")
     arguments = parser.parse_args()
-    module = sys.modules["__main__"].__spec__.name
-    result = Result(name, title, f"python -m {module} --write", arguments.only, arguments.write)
+    spec = sys.modules["__main__"].__spec__
+    assert spec is not None, "run it as a module: python -m benchmarks.…"
+    result = Result(name, title, f"python -m {spec.name} --write", arguments.only, arguments.write)
     measure(result)
     if arguments.write:
         result.write()

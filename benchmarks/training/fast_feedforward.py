@@ -145,12 +145,16 @@ def judged(model: Net) -> dict[str, Any]:
 
 def accuracies(result: report.Result) -> None:
     methods: dict[str, Callable[[], Net]] = {
-        f"dense, {hidden} units": lambda hidden=hidden: trained_dense(hidden) for hidden in (HIDDEN, 16)
+        f"dense, {hidden} units": functools.partial(trained_dense, hidden) for hidden in (HIDDEN, 16)
     }
     for how, make in (("tree", trained_tree), ("from the dense block, tree", tree_from_dense)):
         for depth in (2, 4, 6, 8):
-            methods[f"{how} of depth {depth}, leaves of {HIDDEN // 2**depth}"] = lambda d=depth, make=make: make(d)
-    rows = measured(result, {label: lambda make=make: judged(make()) for label, make in methods.items()})
+            methods[f"{how} of depth {depth}, leaves of {HIDDEN // 2**depth}"] = functools.partial(make, depth)
+
+    def scored(make: Callable[[], Net]) -> dict[str, Any]:
+        return judged(make())
+
+    rows = measured(result, {label: functools.partial(scored, make) for label, make in methods.items()})
     result.say(
         f"## Trained\nFashion-MNIST, one hidden block, Adam, {EPOCHS} epochs, trees with hardening loss times 0.1; then trees that "
         "`fastfeedforward_from` makes of the trained dense block. 'Soft': all leaves, weighted, as in training; 'leaves': how "
@@ -201,6 +205,7 @@ class Encoder:
     def states(self) -> list[Call]:
         """With what the first layer is called, for each batch to learn from, and which tokens are not padding."""
         calls: list[Call] = []
+        mask: Tensor  # of the batch that runs
         model = copy.deepcopy(self.model)
         model.encoder.layer = model.encoder.layer[:1]
         hook = model.encoder.layer[0].register_forward_pre_hook(
@@ -257,11 +262,15 @@ def distilled(encoder: Encoder, depth: int, width: int) -> dict[str, Any]:
 
 def distillation(result: report.Result) -> None:
     encoder = functools.cache(Encoder)  # not for rows that are known
+
+    def scored(depth: int, width: int) -> dict[str, Any]:
+        return distilled(encoder(), depth, width)
+
     methods = {
         f"depth {depth}, leaves of {width}": (depth, width)
         for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 192), (4, 96), (6, 48))
     }
-    rows = measured(result, {label: lambda how=how: distilled(encoder(), *how) for label, how in methods.items()})
+    rows = measured(result, {label: functools.partial(scored, *how) for label, how in methods.items()})
     result.say(
         "## Distilled\nall-MiniLM-L6-v2's six blocks (384, 1536, 384) by `fastfeedforward_from`, block by block on half of a "
         "text; 1 − cosine of the other half's sentence embeddings with the original's, against the share of the "

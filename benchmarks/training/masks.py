@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,11 @@ class Conv4(nn.Sequential):
 
 
 def row(
-    make: Callable[[], nn.Module], data: pictures.Pictures, epochs: int, kept: float | None, label: str
+    make: Callable[[], nn.Module], load: Callable[[], pictures.Pictures], epochs: int, kept: float | None, label: str
 ) -> dict[str, Any]:
+    data = prepared(load())
     torch.manual_seed(0)
-    model = make() if kept is None else mask_(make(), kept)
+    model: Any = make() if kept is None else mask_(make(), kept)
     model = model.to(memory_format=torch.channels_last)
     augment, large = data.train.shape[1] == 3, "LeNet" not in label
     train(model, data, epochs, 2e-3 if kept is None else 1e-3, augment=augment, bfloat16=large, label=label)
@@ -52,7 +54,7 @@ def row(
 
 
 def measure(result: report.Result) -> None:
-    methods: dict[str, Callable[[str], dict[str, Any]]] = {}
+    methods: dict[str, Callable[[], dict[str, Any]]] = {}
     for name, make, load, epochs, shares in (
         ("LeNet-5, Fashion-MNIST", LeNet, pictures.fashion_mnist, (10, 10), (None, 0.5, 0.3)),
         ("Conv-4, Fashion-MNIST", Conv4, pictures.fashion_mnist, (5, 10), (None, 0.5)),
@@ -60,11 +62,9 @@ def measure(result: report.Result) -> None:
     ):
         for kept in shares:
             label = f"{name}: {'all weights trained' if kept is None else f'{100 * kept:.0f}% kept'}"
-            methods[label] = lambda label, make=make, load=load, epochs=epochs, kept=kept: row(
-                make, prepared(load()), epochs[kept is not None], kept, label
-            )
+            methods[label] = partial(row, make, load, epochs[kept is not None], kept, label)
     wanted = [label for label in methods if result.wanted(label)]
-    rows = result.joined([report.kept("masks", label, lambda each=label: methods[each](each)) for label in wanted])
+    rows = result.joined([report.kept("masks", label, methods[label]) for label in wanted])
     result.say(
         "Edge-popup: weights stay ±√2 / √(fan_in · kept) from a seed, the mask is learnt (Adam, learning rate 0.001 for scores, "
         "0.002 for weights, falling along a half cosine; all but LeNet-5 in bfloat16 arithmetic). "

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ COUNTS = (440, 1000, 2221, 5000, 10000)  # 2,221 is 5% of LeNet's parameters
 SETS = {"MNIST": pictures.mnist, "Fashion-MNIST": pictures.fashion_mnist}
 
 
-@functools.cache
+@cache
 def data(name: str) -> pictures.Pictures:
     return prepared(SETS[name]())
 
@@ -175,7 +175,7 @@ def from_trained(name: str, make: Callable[[nn.Module], nn.Module], epochs: int)
 def weights_of(model: nn.Module) -> list[torch.Tensor]:
     """Weights and biases of LeNet's layers, whatever they are made of."""
     layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    return [value for layer in layers for value in (layer.weight, layer.bias)]
+    return [value for layer in layers for value in (layer.weight, layer.bias) if value is not None]
 
 
 def entropy(share: float) -> float:
@@ -186,35 +186,38 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
     """By label: the data, a family that is drawn as one line, and how."""
     found: dict[str, tuple[str, str, Callable[[], dict[str, Any]]]] = {}
     for name in SETS:
-        found[f"{name}: all weights"] = (name, "all weights", lambda n=name: dense(n))
+        found[f"{name}: all weights"] = (name, "all weights", partial(dense, name))
         for count in COUNTS:
-            found[f"{name}: {count} coefficients, float32"] = (name, "float32", lambda n=name, c=count: based(n, c))
+            found[f"{name}: {count} coefficients, float32"] = (name, "float32", partial(based, name, count))
         for count in COUNTS:
-            found[f"{name}: {count} coefficients, 8 bits"] = (
-                name, "8 bits", lambda n=name, c=count: based(n, c, coef_bits=8)
-            )  # fmt: skip
+            found[f"{name}: {count} coefficients, 8 bits"] = (name, "8 bits", partial(based, name, count, coef_bits=8))
         for count in COUNTS[1:]:
-            found[f"{name}: pruned to {count} bytes"] = (name, "pruned", lambda n=name, c=count: pruned(n, c))
+            found[f"{name}: pruned to {count} bytes"] = (name, "pruned", partial(pruned, name, count))
     name = "MNIST"
     for bits in (2, 4):
         found[f"{name}: 2221 coefficients, {bits} bits"] = (
-            name, "other bits", lambda b=bits: based(name, 2221, coef_bits=b)
+            name, "other bits", partial(based, name, 2221, coef_bits=bits)
         )  # fmt: skip
     for label, how in (
-        ("nested", lambda: by_levels(name, True)), ("not nested", lambda: by_levels(name, False)),
-        ("svd", lambda: svd_by_levels(name)),
-    ):  # fmt: skip
+        ("nested", partial(by_levels, name, True)),
+        ("not nested", partial(by_levels, name, False)),
+        ("svd", partial(svd_by_levels, name)),
+    ):
         found[f"{name}: in levels, {label}"] = (name, "levels", how)
     for count in (1000, 10_000, 22_213):  # the last is half of its parameters
+        projected = partial(basis_, count=count, start="weights")
         found[f"{name}: trained, then {count} coefficients"] = (
-            name, "from trained",
-            lambda c=count: from_trained(name, lambda model: basis_(model, c, start="weights"), EPOCHS),
+            name, "from trained", partial(from_trained, name, projected, EPOCHS)
         )  # fmt: skip
     for generator in ("hadamard", "philox"):
         found[f"{name}: 440 coefficients, {generator}, 3 epochs"] = (
-            name, "generators", lambda g=generator: based(name, 440, generator=g, epochs=3)
+            name, "generators", partial(based, name, 440, generator=generator, epochs=3)
         )  # fmt: skip
     return found
+
+
+def row(data: str, family: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return {"data": data, "family": family, **run()}
 
 
 READY = f"""
@@ -270,12 +273,7 @@ def step_times(result: report.Result) -> None:
 def measure(result: report.Result) -> None:
     every = methods()
     wanted = {label: how for label, how in every.items() if result.wanted(label)}
-    rows = result.joined(
-        [
-            report.kept("pranc", label, lambda how=how: {"data": how[0], "family": how[1], **how[2]()})
-            for label, how in wanted.items()
-        ]
-    )
+    rows = result.joined([report.kept("pranc", label, partial(row, *how)) for label, how in wanted.items()])
     result.say(
         f"LeNet-5 (44,426 parameters), Adam, {EPOCHS} epochs, learning rate {LR_DENSE} for weights and 0.15 / √count for coefficients, "
         "falling along a half cosine; structured bases unless said. Bytes are those of coefficients and their steps; the "

@@ -7,6 +7,7 @@ import math
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def run(count: int | None, data: pictures.Pictures) -> dict[str, Any]:
     epochs, steps = sum(cycles), -(-len(data.train) // SIZE)
     places = [(place / length, cycle) for cycle, length in enumerate(cycles) for place in range(length)]
     torch.manual_seed(0)
-    model = ResNet20() if count is None else basis_(ResNet20(), count)
+    model: Any = ResNet20() if count is None else basis_(ResNet20(), count)
     model = model.to(memory_format=torch.channels_last)
     lr = LR_DENSE if count is None else learning_rate(count)
     optimiser = torch.optim.Adam(model.parameters(), lr)
@@ -90,9 +91,7 @@ def measure(result: report.Result) -> None:
     labels = {f"{count or 'all'}, {sum(cycles)} epochs": count for count, cycles in CYCLES.items()}
     wanted = [label for label in labels if result.wanted(label)]
     data = prepared(pictures.cifar10())
-    rows = result.joined(
-        [report.kept("pranc_resnet", label, lambda each=label: run(labels[each], data)) for label in wanted]
-    )
+    rows = result.joined([report.kept("pranc_resnet", label, partial(run, labels[label], data)) for label in wanted])
     rows = [row for row in rows if row["label"] in labels]
     result.say(
         "ResNet-20 (269,722 parameters, of which 1,376 are batch norms'), CIFAR-10, Adam, batches of 128, bfloat16 arithmetic. "
