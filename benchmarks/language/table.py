@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from benchmarks.lib import models, peers, plots, report
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 CONTEXT, TOKENS = 1024, 16384
+Found = tuple[float, float, LanguageReport]  # bits per weight, relative error in dB, and what became of the model
 PACKED = [("trellis", 4), ("trellis", 3), ("trellis", 2), ("trellis", 3.5), ("seedlm", 4), ("seedlm", 3), ("svd", 4)]
 
 
@@ -41,11 +44,11 @@ def measure(result: report.Result) -> None:
     model, tokenizer = load_language_model(folder)
     ids = windows(tokenizer, text, CONTEXT, TOKENS)
     original = Recorded(model, ids)
-    methods: dict[str, tuple[str, Any]] = {}
+    methods: dict[str, tuple[str, Callable[[], Found]]] = {}
     for codec, bits in PACKED:
-        methods[f"{codec}, {bits:g} bits"] = (codec, lambda c=codec, b=bits: packed(folder, c, b, original, ids))
+        methods[f"{codec}, {bits:g} bits"] = (codec, partial(packed, folder, codec, bits, original, ids))
     for label, (family, quantise) in peers.data_free().items():
-        methods[label] = (family, lambda q=quantise: rounded(folder, q, original, ids))
+        methods[label] = (family, partial(rounded, folder, quantise, original, ids))
     rows = [row(label, *methods[label]) for label in methods if result.wanted(label)]
     found = rows[0]
     result.say(
@@ -94,7 +97,7 @@ def compare(result: report.Result, rows: list[dict[str, Any]], key: str, what: s
     result.table(["", "bits per weight", what, "best peer"], table)
 
 
-def row(label: str, family: str, run: Any) -> dict[str, Any]:
+def row(label: str, family: str, run: Callable[[], Found]) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         bits, error_db, found = run()
         return {"family": family, "bits": bits, "error_db": error_db, **asdict(found)}
@@ -102,7 +105,7 @@ def row(label: str, family: str, run: Any) -> dict[str, Any]:
     return report.kept("language", label, measure)
 
 
-def packed(folder: Path, codec: str, bits: float, original: Any, ids: Tensor) -> tuple[float, float, LanguageReport]:
+def packed(folder: Path, codec: str, bits: float, original: Any, ids: Tensor) -> Found:
     """Packed by seedpack, loaded and run as a user would."""
     out = models.CACHE / f"language-{codec}-{bits:g}"
     shutil.rmtree(out, ignore_errors=True)
@@ -111,7 +114,7 @@ def packed(folder: Path, codec: str, bits: float, original: Any, ids: Tensor) ->
     return done.plan.totals()["bits_per_packed_weight"], done.error_db, compare_language_models(original, other, ids)
 
 
-def rounded(folder: Path, quantise: peers.Quantiser, original: Any, ids: Tensor) -> tuple[float, float, LanguageReport]:
+def rounded(folder: Path, quantise: peers.Quantiser, original: Any, ids: Tensor) -> Found:
     """Every matrix replaced by what the peer would rebuild."""
     other, _ = load_language_model(folder)
     bits, error_db = peers.replace_weights(other, quantise)

@@ -198,14 +198,9 @@ def versions() -> str:
     """Name the versions a result was measured with."""
     from importlib.metadata import version
 
-    names = [
-        "seedpack",
-        "torch",
-        "transformers",
-        "numpy",
-        *(["numba"] if importlib.util.find_spec("numba") else []),
-    ]
-    return f"Python {sys.version.split()[0]}, " + ", ".join(f"{name} {version(name)}" for name in names)
+    names = [name for name in ("torch", "transformers", "numpy", "numba") if importlib.util.find_spec(name)]
+    ours = f"Python {sys.version.split()[0]}, seedpack {seedpack.__version__}"  # which need not be installed
+    return ", ".join([ours, *(f"{name} {version(name)}" for name in names)])
 
 
 def machine() -> str:

@@ -41,7 +41,9 @@ def curves(
     markers = itertools.cycle("osv^Dd<>P*X")
     for family in sorted({r["family"] for r in rows}, key=lambda f: (f not in OURS, f)):
         members = sorted((r[across[0]], r[key]) for r in rows if r["family"] == family)
-        style = {"color": OURS[family], "linewidth": 2.5} if family in OURS else {"linewidth": 1, "alpha": 0.8}
+        style: dict[str, Any] = (
+            {"color": OURS[family], "linewidth": 2.5} if family in OURS else {"linewidth": 1, "alpha": 0.8}
+        )
         axes.plot(*zip(*members, strict=True), marker=next(markers), label=family, **style)
     axes.set(xlim=limit, xlabel=across[1], ylabel=label, title=title)
     axes.set(**{f"{axis}scale": "log" for axis in logarithmic})
