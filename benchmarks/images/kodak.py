@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,13 +167,16 @@ def crossing(means: dict[tuple[str, float], dict[str, float]], kind: str) -> str
 def measure(result: report.Result) -> None:
     files = sorted(FOLDER.glob("*.png"))
 
-    def methods() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+    def methods() -> Iterator[tuple[str, Any]]:
         for rate in RATES:
             for file in files:
-                yield f"seedpack, {file.stem}, {rate}", partial(ours, file, rate)
+                yield f"seedpack, {file.stem}, {rate}", lambda file=file, rate=rate: ours(file, rate)
                 for kind in OTHERS:
-                    yield f"{kind}, {file.stem}, {rate}", partial(other, file, kind, rate)
-        yield f"SIREN, {files[2].stem}, 0.3", partial(siren, files[2], 0.3, 10)
+                    yield (
+                        f"{kind}, {file.stem}, {rate}",
+                        lambda file=file, rate=rate, kind=kind: other(file, kind, rate),
+                    )
+        yield f"SIREN, {files[2].stem}, 0.3", lambda: siren(files[2], 0.3, 10)
 
     wanted = [(label, how) for label, how in methods() if result.wanted(label)]
     rows = {r["label"]: r for r in result.joined([report.kept("kodak", label, how) for label, how in wanted])}

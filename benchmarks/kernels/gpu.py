@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +27,8 @@ from seedpack.loader.layers import pack_module_
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
 TOKENS = (1, 2, 4, 8, 16, 256, 4096)
-CODECS: dict[str, Codec] = {
-    "trellis, 2 bits": TrellisCodec(2),
-    "trellis, 3 bits": TrellisCodec(3),
-    "trellis, 4 bits": TrellisCodec(4),
-    "seedlm, 4 bits": SeedLMCodec(),
-}
+CODECS = {"trellis, 2 bits": TrellisCodec(2), "trellis, 3 bits": TrellisCodec(3), "trellis, 4 bits": TrellisCodec(4),
+          "seedlm, 4 bits": SeedLMCodec()}  # fmt: skip
 ENCODERS: dict[str, Codec] = {
     "seedlm, 4 bits, paper's rule": SeedLMCodec(exponents=1), "seedlm, 4 bits": SeedLMCodec(), "trellis, 4 bits": TrellisCodec(4),
     "trellis, 4 bits, best, L = 16": TrellisCodec(4, 16, effort="best"), "trellis, 2 bits, best": TrellisCodec(2, effort="best"),

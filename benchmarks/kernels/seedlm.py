@@ -59,7 +59,10 @@ def measure(result: report.Result) -> None:
         codec = SeedLMCodec.from_bits(bits)
         floor = (codec.block + codec.rank * (codec.rank + 3) / 2) * (2**codec.seed_bits - 1) / codec.block
         blocks = torch.randn(GAUSSIAN // 4 // codec.block, codec.block)
-        search = partial(seedlm_search, factor=None, exponent_bias=-5, code=codec.code, exponents=codec.exponents)
+
+        def search(blocks: torch.Tensor, codec: SeedLMCodec = codec) -> object:
+            return seedlm_search(blocks, None, -5, codec.code, exponents=codec.exponents)
+
         search(blocks[:64])
         seconds = min(timed(functools.partial(search, blocks))[1] for _ in range(3))
         rate = blocks.numel() / seconds
@@ -103,7 +106,7 @@ def measure(result: report.Result) -> None:
         cells = []
         for bits in (4.0, 3.0):
             codec = SeedLMCodec.from_bits(bits)
-            cells.append(relative(rebuilt(codec, real), real))
+            cells.append(relative(codec.decode(codec.encode(real), tuple(real.shape), torch.float32), real))
         cells += [relative(decoded, real) for decoded, _ in (peers.nf4(real), peers.rtn(real, 4, 64))]
         rows.append((name, *cells))
     result.table(["tensor", "seedlm 4.000", "seedlm 3.000", "NF4 4.127", "min/max g64 4.500"], rows)
@@ -117,7 +120,7 @@ def check_bit_identity(result: report.Result) -> None:
 
     weight = open_source(smollm2()).read("model.layers.3.self_attn.o_proj.weight")
     codec = SeedLMCodec()
-    before = rebuilt(codec, weight)
+    before = codec.decode(codec.encode(weight), tuple(weight.shape), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "one.safetensors"
         seedpack.compress({"w.weight": weight}, path, codec=codec)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class Subject:
         self.prefix, self.title, self.folder = prefix, title, folder
         self.work = models.CACHE / "calibration" / folder.name
 
-    @cached_property
+    @functools.cached_property
     def original(self) -> Recorded:
         """The model's own logits on the text that is scored."""
         model, tokenizer = load_language_model(self.folder)
@@ -115,12 +115,12 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
             "trellis + self, budget, tuned 3 times", functools.partial(ours, "trellis", budget, Calibration("self", tune=3))
         )  # fmt: skip
     if whole:
-        methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", partial(ours, "trellis", 3.03, "self"))
+        methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", lambda: ours("trellis", 3.03, "self"))
         methods["trellis 3 + self, tuned"] = (
-            "trellis + self, tuned", partial(ours, "trellis", 3, Calibration("self", tune=1))
+            "trellis + self, tuned", lambda: ours("trellis", 3, Calibration("self", tune=1))
         )  # fmt: skip
         methods["trellis 3 + self, in sequence"] = (
-            "trellis + self, in sequence", partial(ours, "trellis", 3, Calibration("self", sequential=True))
+            "trellis + self, in sequence", lambda: ours("trellis", 3, Calibration("self", sequential=True))
         )  # fmt: skip
         methods["trellis 3 + Python's manual"] = (
             "trellis + Python's manual", lambda: ours("trellis", 3, subject.manual())
@@ -143,8 +143,8 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
             functools.partial(subject.by_gptq, bits),
         )
     if whole:
-        methods["seedlm 3"] = ("seedlm", partial(ours, "seedlm", 3))
-        methods["seedlm 3 + self"] = ("seedlm + self", partial(ours, "seedlm", 3, "self"))
+        methods["seedlm 3"] = ("seedlm", lambda: ours("seedlm", 3))
+        methods["seedlm 3 + self"] = ("seedlm + self", lambda: ours("seedlm", 3, "self"))
     return {subject.prefix + label: method for label, method in methods.items()}
 
 

@@ -18,7 +18,6 @@ import seedpack
 from benchmarks.kernels.products import random_parts
 from benchmarks.lib import models, report
 from benchmarks.lib.models import CACHE
-from seedpack.codecs.importance import ImportanceLike
 from seedpack.codecs.trellis import TrellisCodec
 
 HIDDEN, INTERMEDIATE, VOCABULARY = 1024, 2816, 16384

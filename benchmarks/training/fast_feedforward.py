@@ -260,10 +260,6 @@ def distilled(make: Callable[[], Encoder], depth: int, width: int) -> dict[str, 
 
 def distillation(result: report.Result) -> None:
     encoder = functools.cache(Encoder)  # not for rows that are known
-
-    def scored(depth: int, width: int) -> dict[str, Any]:
-        return distilled(encoder(), depth, width)
-
     methods = {
         f"depth {depth}, leaves of {width}": (depth, width)
         for depth, width in ((0, 768), (0, 384), (0, 192), (2, 384), (4, 192), (4, 96), (6, 48))

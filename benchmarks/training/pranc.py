@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import tempfile
 import time
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ COUNTS = (440, 1000, 2221, 5000, 10000)  # 2,221 is 5% of LeNet's parameters
 SETS = {"MNIST": pictures.mnist, "Fashion-MNIST": pictures.fashion_mnist}
 
 
-@cache
+@functools.cache
 def data(name: str) -> pictures.Pictures:
     return prepared(SETS[name]())
 
@@ -205,13 +205,11 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
             name, "other bits", functools.partial(based, name, 2221, coef_bits=bits)
         )  # fmt: skip
     for label, how in (
-        ("nested", partial(by_levels, name, True)),
-        ("not nested", partial(by_levels, name, False)),
-        ("svd", partial(svd_by_levels, name)),
-    ):
+        ("nested", lambda: by_levels(name, True)), ("not nested", lambda: by_levels(name, False)),
+        ("svd", lambda: svd_by_levels(name)),
+    ):  # fmt: skip
         found[f"{name}: in levels, {label}"] = (name, "levels", how)
     for count in (1000, 10_000, 22_213):  # the last is half of its parameters
-        projected = partial(basis_, count=count, start="weights")
         found[f"{name}: trained, then {count} coefficients"] = (
             name, "from trained",
             functools.partial(from_trained, name, functools.partial(basis_, count=count, start="weights"), EPOCHS),
@@ -221,10 +219,6 @@ def methods() -> dict[str, tuple[str, str, Callable[[], dict[str, Any]]]]:
             name, "generators", functools.partial(based, name, 440, generator=generator, epochs=3)
         )  # fmt: skip
     return found
-
-
-def row(data: str, family: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return {"data": data, "family": family, **run()}
 
 
 READY = f"""
