@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
 # Compress a real language model, load it back, and show what was gained and lost.
 demo: $(VENV)/demo
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 # Every rule, kernel and refusal once (some minutes on 2 cores).
 test: $(VENV)/dev
@@ -27,15 +27,15 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/dev
-	$(BIN)/mypy --strict -p seedpack -p tests
+	$(BIN)/mypy --strict -p seedpack -p tests -p benchmarks
 
-# Regenerate every number that the README and docs/benchmarks quote (most of a day on 2 cores, peers included).
+# Regenerate every number that the README and docs/ quote (most of a day on 2 cores, peers included).
 bench: $(VENV)/bench
-	$(BIN)/python benchmarks/run_all.py
+	$(BIN)/python -m benchmarks.run_all
 
 # What can be said only on a GPU (some ten minutes); uses the Python at hand, as GPU machines bring their own torch.
 bench-gpu:
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --write
+	PYTHONPATH=. $(PYTHON) -m benchmarks.kernels.gpu --write
 
 # Build the wheel, install it in a clean environment and use it from outside the checkout.
 wheel: $(VENV)/dev

@@ -6,17 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import models
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import seedpack
-from seedpack.api import plan_for
-from seedpack.cli.output import progress, quiet_transformers, size
-from seedpack.converter.fitting import Report
-from seedpack.converter.sources.open import open_source
+from benchmarks.lib import models
+from seedpack.cli.output import progress, quiet_transformers, size, stages
+from seedpack.converter.report import Report
 from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
 
 PROMPT = "The capital of France is"
@@ -59,10 +57,9 @@ def main() -> None:
 
 
 def compress(folder: Path, codec: str) -> Report:
-    out = models.CACHE / f"demo-{codec}"
-    weights = plan_for(open_source(folder), codec=codec, bits=4.0).packed_weights
-    with progress(f"Fitting {CODECS[codec]}", weights, "weights") as watch:
-        return seedpack.compress(folder, out, codec=codec, bits=4.0, force=True, watch=watch)
+    with stages() as advance:
+        out = models.CACHE / f"demo-{codec}"
+        return seedpack.compress(folder, out, codec=codec, bits=4.0, force=True, progress=advance)
 
 
 def generate(model: Any, tokenizer: Any) -> str:
@@ -75,7 +72,7 @@ def generate(model: Any, tokenizer: Any) -> str:
 ROWS = (
     "on disk",
     "in memory",
-    "bits a weight",
+    "bits per weight",
     "weight error",
     "perplexity",
     "KL, nats",

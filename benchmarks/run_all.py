@@ -1,30 +1,33 @@
-"""Regenerate every number that the README and docs/benchmarks quote."""
+"""Regenerate every number that the README and docs/ quote: the result pages, and then what is made from them."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
-for name in (
-    "trellis",
-    "multipliers",
-    "choices",
-    "seedlm",
-    "svd",
-    "footprint",
-    "language",
-    "calibration",
-    "ingredients",
-    "sentences",
-    "images",
-    "kodak",
-    "kernels",
-    "noise_layers",
-    "pranc",
-    "masks",
-    "pranc_resnet",
-    "fast_feedforward",
-):
-    print(f"== {name}", flush=True)
-    subprocess.run([sys.executable, str(Path(__file__).parent / f"{name}.py"), "--write"], check=True)
+MODULES = (
+    "kernels.trellis",
+    "kernels.multipliers",
+    "language.choices",
+    "kernels.seedlm",
+    "kernels.svd",
+    "language.footprint",
+    "language.table",
+    "language.calibration",
+    "language.ingredients",
+    "language.sentences",
+    "images.resnets",
+    "images.kodak",
+    "kernels.products",
+    "training.noise_layers",
+    "training.pranc",
+    "training.masks",
+    "training.pranc_resnet",
+    "training.fast_feedforward",
+)
+
+if __name__ == "__main__":
+    for module in MODULES:
+        print(f"== {module}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{module}", "--write"], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks.results"], check=True)

@@ -1,4 +1,4 @@
-"""Draw docs/reparam.png: how weights that are born pseudorandom are made, from seedpack's own generators.
+"""Draw docs/training.png: how weights of a random subspace are made, from seedpack's own generators.
 
 python docs/draw.py        (needs matplotlib)
 """
@@ -35,9 +35,9 @@ def main() -> None:
     bases = [noise_basis("hadamard", 1).dense(row[None], SIDE, SIDE) for row in torch.eye(3)]
     top = rows[0]
     for i in range(2):
-        panel(top[2 * i], bases[i], f"base {i + 1}, from the seed", f"times coefficient {coefs[i]:.1f}")
+        panel(top[2 * i], bases[i], f"basis vector {i + 1}, from the seed", f"times coefficient {coefs[i]:.1f}")
         sign(top[2 * i + 1], "+ … +" if i else "+")
-    panel(top[4], bases[2], "base M, from the seed", f"times coefficient {coefs[2]:.1f}")
+    panel(top[4], bases[2], "basis vector M, from the seed", f"times coefficient {coefs[2]:.1f}")
     sign(top[5], "=")
     panel(
         top[6],
@@ -70,7 +70,7 @@ def main() -> None:
     for axes in bottom[5:]:
         axes.axis("off")
     figure.tight_layout()
-    figure.savefig(Path(__file__).parent / "reparam.png")
+    figure.savefig(Path(__file__).parent / "training.png")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the examples share: pictures, and a plot of how training went."""
+"""Shared by the examples: options, a plot of how training went, a report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for benchmarks.lib
 
 
 def options(description: str | None, output: str) -> argparse.ArgumentParser:
-    """What every example on pictures can be told."""
+    """Return the options that every example on pictures has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--fashion", action="store_true", help="Fashion-MNIST instead of MNIST")

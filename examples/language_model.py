@@ -65,7 +65,7 @@ def main() -> None:
         {
             "weights": f"{weights:,} as {options.count:,} coefficients",
             "file": f"{options.output.stat().st_size:,} bytes (the dense weights: {4 * weights:,})",
-            "nats a byte, held-out": f"{before:.3f} before, {after:.3f} after, {loss(loaded):.3f} loaded",
+            "nats per byte, held-out": f"{before:.3f} before, {after:.3f} after, {loss(loaded):.3f} loaded",
         }
     )
     common.plotted(

@@ -1,4 +1,4 @@
-"""What truncating a layer's singular values does to an MNIST classifier, finished: effective ranks while training, accuracy
+"""Truncate the singular values of a layer of MNIST classifiers: effective ranks while training, accuracy
 against rank, randomized against exact SVD with its bound, and seedpack's codecs at the same bytes."""
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import common
-import pictures
 import torch
-from classifiers import accuracy, prepared, train
 from torch import Tensor, nn
 
 import seedpack
+from benchmarks.lib import pictures
+from benchmarks.lib.classifiers import accuracy, prepared, train
 from seedpack.errors import SeedpackError
 from seedpack.linalg import effective_rank, randomized_svd, singular_values
 
@@ -47,7 +47,7 @@ class Classifier(nn.Sequential):
 
 @torch.no_grad()
 def loss_and_accuracy(model: nn.Module, data: pictures.Pictures) -> tuple[float, float]:
-    """Of the test pictures; percent."""
+    """Return the loss and accuracy on the test pictures; percent."""
     model.eval()
     parts = zip(data.test.split(1000), data.test_classes.split(1000), strict=True)
     total = sum(float(nn.functional.cross_entropy(model(x), classes, reduction="sum")) for x, classes in parts)

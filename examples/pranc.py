@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import common
-import pictures
 import torch
-from classifiers import LeNet, accuracy, prepared
 from torch import nn
 
 import seedpack
+from benchmarks.lib import pictures
+from benchmarks.lib.classifiers import LeNet, accuracy, prepared
 from seedpack.reparam import basis_
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import common
-import pictures
 import torch
-from classifiers import LeNet, accuracy, prepared, train
 
 import seedpack
+from benchmarks.lib import pictures
+from benchmarks.lib.classifiers import LeNet, accuracy, prepared, train
 from seedpack.reparam import mask_
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     common.report(
         {
             "weights": f"{weights:,}, {100 * options.kept:.0f}% of them kept, none trained",
-            "file": f"{size:,} bytes, {8 * size / weights:.2f} bits a weight with the header",
+            "file": f"{size:,} bytes, {8 * size / weights:.2f} bits per weight with the header",
             "accuracy loaded": f"{100 * accuracy(loaded, data):.2f}%",
         }
     )

@@ -2,7 +2,7 @@
 
 The pseudorandom words of a key are the keystream of ChaCha20 (RFC 8439), a standard stream cipher, under a key derived from
 it by HKDF-SHA256 (RFC 5869). A file holds eight bytes of an HMAC-SHA256, by which a wrong key is refused before anything is
-rebuilt. docs/reparam.md says what that protects and what it does not.
+rebuilt. docs/training.md says what that protects and what it does not.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def test_pictures(name: str, tmp_path: Path) -> None:
 
 def test_language_model(tmp_path: Path) -> None:
     said = run(tmp_path, "language_model.py", "--steps", "5", "--count", "500")
-    line = next(line for line in said.splitlines() if line.startswith("nats a byte"))
+    line = next(line for line in said.splitlines() if line.startswith("nats per byte"))
     before, after, loaded = map(float, re.findall(r"\d\.\d+", line))
     assert after < before and loaded == after
 

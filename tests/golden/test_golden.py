@@ -69,7 +69,7 @@ def test_every_backend_decodes_the_same(name: str, backend: Backend) -> None:
 def test_encoding(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same bytes again, but for the name of the program that wrote them."""
     with Checkpoint(make.folder(name) / "packed.safetensors") as checkpoint:
-        monkeypatch.setattr("seedpack.api.WRITER", checkpoint.manifest.writer)
+        monkeypatch.setattr("seedpack.converter.pipeline.WRITER", checkpoint.manifest.writer)
     make.write(tmp_path / "again", make.CASES[name])
     again, golden = (p / "packed.safetensors" for p in (tmp_path / "again", make.folder(name)))
     assert again.read_bytes() == golden.read_bytes()

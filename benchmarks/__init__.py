@@ -1,0 +1,1 @@
+"""Benchmarks, a folder per subject: run from the top of a checkout as `python -m benchmarks.language.table --write`."""

@@ -1,0 +1,1 @@
+"""Photographs as coefficients, and classifiers of images, packed."""

@@ -1,0 +1,1 @@
+"""Codecs and fused products on random and real matrices: distortion, search, decoding, speed."""

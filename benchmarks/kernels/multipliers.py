@@ -1,0 +1,69 @@
+"""The search for the trellis's multipliers: random ones screened on N(0, 1), the best beside those of the format."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from torch import Tensor
+
+from benchmarks.lib import report
+from seedpack import prng
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.kernels.trellis import decode_cpu, search_cpu
+
+CANDIDATES, REFINED = 256, 6
+SCREEN, SAMPLE = (48, 1024), (256, 2048)
+PUBLISHED = {"QTIP's 1MAD": 34038481, "EXL3's mul1": 0x83DCD12D}
+
+
+def forget() -> None:
+    """Forget what the kernels have made of a code."""
+    search_cpu._table.cache_clear()
+    decode_cpu.constants.cache_clear()
+
+
+def gap(code_bits: int, multiplier: int, sample: Tensor) -> float:
+    """dB above 4^-k of the code with another multiplier, effort `default`."""
+    own = prng.TRELLIS_MULTIPLIERS[code_bits]
+    try:
+        prng.TRELLIS_MULTIPLIERS[code_bits] = (multiplier, multiplier)
+        forget()
+        codec = TrellisCodec(code_bits, balance=False)
+        shape = (sample.shape[0], sample.shape[1])
+        decoded = codec.decode(codec.encode(sample), shape, torch.float32)
+    finally:
+        prng.TRELLIS_MULTIPLIERS[code_bits] = own
+        forget()
+    error = (decoded - sample).double().square().sum() / sample.double().square().sum()
+    return float(10 * torch.log10(error * 4**code_bits))
+
+
+def measure(result: report.Result) -> None:
+    generator = torch.Generator().manual_seed(1)
+    small, large = torch.randn(SCREEN, generator=generator), torch.randn(SAMPLE, generator=generator)
+    odd = torch.randint(0, 1 << 31, (CANDIDATES,), generator=generator).mul(2).add(1).tolist()
+    rows = []
+    for code_bits in range(1, 9):
+        screened = sorted((gap(code_bits, multiplier, small), multiplier) for multiplier in odd)
+        best = min((gap(code_bits, multiplier, large), multiplier) for _, multiplier in screened[:REFINED])
+        chosen = prng.TRELLIS_MULTIPLIERS[code_bits][0]
+        rows.append(
+            (code_bits, f"{chosen:08X}", f"{gap(code_bits, chosen, large):.3f}", f"{best[1]:08X}", f"{best[0]:.3f}",
+             f"{statistics.median(g for g, _ in screened):.3f}", f"{screened[-1][0]:.3f}",
+             *(f"{gap(code_bits, multiplier, large):.3f}" for multiplier in PUBLISHED.values()))
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    result.say(
+        f"dB above 4^−k, effort `default`, L = 16: each of {CANDIDATES} random odd multipliers on {SCREEN[0] * SCREEN[1]:,} "
+        f"samples, the best {REFINED} of them, the format's own (M24, found so among some thousands) and two published ones "
+        f"on {SAMPLE[0] * SAMPLE[1]:,} others."
+    )
+    result.table(
+        ["k", "M24", "gap", "best here", "gap", "median", "worst", *PUBLISHED],
+        rows,
+    )
+
+
+if __name__ == "__main__":
+    report.run("multipliers", "The trellis's multipliers", measure)

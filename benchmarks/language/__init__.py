@@ -1,0 +1,1 @@
+"""Language models and sentence encoders, packed: quality beside other quantisers, calibration, memory."""

@@ -1,0 +1,157 @@
+"""Measure what each part of the trellis's fit brings: per-channel scaling, rotation, error feedback, and sketches of the whole model's Hessian."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.language.calibration import self_calibrated
+from benchmarks.language.table import CONTEXT, Recorded
+from benchmarks.lib import models, report
+from seedpack.codecs import trellis
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.converter.calibration.layerwise import differentiable, recomputed
+from seedpack.eval.language import compare_language_models, load_language_model, windows
+from seedpack.linalg import ldlq_correction
+
+TOKENS, BITS, ROWS = 4096, 3, 192
+Sketches = dict[str, tuple[Tensor, Tensor]]  # of a weight: E[‖g‖²·x·xᵀ] [in, in] and E[‖x‖²·g·gᵀ] [out, out]
+
+
+def linears(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of the decoder, by the names of their weights."""
+    return {
+        f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and "layers" in name
+    }  # fmt: skip
+
+
+def sketched(model: Any, tokens: Tensor) -> Sketches:
+    """Kronecker factors of the Hessian of the model's KL divergence by each weight (YAQA, Tseng et al., arXiv 2505.22988),
+    one power iteration from the identity: x is a layer's input, g the gradient of the text's log-likelihood by its output."""
+    found: Sketches = {}
+
+    def seen(name: str, x: Tensor, out: Tensor) -> None:
+        def grown(gradient: Tensor) -> None:
+            rows, g = x.flatten(0, -2), gradient.detach().flatten(0, -2)
+            sides = (
+                rows.mT @ (rows * g.square().sum(1, keepdim=True)),
+                g.mT @ (g * rows.square().sum(1, keepdim=True)),
+            )
+            before = found.get(name)
+            found[name] = sides if before is None else (before[0] + sides[0], before[1] + sides[1])
+
+        if out.requires_grad:
+            out.register_hook(grown)
+
+    layers = linears(model)
+    layer_names = [name for name, _ in model.named_modules() if re.fullmatch(r"model\.layers\.\d+", name)]
+    with differentiable(model), recomputed(model, layer_names):
+        hooks = [
+            model.get_input_embeddings().register_forward_hook(
+                lambda layer, args, out: out.detach().requires_grad_(True)
+            )
+        ]
+        hooks += [
+            layer.register_forward_hook(lambda layer, args, out, name=name: seen(name, args[0].detach(), out))
+            for name, layer in layers.items()
+        ]
+        for ids in tokens.split(2):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+            nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextlib.contextmanager
+def unrotated() -> Iterator[None]:
+    """The trellis without its rotation."""
+    with mock.patch.multiple(trellis, rotate=lambda weight, seed: weight, unrotate=lambda weight, seed: weight):
+        yield
+
+
+def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, output: Tensor | None = None) -> Tensor:
+    """A weight as its codec rebuilds it; with an output side, rows too compensate for the errors of rows after them."""
+
+    def rebuilt(part: Tensor) -> Tensor:
+        return codec.decode(codec.encode(part, importance), (len(part), part.shape[1]), torch.float32)
+
+    if output is None:
+        return rebuilt(weight)
+    damped = output.double() + 0.01 * output.double().diagonal().mean() * torch.eye(len(output), dtype=torch.float64)
+    factor = torch.linalg.cholesky(damped)
+    error, result = torch.zeros(weight.shape, dtype=torch.float64), weight.clone()
+    for high in range(len(weight), 0, -ROWS):
+        low = max(0, high - ROWS)
+        short = ldlq_correction(error.mT, factor, low, high, high).mT
+        result[low:high] = rebuilt((weight[low:high] - short).float())
+        error[low:high] = result[low:high].double() - weight[low:high]
+    return result
+
+
+def measure(result: report.Result) -> None:
+    folder, (text_name, text) = models.smollm2(), models.text()
+    model, tokenizer = load_language_model(folder)
+    ids = windows(tokenizer, text, CONTEXT, TOKENS)
+    original = Recorded(model, ids)
+    place = models.CACHE / "calibration" / folder.name / "packed"  # beside what calibration.py keeps
+    store = self_calibrated(folder, place)
+    tokens = store.tokens()
+    assert tokens is not None
+    plain = TrellisCodec(BITS, effort="fast", balance=False)
+    answering, balanced = replace(plain, circular=False), replace(plain, circular=False, balance=True)
+    hessian = store.get
+
+    @functools.cache
+    def sketches() -> Sketches:
+        return sketched(model, tokens)
+
+    Fit = Callable[[str, Tensor], Tensor]
+    methods: dict[str, tuple[bool, Fit]] = {
+        "none": (False, lambda name, w: fitted(w, plain, None)),
+        "balance": (False, lambda name, w: fitted(w, replace(plain, balance=True), None)),
+        "rotation": (True, lambda name, w: fitted(w, plain, None)),
+        "rotation, balance": (True, lambda name, w: fitted(w, replace(plain, balance=True), None)),
+        "feedback": (False, lambda name, w: fitted(w, answering, hessian(name))),
+        "rotation, feedback": (True, lambda name, w: fitted(w, answering, hessian(name))),
+        "rotation, balance, feedback": (True, lambda name, w: fitted(w, balanced, hessian(name))),
+        "…, output side": (True, lambda name, w: fitted(w, balanced, hessian(name), sketches()[name][1])),
+        "…, gradients weigh inputs": (True, lambda name, w: fitted(w, balanced, sketches()[name][0])),
+        "…, gradients weigh inputs, output side": (True, lambda name, w: fitted(w, balanced, *sketches()[name])),
+    }
+
+    def scored(rotates: bool, fit: Fit) -> dict[str, Any]:
+        other = copy.deepcopy(model)
+        with torch.no_grad(), contextlib.nullcontext() if rotates else unrotated():
+            for name, layer in linears(other).items():
+                layer.weight.copy_(fit(name, layer.weight.detach()))
+        return asdict(compare_language_models(original, other, ids))
+
+    wanted = [(label, how) for label, how in methods.items() if result.wanted(label)]
+    rows = result.joined([report.kept("ingredients", label, functools.partial(scored, *how)) for label, how in wanted])
+    result.say(
+        f"SmolLM2-135M-Instruct (rescaled), its linear layers at {BITS} bits by the trellis, effort fast; {rows[0]['tokens']:,} "
+        f"tokens of {text_name}, context {rows[0]['context']}; perplexity unpacked {rows[0]['perplexity_original']:.3f}. "
+        "Hessians and gradients of 16,384 tokens that the model wrote."
+    )
+    result.table(
+        ["ingredients", "KL mean", "perplexity", "top-1", "measured"],
+        [
+            (r["label"], f"{r['kl_mean']:.4f}", f"{r['perplexity_packed']:.2f}", f"{100 * r['top1_agreement']:.1f}%",
+             r["measured"])
+            for r in sorted(rows, key=lambda r: [*methods].index(r["label"]))
+        ],
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    report.run("ingredients", "What each ingredient brings", measure)

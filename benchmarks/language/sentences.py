@@ -1,0 +1,59 @@
+"""A sentence encoder packed: how far its embeddings move, beside what a user would pick instead."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import seedpack
+from benchmarks.language import choices, table
+from benchmarks.lib import models, peers, plots, report
+
+
+def measure(result: report.Result) -> None:
+    folder = models.minilm()
+    model, embed = choices.embeddings(folder)
+    original = embed(model)
+
+    def scored(other: Any, label: str, family: str, bits: float, error_db: float) -> dict[str, Any]:
+        cosine = 1 - float((embed(other) * original).sum(1).mean())
+        print(f"{label}: {bits:.3f} bits, 1 - cosine {cosine:.5f}", flush=True)
+        return {"label": label, "family": family, "bits": bits, "error_db": error_db, "cosine": cosine}
+
+    rows = []
+    for codec, bits in [("trellis", 4.0), ("trellis", 3.0), ("trellis", 2.0), ("seedlm", 4.0), ("seedlm", 3.0)]:
+        if result.wanted(f"{codec}, {bits:g} bits"):
+            done, other = pack(folder, codec, bits)
+            stored = done.plan.totals()["bits_per_packed_weight"]
+            rows.append(scored(other, f"{codec}, {bits:g} bits", codec, stored, done.error_db))
+    for label, (family, quantise) in peers.data_free().items():
+        if result.wanted(label):
+            other = copy.deepcopy(model)
+            rows.append(scored(other, label, family, *peers.replace_weights(other, quantise)))
+    rows.sort(key=lambda r: r["bits"])
+    result.say(
+        "all-MiniLM-L6-v2 (22.7 million true float32 weights), all linear layers and embeddings packed; 256 lines of "
+        f"{models.text()[0]}, up to 128 tokens each; mean 1 − cosine of each embedding to the original model's. No data "
+        "used by any method. Peers as in [language](language.md)."
+    )
+    result.table(
+        ["method", "bits per weight", "relative error", "1 − cosine"],
+        [(r["label"], f"{r['bits']:.3f}", f"{r['error_db']:.2f} dB", f"{r['cosine']:.5f}") for r in rows],
+    )
+    table.compare(result, rows, "cosine", "1 − cosine")
+    plots.curves(
+        result, rows, "cosine", "1 − cosine to the original's embedding", "all-MiniLM-L6-v2: error against bits", (2, 6)
+    )
+
+
+def pack(folder: Path, codec: str, bits: float) -> tuple[Any, Any]:
+    """Packed by seedpack, loaded as a user would."""
+    out = models.CACHE / f"sentences-{codec}-{bits:g}"
+    shutil.rmtree(out, ignore_errors=True)
+    return seedpack.compress(folder, out, codec=codec, bits=bits), seedpack.load(out).eval()
+
+
+if __name__ == "__main__":
+    report.run("sentences", "A sentence encoder, packed", measure)

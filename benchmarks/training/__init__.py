@@ -1,0 +1,1 @@
+"""Networks trained in a random subspace, supermasks, layers of noise, fast feedforward."""

@@ -1,0 +1,178 @@
+"""The documentation holds: examples run, links lead somewhere, figures and layers are those that are measured and tested.
+
+`python -m tests.test_docs` writes the layers into CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+
+import seedpack
+from seedpack.cli.main import cli
+from tests.helpers.models import llama
+from tests.test_architecture import LAYERS
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "examples" / "README.md"]
+GUIDES = ("quick-start", "commands", "hugging-face", "calibration", "budgets", "training", "fast-feedforward", "images")
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def code_blocks(page: Path) -> list[tuple[str, str]]:
+    """Return the fenced blocks of a page: language and content."""
+    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+class Net(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a Llama of one small layer with a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    folder = tmp_path_factory.mktemp("docs") / "model"
+    torch.manual_seed(0)
+    config = {"vocab_size": len(vocabulary), "num_hidden_layers": 1, "max_position_embeddings": 512}
+    llama(**config, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the folder that examples run in: model/ is a language model, net.pt a state dict, photo.png a picture."""
+    from PIL import Image
+
+    (tmp_path / "model").symlink_to(language_model)
+    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
+    pixels = torch.stack([4 * columns, 5 * rows, 2 * (rows + columns)], 2).to(torch.uint8)
+    Image.fromarray(pixels.numpy()).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_console(block: str) -> None:
+    for line in block.splitlines():
+        prompt, *command = shlex.split(line, comments=True)
+        assert prompt == "$" and command[0] == "seedpack", line
+        result = CliRunner().invoke(cli, command[1:])
+        assert result.exit_code == 0, f"{line}\n{result.output}{result.exception!r}"
+
+
+def run_python(block: str) -> None:
+    batches = [(torch.randn(8, 64), torch.randint(0, 10, (8,))) for _ in range(3)]
+    exec(compile(block, "example", "exec"), {"Net": Net, "batches": batches})
+
+
+RUN: dict[str, Callable[[str], None]] = {"console": run_console, "python": run_python}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_the_first_example_of_a_guide_runs(guide: str, folder: Path) -> None:
+    text = (ROOT / "docs" / f"{guide}.md").read_text("utf-8")
+    assert re.match(r"# .*\n\n```", text), "a guide begins with an example"
+    language, block = code_blocks(ROOT / "docs" / f"{guide}.md")[0]
+    RUN[language](block)
+
+
+def names_of_seedpack(block: str) -> set[str]:
+    """Return the names that Python code takes from the package itself, as `load` of `seedpack.load`."""
+    tree = ast.walk(ast.parse(block))
+    return {
+        n.attr
+        for n in tree
+        if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "seedpack"
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_python_blocks_use_names_that_exist(page: Path) -> None:
+    for language, block in code_blocks(page):
+        if language == "python":
+            assert names_of_seedpack(block) <= {*seedpack.__all__, "nn", "reparam", "image"}
+
+
+def test_benchmarks_use_names_that_exist() -> None:
+    for path in sorted((ROOT / "benchmarks").rglob("*.py")):
+        importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("https://", "http://")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), f"{link}: no such file"
+            assert not anchor or anchor in anchors(target), f"{link}: no such heading"
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_paragraphs_are_short(guide: str) -> None:
+    text = re.sub(
+        r"^```.*?^```$", "", (ROOT / "docs" / f"{guide}.md").read_text("utf-8"), flags=re.MULTILINE | re.DOTALL
+    )
+    long = [part for part in text.split("\n\n") if len(part) > 480 and not part.lstrip().startswith(("|", "- "))]
+    assert not long, "more than four lines of 120 characters"
+
+
+def test_readme_is_short() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.split()) <= 700
+    assert len(re.findall(r"^\|", text, flags=re.MULTILINE)) <= 12
+
+
+def test_figures_are_those_of_the_result_files() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.results", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def with_layers(text: str) -> str:
+    """Return CONTRIBUTING.md with the layers of the test that holds them."""
+    opening, closing = "<!-- layers -->", "<!-- end layers -->"
+    before, _, rest = text.partition(opening)
+    lines = "\n".join(f"    {', '.join(sorted(layer))}" for layer in LAYERS)
+    return f"{before}{opening}\n{lines}\n{closing}{rest.partition(closing)[2]}"
+
+
+def test_contributing_has_the_layers() -> None:
+    text = CONTRIBUTING.read_text("utf-8")
+    assert text == with_layers(text), "run `python -m tests.test_docs`"
+
+
+if __name__ == "__main__":
+    CONTRIBUTING.write_text(with_layers(CONTRIBUTING.read_text("utf-8")), "utf-8")
