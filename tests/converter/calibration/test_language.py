@@ -310,15 +310,15 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
         assert (tmp_path / "parts" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "count"), [("llama-tied", 2048), *slow(("llama-tied", 8192), ("gpt2", 8192))])
-def test_tuning_brings_predictions_nearer(name: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama-tied", *slow("gpt2")])
+def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = ARCHITECTURES[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0 if parameter.dim() > 1 else 1.0)
     model.save_pretrained(tmp_path / "dense")
-    text = generate_tokens(model, count, 64, seed=1)
+    text = generate_tokens(model, 8192, 64, seed=1)
     kl, codec = [], TrellisCodec(2, effort="fast")
     for tune in (0, 2):
         out = tmp_path / str(tune)
