@@ -327,7 +327,7 @@ def test_levels_and_private_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     from seedpack import keys
 
-    monkeypatch.setattr(keys, "_given", ContextVar("given", default=frozenset()))
+    monkeypatch.setattr(keys, "_in_use", ContextVar("in_use", default=frozenset()))
     monkeypatch.chdir(tmp_path)
     torch.save({"fc.weight": torch.randn(40, 50), "fc.bias": torch.randn(40)}, "net.pt")
     Path("my.key").write_bytes(bytes(range(16)))
