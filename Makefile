@@ -16,7 +16,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	$(PYTEST) -m "not slow and not gpu"
 
-# The others: every combination of settings, large shapes, compilation for GPUs, long trainings (half an hour).
+# The others: every combination of settings, large shapes, compilation for GPUs, long trainings.
 test-slow: $(VENV)/dev
 	$(PYTEST) -m "slow and not gpu"
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+
+from tests.helpers.nets import OddNet
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton's kernels then run on the CPU
@@ -39,28 +40,9 @@ def data() -> Callable[[str], Path]:
     return find
 
 
-class Net(nn.Module):
-    """Every kind of layer, some shapes that no block divides."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 24)
-        self.conv1 = nn.Conv1d(24, 20, 3, padding=1)
-        self.conv2 = nn.Conv2d(1, 9, 3, stride=2, padding_mode="circular", padding=1)
-        self.norm = nn.LayerNorm(20)
-        self.fc = nn.Linear(20, 33)
-        self.out = nn.Linear(33, 7, bias=False)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(self.embed(ids).mT).mT
-        y = self.conv2(x[:, None]).mean((1, 2, 3))
-        out: torch.Tensor = self.out(torch.relu(self.fc(self.norm(x)))) + y[:, None, None]
-        return out
-
-
 @pytest.fixture
-def net() -> Net:
-    return Net().eval()
+def net() -> OddNet:
+    return OddNet().eval()
 
 
 @pytest.fixture

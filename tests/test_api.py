@@ -21,20 +21,20 @@ from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import FormatError, ModelError, NonfiniteError, OutputError
 from seedpack.formats import Checkpoint
-from tests.conftest import Net
+from tests.helpers.nets import OddNet
 
 CODEC = SeedLMCodec(10, 8, 3)
 
 
 @pytest.mark.parametrize("codec", [CODEC, SVDCodec(rank=3), SVDCodec.over(CODEC, rank=4)], ids=lambda c: c.id)
-def test_round_trips(net: Net, ids: torch.Tensor, tmp_path: Path, codec: seedpack.Codec) -> None:
+def test_round_trips(net: OddNet, ids: torch.Tensor, tmp_path: Path, codec: seedpack.Codec) -> None:
     path = tmp_path / "net.safetensors"
     report = seedpack.compress(net, path, codec=codec)
     assert report.file_bytes == path.stat().st_size and len(report.tensors) == 5
     dense = seedpack.load(path, dense=True)
-    reference = Net().eval()
+    reference = OddNet().eval()
     reference.load_state_dict(dense)
-    packed = seedpack.load(path, model=Net()).eval()
+    packed = seedpack.load(path, model=OddNet()).eval()
     assert type(packed.fc).__name__ == "PackedLinear"
     torch.testing.assert_close(packed(ids), reference(ids), rtol=1e-5, atol=1e-5)
     seedpack.save(packed, tmp_path / "again.safetensors")
@@ -50,22 +50,22 @@ def test_round_trips(net: Net, ids: torch.Tensor, tmp_path: Path, codec: seedpac
     assert error == pytest.approx(sum(t.error for t in report.tensors), rel=1e-4)
 
 
-def test_same_input_same_bytes(net: Net, tmp_path: Path) -> None:
+def test_same_input_same_bytes(net: OddNet, tmp_path: Path) -> None:
     for name in ("a", "b"):
         seedpack.compress(net, tmp_path / name, codec=CODEC)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_report_is_json(net: Net, tmp_path: Path) -> None:
+def test_report_is_json(net: OddNet, tmp_path: Path) -> None:
     import json
 
     document = json.loads(json.dumps(seedpack.compress(net, tmp_path / "a", codec=CODEC).to_json()))
     assert document["packed_tensors"] == 5 and document["tensors_packed"]["fc.weight"]["error_db"] < -5
 
 
-def test_wrapped_names(net: Net, tmp_path: Path) -> None:
+def test_wrapped_names(net: OddNet, tmp_path: Path) -> None:
     seedpack.compress({f"module.{n}": t for n, t in net.state_dict().items()}, tmp_path / "a", codec=CODEC)
-    assert isinstance(seedpack.load(tmp_path / "a", model=Net()), Net)
+    assert isinstance(seedpack.load(tmp_path / "a", model=OddNet()), OddNet)
 
 
 def test_importance_is_used(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_empty_state_dict(tmp_path: Path) -> None:
         seedpack.compress({}, tmp_path / "a")
 
 
-def test_output_exists(net: Net, tmp_path: Path) -> None:
+def test_output_exists(net: OddNet, tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with pytest.raises(OutputError, match="exists already; pass --force"):
         seedpack.compress(net, tmp_path / "a", codec=CODEC)
@@ -155,7 +155,7 @@ def test_output_exists(net: Net, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_output_is_the_model(net: Net, tmp_path: Path) -> None:
+def test_output_is_the_model(net: OddNet, tmp_path: Path) -> None:
     torch.save(net.state_dict(), tmp_path / "a.pt")
     with pytest.raises(ModelError, match="is the model itself"):
         seedpack.compress(tmp_path / "a.pt", tmp_path / "a.pt", force=True)
@@ -163,7 +163,7 @@ def test_output_is_the_model(net: Net, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("boom")])
 def test_whatever_happens_the_old_output_stays(
-    net: Net, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
+    net: OddNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     (tmp_path / "a").write_text("old")
     calls = []
@@ -199,10 +199,10 @@ def test_a_signal_leaves_nothing_behind(tmp_path: Path, number: int) -> None:
     assert "Traceback" not in message
 
 
-def test_wrong_targets(net: Net, tmp_path: Path) -> None:
+def test_wrong_targets(net: OddNet, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     seedpack.compress(net, path, codec=CODEC)
-    other = Net()
+    other = OddNet()
     other.fc = nn.Linear(20, 34)
     before = {name: t.clone() for name, t in other.state_dict().items()}
     for model, message in [
@@ -228,7 +228,7 @@ def test_plain_safetensors_is_no_checkpoint(tmp_path: Path) -> None:
         seedpack.load(tmp_path / "a.safetensors", dense=True)
 
 
-def test_packed_twice(net: Net, tmp_path: Path) -> None:
+def test_packed_twice(net: OddNet, tmp_path: Path) -> None:
     seedpack.compress(net, tmp_path / "a.safetensors", codec=CODEC)
     with pytest.raises(ModelError, match="is packed by seedpack already; seedpack unpack makes it dense"):
         seedpack.compress(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
@@ -252,7 +252,7 @@ def test_resnet20(data: Any, tmp_path: Path) -> None:
     )  # the head's product is summed in another order
 
 
-def test_activations_of_8_bits(net: Net, ids: torch.Tensor, tmp_path: Path) -> None:
+def test_activations_of_8_bits(net: OddNet, ids: torch.Tensor, tmp_path: Path) -> None:
     seedpack.compress(net, tmp_path / "a", codec="trellis", settings={"effort": "fast"})
     plain = seedpack.load(tmp_path / "a", model=type(net)()).eval()(ids)
     rounded = seedpack.load(tmp_path / "a", model=type(net)(), int8_activations=True).eval()(ids)

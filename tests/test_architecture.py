@@ -10,23 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.layers import LAYERS
+
 ROOT = Path(__file__).resolve().parent.parent
-LAYERS = [
-    {"errors", "_version"},
-    {"formats"},
-    {"_shapes", "dtypes", "keys", "prng", "linalg"},
-    {"kernels"},
-    {"codecs"},
-    {"loader"},
-    {"converter"},
-    {"reparam"},
-    {"nn"},
-    {"hf"},
-    {"image"},
-    {"eval"},
-    {"api"},
-    {"cli"},
-]
 RANK = {name: i for i, names in enumerate(LAYERS) for name in names}
 
 

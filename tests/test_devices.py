@@ -13,9 +13,9 @@ from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import ModelError
-from tests.conftest import Net
 from tests.helpers.fake_cuda import FakeCuda
 from tests.helpers.marks import slow
+from tests.helpers.nets import OddNet
 
 SMALL = SeedLMCodec(8, 8, 3)
 CODECS = (TrellisCodec(1, 9), SMALL, SVDCodec(rank=3), SVDCodec.over(SMALL, rank=3))
@@ -51,7 +51,7 @@ def test_codecs_stay_on_their_device(
 
 @pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.id)
 def test_the_same_file_from_either_device(codec: Codec, tmp_path: Path) -> None:
-    net = Net()
+    net = OddNet()
     seedpack.compress(net, tmp_path / "cpu", codec=codec)
     with FakeCuda():
         seedpack.compress(net, tmp_path / "cuda", codec=codec, device="cuda:0")
@@ -61,5 +61,5 @@ def test_the_same_file_from_either_device(codec: Codec, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "mps", "nowhere"])
 def test_devices_that_are_not_here(device: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=f"device '{device}'"):
-        seedpack.compress(Net(), tmp_path / "a", codec=SMALL, device=device)
+        seedpack.compress(OddNet(), tmp_path / "a", codec=SMALL, device=device)
     assert not list(tmp_path.iterdir())

@@ -21,8 +21,8 @@ from torch import nn
 
 import seedpack
 from seedpack.cli.main import cli
+from tests.helpers.layers import LAYERS
 from tests.helpers.models import llama
-from tests.test_architecture import LAYERS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"

@@ -25,7 +25,7 @@ from seedpack.kernels.trellis.matmul import trellis_matmul
 from seedpack.kernels.trellis.search import trellis_search
 from seedpack.loader.layers import pack_module_
 from seedpack.prng import philox_words, rademacher, squirrel5
-from tests.conftest import Net
+from tests.helpers.nets import OddNet
 from tests.helpers.products import LIMIT, error, seedlm, trellis
 
 pytestmark = [
@@ -141,8 +141,8 @@ def test_seedlm_decodes_the_same_bits(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda c: c.id)
 def test_packed_model_on_the_gpu(codec: Codec, tmp_path: Path) -> None:
-    seedpack.compress(Net(), tmp_path / "a", codec=codec)
-    model = seedpack.load(tmp_path / "a", model=Net()).eval()
+    seedpack.compress(OddNet(), tmp_path / "a", codec=codec)
+    model = seedpack.load(tmp_path / "a", model=OddNet()).eval()
     ids = torch.arange(24).view(2, 12)
     expected = model(ids)
     torch.testing.assert_close(model.cuda()(ids.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)

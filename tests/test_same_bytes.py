@@ -7,24 +7,18 @@ import json
 import pytest
 
 from tests.golden import same_bytes
-from tests.helpers.marks import slow_but
 
 KNOWN = json.loads(same_bytes.SUMS.read_text())
-PORTABLE = [name for name in same_bytes.CASES if name.startswith(same_bytes.PORTABLE)]
-REPRESENTATIVE = [
-    "hessian-svd", "basis-hadamard", "mask-default", "training-basis", "folder-plain", "folder-experts", "folder-gguf",
-    "calibrated-module", "calibrated-self", "calibrated-experts", "calibrated-everything",
-]  # fmt: skip
 
 
 def test_every_case_is_recorded() -> None:
     assert KNOWN["cases"].keys() == same_bytes.CASES.keys()
 
 
-@pytest.mark.parametrize("name", slow_but(PORTABLE + REPRESENTATIVE, same_bytes.CASES))
+@pytest.mark.parametrize("name", same_bytes.CASES)
 def test_same_bytes(name: str) -> None:
     expected, found = KNOWN["cases"][name], same_bytes.run(name)
-    if name in PORTABLE or same_bytes.machine() == KNOWN["machine"]:
+    if name.startswith(same_bytes.PORTABLE) or same_bytes.machine() == KNOWN["machine"]:
         assert found == expected
     elif "error_db" in expected:  # sums of floats: as good, if not the same
         assert found["error_db"] == pytest.approx(expected["error_db"], abs=0.1)

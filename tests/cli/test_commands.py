@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import seedpack
 from seedpack.cli.main import COMMANDS, cli
 from seedpack.cli.output import db, duration, parse_size, size
-from tests.conftest import Net
 from tests.helpers.models import CODEC, Folders, llama
+from tests.helpers.nets import OddNet
 
 SET = ["--codec=seedlm", *(f"--set={key}={value}" for key, value in CODEC.spec().config.items())]
 
@@ -30,7 +30,7 @@ def run(*arguments: object, code: int = 0) -> Result:
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    torch.save(Net().state_dict(), tmp_path / "net.pt")
+    torch.save(OddNet().state_dict(), tmp_path / "net.pt")
     return tmp_path / "net.pt"
 
 

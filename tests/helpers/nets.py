@@ -1,4 +1,4 @@
-"""A small network of every kind of layer, and how it is trained."""
+"""Small networks of many kinds of layers, and how they are trained."""
 
 from __future__ import annotations
 
@@ -30,6 +30,25 @@ class Net(nn.Module):
         seen = self.norm(self.conv(image)).relu().mean((2, 3))
         read, _ = self.lstm(self.embedding(text))
         out: Tensor = self.head(torch.cat((seen, read[:, -1]), 1))
+        return out
+
+
+class OddNet(nn.Module):
+    """Every kind of layer, some shapes that no block divides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 24)
+        self.conv1 = nn.Conv1d(24, 20, 3, padding=1)
+        self.conv2 = nn.Conv2d(1, 9, 3, stride=2, padding_mode="circular", padding=1)
+        self.norm = nn.LayerNorm(20)
+        self.fc = nn.Linear(20, 33)
+        self.out = nn.Linear(33, 7, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.conv1(self.embed(ids).mT).mT
+        y = self.conv2(x[:, None]).mean((1, 2, 3))
+        out: Tensor = self.out(torch.relu(self.fc(self.norm(x)))) + y[:, None, None]
         return out
 
 

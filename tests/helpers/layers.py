@@ -1,0 +1,20 @@
+"""The layers of seedpack: a package imports from its own layer and those above it in this list."""
+
+from __future__ import annotations
+
+LAYERS = [
+    {"errors", "_version"},
+    {"formats"},
+    {"_shapes", "dtypes", "keys", "prng", "linalg"},
+    {"kernels"},
+    {"codecs"},
+    {"loader"},
+    {"converter"},
+    {"reparam"},
+    {"nn"},
+    {"hf"},
+    {"image"},
+    {"eval"},
+    {"api"},
+    {"cli"},
+]
