@@ -15,7 +15,8 @@ import seedpack
 from benchmarks.lib import models
 from seedpack.cli.output import progress, quiet_transformers, size, stages
 from seedpack.converter.report import Report
-from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
+from seedpack.eval.language import LanguageReport, compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
 
 PROMPT = "The capital of France is"
 CONTEXT, TOKENS = 1024, 4096

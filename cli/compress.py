@@ -115,14 +115,14 @@ def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **giv
     screen.quiet_transformers()
     edits, options = given.pop("plan"), options_of(**given)
     source = open_source(model)
+    if source.dropped and not as_json:
+        click.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
     with screen.stages() as progress:
         if dry_run:
             plan = api.plan(source, options, output=output, edits=edits, progress=progress)
         else:
             assert output is not None
             report = api.compress(source, output, options, plan=edits, progress=progress)
-    if source.dropped and not as_json:
-        click.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
     if dry_run:
         screen.show_json(plan.to_json()) if as_json else show_plan(model, plan)
     else:

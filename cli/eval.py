@@ -33,7 +33,8 @@ def command(original: str, packed: str, text: Path, context: int, tokens: int, a
 
     ORIGINAL may be a Hugging Face folder, a GGUF file or a hub id. Windows do not overlap.
     """
-    from seedpack.eval.language import compare_language_models, load_language_model, windows
+    from seedpack.eval.language import compare_language_models, windows
+    from seedpack.hf.language_model import load_language_model
 
     output.quiet_transformers()
     model, tokenizer = load_language_model(original)

@@ -78,14 +78,13 @@ def _dense_bytes(model: Any) -> int:
 
 def _generate(packed: Path, model: Any, prompt: str, max_new_tokens: int) -> dict[str, Any]:
     import torch
-    from transformers import AutoTokenizer
+
+    from seedpack.hf.language_model import tokenizer_of
 
     if not model.can_generate():
         raise click.UsageError(f"--prompt: a {type(model).__name__} does not generate text")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(packed)
-    except Exception as error:  # transformers fails in many ways where files are missing
-        raise ModelError(f"{packed}: no tokenizer that transformers can load; --prompt needs one") from error
+    if (tokenizer := tokenizer_of(packed)) is None:
+        raise ModelError(f"{packed}: no tokenizer that transformers can load; --prompt needs one")
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     started = time.perf_counter()
     with torch.inference_mode():

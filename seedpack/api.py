@@ -77,7 +77,7 @@ def _check_load(
 ) -> None:
     """Refuse arguments of `load` that do not go together, and files that it cannot load so."""
     if model is not None or dense:
-        if dense and model is None and int8:
+        if dense and int8:
             raise ModelError("dense tensors have no activations to round; leave int8_activations out")
         if options:
             raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")

@@ -23,7 +23,8 @@ from seedpack.converter.calibration.store import Store
 from seedpack.converter.calibration.tokens import from_text
 from seedpack.converter.options import silent
 from seedpack.converter.pipeline import open_run
-from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
+from seedpack.eval.language import LanguageReport, compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
 
 CALIBRATION_TOKENS = 16384
 Found = tuple[float, LanguageReport]  # bits per weight, and what became of the model

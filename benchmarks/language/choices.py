@@ -14,7 +14,8 @@ from benchmarks.lib import models, report
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import open_source
-from seedpack.eval.language import compare_language_models, load_language_model, windows
+from seedpack.eval.language import compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
 
 CONTEXT, TOKENS = 1024, 4096
 Importance = Callable[[Tensor, Tensor | None], Tensor]  # weight [out, in], power [in] -> h [in]

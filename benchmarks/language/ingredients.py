@@ -20,7 +20,8 @@ from benchmarks.lib import models, report
 from seedpack.codecs import trellis
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration.layerwise import differentiable, recomputed
-from seedpack.eval.language import compare_language_models, load_language_model, windows
+from seedpack.eval.language import compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
 from seedpack.linalg import ldlq_correction
 
 TOKENS, BITS, ROWS = 4096, 3, 192

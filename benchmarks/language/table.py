@@ -15,7 +15,8 @@ from torch import Tensor
 
 import seedpack
 from benchmarks.lib import models, peers, plots, report
-from seedpack.eval.language import LanguageReport, compare_language_models, load_language_model, windows
+from seedpack.eval.language import LanguageReport, compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
 
 CONTEXT, TOKENS = 1024, 16384
 Found = tuple[float, float, LanguageReport]  # bits per weight, relative error in dB, and what became of the model

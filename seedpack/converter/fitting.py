@@ -35,7 +35,7 @@ def nonfinite_tensors(run: Run, plan: Plan) -> list[str]:
     if bad and not run.options.allow_nonfinite:
         raise NonfiniteError(
             f"{run.source.name}: {len(bad)} tensors hold NaN or Inf (or more than 1e33): {', '.join(bad[:4])}"
-            f"{' …' if len(bad) > 4 else ''}; mend the model, or pass --allow-nonfinite (allow_nonfinite=True) to store "
+            f"{' …' if len(bad) > 4 else ''}; correct the model, or pass --allow-nonfinite (allow_nonfinite=True) to store "
             "them raw"
         )
     return bad
@@ -109,8 +109,8 @@ def apply_tuning(
 
 def decoded(tensor: TensorPlan, parts: Parts, device: torch.device) -> Tensor:
     """Return a packed tensor in its dense shape, float32."""
-    there = {name: part.to(device) for name, part in parts.items()}
-    weight = tensor.codec.decode(there, tensor.codec_shape, torch.float32)
+    on_device = {name: part.to(device) for name, part in parts.items()}
+    weight = tensor.codec.decode(on_device, tensor.codec_shape, torch.float32)
     return (weight.mT if tensor.transposed else weight).reshape(tensor.shape)
 
 

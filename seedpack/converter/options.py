@@ -18,7 +18,7 @@ from seedpack.kernels.dispatch import Backend
 from seedpack.keys import add_key, default_seed
 
 TOKENS, CONTEXT = 16384, 512
-PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "head_bits", "target_size"})
+PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "dtype", "head_bits", "target_size"})
 Text = str | Path | Tensor | Iterable[Any]
 
 
@@ -121,6 +121,10 @@ class CompressOptions:
             raise ModelError("give bits or a target size, not both")
         if self.dtype is not None:
             float_dtype(self.dtype)
+        if self.key is not None and isinstance(self.codec, Codec):
+            raise ModelError(
+                "a private key is given, and a codec that is made already; give the codec's id, or its key"
+            )
         if self.key is not None:  # a random seed is drawn once
             seeded = {"seed": default_seed(None, self.key), **(self.settings or {}), "key": add_key(self.key)}
             object.__setattr__(self, "settings", seeded)
@@ -148,7 +152,8 @@ class CompressOptions:
             ModelError: naming one.
         """
         for option in dataclasses.fields(self):
-            if option.name in PLANNED and getattr(self, option.name) != option.default:
+            value = None if option.name == "settings" and self.key is not None else getattr(self, option.name)
+            if option.name in PLANNED and value != option.default and (value or option.default):
                 raise ModelError(
                     f"{option.name} is given, and a plan that has chosen it already; leave one of them out"
                 )
@@ -159,26 +164,26 @@ class CompressOptions:
         assert self.calibration is None or isinstance(self.calibration, Calibration)
         return self.calibration
 
-    @property
-    def fitting_device(self) -> torch.device:
-        """The device to fit on.
 
-        Raises:
-            ModelError: it is unknown, or not here.
-        """
-        try:
-            device = torch.device(self.device)
-        except (RuntimeError, TypeError):
-            device = torch.device("meta")
-        if device.type not in ("cpu", "cuda"):
-            raise ModelError(f"device {str(self.device)!r}: fitting runs on cpu, cuda, or cuda:N")
-        count = torch.cuda.device_count() if device.type == "cuda" else 1
-        if (device.index or 0) >= count:
-            raise ModelError(
-                f"device {str(self.device)!r}: torch sees {count} CUDA devices here; choose another, leave --device out to "
-                "fit on the CPU, or install torch with CUDA"
-            )
-        return device
+def fitting_device(device: str | torch.device) -> torch.device:
+    """Return the device to fit on: "cpu", "cuda" or "cuda:1".
+
+    Raises:
+        ModelError: it is unknown, or not here.
+    """
+    try:
+        place = torch.device(device)
+    except (RuntimeError, TypeError):
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda"):
+        raise ModelError(f"device {str(device)!r}: fitting runs on cpu, cuda, or cuda:N")
+    count = torch.cuda.device_count() if place.type == "cuda" else 1
+    if (place.index or 0) >= count:
+        raise ModelError(
+            f"device {str(device)!r}: torch sees {count} CUDA devices here; choose another, leave --device out to "
+            "fit on the CPU, or install torch with CUDA"
+        )
+    return place
 
 
 def float_dtype(name: str) -> torch.dtype:

@@ -18,7 +18,7 @@ from seedpack.converter.calibration.calibrate import (
     tune_packed,
 )
 from seedpack.converter.fitting import apply_tuning, fit, nonfinite_tensors
-from seedpack.converter.options import CompressOptions, Progress, float_dtype, silent
+from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype, silent
 from seedpack.converter.plan import Plan, codec_for, default_plan
 from seedpack.converter.report import Report
 from seedpack.converter.run import Run
@@ -61,7 +61,7 @@ def compress(
     planned = make_plan(run.source, run.options, plan)
     with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
         planned, statistics = calibrate_plan(run, planned, plan)
-        report = write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
+        report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
     if statistics.journal is not None:
         statistics.journal.clear()
     return replace(report, seconds=time.perf_counter() - started)
@@ -76,7 +76,7 @@ def plan(
     progress: Progress = silent,
     **changes: Any,
 ) -> Plan:
-    """Make the plan that `compress` would follow.
+    """Make the plan that `compress` would follow; without a calibration no weight is read.
 
     Args:
         model: as for `compress`.
@@ -88,15 +88,20 @@ def plan(
     """
     options = CompressOptions.of(options, changes)
     if options.calibrated is None:
-        return make_plan(open_source(model), options, edits)
+        source = open_source(model)
+        statistics = Statistics(source, options.importance or {})
+        planned = make_plan(source, options, edits)
+        return planned.with_hessians(statistics.tensors_with_hessian(planned))
     if output is None:
         raise ModelError("name the output that the plan is for: the calibration is kept beside it, for the run to come")
+    options = replace(options, calibration=replace(options.calibrated, sequential=False))  # it would fit every layer
     run = open_run(model, output, options, progress)
     return calibrate_plan(run, make_plan(run.source, options, edits), edits)[0]
 
 
 def open_run(model: Model, output: str | Path, options: CompressOptions, progress: Progress) -> Run:
     """Open the source of a run, and refuse what cannot be done before any work."""
+    fitting_device(options.device)
     run = Run(open_source(model), options, Path(output), progress)
     run.check()
     return run
@@ -118,6 +123,8 @@ def make_plan(
         sensitivities: by tensor name, as for `budget.allocate`.
         hessians: the names of tensors that a Hessian is known for.
     """
+    if unknown := sorted((options.importance or {}).keys() - source.tensors.keys()):
+        raise ModelError(f"importance is given for {unknown[0]!r}; no such tensor in the model")
     if isinstance(given, Plan):
         options.require_no_choices()
         given.require_source(source.tensors)
@@ -170,7 +177,7 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     return plan, statistics
 
 
-def write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -> Report:
+def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -> Report:
     """Fit every tensor of a plan, and write the checkpoint under a name that is not yet the output's."""
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
@@ -184,7 +191,7 @@ def write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -> Report
             if tensor.packed:
                 reports.append(report)
     if folder:
-        dtype = float_dtype(run.options.dtype) if run.options.dtype else None
+        dtype = float_dtype(plan.dtype) if plan.dtype else None
         run.source.complete_output(partial, writer.manifest, dtype)
     files = partial.glob("*.safetensors") if folder else [partial]
     return Report(run.output, plan, tuple(reports), sum(file.stat().st_size for file in files), 0.0)

@@ -73,10 +73,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All tensors in file order, and further names of shared ones."""
+    """All tensors in file order, further names of shared ones, and the dtype of floats where it is not the source's."""
 
     tensors: tuple[TensorPlan, ...]
     shared: dict[str, str]
+    dtype: str | None = None
 
     @property
     def packed_weights(self) -> int:
@@ -115,7 +116,7 @@ class Plan:
         if not isinstance(choices, dict):
             raise ModelError(f"{where}: 'tensors' must be an object")
         if unknown := sorted(choices.keys() - {t.name for t in self.tensors}):
-            raise ModelError(f"{where}: {len(unknown)} names are no tensors of the model, such as {unknown[0]!r}")
+            raise ModelError(f"{where}: {len(unknown)} tensors are not in the model, such as {unknown[0]!r}")
         return replace(self, tensors=tuple(_edit(t, choices.get(t.name), where) for t in self.tensors))
 
     def edited_by_file(self, path: str | Path) -> Plan:
@@ -136,15 +137,18 @@ class Plan:
         """Refuse to be followed for a source of other tensors.
 
         Raises:
-            ModelError: naming a tensor that is missing, or of another shape.
+            ModelError: naming a tensor that is missing, or of another form.
         """
-        planned = {t.name: t.shape for t in self.tensors}
-        found = {name: tensor.shape for name, tensor in tensors.items()}
-        if odd := sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name)):
+        planned = {t.name: (t.dtype, t.shape, t.kind, t.transposed, t.group) for t in self.tensors}
+        source = {name: (self._dtype_of(t), t.shape, t.kind, t.transposed, t.group) for name, t in tensors.items()}
+        if names := sorted(n for n in planned.keys() | source.keys() if planned.get(n) != source.get(n)):
             raise ModelError(
-                f"the plan is for another model: {odd[0]!r} has shape {planned.get(odd[0])} in the plan, "
-                f"{found.get(odd[0])} in the model"
+                f"the plan is for another model: {names[0]!r} is {planned.get(names[0])} in the plan, "
+                f"{source.get(names[0])} in the model"
             )
+
+    def _dtype_of(self, tensor: SourceTensor) -> str:
+        return self.dtype if self.dtype and tensor.dtype in PACKABLE else tensor.dtype
 
     def check_experts(self) -> None:
         """Refuse what transformers could not load: experts of one parameter, or of one kind, packed here and raw there."""
@@ -209,7 +213,7 @@ def default_plan(
             group=tensor.group,
         )
 
-    plan = Plan(tuple(plan_tensor(name, tensor) for name, tensor in tensors.items()), dict(shared))
+    plan = Plan(tuple(plan_tensor(name, tensor) for name, tensor in tensors.items()), dict(shared), dtype)
     if include and not plan.packed_weights:
         wanted = next(t for t in plan.tensors if any(fnmatch.fnmatch(t.name, p) for p in include))
         raise ModelError(f"nothing that --include asks for can be packed: {wanted.name!r} is {wanted.note}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from seedpack.converter.options import Calibration, CompressOptions, Progress, silent
+from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, silent
 from seedpack.converter.sources.base import Source
 from seedpack.errors import ModelError
 from seedpack.formats.staging import require_apart
@@ -34,7 +34,7 @@ class Run:
     @property
     def device(self) -> torch.device:
         """The device to run and fit on."""
-        return self.options.fitting_device
+        return fitting_device(self.options.device)
 
     @property
     def calibration(self) -> Calibration | None:
@@ -61,6 +61,5 @@ class Run:
             raise ModelError(f"{self.output}: a Hugging Face model becomes a folder; name one without .safetensors")
         if self.options.shard_bytes and not self.writes_folder:
             raise ModelError("only a Hugging Face folder is split into shards; leave the shard size out")
-        if unknown := sorted((self.options.importance or {}).keys() - self.source.tensors.keys()):
-            raise ModelError(f"importance is given for {unknown[0]!r}; no such tensor in the model")
-        self.options.fitting_device  # noqa: B018 (raises where there is none)
+        if self.calibration is not None and type(self.source).open_model is Source.open_model:
+            self.source.open_model()  # which refuses

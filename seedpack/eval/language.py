@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from seedpack.converter.calibration.tokens import sequences
-from seedpack.converter.sources.open import looks_like_hub_id
-from seedpack.errors import ModelError, first_line
+from seedpack.errors import ModelError
 
 POSITIONS_PER_STEP = 256
 
@@ -95,21 +93,3 @@ def compare_language_models(
         kl_p99=float(kl.quantile(0.99)),
         top1_agreement=float(torch.cat(agreements).double().mean()),
     )
-
-
-def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer from a folder (dense or packed), a GGUF file or a hub id."""
-    import transformers
-
-    import seedpack  # noqa: F401 (registers the quantizer)
-
-    where, options = str(path), {}
-    if not Path(where).exists() and not looks_like_hub_id(where):
-        raise ModelError(f"{where}: no such file or folder, and not a hub id (org/name)")
-    if where.lower().endswith(".gguf"):
-        where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
-        return model, transformers.AutoTokenizer.from_pretrained(where, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path}: not a causal language model with its tokenizer ({first_line(error)})") from error

@@ -126,9 +126,8 @@ def _open_weights(path: Path, names: CheckpointNames) -> Source:
     state: dict[str, Tensor] = {}
     for file in files:
         state |= load_state_dict(file)[0]
-    return StateDictSource(
-        str(path), state, names.kind
-    )  # its shared names are left out: transformers ties by its config
+    # names that share a storage are left out: transformers ties by its config
+    return StateDictSource(str(path), state, names.kind)
 
 
 def _without_ties(

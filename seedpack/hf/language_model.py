@@ -16,6 +16,7 @@ from torch import Tensor
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.module import ModuleSource
+from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.errors import ModelError, first_line
 from seedpack.formats.reader import read_json
 from seedpack.hf.checkpoint_names import architecture
@@ -34,8 +35,8 @@ class PretrainedSource(ModuleSource):
 
 def open_pretrained(model: Any, tokenizer: Any = None) -> OpenModel:
     """Return a transformers model with what calibration on text needs."""
-    causal = hasattr(model, "generate") and model.get_output_embeddings() is not None
-    if not causal or model.config.is_encoder_decoder:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if not hasattr(model, "generate") or head is None or model.config.is_encoder_decoder:
         return OpenModel(model, tokenizer)
     return OpenModel(model, tokenizer, tuple(decoder_layers(model)), generate_tokens)
 
@@ -60,6 +61,24 @@ def open_folder_model(path: Path) -> OpenModel:
     if holder is not None:
         weakref.finalize(model, holder.cleanup)
     return open_pretrained(model, tokenizer_of(path))
+
+
+def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer from a folder (dense or packed), a GGUF file or a hub id."""
+    import transformers
+
+    import seedpack  # noqa: F401 (registers the quantizer)
+
+    where, options = str(path), {}
+    if not Path(where).exists() and not looks_like_hub_id(where):
+        raise ModelError(f"{where}: no such file or folder, and not a hub id (org/name)")
+    if where.lower().endswith(".gguf"):
+        where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        return model, transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{path}: not a causal language model with its tokenizer ({first_line(error)})") from error
 
 
 def tokenizer_of(path: Path) -> Any:

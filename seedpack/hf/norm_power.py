@@ -73,6 +73,6 @@ def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
             parameter.copy_(values[name])
         width = norm.get_parameter("weight").shape[0]
         ones = 1.0 - 2.0 * (torch.arange(width, dtype=torch.float64) % 2)
-        rest = norm(torch.zeros(1, width, dtype=torch.float64))[0]
-        power: Tensor = (norm(ones[None])[0] - rest).square() + rest.square()
+        at_zero = norm(torch.zeros(1, width, dtype=torch.float64))[0]
+        power: Tensor = (norm(ones[None])[0] - at_zero).square() + at_zero.square()
     return power.double()

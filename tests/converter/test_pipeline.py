@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import seedpack
 from seedpack import Calibration, CompressOptions
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import KeyNeededError, ModelError
@@ -51,7 +52,7 @@ def test_a_plan_of_another_model_is_refused(tmp_path: Path) -> None:
     plan = seedpack.plan(state())
     for other in ({**state(), "a.weight": torch.randn(8, 24)}, {"c.weight": torch.randn(8, 8), **state()}):
         with pytest.raises(
-            ModelError, match=r"the plan is for another model: '(a|c).weight' has shape .* in the model"
+            ModelError, match=r"the plan is for another model: '(a|c).weight' is .* in the plan, .* in the model"
         ):
             seedpack.compress(other, tmp_path / "out", plan=plan)
     with pytest.raises(ModelError, match="bits is given, and a plan that has chosen it already"):
@@ -66,6 +67,8 @@ def test_options_are_checked_when_they_are_made(tmp_path: Path) -> None:
         ({"dtype": "int3"}, "dtype 'int3': choose float32, float16, bfloat16 or float64"),
         ({"shard_bytes": 1000}, "only a Hugging Face folder is split into shards"),
         ({"device": "tpu"}, "device 'tpu': fitting runs on cpu, cuda, or cuda:N"),
+        ({"codec": TrellisCodec(), "key": bytes(16)}, "a private key is given, and a codec that is made already"),
+        ({"importance": {"x": torch.ones(3)}}, "importance is given for 'x'; no such tensor in the model"),
     ):
         with pytest.raises(ModelError, match=message):
             seedpack.compress(state(), tmp_path / "out", **changes)
@@ -100,6 +103,38 @@ def test_a_calibrated_plan_is_what_compress_follows(tmp_path: Path) -> None:
     assert followed.plan == plan
     names = ("model.safetensors", "config.json")
     assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes() for name in names)
+
+
+def test_a_plan_keeps_its_dtype(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "dense")
+    plan = seedpack.plan(tmp_path / "dense", dtype="float16", **FAST)
+    seedpack.compress(tmp_path / "dense", tmp_path / "out", plan=plan)
+    seedpack.compress(tmp_path / "dense", tmp_path / "direct", dtype="float16", **FAST)
+    names = ("model.safetensors", "config.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (tmp_path / "direct" / name).read_bytes() for name in names)
+    with pytest.raises(ModelError, match="dtype is given, and a plan that has chosen it already"):
+        seedpack.compress(tmp_path / "dense", tmp_path / "again", plan=plan, dtype="bfloat16")
+
+
+def test_a_plan_in_sequence_fits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    llama().save_pretrained(tmp_path / "dense")
+    options = CompressOptions(calibration=Calibration("self", 64, 32, sequential=True), **FAST)
+    with monkeypatch.context() as patch:
+        patch.setattr(TrellisCodec, "encode", None)
+        plan = seedpack.plan(tmp_path / "dense", options, output=tmp_path / "out")
+    assert seedpack.compress(tmp_path / "dense", tmp_path / "out", options).plan == plan
+
+
+def test_modules_that_only_look_like_transformers_models(tmp_path: Path) -> None:
+    class Lookalike(nn.Linear):
+        def save_pretrained(self, path: Path) -> None: ...
+
+        def generate(self) -> None: ...
+
+    report = seedpack.compress(Lookalike(24, 32), tmp_path / "out", calibration=[torch.randn(64, 24)], **FAST)
+    assert not report.plan.tensors[0].codec.circular  # type: ignore[attr-defined]
 
 
 def test_progress_counts_every_weight_once(tmp_path: Path) -> None:

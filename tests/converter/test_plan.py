@@ -72,7 +72,7 @@ def test_plan_files(tmp_path: Path) -> None:
         ([], "expected a plan of version 1"),
         ({"seedpack_plan": 2}, "expected a plan of version 1"),
         ({"seedpack_plan": 1, "tensors": []}, "'tensors' must be an object"),
-        ({"seedpack_plan": 1, "tensors": {"x": {}}}, "1 names are no tensors of the model, such as 'x'"),
+        ({"seedpack_plan": 1, "tensors": {"x": {}}}, "1 tensors are not in the model, such as 'x'"),
         (
             {"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "raw"}}},
             "expected exactly codec and config",

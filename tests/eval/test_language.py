@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from seedpack.errors import ModelError
-from seedpack.eval.language import compare_language_models, load_language_model
+from seedpack.eval.language import compare_language_models
 from seedpack.eval.tensors import compare_tensors
+from seedpack.hf.language_model import load_language_model
 from tests.helpers.models import llama
 
 

@@ -70,11 +70,11 @@ def run(
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         inputs.require_one_stream(model, tokens)
         if (known := skip(name, inputs.hidden)) is not None:
-            out = inputs.some(forward, slice(0, 1))  # tells whether the layer gives a tuple
+            out = inputs.run_batch(forward, slice(0, 1))  # tells whether the layer gives a tuple
             return (known,) if isinstance(out, tuple) else known
 
         def run_layer() -> Any:
-            return joined([inputs.some(forward, batch) for batch in slices(len(inputs.hidden), rows)])
+            return joined([inputs.run_batch(forward, batch) for batch in slices(len(inputs.hidden), rows)])
 
         with InputMoments(modules[name]) as collected:
             out = run_layer()
@@ -171,9 +171,9 @@ class LayerInputs:
         """The hidden states [n, context, hidden]."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]  # type: ignore[no-any-return]
 
-    def some(self, forward: Any, batch: slice, hidden: Tensor | None = None) -> Any:
+    def run_batch(self, forward: Any, batch: slice, hidden: Tensor | None = None) -> Any:
         """Return the output of a layer for some sequences, with other hidden states if they are given."""
-        args, kwargs = (_some(value, len(self.hidden), batch, self._heads) for value in (self.args, self.kwargs))
+        args, kwargs = (_select(value, len(self.hidden), batch, self._heads) for value in (self.args, self.kwargs))
         if hidden is not None and args:
             args = (hidden, *args[1:])
         elif hidden is not None:
@@ -206,7 +206,7 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _some(value: Any, count: int, batch: slice, heads: int) -> Any:
+def _select(value: Any, count: int, batch: slice, heads: int) -> Any:
     """Return some sequences of arguments: of tensors whose first axis of several counts all of them, or some for each."""
     if isinstance(value, Tensor):
         of_heads = value.dim() == 3 and value.shape[:2] == (heads, 1)  # MPT's biases, the same for all sequences
@@ -215,8 +215,8 @@ def _some(value: Any, count: int, batch: slice, heads: int) -> Any:
         times = value.shape[0] // count  # as alibi's, of each head
         return value[batch.start * times : batch.stop * times]
     if isinstance(value, dict):
-        return {key: _some(item, count, batch, heads) for key, item in value.items()}
-    return type(value)(_some(item, count, batch, heads) for item in value) if type(value) in (tuple, list) else value
+        return {key: _select(item, count, batch, heads) for key, item in value.items()}
+    return type(value)(_select(item, count, batch, heads) for item in value) if type(value) in (tuple, list) else value
 
 
 @contextmanager

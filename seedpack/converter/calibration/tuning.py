@@ -122,15 +122,15 @@ def tune_layers(
         optimiser = _Adam([*own], gains) if own or gains else None
         outputs = []
         for share, batch in zip(_shares(len(batches)), batches, strict=True):
-            outputs.append(inputs.some(forward, batch))
+            outputs.append(inputs.run_batch(forward, batch))
             if optimiser is None:
                 continue
             with torch.enable_grad():
                 target = hidden_in(outputs[-1]).float()
-                output = hidden_in(inputs.some(layers[name], batch, hidden[batch])).float()
+                output = hidden_in(inputs.run_batch(layers[name], batch, hidden[batch])).float()
                 error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
                 optimiser.learn(error.mean(), share)
-        hidden = torch.cat([hidden_in(inputs.some(layers[name], batch, hidden[batch])) for batch in batches])
+        hidden = torch.cat([hidden_in(inputs.run_batch(layers[name], batch, hidden[batch])) for batch in batches])
         progress("Tuning, layers", 1, len(layers))
         return joined(outputs)
 

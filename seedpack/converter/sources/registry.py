@@ -14,7 +14,8 @@ def register_source(kind: str, opener: str) -> None:
 
     Args:
         kind: "folder", "hub", "pretrained" (a live module that can save itself), or a file's suffix such as ".gguf".
-        opener: "module:function"; the function takes the path, name or module and returns a `Source`.
+        opener: "module:function"; the function takes the path or module and returns a `Source`; that of "hub" takes
+            a name and returns the path to open.
     """
     _OPENERS[kind] = opener
 

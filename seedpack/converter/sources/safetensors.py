@@ -39,7 +39,6 @@ class SafetensorsSource(Source):
                     raise ModelError(f"{path}: tensor {key!r} stands in {self._places[key][0].name} too")
                 self._places[key] = (path, file.header.data_start + info.start, info.nbytes)
                 tensors[key] = SourceTensor(info.dtype, info.shape, *kind_of(key, info.shape))
-        self._infos = tensors
         super().__init__(name or str(paths[0]), tensors)
 
     def read(self, name: str) -> Tensor:
@@ -53,7 +52,7 @@ class SafetensorsSource(Source):
                 if not count:
                     raise ModelError(f"{path}: ended while {name!r} was read")
                 done += count
-        info = self._infos[name]
+        info = self.tensors[name]
         if not size:
             return torch.empty(info.shape, dtype=TORCH_DTYPES[info.dtype])
         return torch.frombuffer(buffer, dtype=TORCH_DTYPES[info.dtype]).reshape(info.shape)

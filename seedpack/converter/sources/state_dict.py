@@ -35,7 +35,7 @@ class StateDictSource(Source):
                 _require_plain(f"{name}: tensor {str(key)[:80]!r}", value)
         wrong = [key for key, value in state.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
         if wrong:
-            raise ModelError(f"{name}: entry {str(wrong[0])[:80]!r} is no named tensor; pass model.state_dict()")
+            raise ModelError(f"{name}: entry {str(wrong[0])[:80]!r} is not a named tensor; pass model.state_dict()")
         self._state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
         shared = find_shared(self._state.items())
         tensors = {}

@@ -75,7 +75,7 @@ def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
     parts: list[torch.Tensor] = []
 
     def call(name: str, forward: Any, inputs: layerwise.LayerInputs) -> Any:
-        out = [inputs.some(forward, part) for part in layerwise.slices(4, 1)]
+        out = [inputs.run_batch(forward, part) for part in layerwise.slices(4, 1)]
         parts.append(layerwise.hidden_in(layerwise.joined(out)))
         return (parts[-1], None)
 
