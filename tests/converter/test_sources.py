@@ -80,7 +80,7 @@ def test_empty_and_wrong_contents(tmp_path: Path) -> None:
         torch.save(value, tmp_path / "x.pt")
         with pytest.raises(ModelError, match=message):
             open_source(tmp_path / "x.pt")
-    with pytest.raises(ModelError, match="entry 'a' is no named tensor"):
+    with pytest.raises(ModelError, match="entry 'a' is not a named tensor"):
         open_source({"a": 1})  # type: ignore[dict-item]
 
 
