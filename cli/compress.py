@@ -35,7 +35,10 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     "-o", "--output", type=click.Path(path_type=Path), help="File to write, or folder for a Hugging Face model."
 )
 @click.option(
-    "--codec", default="trellis", show_default=True, help="trellis, seedlm, svd, svd+seedlm, raw, or a plug-in's id."
+    "--codec",
+    default="trellis",
+    show_default=True,
+    help="trellis, seedlm, svd, svd+trellis, basis, mask, raw, or a plug-in's id.",
 )
 @click.option(
     "--bits",

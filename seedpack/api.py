@@ -54,7 +54,7 @@ def load(
     Returns:
         The module, a transformers model, or a state dict.
     """
-    target = float_dtype(dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+    target = dtype if dtype is None or dtype == "auto" else float_dtype(dtype)
     _check_load(Path(path), model, dense, int8_activations, fraction, options)
     with ExitStack() as stack:
         if key is not None:
@@ -105,8 +105,9 @@ def unpack(
     path: str | Path,
     output: str | Path,
     *,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     fraction: float | None = None,
+    key: bytes | None = None,
     force: bool = False,
 ) -> None:
     """Rebuild the dense model: a safetensors file, or a dense Hugging Face folder. One tensor is in memory at a time.
@@ -116,12 +117,17 @@ def unpack(
         output: the file or folder to write.
         dtype: of float tensors; default each tensor's own.
         fraction: as `load` takes it.
+        key: as `load` takes it.
         force: replace an existing output.
     """
     path, output = Path(path), Path(output)
     target, folder = float_dtype(dtype) if dtype else None, path.is_dir()
     require_apart(output, path)
-    with Checkpoint(path, fraction=fraction) as checkpoint, staged(output, force=force, directory=folder) as partial:
+    with ExitStack() as stack:
+        if key is not None:
+            stack.enter_context(use_key(key))
+        checkpoint = stack.enter_context(Checkpoint(path, fraction=fraction))
+        partial = stack.enter_context(staged(output, force=force, directory=folder))
         write_dense(checkpoint, partial / SINGLE_FILE if folder else partial, target)
         if folder:
             complete_dense_folder(path, partial, target)

@@ -104,7 +104,7 @@ class CompressOptions:
     settings: Mapping[str, Any] | None = None
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
-    dtype: str | None = None
+    dtype: str | torch.dtype | None = None
     head_bits: int | None = None
     target_size: int | None = None
     importance: Mapping[str, Tensor] | None = None
@@ -120,7 +120,10 @@ class CompressOptions:
         if self.target_size is not None and self.bits is not None:
             raise ModelError("give bits or a target size, not both")
         if self.dtype is not None:
-            float_dtype(self.dtype)
+            object.__setattr__(self, "dtype", str(float_dtype(self.dtype)).removeprefix("torch."))
+        for name in ("include", "exclude"):
+            if isinstance(pattern := getattr(self, name), str):
+                object.__setattr__(self, name, (pattern,))
         if self.key is not None and isinstance(self.codec, Codec):
             raise ModelError(
                 "a private key is given, and a codec that is made already; give the codec's id, or its key"
@@ -186,16 +189,16 @@ def fitting_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def float_dtype(name: str) -> torch.dtype:
-    """Return the float dtype of a name such as float16 or bf16.
+def float_dtype(name: str | torch.dtype) -> torch.dtype:
+    """Return the float dtype of a name such as float16 or bf16, or the dtype itself.
 
     Raises:
         ModelError: it is none.
     """
     try:
-        dtype = torch_dtype(name)
+        dtype = name if isinstance(name, torch.dtype) else torch_dtype(name)
     except FormatError:
         dtype = torch.uint8
     if dtype_name(dtype) not in PACKABLE:
-        raise ModelError(f"dtype {name!r}: choose float32, float16, bfloat16 or float64")
+        raise ModelError(f"dtype {str(name)!r}: choose float32, float16, bfloat16 or float64")
     return dtype

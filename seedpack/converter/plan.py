@@ -269,7 +269,7 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
             config.setdefault("bits", 4.0 if bits is None else bits)
         elif outer == "svd" and bits is not None:
             raise CodecError("codec 'svd': give rank or bits, not both")
-        elif bits is not None or not config:
+        elif bits is not None or not config.keys() - {"seed", "key"}:  # which choose no rate
             builder: Callable[..., Codec] | None = getattr(cls, "from_bits", None)
             if bits is not None and builder is None:
                 raise CodecError(f"codec {outer!r} has no bits to choose")

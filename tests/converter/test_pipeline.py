@@ -79,13 +79,23 @@ def test_options_are_checked_when_they_are_made(tmp_path: Path) -> None:
 
 def test_a_private_key_is_an_option(tmp_path: Path) -> None:
     key, weight = os.urandom(16), {"a.weight": torch.randn(32, 24)}
-    options = CompressOptions(codec="basis", bits=4.0, key=key)
+    options = CompressOptions(codec="basis", key=key)
+    assert seedpack.plan(weight, options).totals()["bits_per_packed_weight"] == pytest.approx(4, abs=0.1)
     assert options.settings and options.settings["seed"] == CompressOptions.of(options, {}).settings["seed"]  # type: ignore[index]
     assert key.hex() not in repr(options) and str(key) not in repr(options)
     seedpack.compress(weight, tmp_path / "out", options)
     with pytest.raises(KeyNeededError, match="private key"):
         seedpack.load(tmp_path / "out", dense=True)
     assert seedpack.load(tmp_path / "out", dense=True, key=key)["a.weight"].shape == (32, 24)
+    seedpack.unpack(tmp_path / "out", tmp_path / "dense", key=key)
+    assert (tmp_path / "dense").exists()
+
+
+def test_patterns_and_dtypes_as_they_come() -> None:
+    plan = seedpack.plan(state(), exclude="b.*", dtype=torch.float16)
+    assert [t.name for t in plan.tensors if t.packed] == ["a.weight"] and {t.dtype for t in plan.tensors} == {"F16"}
+    with pytest.raises(ModelError, match="dtype 'torch.int8': choose float32"):
+        seedpack.plan(state(), dtype=torch.int8)
 
 
 def test_a_calibrated_plan_is_what_compress_follows(tmp_path: Path) -> None:
