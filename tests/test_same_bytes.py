@@ -1,4 +1,4 @@
-"""What `compress` writes stays what it was: see `golden/same_bytes.py`."""
+"""Hold what `compress` writes to the sums in `golden/same_bytes.json`; see `golden/same_bytes.py`."""
 
 from __future__ import annotations
 

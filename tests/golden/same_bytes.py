@@ -161,7 +161,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
 
 
 def run(name: str) -> dict[str, Any]:
-    """What a case writes: {"files": SHA-256 of each, "error_db"}."""
+    """Run a case; return {"files": SHA-256 of each that it writes, "error_db"}."""
     with tempfile.TemporaryDirectory() as place:
         torch.manual_seed(0)
         report = CASES[name](Path(place))
@@ -188,7 +188,7 @@ def sums(output: Path) -> dict[str, str]:
 
 
 def machine() -> str:
-    """What the last bits of sums of floats depend on."""
+    """Name the machine, on which the last bits of sums of floats depend."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "?")
     return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {processor}, {torch.get_num_threads()} threads"
