@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,23 +75,22 @@ class TestStaged:
     @pytest.mark.parametrize("existing", [False, True])
     def test_replaces_its_like(self, tmp_path: Path, directory: bool, existing: bool) -> None:
         target = tmp_path / "sub" / "out"
-        target.parent.mkdir()
-        if existing and directory:
-            target.mkdir()
-            (target / "config.json").write_text("old")
-        elif existing:
-            target.write_text("old")
-        with staged(target, force=True, directory=directory) as partial:
-            (partial / "new" if directory else partial).write_text("new")
+        for text in ("old", "new") if existing else ("new",):
+            with staged(target, force=True, directory=directory) as partial:
+                (partial / text if directory else partial).write_text(text)
         assert os.listdir(target.parent) == ["out"]
-        assert os.listdir(target) == ["new"] if directory else target.read_text() == "new"
+        if directory:
+            assert sorted(os.listdir(target)) == ["new", "seedpack.json"]
+        else:
+            assert target.read_text() == "new"
 
     @pytest.mark.parametrize("directory", [False, True])
-    def test_force_never_deletes_what_is_no_model(self, tmp_path: Path, directory: bool) -> None:
+    def test_force_never_deletes_what_is_no_output(self, tmp_path: Path, directory: bool) -> None:
         target = tmp_path / "home"
         target.mkdir()
-        (target / "thesis.tex").write_text("precious")
-        with pytest.raises(OutputError, match="is a folder"), staged(target, force=True, directory=directory):
+        (target / "config.json").write_text('{"port": 80}')
+        message = "1 files that seedpack did not write" if directory else "is a folder"
+        with pytest.raises(OutputError, match=message), staged(target, force=True, directory=directory):
             raise AssertionError("not reached")
         (tmp_path / "file").write_text("precious")
         with pytest.raises(OutputError, match="not a folder"), staged(tmp_path / "file", force=True, directory=True):
@@ -94,23 +98,109 @@ class TestStaged:
         os.mkfifo(tmp_path / "fifo")
         with pytest.raises(OutputError, match="name another output"), staged(tmp_path / "fifo", force=True):
             raise AssertionError("not reached")
-        assert (target / "thesis.tex").read_text() == "precious"
+        assert (target / "config.json").exists()
         assert sorted(os.listdir(tmp_path)) == ["fifo", "file", "home"]
 
+    @pytest.mark.parametrize("name", ["thesis.tex", "data/results.csv", "data/link"])
+    def test_force_spares_an_output_with_other_things_in_it(self, tmp_path: Path, name: str) -> None:
+        target = tmp_path / "out"
+        with staged(target, directory=True) as partial:
+            (partial / "config.json").write_text("{}")
+        (target / name).parent.mkdir(exist_ok=True)
+        (target / name).symlink_to("/nowhere") if name.endswith("link") else (target / name).write_text("precious")
+        with pytest.raises(OutputError, match=f"1 files that seedpack did not write, such as '{name}'"):
+            with staged(target, force=True, directory=True):
+                raise AssertionError("not reached")
+        (target / name).unlink()
+        with staged(target, force=True, directory=True):
+            pass
+        assert os.listdir(target) == ["seedpack.json"]
+
+    def test_what_appears_meanwhile_is_kept(self, tmp_path: Path) -> None:
+        with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "out") as partial:
+            partial.write_text("mine")
+            (tmp_path / "out").write_text("another's")
+        assert (tmp_path / "out").read_text() == "another's" and os.listdir(tmp_path) == ["out"]
+
     def test_an_output_moved_aside_by_a_killed_run_comes_back(self, tmp_path: Path) -> None:
-        old = tmp_path / ".o[u]t.replaced-999999999"
-        old.mkdir()
+        old = tmp_path / ".o[u]t.partial" / "old"
+        old.mkdir(parents=True)
         (old / "config.json").write_text("old")
         with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "o[u]t", directory=True):
             raise AssertionError("not reached")
-        assert os.listdir(tmp_path) == ["o[u]t"]
+        assert os.listdir(tmp_path) == ["o[u]t"] and os.listdir(tmp_path / "o[u]t") == ["config.json"]
 
-    def test_leftovers_of_a_killed_run_are_removed(self, tmp_path: Path) -> None:
-        (tmp_path / ".out.partial-999999999").write_text("half")
-        (tmp_path / f".out.partial-{os.getppid()}").write_text("of a run that lives")
+    @pytest.mark.parametrize("directory", [False, True])
+    def test_leftovers_of_a_killed_run_are_removed(self, tmp_path: Path, directory: bool) -> None:
+        left = tmp_path / ".out.partial" / "new"
+        left.mkdir(parents=True)
+        (left / "half").write_text("half")
+        (left.parent / "lock").write_text("process 1 on another")
+        with staged(tmp_path / "out", directory=directory) as partial:
+            if not directory:
+                partial.write_text("new")
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_one_run_at_a_time(self, tmp_path: Path) -> None:
         with staged(tmp_path / "out") as partial:
-            partial.write_text("new")
-        assert sorted(os.listdir(tmp_path)) == [f".out.partial-{os.getppid()}", "out"]
+            partial.write_text("first")
+            for force in (False, True):
+                with pytest.raises(OutputError, match=f"another run is writing it .process {os.getpid()} on"):
+                    with staged(tmp_path / "out", force=force):
+                        raise AssertionError("not reached")
+        assert (tmp_path / "out").read_text() == "first" and os.listdir(tmp_path) == ["out"]
+
+    def test_without_locks_in_the_file_system(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unable(*_: object) -> None:
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "flock", unable)
+        with staged(tmp_path / "out") as partial:
+            partial.write_text("first")
+            with pytest.raises(OutputError, match=r"if it is dead .* remove .*\.out\.partial"):
+                with staged(tmp_path / "out", force=True):
+                    raise AssertionError("not reached")
+        assert os.listdir(tmp_path) == ["out"]
+
+    def test_racing_processes(self, tmp_path: Path) -> None:
+        """Of two runs that begin at once, one finishes and one is refused, whatever the output; nothing is left behind."""
+        script = """
+import sys, time
+from pathlib import Path
+from seedpack.errors import OutputError
+from seedpack.formats import staged
+print("ready", flush=True)
+for pair in range(20):
+    target = Path(sys.argv[1]) / str(pair)
+    sys.stdin.readline()
+    try:
+        with staged(target, directory=pair % 2 == 1) as partial:
+            (partial / "a" if pair % 2 else partial).write_text(sys.argv[2])
+            time.sleep(0.01)
+        print("done", flush=True)
+    except OutputError as error:
+        print("refused" if "another run" in str(error) or "exists already" in str(error) else error, flush=True)
+"""
+        arguments = [sys.executable, "-c", script, str(tmp_path)]
+        racers = [
+            subprocess.Popen([*arguments, who], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+            for who in "ab"
+        ]
+        with contextlib.ExitStack() as stack:
+            pipes = []
+            for racer in racers:
+                stack.enter_context(racer)
+                assert racer.stdin is not None and racer.stdout is not None
+                assert racer.stdout.readline() == "ready\n"
+                pipes.append((racer.stdin, racer.stdout))
+            for pair in range(20):
+                for stdin, _ in pipes:
+                    stdin.write("go\n")
+                said = [stdout.readline().strip() for _, stdout in pipes]
+                assert sorted(said) == ["done", "refused"]
+                written = tmp_path / str(pair)
+                assert (written / "a" if pair % 2 else written).read_text() == "ab"[said.index("done")]
+        assert sorted(os.listdir(tmp_path)) == sorted(map(str, range(20)))
 
     def test_full_disk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def full(*_: object) -> None:

@@ -1,0 +1,102 @@
+"""A lock that the file system holds: it ends with its process, and all containers that share the disk see it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from seedpack.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = "lock"
+_HELD = {errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+_ATTEMPTS = 1000
+
+
+@contextlib.contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a folder, which is made where it is not there, and removed at the end where it is empty.
+
+    Where the file system knows no locks, a lock file that is there already counts as held.
+
+    Args:
+        folder: the lock's; a holder may remove all that is in it but the lock.
+        what: begins the message, as "out: another run is writing it".
+
+    Raises:
+        OutputError: another run holds the lock.
+    """
+    descriptor = _acquire(folder, what)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(folder / LOCK_FILE)
+            os.rmdir(folder)
+        os.close(descriptor)
+
+
+def _acquire(folder: Path, what: str) -> int:
+    path = folder / LOCK_FILE
+    for _ in range(_ATTEMPTS):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor, created = _open(path)
+        except FileNotFoundError:  # its last holder has just removed the folder
+            continue
+        try:
+            if not _take(descriptor, created):
+                holder = os.read(descriptor, 200).decode("utf-8", "replace")
+                raise OutputError(
+                    f"{what} ({holder or 'it has just begun'}); wait for it, or name another output; "
+                    f"if it is dead and the file system knows no locks, remove {folder}"
+                )
+            if _is(path, descriptor):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise OutputError(f"{folder}: cannot be locked; name another output")
+
+
+def _open(path: Path) -> tuple[int, bool]:
+    """Open a lock file; return whether this run has made it."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+    except FileExistsError:
+        return os.open(path, os.O_RDWR), False
+
+
+def _take(descriptor: int, created: bool) -> bool:
+    """Lock an open file, or find that another run has."""
+    if fcntl is None:
+        return created
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return created
+        if error.errno not in _HELD:
+            raise
+        return False
+    return True
+
+
+def _is(path: Path, descriptor: int) -> bool:
+    """Return whether a path still leads to an open file, which its last holder may have removed before it was locked here."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,92 @@
+"""The record of a folder: which files seedpack wrote into it, and their digests."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from seedpack._version import WRITER
+from seedpack.errors import DigestError, FormatError, VersionError
+from seedpack.formats.header import dumps_canonical, loads_strict
+from seedpack.formats.version import FORMAT_VERSION
+
+RECORD_FILE = "seedpack.json"
+_KEYS = {"seedpack", "writer", "files", "digest"}
+
+
+def write_record(folder: Path) -> None:
+    """Write the record of all files that are in a folder."""
+    files = {name: file_digest(folder / name) for name in _names(folder)}
+    document = {"seedpack": FORMAT_VERSION, "writer": WRITER, "files": files}
+    (folder / RECORD_FILE).write_text(dumps_canonical({**document, "digest": _digest(document)}), "utf-8")
+
+
+def read_record(folder: Path) -> dict[str, str] | None:
+    """Return {file: SHA-256} of a folder's record, or None where it has none (transformers has saved it again).
+
+    Raises:
+        FormatError: the record breaks its rules.
+        DigestError: its bytes changed.
+    """
+    path = folder / RECORD_FILE
+    if not path.is_file():
+        return None
+    text = path.read_bytes().decode("utf-8", "replace")
+    document = loads_strict(text, str(path))
+    if not isinstance(document, dict) or document.keys() != _KEYS or not isinstance(document["files"], dict):
+        raise FormatError(f"{path}: must be an object of {', '.join(sorted(_KEYS))}; fetch the folder again")
+    version = document["seedpack"]
+    if type(version) is int and version > FORMAT_VERSION:
+        raise VersionError(f"{path}: version {version}, this seedpack reads up to {FORMAT_VERSION}; upgrade seedpack")
+    if document["digest"] != _digest(document) or text != dumps_canonical(document):
+        raise DigestError(f"{path}: its bytes changed since it was written; fetch the folder again")
+    if not all(isinstance(digest, str) for digest in document["files"].values()):
+        raise FormatError(f"{path}: 'files' must map names to digests; fetch the folder again")
+    return document["files"]
+
+
+def verify_record(folder: Path) -> Iterator[tuple[str, FormatError | None]]:
+    """Check a folder's record, and every file in it against its digest, yielding (file, error or None) as it goes."""
+    try:
+        record = read_record(folder)
+    except FormatError as error:
+        yield RECORD_FILE, error
+        return
+    for name, digest in (record or {}).items():
+        path, error = folder / name, None
+        if not path.is_file():
+            error = FormatError(f"{path}: is missing; fetch the folder again")
+        elif file_digest(path) != digest:
+            error = DigestError(
+                f"{path}: its bytes changed since they were written; fetch it again, unless you changed it yourself"
+            )
+        yield name, error
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Return the files of a folder that are not in its record, or all of them where it has no sound one."""
+    try:
+        record = read_record(folder)
+    except FormatError:
+        record = None
+    return [name for name in _names(folder) if record is None or name not in record]
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(document: dict[str, object]) -> str:
+    body = {key: value for key, value in document.items() if key != "digest"}
+    return hashlib.sha256(dumps_canonical(body).encode()).hexdigest()
+
+
+def _names(folder: Path) -> list[str]:
+    """Return the relative names of all that is in a folder and is no folder itself, but the record."""
+    names = (
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
+    )
+    return sorted(name for name in names if name != RECORD_FILE)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from seedpack.errors import DigestError, FormatError, VersionError
+from seedpack.formats import staged
+from seedpack.formats.record import RECORD_FILE, foreign_files, read_record, verify_record
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with staged(tmp_path / "out", directory=True) as partial:
+        (partial / "config.json").write_text('{"layers": 2}')
+        (partial / "1_Pooling").mkdir()
+        (partial / "1_Pooling" / "config.json").write_text("{}")
+    return tmp_path / "out"
+
+
+def damaged(folder: Path) -> list[str]:
+    return [name for name, error in verify_record(folder) if error is not None]
+
+
+def test_it_names_every_file(folder: Path) -> None:
+    assert sorted(read_record(folder) or ()) == ["1_Pooling/config.json", "config.json"]
+    assert not damaged(folder) and not foreign_files(folder)
+
+
+def test_every_bit_is_covered(folder: Path) -> None:
+    for name in ("config.json", "1_Pooling/config.json", RECORD_FILE):
+        path = folder / name
+        content = path.read_bytes()
+        for bit in range(8 * len(content)):
+            flipped = bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(flipped)
+            assert damaged(folder) == [name]
+        path.write_bytes(content + b" ")
+        assert damaged(folder) == [name]
+        path.write_bytes(content)
+
+
+def test_missing_and_foreign_files(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "other.json")
+    assert damaged(folder) == ["config.json"] and foreign_files(folder) == ["other.json"]
+    (folder / RECORD_FILE).unlink()
+    assert not damaged(folder) and foreign_files(folder) == ["1_Pooling/config.json", "other.json"]
+
+
+def test_what_is_no_record(folder: Path) -> None:
+    path = folder / RECORD_FILE
+    whole = path.read_text()
+    cases: list[tuple[str, type[FormatError], str]] = [
+        ("[]", FormatError, "must be an object"),
+        ("{", FormatError, "JSON"),
+        (whole.replace('"seedpack":1', '"seedpack":9'), VersionError, "upgrade"),
+        (whole.replace('"config.json"', '"konfig.json"'), DigestError, "bytes changed"),
+    ]
+    for text, kind, message in cases:
+        path.write_text(text)
+        with pytest.raises(kind, match=message):
+            read_record(folder)
+        assert damaged(folder) == [RECORD_FILE] and len(foreign_files(folder)) == 2
