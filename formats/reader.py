@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from seedpack.errors import DigestError, FormatError
-from seedpack.formats.digest import part_digest
+from seedpack.formats.digest import part_digest, verifies
 from seedpack.formats.header import (
     Header,
     header_length,
@@ -81,6 +81,16 @@ class SafetensorsFile:
         start = self.header.data_start
         return Part(info.dtype, info.shape, memoryview(self._map)[start + info.start : start + info.end])
 
+    def require_digest(self, name: str, part: str, stored: str) -> None:
+        """Refuse a part of a tensor whose bytes are not those that the digest was made of."""
+        content = self.part(part_key(name, part))
+        actual = part_digest(content.dtype, content.shape, content.data)
+        if actual != stored:
+            raise DigestError(
+                f"{self.path}: tensor {name!r}, part {part!r}: its bytes changed since they were "
+                f"written (digest {actual[:16]}…, stored {stored[:16]}…); fetch the file again"
+            )
+
     def manifest(self) -> Manifest | None:
         """Return the seedpack manifest in the file's metadata, or None."""
         text = self.header.metadata.get(MANIFEST_KEY)
@@ -132,21 +142,14 @@ class Checkpoint:
             self.close()
             raise
 
-    def part(self, name: str, part: str, *, check: bool = True) -> Part:
-        """Return one part of a tensor; `check` compares its digest."""
+    def part(self, name: str, part: str, *, check: bool | None = None) -> Part:
+        """Return one part of a tensor; `check` compares its digest, by default unless SEEDPACK_VERIFY is 0."""
         key = part_key(name, part)
-        content = self._file_of[key].part(key)
-        if check:
-            stored = self.manifest.tensors[name].parts[part]
-            actual = part_digest(content.dtype, content.shape, content.data)
-            if actual != stored:
-                raise DigestError(
-                    f"{self._file_of[key].path}: tensor {name!r}, part {part!r}: its bytes changed since they were "
-                    f"written (digest {actual[:16]}…, stored {stored[:16]}…); fetch the file again"
-                )
-        return content
+        if verifies() if check is None else check:
+            self._file_of[key].require_digest(name, part, self.manifest.tensors[name].parts[part])
+        return self._file_of[key].part(key)
 
-    def parts(self, name: str, *, check: bool = True) -> dict[str, Part]:
+    def parts(self, name: str, *, check: bool | None = None) -> dict[str, Part]:
         """Return all parts of a tensor, or with a fraction those of the levels that are read."""
         return {part: self.part(name, part, check=check) for part in self.part_names(name)}
 
@@ -192,7 +195,7 @@ class Checkpoint:
                 file.require_canonical()
         for name in self.manifest.tensors:
             try:
-                self.parts(name)
+                self.parts(name, check=True)
             except DigestError as error:
                 yield name, error
             else:
@@ -231,11 +234,8 @@ class Checkpoint:
         of_config = self._config_manifest()
         if of_files and len(of_files) == len(self.files):
             merged = merge(of_files, str(self.path))
-            if of_config is not None and of_config.to_json() != merged.packed_only().to_json():
-                raise FormatError(
-                    f"{self.path / 'config.json'}: its quantization_config is not that of the weight files; "
-                    "fetch the whole folder again"
-                )
+            if of_config is not None:
+                require_same_manifest(merged, of_config, str(self.path / "config.json"))
             return merged
         if of_config is not None:
             return of_config
@@ -268,6 +268,14 @@ class Checkpoint:
                 )
         if any(MANIFEST_KEY in file.header.metadata for file in self.files) and (stray := self.raw_keys()):
             raise FormatError(f"{self.path}: {len(stray)} stored tensors are not in the manifest, such as {stray[0]!r}")
+
+
+def require_same_manifest(of_files: Manifest, of_config: Manifest, where: str) -> None:
+    """Refuse a config.json whose manifest is not that of the weight files beside it."""
+    if of_config.to_json() != of_files.packed_only().to_json():
+        raise FormatError(
+            f"{where}: its quantization_config is not that of the weight files; fetch the whole folder again"
+        )
 
 
 def manifest_from_config(config: object, where: str) -> Manifest | None:

@@ -20,7 +20,7 @@ from seedpack.hf.folder import complete_dense_folder
 from seedpack.hf.loading import load_pretrained
 from seedpack.keys import use_key
 from seedpack.loader.dense import dense_tensors
-from seedpack.loader.fill import fill_, use_int8_activations_
+from seedpack.loader.fill import copy_, fill_, use_int8_activations_
 from seedpack.loader.save import save_module
 from seedpack.loader.unpack import write_dense
 
@@ -34,6 +34,7 @@ def load(
     int8_activations: bool = False,
     fraction: float | None = None,
     key: bytes | None = None,
+    copy: bool = False,
     **options: Any,
 ) -> Any:
     """Load a packed checkpoint.
@@ -49,10 +50,17 @@ def load(
         fraction: use no more than this share of the levels of tensors that have levels (`reparam.basis_`, codec svd); the
             file may be cut off behind them. For a module, or dense.
         key: the 16 bytes of a private key, for weights that are regenerated with one; known to the process from then on.
+        copy: give the module memory of its own. By default packed layers are views of the file, mapped into memory: replace it
+            only by renaming another into its place, as seedpack does. Who writes into it changes the live weights.
         options: for a Hugging Face folder, passed on to transformers' `from_pretrained` (device_map, …).
 
     Returns:
         The module, a transformers model, or a state dict.
+
+    Raises:
+        FormatError: the bytes break a rule of docs/format.md. Digests are compared (`DigestError`) unless the environment
+            variable SEEDPACK_VERIFY is 0.
+        ModelError: the file and the model do not have the same tensors, or arguments do not go together.
     """
     target = dtype if dtype is None or dtype == "auto" else float_dtype(dtype)
     _check_load(Path(path), model, dense, int8_activations, fraction, options)
@@ -67,6 +75,8 @@ def load(
                 tensors = dense_tensors(checkpoint, target if isinstance(target, torch.dtype) else None)
                 return {name: tensor.clone() for name, tensor in tensors}
             fill_(model, checkpoint)
+        if copy:
+            copy_(model)
         if int8_activations:
             use_int8_activations_(model)
         return model

@@ -193,6 +193,7 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     if folder:
         dtype = float_dtype(plan.dtype) if plan.dtype else None
         run.source.complete_output(partial, writer.manifest, dtype)
+    run.source.require_unchanged()
     files = partial.glob("*.safetensors") if folder else [partial]
     return Report(run.output, plan, tuple(reports), sum(file.stat().st_size for file in files), 0.0)
 

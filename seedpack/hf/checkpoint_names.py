@@ -8,7 +8,7 @@ agree with it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +133,22 @@ class CheckpointNames:
         return [
             source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
         ]
+
+    def missing_experts(self, names: Collection[str]) -> list[str]:
+        """Return the experts' matrices that a checkpoint of these names lacks."""
+        mixtures: dict[tuple[str, str], tuple[str, int]] = {}  # (prefix, parameter): one of its names, count of experts
+        for name in names:
+            match, expert = _EXPERT.fullmatch(name), self.expert(name)
+            if match is not None and expert is not None:
+                count = self._state[f"{expert.module}.{expert.parameter}"].shape[0]
+                mixtures.setdefault((match["prefix"], expert.parameter), (name, count))
+        wanted = {
+            f"{prefix}.{index}.{projection}.weight"
+            for (prefix, _), (name, count) in mixtures.items()
+            for projection in self.projections(name)
+            for index in range(count)
+        }
+        return sorted(wanted - set(names))
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
         """Return kind, transposed and group of a checkpoint tensor, as `SourceTensor` has them."""

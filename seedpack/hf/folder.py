@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seedpack.converter.sources.base import OpenModel, Source, SourceTensor
+from seedpack.converter.sources.base import FileState, OpenModel, Source, SourceTensor
 from seedpack.converter.sources.safetensors import SafetensorsSource
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.converter.sources.torch_file import load_state_dict
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import Manifest
 from seedpack.formats.reader import QUANT_METHOD, read_json
+from seedpack.formats.record import RECORD_FILE
 from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.complete import require_complete
 from seedpack.hf.language_model import open_folder_model
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
@@ -28,15 +30,25 @@ class FolderSource(Source):
     """A folder with config.json and weights, sharded or not."""
 
     def __init__(self, path: Path):
+        self._beside = FileState.of_all([path / "config.json", *_further_files(path)])
         config = dense_config(path)
         self._path, self._names = path, CheckpointNames.of_folder(path)
         self._weights = _open_weights(path, self._names)
+        stored = self._weights.tensors
+        stored = stored | {alias: stored[name] for alias, name in self._weights.shared.items()}
+        require_complete(self._names, stored, str(path))
         tensors, self._renamed, self._stored = _without_ties(self._weights, self._names)
-        super().__init__(str(path), tensors, config=config)
+        super().__init__(str(path), tensors, config=config, files=self._weights.files)
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor, by the name that transformers reads it from."""
-        return self._weights.read(self._renamed.get(name, name))
+    def _read(self, name: str) -> Tensor:
+        return self._weights._read(self._renamed.get(name, name))
+
+    def require_unchanged(self) -> None:
+        """Refuse weights, or files beside them, that were written to since they were opened."""
+        super().require_unchanged()
+        for path, state in self._beside.items():
+            if FileState.of(path) != state:
+                raise self._changed(path)
 
     def norm_power(self, name: str) -> Tensor | None:
         """Return the power that the norm before a layer gives each input channel [in]."""
@@ -98,7 +110,10 @@ def complete_dense_folder(packed: Path, folder: Path, dtype: torch.dtype | None)
         (
             file
             for file in packed.iterdir()
-            if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".index.json")
+            if file.is_file()
+            and file.suffix != ".safetensors"
+            and not file.name.endswith(".index.json")
+            and file.name != RECORD_FILE
         ),
         folder,
     )
@@ -123,11 +138,11 @@ def _open_weights(path: Path, names: CheckpointNames) -> Source:
         return SafetensorsSource(files, str(path), names.kind)
     if not (files := _weight_files(path, "pytorch_model.bin")):
         raise ModelError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
-    state: dict[str, Tensor] = {}
+    states, state = FileState.of_all(files), dict[str, Tensor]()
     for file in files:
         state |= load_state_dict(file)[0]
     # names that share a storage are left out: transformers ties by its config
-    return StateDictSource(str(path), state, names.kind)
+    return StateDictSource(str(path), state, names.kind, files=states)
 
 
 def _without_ties(
@@ -181,7 +196,7 @@ def _further_files(path: Path) -> list[Path]:
         for file in path.iterdir()
         if file.is_file()
         and file.suffix.lower() not in WEIGHT_SUFFIXES
-        and file.name != "config.json"
+        and file.name not in ("config.json", RECORD_FILE)
         and not file.name.endswith(".index.json")
         and not file.name.startswith(".")
     )

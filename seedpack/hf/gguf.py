@@ -17,6 +17,7 @@ from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import ModelError, first_line
 from seedpack.formats import Manifest
 from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.complete import load_complete
 from seedpack.hf.folder import copy_files, write_packed_config
 from seedpack.hf.language_model import open_pretrained, tokenizer_of
 
@@ -79,6 +80,8 @@ def _open_dense(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        return load_complete(AutoModelForCausalLM, path.parent, path, gguf_file=path.name, dtype=torch.float32)
+    except ModelError:
+        raise
     except Exception as error:  # the parser meets foreign bytes: whatever it raises, they are no model
         raise ModelError(f"{path}: transformers cannot read it ({first_line(error)})") from error

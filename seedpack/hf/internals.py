@@ -11,7 +11,9 @@ What is used, and what breaks if it moves:
 - `core_model_loading.WeightConverter`, `MergeModulelist`, `SplitModulelist`, `_original_source_patterns`: mixtures of
   experts are neither packed nor loaded.
 - `all_tied_weights_keys`, `_tied_weights_keys`: tied weights are packed and saved twice.
-- `_is_hf_initialized`: transformers tries to draw random numbers for packed parts.
+- `_is_hf_initialized`: transformers tries to draw random numbers for packed parts, and parts that a checkpoint lacks are
+  not noticed.
+- `_keys_to_ignore_on_load_missing`: models are refused for lack of parameters that they can do without.
 - `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
 
 `hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
@@ -20,6 +22,7 @@ Nothing heavy is imported before a function is called.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
@@ -143,6 +146,23 @@ def forget_added_ties(model: Any) -> None:
 def mark_initialised(target: Any) -> None:
     """Keep transformers from drawing random numbers for a parameter, or for all of a module."""
     target._is_hf_initialized = True
+
+
+def unfilled_tensors(model: Any) -> dict[str, Any]:
+    """Return the parameters and buffers of a loaded model that no file had and that are not tied to one that a file had.
+
+    Loading gives each a new tensor with the mark of `mark_initialised`. A model spread over devices has others: of such a
+    one nothing is known.
+    """
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1 or "disk" in places:
+        return {}
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if not getattr(tensor, "_is_hf_initialized", False) and not ignored.search(name)
+    }
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -17,9 +17,10 @@ from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.module import ModuleSource
 from seedpack.converter.sources.open import looks_like_hub_id
-from seedpack.errors import ModelError, first_line
+from seedpack.errors import ModelError, SeedpackError, first_line
 from seedpack.formats.reader import read_json
 from seedpack.hf.checkpoint_names import architecture
+from seedpack.hf.complete import load_complete
 from seedpack.hf.internals import decoder_layers
 
 SEQUENCES_AT_ONCE = 64  # written side by side
@@ -55,7 +56,9 @@ def open_folder_model(path: Path) -> OpenModel:
         holder = tempfile.TemporaryDirectory(prefix="seedpack-")
         options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
     try:
-        model = cls.from_pretrained(path, **options)
+        model = load_complete(cls, path, path, **options)
+    except ModelError:
+        raise
     except Exception as error:  # the libraries' own
         raise ModelError(f"{path}: transformers cannot run it ({first_line(error)})") from error
     if holder is not None:
@@ -75,8 +78,10 @@ def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float
     if where.lower().endswith(".gguf"):
         where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options)
+        model = load_complete(transformers.AutoModelForCausalLM, where, path, dtype=dtype, **options)
         return model, transformers.AutoTokenizer.from_pretrained(where, **options)
+    except SeedpackError:
+        raise
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{path}: not a causal language model with its tokenizer ({first_line(error)})") from error
 

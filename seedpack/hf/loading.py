@@ -11,6 +11,7 @@ from seedpack.errors import ModelError, SeedpackError, first_line
 from seedpack.formats import Checkpoint
 from seedpack.formats.reader import read_json
 from seedpack.hf.checkpoint_names import architecture
+from seedpack.hf.complete import load_complete
 
 
 def load_pretrained(path: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -30,7 +31,7 @@ def load_pretrained(path: Path, dtype: torch.dtype | str = "auto", **options: An
 
     cls = architecture(config) or transformers.AutoModel
     try:
-        return cls.from_pretrained(path, dtype=dtype, **options)
+        return load_complete(cls, path, path, dtype=dtype, **options)
     except (SeedpackError, OSError, MemoryError):
         raise
     except Exception as error:  # transformers' own

@@ -7,6 +7,7 @@ transformers loads the parts like any other parameters.
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from transformers.quantizers.base import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
+from seedpack.formats.digest import verifies
+from seedpack.formats.verify import verify_files
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.config import SeedpackConfig
-from seedpack.hf.experts import ExpertGroup, check_experts, pack_experts_, unpack_experts_
+from seedpack.hf.experts import ExpertGroup, PackedExperts, check_experts, pack_experts_, unpack_experts_
 from seedpack.hf.internals import (
     add_ties,
     forget_added_ties,
@@ -25,6 +28,7 @@ from seedpack.hf.internals import (
     mark_initialised,
     stacking_converter,
     tied_parameters,
+    unfilled_tensors,
 )
 from seedpack.loader.layers import PackedModule, is_transposed, pack_module_, packed_class, unpack_module_
 
@@ -41,6 +45,8 @@ class SeedpackQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
+        if verifies():
+            verify_files([Path(file) for file in kwargs.get("checkpoint_files") or ()], manifest)
         checkpoint_names = CheckpointNames(model)
         experts: dict[str, list[str]] = defaultdict(list)
         layers: set[str] = set()
@@ -76,9 +82,7 @@ class SeedpackQuantizer(HfQuantizer):
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         if shape != entry.shape:
             raise ModelError(f"{name!r}: the checkpoint has shape {list(entry.shape)}, the model {list(shape)}")
-        layer = pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype)
-        for part in layer.packed_parts().values():
-            mark_initialised(part)
+        mark_initialised(pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype))
         return path
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -98,6 +102,7 @@ class SeedpackQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _require_filled(model)
         for name, module in model.named_modules():
             try:
                 if isinstance(module, PackedModule):
@@ -144,6 +149,23 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _require_filled(model: Any) -> None:
+    """Refuse packed layers that no file had all of, and in the architecture that was packed any other tensor too.
+
+    Another architecture may have layers of its own, such as a new head, that transformers draws at random.
+    """
+    unfilled = unfilled_tensors(model)
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
+        packed = [module for module in model.modules() if isinstance(module, (PackedModule, PackedExperts))]
+        needed = {id(tensor) for module in packed for tensor in module.parameters(recurse=False)}
+        unfilled = {name: tensor for name, tensor in unfilled.items() if id(tensor) in needed}
+    if unfilled:
+        raise ModelError(
+            f"the checkpoint lacks {len(unfilled)} of the model's tensors, such as {min(unfilled)!r}, which would be random "
+            "numbers; fetch the whole checkpoint again, with the config.json that belongs to it"
+        )
 
 
 def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:

@@ -38,6 +38,13 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
     _leave_fast_paths(model)
 
 
+def copy_(model: nn.Module) -> None:
+    """Give every tensor of a module that is on the CPU memory of its own, apart from the file that it is a view of."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def use_int8_activations_(model: nn.Module) -> None:
     """Have packed linear layers round their input to 8 bits in groups of 256, where their codec can.
 

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle  # noqa: TID251
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import seedpack
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import FormatError, ModelError
+from tests.helpers.models import llama
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -144,3 +148,65 @@ def folder_with(tmp_path: Path, config: object) -> Path:
 def test_unusable_folders(tmp_path: Path, config: object, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         open_source(folder_with(tmp_path, config))
+
+
+class Midway:
+    """Changes a model's files once its first tensor has been fitted."""
+
+    def __init__(self, change: Callable[[], object]):
+        self._change: Callable[[], object] | None = change
+
+    def __call__(self, *_: object) -> None:
+        if self._change is not None:
+            change, self._change = self._change, None
+            change()
+
+
+def written(path: Path, scale: float) -> None:
+    tensors = {f"l{i}.weight": scale * torch.randn(32, 64) for i in range(4)}
+    save_file(tensors, path) if path.suffix == ".safetensors" else torch.save(tensors, path)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("how", ["renamed", "written", "cut off"])
+def test_a_source_replaced_midway_is_refused(tmp_path: Path, suffix: str, how: str) -> None:
+    path, other = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
+    written(path, 1.0)
+    written(other, 50.0)
+
+    def change() -> None:
+        if how == "renamed":
+            other.rename(path)
+        elif how == "written":
+            path.write_bytes(other.read_bytes())
+        else:
+            os.truncate(path, 9000)
+
+    options: dict[str, Any] = {"codec": "trellis", "settings": {"effort": "fast"}, "progress": Midway(change)}
+    if (suffix, how) == ("pt", "renamed"):  # mapped into memory: the old file is read to its end
+        seedpack.compress(path, tmp_path / "out", **options)
+        assert max(float(w.std()) for w in seedpack.load(tmp_path / "out", dense=True).values()) < 2
+        return
+    with pytest.raises(ModelError, match=r"a\.(safetensors|pt).* changed while the model was being read; run again"):
+        seedpack.compress(path, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_only_touched_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    written(path, 1.0)
+    same = path.read_bytes()
+    options: dict[str, Any] = {"codec": "trellis", "settings": {"effort": "fast"}}
+    seedpack.compress(path, tmp_path / "out", progress=Midway(lambda: path.write_bytes(same)), **options)
+    seedpack.compress(path, tmp_path / "again", progress=Midway(lambda: os.utime(path, (0, 0))), **options)
+    assert (tmp_path / "out").read_bytes() == (tmp_path / "again").read_bytes()
+
+
+def test_a_config_replaced_midway_is_refused(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    config = tmp_path / "dense" / "config.json"
+    change = Midway(lambda: config.write_text(config.read_text() + " "))
+    with pytest.raises(ModelError, match=r"config.json changed while the model was being read"):
+        seedpack.compress(
+            tmp_path / "dense", tmp_path / "out", codec="trellis", settings={"effort": "fast"}, progress=change
+        )

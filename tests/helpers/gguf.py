@@ -10,8 +10,8 @@ import torch
 from tests.helpers.models import llama
 
 
-def write_gguf(path: Path, merges: str = '! "') -> Path:
-    """A tiny Llama with a byte-level vocabulary, in F32."""
+def write_gguf(path: Path, merges: str = '! "', without: str = "") -> Path:
+    """A tiny Llama with a byte-level vocabulary, in F32; `without` is a tensor to leave out."""
     torch.manual_seed(0)
     model = llama(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -45,7 +45,7 @@ def write_gguf(path: Path, merges: str = '! "') -> Path:
                 "model.embed_tokens.weight": "token_embd.weight",
                 "model.norm.weight": "output_norm.weight",
             }.get(name, "")
-        if target:
+        if target and target != without:
             writer.add_tensor(target, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

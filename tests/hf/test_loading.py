@@ -91,7 +91,7 @@ def test_further_files_come_along(tmp_path: Path) -> None:
     (tmp_path / "dense" / "optimizer.pt").write_text("large")
     seedpack.compress(tmp_path / "dense", tmp_path / "packed", codec="svd", settings={"rank": 2}, dtype="bfloat16")
     names = sorted(os.listdir(tmp_path / "packed"))
-    assert names == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
+    assert names == ["config.json", "generation_config.json", "model.safetensors", "seedpack.json", "tokenizer.json"]
     config = json.loads((tmp_path / "packed" / "config.json").read_text())
     assert config["dtype"] == "bfloat16" and seedpack.load(tmp_path / "packed").dtype == torch.bfloat16
 

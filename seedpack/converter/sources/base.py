@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,31 @@ class SourceTensor:
     group: str = ""
 
 
+@dataclass(frozen=True)
+class FileState:
+    """Tells whether a file is still the one that it was: its device, number, size and time of change."""
+
+    device: int
+    number: int
+    size: int
+    time: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState:
+        """Return the state of a file now; of none that is there, one that no file has."""
+        try:
+            found = path.stat()
+        except OSError:
+            return cls(0, 0, -1, 0)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    @classmethod
+    def of_all(cls, paths: Iterable[Path]) -> dict[Path, FileState]:
+        """Return the states of some files."""
+        return {path: cls.of(path) for path in paths}
+
+
+NO_FILES: Mapping[Path, FileState] = {}
 Kind = tuple[str, bool, str]  # kind, transposed, group of a SourceTensor
 KindOf = Callable[[str, tuple[int, ...]], Kind]  # of a tensor's name and shape
 
@@ -71,6 +96,7 @@ class Source(ABC):
         shared: further names of some tensors.
         config: of a Hugging Face model, whose output is a folder; None for anything else.
         dropped: what the input held beside tensors, for a note.
+        files: that the tensors are read from, as they were when they were opened.
     """
 
     def __init__(
@@ -81,15 +107,47 @@ class Source(ABC):
         shared: dict[str, str] | None = None,
         config: dict[str, Any] | None = None,
         dropped: Iterable[str] = (),
+        files: Mapping[Path, FileState] = NO_FILES,
     ):
         if not tensors:
             raise ModelError(f"{name}: holds no tensors; is it a state dict?")
         self.name, self.tensors, self.shared, self.config = name, tensors, shared or {}, config
-        self.dropped = list(dropped)
+        self.dropped, self.files = list(dropped), files
+        self._digests: dict[str, str] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU; nothing of it stays in memory here.
+
+        Raises:
+            ModelError: its file was cut off or written to since it was opened.
+        """
+        for path, state in self.files.items():
+            if FileState.of(path).size != state.size:
+                raise self._changed(path)
+        tensor = self._read(name)
+        if self.files:
+            digest = part_digest(*to_bytes(tensor))
+            if self._digests.setdefault(name, digest) != digest:
+                raise self._changed(f"tensor {name!r}")
+        return tensor
 
     @abstractmethod
-    def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU; nothing of it stays in memory here."""
+    def _read(self, name: str) -> Tensor:
+        """Return one tensor on the CPU."""
+
+    def require_unchanged(self) -> None:
+        """Refuse files that were written to since they were opened: what was read could be parts of two models.
+
+        Where a file's size, time or place differs, all tensors that were read are read again, and compared by digest.
+        """
+        if any(FileState.of(path) != state for path, state in self.files.items()):
+            for name in list(self._digests):
+                self.read(name)
+
+    def _changed(self, what: object) -> ModelError:
+        return ModelError(
+            f"{self.name}: {what} changed while the model was being read; run again when nothing writes to it"
+        )
 
     def norm_power(self, name: str) -> Tensor | None:
         """Return the power of each input channel of a weight's layer [in], where a norm before it tells."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seedpack.converter.sources.base import KindOf, Source, SourceTensor
+from seedpack.converter.sources.base import FileState, KindOf, Source, SourceTensor
 from seedpack.converter.sources.state_dict import guess_kind
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
@@ -27,6 +27,7 @@ class SafetensorsSource(Source):
     """
 
     def __init__(self, paths: Sequence[Path], name: str | None = None, kind_of: KindOf = guess_kind):
+        files = FileState.of_all(paths)
         self._places: dict[str, tuple[Path, int, int]] = {}
         tensors: dict[str, SourceTensor] = {}
         for path in paths:
@@ -39,10 +40,9 @@ class SafetensorsSource(Source):
                     raise ModelError(f"{path}: tensor {key!r} stands in {self._places[key][0].name} too")
                 self._places[key] = (path, file.header.data_start + info.start, info.nbytes)
                 tensors[key] = SourceTensor(info.dtype, info.shape, *kind_of(key, info.shape))
-        super().__init__(name or str(paths[0]), tensors)
+        super().__init__(name or str(paths[0]), tensors, files=files)
 
-    def read(self, name: str) -> Tensor:
-        """Read one tensor from its file."""
+    def _read(self, name: str) -> Tensor:
         path, start, size = self._places[name]
         buffer = bytearray(size)
         with open(path, "rb") as file:
@@ -50,7 +50,7 @@ class SafetensorsSource(Source):
             while done < size:  # one call reads at most 2 GB
                 count = os.preadv(file.fileno(), [memoryview(buffer)[done:]], start + done)
                 if not count:
-                    raise ModelError(f"{path}: ended while {name!r} was read")
+                    raise self._changed(path)
                 done += count
         info = self.tensors[name]
         if not size:

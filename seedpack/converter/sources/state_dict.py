@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from seedpack.converter.sources.base import Kind, KindOf, Source, SourceTensor
+from seedpack.converter.sources.base import NO_FILES, FileState, Kind, KindOf, Source, SourceTensor
 from seedpack.dtypes import dtype_name, find_shared
 from seedpack.errors import ModelError
 
@@ -20,6 +21,7 @@ class StateDictSource(Source):
         state: names to tensors.
         kind_of: kind, transposed and group of a tensor; default by its name and shape.
         dropped: what the input held beside tensors.
+        files: that the tensors are mapped from.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class StateDictSource(Source):
         kind_of: KindOf | None = None,
         *,
         dropped: Iterable[str] = (),
+        files: Mapping[Path, FileState] = NO_FILES,
     ):
         for key, value in state.items():
             if isinstance(value, Tensor):
@@ -43,9 +46,9 @@ class StateDictSource(Source):
             if key not in shared:
                 dtype, shape = dtype_name(value.dtype), tuple(value.shape)
                 tensors[key] = SourceTensor(dtype, shape, *(kind_of or guess_kind)(key, shape))
-        super().__init__(name, tensors, shared=shared, dropped=dropped)
+        super().__init__(name, tensors, shared=shared, dropped=dropped, files=files)
 
-    def read(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         """Return one tensor on the CPU."""
         return self._state[name].detach().cpu().resolve_conj().resolve_neg()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seedpack.converter.sources.base import Source
+from seedpack.converter.sources.base import FileState, Source
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import ModelError, first_line
 
@@ -44,8 +44,9 @@ def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 def open_torch_file(path: Path) -> Source:
     """Open the state dict of one file."""
+    files = FileState.of_all([path])
     tensors, dropped = load_state_dict(path)
-    return StateDictSource(str(path), tensors, dropped=dropped)
+    return StateDictSource(str(path), tensors, dropped=dropped, files=files)
 
 
 def _load(path: Path) -> object:
