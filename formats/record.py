@@ -54,14 +54,14 @@ def verify_record(folder: Path) -> Iterator[tuple[str, FormatError | None]]:
         yield RECORD_FILE, error
         return
     for name, digest in (record or {}).items():
-        path, error = folder / name, None
+        path = folder / name
         if not path.is_file():
-            error = FormatError(f"{path}: is missing; fetch the folder again")
+            yield name, FormatError(f"{path}: is missing; fetch the folder again")
         elif file_digest(path) != digest:
-            error = DigestError(
-                f"{path}: its bytes changed since they were written; fetch it again, unless you changed it yourself"
-            )
-        yield name, error
+            remedy = "fetch it again, unless you changed it yourself"
+            yield name, DigestError(f"{path}: its bytes changed since they were written; {remedy}")
+        else:
+            yield name, None
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -57,13 +57,13 @@ def compress(
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
     started = time.perf_counter()
-    run = open_run(model, output, CompressOptions.of(options, changes), progress)
-    planned = make_plan(run.source, run.options, plan)
-    with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
-        planned, statistics = calibrate_plan(run, planned, plan)
-        report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
-    if statistics.journal is not None:
-        statistics.journal.clear()
+    with open_run(model, output, CompressOptions.of(options, changes), progress) as run:
+        planned = make_plan(run.source, run.options, plan)
+        with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
+            planned, statistics = calibrate_plan(run, planned, plan)
+            report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
+        if statistics.journal is not None:
+            statistics.journal.clear()
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -95,8 +95,8 @@ def plan(
     if output is None:
         raise ModelError("name the output that the plan is for: the calibration is kept beside it, for the run to come")
     options = replace(options, calibration=replace(options.calibrated, sequential=False))  # it would fit every layer
-    run = open_run(model, output, options, progress)
-    return calibrate_plan(run, make_plan(run.source, options, edits), edits)[0]
+    with open_run(model, output, options, progress) as run:
+        return calibrate_plan(run, make_plan(run.source, options, edits), edits)[0]
 
 
 def open_run(model: Model, output: str | Path, options: CompressOptions, progress: Progress) -> Run:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, silent
 from seedpack.converter.sources.base import Source
 from seedpack.errors import ModelError
+from seedpack.formats.lock import locked
 from seedpack.formats.staging import require_apart
 
 
@@ -23,6 +25,7 @@ class Run:
         output: a file; for a Hugging Face model a folder.
         progress: told of progress.
         weights: to be fitted in all, for progress.
+        locks: of the folders that this run uses, released when it ends.
     """
 
     source: Source
@@ -30,6 +33,7 @@ class Run:
     output: Path
     progress: Progress = silent
     weights: int = 0
+    locks: dict[Path, AbstractContextManager[None]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -45,6 +49,24 @@ class Run:
     def writes_folder(self) -> bool:
         """True if the output is a folder."""
         return self.source.config is not None
+
+    def hold(self, folder: Path) -> None:
+        """Keep other runs from a folder until this one ends.
+
+        Raises:
+            OutputError: another run uses it.
+        """
+        if folder not in self.locks:
+            lock = locked(folder, f"{folder}: another run is calibrating with it")
+            lock.__enter__()
+            self.locks[folder] = lock
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self.locks:
+            self.locks.popitem()[1].__exit__(None, None, None)
 
     def quiet(self) -> Run:
         """Return this run without progress."""

@@ -80,8 +80,19 @@ def _open_dense(path: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
+        _require_blocks(path)
         return load_complete(AutoModelForCausalLM, path.parent, path, gguf_file=path.name, dtype=torch.float32)
     except ModelError:
         raise
     except Exception as error:  # the parser meets foreign bytes: whatever it raises, they are no model
         raise ModelError(f"{path}: transformers cannot read it ({first_line(error)})") from error
+
+
+def _require_blocks(path: Path) -> None:
+    """Refuse a file that names more blocks than it has tensors, before they are built."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    for name, field in reader.fields.items():
+        if name.endswith(".block_count") and int(field.contents()) > len(reader.tensors):
+            raise ModelError(f"{path}: has {len(reader.tensors)} tensors for {field.contents()} blocks; fetch it again")

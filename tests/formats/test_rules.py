@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -23,12 +24,13 @@ from seedpack.errors import (
     CodecError,
     DigestError,
     FormatError,
+    OutputError,
     SeedpackError,
     UnknownCodecError,
     VersionError,
 )
-from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, View
-from seedpack.formats.header import DTYPE_BYTES, level_of
+from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, View, staged
+from seedpack.formats.header import DTYPE_BYTES, dumps_canonical, level_of
 from seedpack.formats.manifest import loads_manifest
 from seedpack.kernels.common.bits import pack, unpack
 from seedpack.loader.dense import stored_dense
@@ -463,3 +465,17 @@ def test_m26_levels(tmp_path: Path) -> None:
     path.write_bytes(data + b"x")
     with pytest.raises(FormatError, match="bytes follow that belong to no tensor"):
         load(path, dense=True, fraction=1.0)
+
+
+def test_m27_the_record_of_a_folder(tmp_path: Path) -> None:
+    with staged(tmp_path / "out", directory=True) as partial:
+        (partial / "config.json").write_text("{}")
+    text = (tmp_path / "out" / "seedpack.json").read_text()
+    record = json.loads(text)
+    assert record.keys() == {"seedpack", "writer", "files", "digest"} and text == dumps_canonical(record)
+    assert record["files"] == {"config.json": hashlib.sha256(b"{}").hexdigest()}
+    body = dumps_canonical({key: value for key, value in record.items() if key != "digest"})
+    assert record["digest"] == hashlib.sha256(body.encode()).hexdigest()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    with pytest.raises(OutputError, match="did not write"), staged(tmp_path / "out", directory=True, force=True):
+        raise AssertionError("not reached")

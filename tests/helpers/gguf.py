@@ -10,15 +10,15 @@ import torch
 from tests.helpers.models import llama
 
 
-def write_gguf(path: Path, merges: str = '! "', without: str = "") -> Path:
-    """A tiny Llama with a byte-level vocabulary, in F32; `without` is a tensor to leave out."""
+def write_gguf(path: Path, merges: str = '! "', without: str = "", more_blocks: int = 0) -> Path:
+    """A tiny Llama with a byte-level vocabulary, in F32, without one tensor or with more blocks in its header than it has."""
     torch.manual_seed(0)
     model = llama(num_attention_heads=4, num_key_value_heads=4, tie_word_embeddings=True)
     writer = gguf.GGUFWriter(str(path), "llama")
     config = model.config
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
+    writer.add_block_count(config.num_hidden_layers + more_blocks)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)

@@ -104,6 +104,12 @@ class TestSources:
         with pytest.raises(ModelError, match="tiny.gguf: lacks model.*weight"):
             seedpack.plan(path, codec=CODEC)
 
+    @pytest.mark.parametrize("more", [1, 1 << 30])
+    def test_a_gguf_of_more_blocks(self, tmp_path: Path, more: int) -> None:
+        path = write_gguf(tmp_path / "tiny.gguf", more_blocks=more)
+        with pytest.raises(ModelError, match="lacks model.layers.2|has 20 tensors for 1073741826 blocks"):
+            seedpack.plan(path, codec=CODEC)
+
     def test_a_model_to_calibrate_or_to_score(self, folders: Folders, tmp_path: Path) -> None:
         """The source is checked when it is opened; a folder that is damaged after that is found when the model is opened."""
         shutil.copytree(folders.dense, tmp_path / "dense")

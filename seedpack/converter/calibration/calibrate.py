@@ -233,7 +233,9 @@ def _store(run: Run, plan: Plan | None = None) -> Store:
     if plan is not None:
         made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    return Store(run.output.parent / FOLDER / key, made_of)
+    folder = run.output.parent / FOLDER / key
+    run.hold(folder)
+    return Store(folder, made_of)
 
 
 def _tokens(run: Run, opened: OpenModel, store: Store) -> Tensor:

@@ -22,7 +22,7 @@ from seedpack.converter.calibration.store import Store
 from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import open_source
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, OutputError
 from seedpack.eval.language import compare_language_models, windows
 from seedpack.hf import language_model
 from seedpack.hf.internals import decoder_layers
@@ -36,7 +36,8 @@ DECODERS = ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "mixtral"]
 
 
 def calibrated(source: Source, calibration: Calibration, output: Path) -> Any:
-    return calibrate(Run(source, CompressOptions(calibration=calibration), output)).moments
+    with Run(source, CompressOptions(calibration=calibration), output) as run:
+        return calibrate(run).moments
 
 
 def ids(count: int = 6, context: int = 16) -> Tensor:
@@ -470,3 +471,20 @@ def test_data_sets_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModelError, match="pip install datasets"):
         next(tokens.hub_texts("org/name"))
+
+
+def test_one_run_at_a_time_calibrates(folder: Path, tmp_path: Path) -> None:
+    """Two outputs in one place share the statistics of a text, so one run waits for the other; nothing stays locked."""
+    options = CompressOptions(calibration=Calibration(ids(), context=16), settings={"effort": "fast"})
+    refused: list[OutputError] = []
+
+    def second(*_: object) -> None:
+        if not refused:
+            with pytest.raises(OutputError, match="another run is calibrating with it .process") as caught:
+                seedpack.compress(folder, tmp_path / "b", options)
+            refused.append(caught.value)
+
+    seedpack.compress(folder, tmp_path / "a", options, progress=second)
+    seedpack.compress(folder, tmp_path / "b", options)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    assert not list(tmp_path.rglob("lock")) and not list(tmp_path.glob(".*"))
