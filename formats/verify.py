@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 from seedpack.errors import FormatError
@@ -26,9 +26,7 @@ def verify_files(paths: Sequence[Path], of_config: Manifest) -> None:
         FormatError: the files are not those that config.json was written for.
     """
     with ExitStack() as stack, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        files = [SafetensorsFile(path) for path in paths]
-        for file in files:
-            stack.callback(file.close)
+        files = [stack.enter_context(closing(SafetensorsFile(path))) for path in paths]
         manifests = [file.manifest() for file in files]
         own = [manifest for manifest in manifests if manifest is not None]
         if len(own) == len(files):
@@ -50,3 +48,10 @@ def verify_files(paths: Sequence[Path], of_config: Manifest) -> None:
             ]
         for check in checks:
             check.result()
+
+
+def stored_keys(paths: Sequence[Path]) -> set[str]:
+    """Return the keys of all tensors in weight files."""
+    with ExitStack() as stack:
+        files = [stack.enter_context(closing(SafetensorsFile(path))) for path in paths]
+        return {key for file in files for key in file.header.tensors}

@@ -7,6 +7,7 @@ transformers loads the parts like any other parameters.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
+from seedpack.formats import Manifest
 from seedpack.formats.digest import verifies
-from seedpack.formats.verify import verify_files
+from seedpack.formats.verify import stored_keys, verify_files
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, PackedExperts, check_experts, pack_experts_, unpack_experts_
@@ -45,9 +47,10 @@ class SeedpackQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
+        files, checkpoint_names = [Path(file) for file in kwargs["checkpoint_files"]], CheckpointNames(model)
         if verifies():
-            verify_files([Path(file) for file in kwargs.get("checkpoint_files") or ()], manifest)
-        checkpoint_names = CheckpointNames(model)
+            verify_files(files, manifest)
+        _require_parts(manifest, stored_keys(files), checkpoint_names)
         experts: dict[str, list[str]] = defaultdict(list)
         layers: set[str] = set()
         for name in manifest.tensors:
@@ -151,6 +154,28 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
+def _require_parts(manifest: Manifest, keys: set[str], names: CheckpointNames) -> None:
+    """Refuse files that lack a part; when transformers has saved them again, keys can have lost the model's prefix."""
+
+    def known_as(key: str) -> str:
+        target, merged_by = names.parameter(key)
+        return key if merged_by else target.removeprefix(f"{names.model.base_model_prefix}.")
+
+    lacking = {key for name in manifest.tensors for key in manifest.part_keys(name).values()} - keys
+    if lacking:
+        known = {known_as(key) for key in keys}
+        lacking = {key for key in lacking if known_as(key) not in known}
+    if lacking:
+        raise _incomplete(lacking)
+
+
+def _incomplete(lacking: Collection[str]) -> ModelError:
+    return ModelError(
+        f"the checkpoint lacks {len(lacking)} of the model's tensors, such as {min(lacking)!r}, which would be random numbers; "
+        "fetch the whole checkpoint again, with the config.json that belongs to it"
+    )
+
+
 def _require_filled(model: Any) -> None:
     """Refuse packed layers that no file had all of, and in the architecture that was packed any other tensor too.
 
@@ -162,10 +187,7 @@ def _require_filled(model: Any) -> None:
         needed = {id(tensor) for module in packed for tensor in module.parameters(recurse=False)}
         unfilled = {name: tensor for name, tensor in unfilled.items() if id(tensor) in needed}
     if unfilled:
-        raise ModelError(
-            f"the checkpoint lacks {len(unfilled)} of the model's tensors, such as {min(unfilled)!r}, which would be random "
-            "numbers; fetch the whole checkpoint again, with the config.json that belongs to it"
-        )
+        raise _incomplete(unfilled)
 
 
 def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:
