@@ -109,7 +109,9 @@ def flips(folder: Path, read: Callable[[Path], Any]) -> int:
     """Return how many of some random bits of a folder's data are refused."""
     path = folder / "model.safetensors"
     content, refused = bytearray(path.read_bytes()), 0
-    start = SafetensorsFile(path).header.data_start
+    file = SafetensorsFile(path)
+    file.close()
+    start = file.header.data_start
     for place in random.Random(0).sample(range(8 * start, 8 * len(content)), PLACES):
         content[place // 8] ^= 1 << place % 8
         path.write_bytes(content)

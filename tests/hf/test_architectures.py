@@ -80,7 +80,7 @@ def test_packed_mixtures_can_be_cast(tmp_path: Path) -> None:
     assert output(model).dtype == torch.bfloat16
 
 
-def test_damaged_experts_are_refused(tmp_path: Path) -> None:
+def test_damaged_experts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from safetensors.torch import save_file
 
     folders = Folders(ARCHITECTURES["mixtral"](), tmp_path)
@@ -88,6 +88,7 @@ def test_damaged_experts_are_refused(tmp_path: Path) -> None:
     name = next(name for name in state if "experts" in name and name.endswith("exponent_bias"))
     state[name] = torch.tensor([127], dtype=torch.int8)
     save_file(state, folders.packed / "model.safetensors", metadata={"format": "pt"})
+    monkeypatch.setenv("SEEDPACK_VERIFY", "0")  # the digests would tell before
     with pytest.raises(seedpack.SeedpackError, match="exponent bias 127 is not in"):
         folders.cls.from_pretrained(folders.packed)
 

@@ -161,6 +161,7 @@ class TestDigests:
     ) -> None:
         path: Path = request.getfixturevalue(saved) / "model.safetensors"
         file = SafetensorsFile(path)
+        file.close()
         with_digest = [info for info in file.header.tensors.values() if saved == "packed" or info.dtype[0] in "UI"]
         places = [file.header.data_start + i for info in with_digest for i in range(info.start, info.end)]
         content = bytearray(path.read_bytes())
