@@ -9,12 +9,17 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from seedpack.errors import FormatError
+from seedpack.formats.digest import verifies
 from seedpack.formats.manifest import Manifest, merge, part_key
 from seedpack.formats.reader import SafetensorsFile, require_same_manifest
 
+Check = tuple[SafetensorsFile, str, str, str]  # a file, and the tensor, the part and the digest to compare in it
 
-def verify_files(paths: Sequence[Path], of_config: Manifest) -> None:
-    """Check every tensor of a checkpoint's weight files against its digest.
+
+def checked_keys(paths: Sequence[Path], of_config: Manifest) -> set[str]:
+    """Return the keys in a checkpoint's weight files, once every tensor is checked against its digest.
+
+    Digests are left out if SEEDPACK_VERIFY is 0. All cores compute them: hashlib lets other threads run.
 
     Args:
         paths: of the files.
@@ -25,33 +30,30 @@ def verify_files(paths: Sequence[Path], of_config: Manifest) -> None:
         DigestError: naming the tensor.
         FormatError: the files are not those that config.json was written for.
     """
-    with ExitStack() as stack, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        files = [stack.enter_context(closing(SafetensorsFile(path))) for path in paths]
-        manifests = [file.manifest() for file in files]
-        own = [manifest for manifest in manifests if manifest is not None]
-        if len(own) == len(files):
-            require_same_manifest(merge(own, str(paths[0].parent)), of_config, str(paths[0].parent / "config.json"))
-        checks = []
-        for file, manifest in zip(files, manifests, strict=True):
-            entries = (manifest or of_config).tensors.items()
-            parts = {
-                part_key(name, part): (name, part, d) for name, entry in entries for part, d in entry.parts.items()
-            }
-            if manifest is not None:
-                file.require_canonical()
-                if odd := parts.keys() ^ file.header.tensors.keys():
-                    raise FormatError(
-                        f"{file.path}: {min(odd)!r} is in its manifest or among its tensors, but not in both"
-                    )
-            checks += [
-                pool.submit(file.require_digest, *parts[key]) for key in parts.keys() & file.header.tensors.keys()
-            ]
-        for check in checks:
-            check.result()
-
-
-def stored_keys(paths: Sequence[Path]) -> set[str]:
-    """Return the keys of all tensors in weight files."""
     with ExitStack() as stack:
         files = [stack.enter_context(closing(SafetensorsFile(path))) for path in paths]
+        if verifies():
+            manifests = [file.manifest() for file in files]
+            own = [manifest for manifest in manifests if manifest is not None]
+            if len(own) == len(files):
+                require_same_manifest(merge(own, str(paths[0].parent)), of_config, str(paths[0].parent / "config.json"))
+            checks = [
+                check for file, found in zip(files, manifests, strict=True) for check in _checks(file, found, of_config)
+            ]
+            workers = min(8, os.cpu_count() or 1)
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(_compare, [checks[i::workers] for i in range(workers)]))
         return {key for file in files for key in file.header.tensors}
+
+
+def _checks(file: SafetensorsFile, own: Manifest | None, of_config: Manifest) -> list[Check]:
+    keys, entries = file.header.tensors.keys(), (own or of_config).tensors.items()
+    parts = {part_key(name, part): (name, part, d) for name, entry in entries for part, d in entry.parts.items()}
+    if own is not None and (odd := parts.keys() ^ keys):
+        raise FormatError(f"{file.path}: {min(odd)!r} is in its manifest or among its tensors, but not in both")
+    return [(file, *parts[key]) for key in keys if key in parts]
+
+
+def _compare(checks: Sequence[Check]) -> None:
+    for file, name, part, digest in checks:
+        file.require_digest(name, part, digest)

@@ -18,8 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import Manifest
-from seedpack.formats.digest import verifies
-from seedpack.formats.verify import stored_keys, verify_files
+from seedpack.formats.verify import checked_keys
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, PackedExperts, check_experts, pack_experts_, unpack_experts_
@@ -47,10 +46,9 @@ class SeedpackQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
-        files, checkpoint_names = [Path(file) for file in kwargs["checkpoint_files"]], CheckpointNames(model)
-        if verifies():
-            verify_files(files, manifest)
-        _require_parts(manifest, stored_keys(files), checkpoint_names)
+        checkpoint_names = CheckpointNames(model)
+        keys = checked_keys([Path(file) for file in kwargs["checkpoint_files"]], manifest)
+        _require_parts(manifest, keys, checkpoint_names)
         experts: dict[str, list[str]] = defaultdict(list)
         layers: set[str] = set()
         for name in manifest.tensors:
