@@ -54,12 +54,10 @@ def _acquire(folder: Path, what: str) -> int:
         except FileNotFoundError:  # its last holder has just removed the folder
             continue
         try:
-            if not _take(descriptor, created):
-                holder = os.read(descriptor, 200).decode("utf-8", "replace")
-                raise OutputError(
-                    f"{what} ({holder or 'it has just begun'}); wait for it, or name another output; "
-                    f"if it is dead and the file system knows no locks, remove {folder}"
-                )
+            if (taken := _take(descriptor)) is False or (taken is None and not created):
+                holder = os.read(descriptor, 200).decode("utf-8", "replace") or "it has just begun"
+                remedy = "" if taken is False else f", or if it is dead remove {folder} (this file system has no locks)"
+                raise OutputError(f"{what} ({holder}); wait for it, or name another output{remedy}")
             if _is(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -79,15 +77,15 @@ def _open(path: Path) -> tuple[int, bool]:
         return os.open(path, os.O_RDWR), False
 
 
-def _take(descriptor: int, created: bool) -> bool:
-    """Lock an open file, or find that another run has."""
+def _take(descriptor: int) -> bool | None:
+    """Lock an open file: return whether that worked, or None where the file system has no locks."""
     if fcntl is None:
-        return created
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in _NO_LOCKS:
-            return created
+            return None
         if error.errno not in _HELD:
             raise
         return False
