@@ -15,8 +15,9 @@ from seedpack.cli import output
 @click.argument("b")
 @click.option("--ranks/--no-ranks", default=True, help="Compute effective ranks (one eigendecomposition per tensor).")
 @output.key_option
+@output.max_bytes_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
+def command(a: str, b: str, ranks: bool, max_bytes: int | None, as_json: bool) -> None:
     """Compare the tensors of model B with those of model A, the reference; each may be dense or packed.
 
     Relative error is ‖A-B‖²/‖A‖². The effective rank is the exponential of the entropy of the normalised singular
@@ -26,7 +27,7 @@ def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
     from seedpack.eval.tensors import compare_tensors
 
     output.quiet_transformers()
-    lone, count, comparisons = compare_tensors(a, b, ranks=ranks)
+    lone, count, comparisons = compare_tensors(a, b, ranks=ranks, max_bytes=max_bytes)
     compared = []
     with output.progress("Comparing", count, "tensors") as advance:
         for comparison in comparisons:
@@ -60,7 +61,7 @@ def command(a: str, b: str, ranks: bool, as_json: bool) -> None:
         [total[i] for i in used],
     )
     if lone:
-        click.echo(f"{len(lone)} tensors are in one of the two models only, such as {lone[0]!r}")
+        output.echo(f"{len(lone)} tensors are in one of the two models only, such as {lone[0]!r}")
 
 
 def _number(value: float | None) -> str:

@@ -119,7 +119,7 @@ def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **giv
     edits, options = given.pop("plan"), options_of(**given)
     source = open_source(model)
     if source.dropped and not as_json:
-        click.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
+        screen.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
     with screen.stages() as progress:
         if dry_run:
             plan = api.plan(source, options, output=output, edits=edits, progress=progress)
@@ -182,7 +182,8 @@ def show_plan(model: str, plan: Any) -> None:
         f"{totals['bits_per_packed_weight']:.3f} bits for each of their weights",
         *(f"{n} tensors raw: {note}" for note, n in notes.items()),
     ]
-    click.echo("\n".join(lines))
+    for line in lines:
+        screen.echo(line)
 
 
 def show_report(report: Any) -> None:

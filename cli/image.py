@@ -72,13 +72,16 @@ def compress(
     "-o", "--output", "out", required=True, type=click.Path(path_type=Path), help="Image to write, such as photo.png."
 )
 @output.fraction_option
+@output.max_bytes_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def decompress(packed: Path, out: Path, fraction: float | None, force: bool, as_json: bool) -> None:
+def decompress(
+    packed: Path, out: Path, fraction: float | None, max_bytes: int | None, force: bool, as_json: bool
+) -> None:
     """Render the image of PACKED."""
     from seedpack import image as images
 
-    pixels = images.decompress(packed, fraction=fraction)
+    pixels = images.decompress(packed, fraction=fraction, max_bytes=max_bytes)
     images.write(pixels, out, force=force)
     height, width, channels = pixels.shape
     report = {"path": str(out), "height": height, "width": width, "channels": channels}

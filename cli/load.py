@@ -21,8 +21,11 @@ from seedpack.errors import ModelError
 )
 @output.fraction_option
 @output.key_option
+@output.max_bytes_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(packed: Path, prompt: str | None, max_new_tokens: int, fraction: float | None, as_json: bool) -> None:
+def command(
+    packed: Path, prompt: str | None, max_new_tokens: int, fraction: float | None, max_bytes: int | None, as_json: bool
+) -> None:
     """Load the checkpoint PACKED and report its layers, memory and time.
 
     A Hugging Face folder becomes a model whose layers stay packed; the tensors of a single file are rebuilt.
@@ -36,15 +39,15 @@ def command(packed: Path, prompt: str | None, max_new_tokens: int, fraction: flo
     if not (packed / "config.json").is_file():
         if prompt is not None:
             raise click.UsageError("--prompt needs a Hugging Face folder with a tokenizer")
-        state = seedpack.load(packed, dense=True, fraction=fraction)
+        state = seedpack.load(packed, dense=True, fraction=fraction, max_bytes=max_bytes)
         report = {
             "tensors": len(state),
-            "dense_bytes": sum(t.nbytes for t in state.values()),
+            "dense_bytes": sum({t.data_ptr(): t.nbytes for t in state.values()}.values()),
             "seconds": time.perf_counter() - started,
         }
         _show(packed, report, as_json)
         return
-    model = seedpack.load(packed, fraction=fraction)
+    model = seedpack.load(packed, fraction=fraction, max_bytes=max_bytes)
     report = {
         "architecture": type(model).__name__,
         "layers": dict(_layers(model)),
@@ -119,4 +122,4 @@ def _show(packed: Path, report: dict[str, Any], as_json: bool) -> None:
         pairs.append(("generated", f"{report['new_tokens']} tokens, {report['tokens_per_second']:.1f} per second"))
     output.show_pairs(f"Loaded {packed}", pairs)
     if "text" in report:
-        click.echo(report["text"])
+        output.echo(report["text"], lines=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
 from typing import Any
 
 import click
 
 import seedpack
+from seedpack.cli.output import echo, on_one_line, printable, show_warning
 from seedpack.errors import SeedpackError
 
 COMMANDS = {
@@ -56,7 +58,10 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SeedpackError as error:
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(on_one_line(str(error))) from None
+        except click.ClickException as error:
+            vars(error).update(message=printable(error.message))
+            raise
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -69,6 +74,7 @@ def main() -> None:
     """Run the program `seedpack`."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # half-written output is removed
         signal.signal(number, lambda caught, _: sys.exit(128 + caught))
+    warnings.showwarning = show_warning
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:
@@ -80,5 +86,5 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(1)
     except (OSError, MemoryError) as error:
-        click.echo(f"Error: {type(error).__name__}: {error}", err=True)
+        echo(f"Error: {type(error).__name__}: {error}", err=True)
         sys.exit(1)

@@ -6,12 +6,15 @@ import contextlib
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def size(count: float) -> str:
@@ -56,8 +59,25 @@ def db(value: float) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace the characters of a text from a file that could control the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Replace what could control the terminal in a text from a file: control characters, and changes of direction."""
+    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def on_one_line(text: str) -> str:
+    """Replace line breaks too."""
+    return printable(text).replace("\n", "\N{REPLACEMENT CHARACTER}")
+
+
+def echo(text: str, *, err: bool = False, lines: bool = False) -> None:
+    """Print a line, whatever it may have taken from a file or a path; or a text of several lines."""
+    click.echo(printable(text) if lines else on_one_line(text), err=err)
+
+
+def show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Print a warning as one line, in place of `warnings.showwarning`."""
+    echo(f"Warning: {message}", err=True)
 
 
 def show_table(
@@ -65,42 +85,42 @@ def show_table(
 ) -> None:
     """Print a table; the first column is text, the others are numbers."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_footer=total is not None, pad_edge=False)
     for i, name in enumerate(columns):
-        footer = "" if total is None else total[i]
+        footer = Text("" if total is None else on_one_line(total[i]))
         table.add_column(
             name, footer, justify="right" if i else "left", overflow="fold", no_wrap=i > 0, min_width=0 if i else 18
         )
     for row in rows:
-        table.add_row(*(escape(printable(cell)) for cell in row))
+        table.add_row(*(Text(on_one_line(cell)) for cell in row))
     _print_below(title, table)
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     """Print pairs of a name and a value."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in pairs:
-        table.add_row(name, escape(printable(value)))
+        table.add_row(name, Text(on_one_line(value)))
     _print_below(title, table)
 
 
 def _print_below(title: str, table: Any) -> None:
     """Print a table below its title, in 160 columns where there is no terminal."""
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    console.print(f"[bold]{escape(printable(title))}[/bold]", soft_wrap=True)
+    console.print(Text(on_one_line(title), style="bold"), soft_wrap=True)
     console.print(table)
 
 
@@ -162,7 +182,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], Non
         TaskProgressColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(compact=True),
-        TextColumn("[dim]{task.fields[item]}"),
+        TextColumn("{task.fields[item]}", style="dim", markup=False),
     )
     started = time.perf_counter()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -171,7 +191,7 @@ def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], Non
         def advance(item: str, count: int) -> None:
             done = bar.tasks[0].completed + count
             rate = done / max(1e-9, time.perf_counter() - started)
-            bar.update(task, advance=count, item=f"{item[-40:]:40}", rate=f"{_count(rate)} {unit}/s")
+            bar.update(task, advance=count, item=f"{on_one_line(item)[-40:]:40}", rate=f"{_count(rate)} {unit}/s")
 
         yield advance
 
@@ -218,6 +238,21 @@ key_option = click.option(
     expose_value=False,
     callback=_use_key_file,
     help="File of the private key (16 bytes or 32 hexadecimal digits), for weights that are regenerated with one.",
+)
+
+
+def _parse_limit(ctx: click.Context, option: click.Parameter, size: str | None) -> int | None:
+    return None if size is None else parse_size(size)
+
+
+def limit_option(text: str) -> Callable[[Any], Any]:
+    """Return the option --max-bytes with its help."""
+    return click.option("--max-bytes", metavar="SIZE", callback=_parse_limit, help=text)
+
+
+max_bytes_option = limit_option(
+    "What decoding a tensor may take, as 5GB, of a file that you trust. Default: 1GB, or 1024 times the file if that is more, "
+    "and no more than is free."
 )
 fraction_option = click.option(
     "--fraction",

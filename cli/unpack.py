@@ -22,11 +22,14 @@ from seedpack.cli import output
 @click.option("--dtype", help="Dtype of float tensors; default: each tensor's own.")
 @output.fraction_option
 @output.key_option
+@output.max_bytes_option
 @click.option("--force", is_flag=True, help="Replace an existing output.")
-def command(packed: Path, out: Path, dtype: str | None, fraction: float | None, force: bool) -> None:
+def command(
+    packed: Path, out: Path, dtype: str | None, fraction: float | None, max_bytes: int | None, force: bool
+) -> None:
     """Rebuild the dense model of PACKED: a safetensors file, or a Hugging Face folder that needs no seedpack."""
     from seedpack import api
 
-    api.unpack(packed, out, dtype=dtype, fraction=fraction, force=force)
+    api.unpack(packed, out, dtype=dtype, fraction=fraction, max_bytes=max_bytes, force=force)
     files = sorted(out.glob("*.safetensors")) if out.is_dir() else [out]
-    click.echo(f"{out}: {output.size(sum(file.stat().st_size for file in files))} of dense weights")
+    output.echo(f"{out}: {output.size(sum(file.stat().st_size for file in files))} of dense weights")

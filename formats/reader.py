@@ -59,7 +59,7 @@ class SafetensorsFile:
         except OSError as error:
             raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
         try:
-            size = os.fstat(self._file.fileno()).st_size
+            self.size = size = os.fstat(self._file.fileno()).st_size
             length = header_length(self._file.read(8), size, str(path))
             self._header_bytes = self._file.read(length)
             self.header: Header = parse_header(self._header_bytes, size, str(path), whole=whole)
@@ -125,10 +125,13 @@ class Checkpoint:
         path: a file or folder.
         fraction: read no more than this share of the levels of tensors that have levels, above 0 and at most 1; files may
             be cut off at their end then, as long as the first level of every tensor is there.
+        max_bytes: that decoding may take, for those who decode; None leaves it to them.
     """
 
-    def __init__(self, path: str | Path, *, fraction: float | None = None):
-        self.path, self.fraction = Path(path), fraction
+    def __init__(self, path: str | Path, *, fraction: float | None = None, max_bytes: int | None = None):
+        self.path, self.fraction, self.max_bytes = Path(path), fraction, max_bytes
+        if max_bytes is not None and (type(max_bytes) is not int or max_bytes < 1):
+            raise FormatError(f"{path}: max_bytes must be a whole number from 1, got {max_bytes!r}")
         if fraction is not None and not 0 < fraction <= 1:
             raise FormatError(f"{path}: fraction must be above 0 and at most 1, got {fraction}")
         self.files: list[SafetensorsFile] = []
@@ -186,7 +189,7 @@ class Checkpoint:
     @property
     def stored_bytes(self) -> int:
         """Size on disk of all weight files, headers included."""
-        return sum(file.path.stat().st_size for file in self.files)
+        return sum(file.size for file in self.files)
 
     def verify(self) -> Iterator[tuple[str, DigestError | None]]:
         """Check every part of every tensor against its digest, yielding (tensor, error or None) as it goes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from seedpack._version import WRITER
@@ -46,14 +46,21 @@ def read_record(folder: Path) -> dict[str, str] | None:
     return document["files"]
 
 
-def verify_record(folder: Path) -> Iterator[tuple[str, FormatError | None]]:
-    """Check a folder's record, and every file in it against its digest, yielding (file, error or None) as it goes."""
+def verify_record(folder: Path, without: Container[str] = ()) -> Iterator[tuple[str, FormatError | None]]:
+    """Check a folder's record, and the files in it against their digests, yielding (file, error or None) as it goes.
+
+    Args:
+        folder: one that may have a record.
+        without: names of files that have digests of their own.
+    """
     try:
         record = read_record(folder)
     except FormatError as error:
         yield RECORD_FILE, error
         return
     for name, digest in (record or {}).items():
+        if name in without:
+            continue
         path = folder / name
         if not path.is_file():
             yield name, FormatError(f"{path}: is missing; fetch the folder again")

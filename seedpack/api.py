@@ -19,7 +19,7 @@ from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.folder import complete_dense_folder
 from seedpack.hf.loading import load_pretrained
 from seedpack.keys import use_key
-from seedpack.loader.dense import dense_tensors
+from seedpack.loader.dense import dense_state
 from seedpack.loader.fill import copy_, fill_, use_int8_activations_
 from seedpack.loader.save import save_module
 from seedpack.loader.unpack import write_dense
@@ -35,6 +35,7 @@ def load(
     fraction: float | None = None,
     key: bytes | None = None,
     copy: bool = False,
+    max_bytes: int | None = None,
     **options: Any,
 ) -> Any:
     """Load a packed checkpoint.
@@ -52,6 +53,8 @@ def load(
         key: the 16 bytes of a private key, for weights that are regenerated with one; known to the process from then on.
         copy: give the module memory of its own. By default packed layers are views of the file, mapped into memory: replace it
             only by renaming another into its place, as seedpack does. Who writes into it changes the live weights.
+        max_bytes: that decoding may take, of files that you trust: a tensor that cannot stay packed, or all of a dense
+            state dict. By default 1 GB, or 1,024 times the file if that is more, and no more than is free.
         options: for a Hugging Face folder, passed on to transformers' `from_pretrained` (device_map, …).
 
     Returns:
@@ -61,19 +64,20 @@ def load(
         FormatError: the bytes break a rule of docs/format.md. Digests are compared (`DigestError`) unless the environment
             variable SEEDPACK_VERIFY is 0.
         ModelError: the file and the model do not have the same tensors, or arguments do not go together.
+        LimitError: it takes more than `max_bytes`; nothing was decoded.
     """
     target = dtype if dtype is None or dtype == "auto" else float_dtype(dtype)
-    _check_load(Path(path), model, dense, int8_activations, fraction, options)
+    reading: dict[str, Any] = {"fraction": fraction, "max_bytes": max_bytes}
+    _check_load(Path(path), model, dense, int8_activations, reading, options)
     with ExitStack() as stack:
         if key is not None:
             stack.enter_context(use_key(key))
         if model is None and not dense:
             model = load_pretrained(Path(path), "auto" if target is None else target, **options)
         else:
-            checkpoint = stack.enter_context(Checkpoint(path, fraction=fraction))
+            checkpoint = stack.enter_context(Checkpoint(path, **reading))
             if model is None:
-                tensors = dense_tensors(checkpoint, target if isinstance(target, torch.dtype) else None)
-                return {name: tensor.clone() for name, tensor in tensors}
+                return dense_state(checkpoint, target if isinstance(target, torch.dtype) else None)
             fill_(model, checkpoint)
         if copy:
             copy_(model)
@@ -83,7 +87,7 @@ def load(
 
 
 def _check_load(
-    path: Path, model: nn.Module | None, dense: bool, int8: bool, fraction: float | None, options: dict[str, Any]
+    path: Path, model: nn.Module | None, dense: bool, int8: bool, reading: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Refuse arguments of `load` that do not go together, and files that it cannot load so."""
     if model is not None or dense:
@@ -92,8 +96,9 @@ def _check_load(
         if options:
             raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")
         return
-    if fraction is not None:
-        raise ModelError("a fraction is for a module that is filled (model=net), or a dense state dict (dense=True)")
+    for option, value in reading.items():
+        if value is not None:
+            raise ModelError(f"{option} is for a module that is filled (model=net), or a dense state dict (dense=True)")
     if not (path / "config.json").is_file():
         Checkpoint(path).close()  # a clear error for what is no checkpoint at all
         raise ModelError(
@@ -118,6 +123,7 @@ def unpack(
     dtype: str | torch.dtype | None = None,
     fraction: float | None = None,
     key: bytes | None = None,
+    max_bytes: int | None = None,
     force: bool = False,
 ) -> None:
     """Rebuild the dense model: a safetensors file, or a dense Hugging Face folder. One tensor is in memory at a time.
@@ -128,7 +134,11 @@ def unpack(
         dtype: of float tensors; default each tensor's own.
         fraction: as `load` takes it.
         key: as `load` takes it.
+        max_bytes: as `load` takes it, of a tensor; the dense file may take as much on the disk.
         force: replace an existing output.
+
+    Raises:
+        LimitError: it takes more than `max_bytes`; nothing was decoded.
     """
     path, output = Path(path), Path(output)
     target, folder = float_dtype(dtype) if dtype else None, path.is_dir()
@@ -136,7 +146,7 @@ def unpack(
     with ExitStack() as stack:
         if key is not None:
             stack.enter_context(use_key(key))
-        checkpoint = stack.enter_context(Checkpoint(path, fraction=fraction))
+        checkpoint = stack.enter_context(Checkpoint(path, fraction=fraction, max_bytes=max_bytes))
         partial = stack.enter_context(staged(output, force=force, directory=folder))
         write_dense(checkpoint, partial / SINGLE_FILE if folder else partial, target)
         if folder:

@@ -8,9 +8,10 @@
     │   └── UnknownCodecError
     ├── ModelError           a source model or a target module cannot be used as asked
     │   └── NonfiniteError   NaN or Inf weights
+    ├── LimitError           decoding would take more than the limit allows
     ├── KeyNeededError       a private key is missing, wrong or malformed
     ├── OutputError          the output cannot be written
-    └── BackendError         the backend asked for cannot run here
+    └── BackendError         a backend cannot run here, or needs a package that is not installed
 
 Each message says what, where, found and expected, and a remedy.
 """
@@ -50,6 +51,10 @@ class NonfiniteError(ModelError):
     """A weight to be packed holds NaN or Inf."""
 
 
+class LimitError(SeedpackError, ValueError):
+    """Decoding would take more memory or time than the limit allows; `max_bytes` raises it."""
+
+
 class KeyNeededError(SeedpackError, ValueError):
     """A private key is missing, is another one than the file was made with, or is malformed."""
 
@@ -59,7 +64,7 @@ class OutputError(SeedpackError, OSError):
 
 
 class BackendError(SeedpackError, RuntimeError):
-    """The backend asked for cannot run here."""
+    """A backend cannot run here, or needs a package that is not installed."""
 
 
 def first_line(error: BaseException) -> str:

@@ -63,6 +63,16 @@ def require_key(check: str) -> None:
         )
 
 
+def require_same_key(check: object) -> None:
+    """Refuse a file that needs another key than those in use, if any is.
+
+    Raises:
+        KeyNeededError: as `require_key` does.
+    """
+    if isinstance(check, str) and _in_use.get():
+        require_key(check)
+
+
 def default_seed(seed: int | None, key: bytes | None) -> int:
     """Return the seed, or by default 0, or with a key a random one: no two models use the same words of a key."""
     if seed is not None:

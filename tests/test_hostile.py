@@ -16,7 +16,7 @@ import seedpack
 from seedpack.api import unpack
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
-from seedpack.errors import CodecError, FormatError, ModelError, OutputError, SeedpackError, VersionError
+from seedpack.errors import CodecError, FormatError, LimitError, ModelError, OutputError, SeedpackError, VersionError
 from seedpack.eval.tensors import compare_tensors
 from seedpack.formats import Checkpoint
 from seedpack.formats.manifest import _document_digest
@@ -118,7 +118,7 @@ def test_a_few_bytes_that_stand_for_terabytes(file: Path, tmp_path: Path) -> Non
     planned = PlannedTensor("w.weight", codec.spec(), "F32", shape, codec.parts(shape))
     with CheckpointWriter(tmp_path / "bomb", [planned], {}, "test") as writer:
         writer.write("w.weight", {name: to_bytes(part) for name, part in parts.items()})
-    with pytest.raises(FormatError, match=r"'w.weight' takes 549.8 GB rebuilt"):
+    with pytest.raises(LimitError, match=r"'w.weight' would take 1099.5 GB decoded, more than the limit of 2.4 GB"):
         load_all(tmp_path / "bomb")
 
 

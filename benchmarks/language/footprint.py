@@ -90,7 +90,7 @@ from seedpack.hf import language_model
 from seedpack.converter.calibration.calibrate import calibrate
 from seedpack.converter.options import silent
 from seedpack.converter.pipeline import open_run
-language_model._free_bytes = lambda: 0
+language_model.free_bytes = lambda: 0
 ids = torch.randint(0, 16384, (8, 512))
 def work(text):
     shutil.rmtree(sys.argv[2], ignore_errors=True)

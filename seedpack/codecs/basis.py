@@ -144,6 +144,12 @@ class BasisCodec(Codec, HessianFitting):
         """Generate these rows alone where the basis is noise, and all of a structured basis."""
         return self._dense(self._coefs(parts, shape), shape, backend, index).to(dtype)
 
+    def decoding_cost(self, shape: Shape) -> int:
+        """Return that of the basis, and of coefficients whose codes are unpacked: the bits of a row each in eight bytes, twice."""
+        blocks, count = self.blocks_of(shape), self.count_of(shape)
+        coefs = blocks * count * (8 if self.coef_bits >= 16 else 8 + 16 * self.coef_bits)
+        return self.noise.dense_cost(blocks, count, *shape) + coefs
+
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor | None:
         """Generate noise inside the product; a structured basis has no such kernel."""
         return self.noise.matmul(x, self._coefs(parts, shape), shape[0], backend) if self.noise.fused else None

@@ -6,12 +6,13 @@ Edge-popup: Ramanujan et al., CVPR 2020, arXiv 1911.13299.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from seedpack._shapes import Float
@@ -119,14 +120,19 @@ class MaskCodec(Codec, HessianFitting):
 
     def mask(self, parts: Parts, shape: Shape) -> Tensor:
         """Decode the mask, bool [out, in], on the CPU."""
-        coder = stream("mask", "mask")
-        words = parts["weight"].flatten().cpu().numpy().view("<u4").astype(np.uint32)
-        mask = np.zeros(math.prod(shape), np.bool_)
-        decoder, model = coder.queue.RangeDecoder(words), self._model(coder, len(mask))
-        for first in range(0, len(mask), WEIGHTS_AT_ONCE):
-            batch = mask[first : first + WEIGHTS_AT_ONCE]
-            batch[:] = decoder.decode(model, len(batch))
+        mask, first = np.zeros(math.prod(shape), np.bool_), 0
+        for piece in self._pieces(parts, shape):
+            mask[first : first + len(piece)] = piece
+            first += len(piece)
         return torch.from_numpy(mask).view(shape)
+
+    def _pieces(self, parts: Parts, shape: Shape) -> Iterator[NDArray[np.int32]]:
+        """Decode the mask's bits in row-major order, some at a time."""
+        coder, weights = stream("mask", "mask"), math.prod(shape)
+        words = parts["weight"].flatten().cpu().numpy().view("<u4").astype(np.uint32)
+        decoder, model = coder.queue.RangeDecoder(words), self._model(coder, weights)
+        for first in range(0, weights, WEIGHTS_AT_ONCE):
+            yield decoder.decode(model, min(WEIGHTS_AT_ONCE, weights - first))
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Return scale · sign where the mask keeps a weight; mask and signs stay in memory, two bits per weight."""
@@ -134,6 +140,14 @@ class MaskCodec(Codec, HessianFitting):
         scale = parts["scale"].view(torch.float32)
         values = torch.stack((torch.zeros_like(scale), scale, -scale)).flatten().to(dtype)
         return values[_bits(kept, shape) * (1 + _bits(negative, shape))]
+
+    def decoding_cost(self, shape: Shape) -> int:
+        """Return the weight, and its bits as the numbers that choose it."""
+        return 32 * math.prod(shape)
+
+    def checking_cost(self, shape: Shape) -> int:
+        """Return the work of decoding the mask."""
+        return math.prod(shape)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
         """Check the parts' form, that the scale is finite, and that the mask keeps as many weights as it should."""
@@ -143,7 +157,7 @@ class MaskCodec(Codec, HessianFitting):
         if not torch.isfinite(parts["scale"].view(torch.float32)).all():
             raise CodecError(f"{self.id}: the scale is NaN or Inf; the file is corrupt")
         try:
-            kept = int(self.mask(dict(parts), shape).sum())
+            kept = sum(int(piece.sum()) for piece in self._pieces(dict(parts), shape))
         except AssertionError as error:  # raised by the coder for data that no encoder wrote
             raise CodecError(f"{self.id}: the coded mask is corrupt ({error})") from None
         if kept != (expected := kept_of(self.kept, math.prod(shape))):

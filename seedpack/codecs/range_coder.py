@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from seedpack.errors import CodecError
+from seedpack.errors import BackendError
 
 
 def stream(codec: str, extra: str) -> Any:
@@ -15,11 +15,11 @@ def stream(codec: str, extra: str) -> Any:
         extra: of seedpack, which installs it.
 
     Raises:
-        CodecError: it is not installed.
+        BackendError: it is not installed.
     """
     try:
         import constriction
     except ImportError:
-        raise CodecError(f"{codec}: needs Constriction's range coder; pip install seedpack[{extra}]") from None
+        raise BackendError(f"{codec}: needs Constriction's range coder; pip install seedpack[{extra}]") from None
     module: Any = constriction.stream
     return module

@@ -12,6 +12,7 @@ from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_dtype
 from seedpack.codecs.importance import ImportanceLike
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.formats import PartSpec
+from seedpack.formats.header import nbytes
 from seedpack.kernels.dispatch import Backend
 
 
@@ -50,6 +51,10 @@ class RawCodec(Codec):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Cast the tensor."""
         return parts["weight"].to(dtype)
+
+    def decoding_cost(self, shape: Shape) -> int:
+        """Return the size of a copy, in its own dtype or in float32."""
+        return max(nbytes(self.dtype, shape), nbytes("F32", shape))
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Return rows of the tensor."""

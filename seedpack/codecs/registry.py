@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from seedpack.codecs.base import Codec
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
@@ -40,8 +42,8 @@ def get_codec(id: str) -> type[Codec]:
     if isinstance(id, str):
         if (known := _known(id)) is not None:
             return known
-        for entry in entry_points(group="seedpack.codecs", name=id):
-            return register_codec(entry.load())
+        if id in (plugins := _plugins()):
+            return register_codec(plugins[id].load())
     raise UnknownCodecError(
         f"unknown codec {id!r}; known: {', '.join(codec_ids())}; install the package that provides it"
     )
@@ -57,7 +59,17 @@ def _known(id: str) -> type[Codec] | None:
 
 def codec_ids() -> list[str]:
     """Return all known ids."""
-    return sorted(_OWN.keys() | _REGISTRY.keys() | {entry.name for entry in entry_points(group="seedpack.codecs")})
+    return sorted(_OWN.keys() | _REGISTRY.keys() | _plugins().keys())
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    """Return the entry points by id: packages are scanned once, and again only when a folder of them has changed."""
+    return _scanned(tuple((path, os.stat(path).st_mtime_ns) for path in sys.path if os.path.exists(path)))
+
+
+@lru_cache(maxsize=1)
+def _scanned(folders: tuple[tuple[str, int], ...]) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in reversed(tuple(entry_points(group="seedpack.codecs")))}  # the first one wins
 
 
 def codec_from_spec(spec: CodecSpec) -> Codec:

@@ -153,6 +153,12 @@ class SeedLMCodec(Codec, HessianFitting):
     def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
         return seedlm_matmul_transposed(grad, self._packed(parts), self.code, columns=shape[1], backend=backend)
 
+    def decoding_cost(self, shape: Shape) -> int:
+        """Return the matrix, twice; of blocks that the kernels do not take, the work of the reference and the register's cycle."""
+        if self.code.unable["cpu"] is None:
+            return super().decoding_cost(shape)
+        return 25 * math.prod(shape) + (20 << self.seed_bits)
+
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Return seeds and codes of some rows, and the bias of all."""
         return {**parts, "weight": parts["weight"][index], "codes": parts["codes"][index]}

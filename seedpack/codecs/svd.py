@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -180,6 +181,19 @@ class SVDCodec(Codec, HessianFitting):
         """Return A·B, computed in float32."""
         left, right = self._decode_factors(parts, shape, torch.float32, backend)
         return (left @ right).to(dtype)
+
+    def decoding_cost(self, shape: Shape) -> int:
+        """Return the product, twice, and both factors; or its work, of large ranks: 50 multiply-adds per nanosecond."""
+        rank, weights, inner = self.rank_of(shape), math.prod(shape), self._inner()
+        left, right = (shape[0], rank), (rank, shape[1])
+        factors = (math.prod(left) + math.prod(right)) * 6 if inner is None else 0
+        factors += 0 if inner is None else inner.decoding_cost(left) + inner.decoding_cost(right)
+        return max(8 * weights, weights * rank // 1000) + factors
+
+    def checking_cost(self, shape: Shape) -> int:
+        """Return that of both factors."""
+        rank, inner = self.rank_of(shape), self._inner()
+        return 0 if inner is None else inner.checking_cost((shape[0], rank)) + inner.checking_cost((rank, shape[1]))
 
     def matmul(
         self,

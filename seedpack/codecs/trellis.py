@@ -260,6 +260,10 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         scale = self._scale(parts).double() / VALUE_UNIT * factors.double()
         return {**parts, **self._scales(scale)}
 
+    def decoding_cost(self, shape: Shape) -> int:
+        """Return three matrices in float32, between which the rotation works, and a fourth one where orders are odd."""
+        return 16 * math.prod(shape)
+
     def rows(self, parts: Parts, index: Tensor) -> Parts:
         """Return streams and scales of some rows, and exponent and balance of all."""
         return {**parts, "weight": parts["weight"][index], "scales": parts["scales"][index]}

@@ -55,7 +55,7 @@ class _Model:
 
 
 def compare_tensors(
-    a: str | Path, b: str | Path, *, ranks: bool = True
+    a: str | Path, b: str | Path, *, ranks: bool = True, max_bytes: int | None = None
 ) -> tuple[list[str], int, Iterator[TensorComparison]]:
     """Compare the float tensors that two models share.
 
@@ -63,11 +63,12 @@ def compare_tensors(
         a: a dense or packed model, the reference.
         b: another one.
         ranks: also compute effective ranks (one eigendecomposition per tensor and model).
+        max_bytes: that decoding a tensor may take, as `seedpack.load` takes it.
 
     Returns:
         The names that only one model has, the number of common ones, and their comparisons, one at a time.
     """
-    left, right = _open(a), _open(b)
+    left, right = _open(a, max_bytes), _open(b, max_bytes)
     common = [name for name in left.shapes if name in right.shapes]
     if not common:
         raise ModelError(f"{a} and {b} have no tensor name in common; the first has {next(iter(left.shapes))!r}")
@@ -107,9 +108,9 @@ def _compare(left: _Model, right: _Model, names: list[str], ranks: bool) -> Iter
         )
 
 
-def _open(path: str | Path) -> _Model:
+def _open(path: str | Path, max_bytes: int | None) -> _Model:
     try:
-        checkpoint = Checkpoint(path)
+        checkpoint = Checkpoint(path, max_bytes=max_bytes)
     except FormatError as error:
         if "not a seedpack checkpoint" not in str(error) and _claims_to_be_packed(Path(path)):
             raise

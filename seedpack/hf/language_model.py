@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from seedpack.formats.reader import read_json
 from seedpack.hf.checkpoint_names import architecture
 from seedpack.hf.complete import load_complete
 from seedpack.hf.internals import decoder_layers
+from seedpack.memory import free_bytes
 
 SEQUENCES_AT_ONCE = 64  # written side by side
 
@@ -52,7 +51,7 @@ def open_folder_model(path: Path) -> OpenModel:
     size = sum(file.stat().st_size for file in files)
     options: dict[str, Any] = {"dtype": torch.float32}
     holder = None
-    if 2 * size > _free_bytes() / 2:
+    if 2 * size > free_bytes() / 2:
         holder = tempfile.TemporaryDirectory(prefix="seedpack-")
         options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
     try:
@@ -152,14 +151,3 @@ class _ProgressProcessor:
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         self._progress(len(ids))
         return scores
-
-
-def _free_bytes() -> int:
-    """Return the memory that could be had, as the system says; where it does not, as much as one could wish."""
-    with suppress(OSError, StopIteration, ValueError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1])
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 1 << 62

@@ -109,18 +109,21 @@ def compress(
     )
 
 
-def decompress(path: str | Path, *, fraction: float | None = None) -> Tensor:
+def decompress(path: str | Path, *, fraction: float | None = None, max_bytes: int | None = None) -> Tensor:
     """Decode the image of a checkpoint that `compress` wrote, uint8 [height, width, channels].
 
     Args:
         path: the file, which may be cut off behind a level where a fraction is given.
         fraction: use no more than this share of its levels: 0.25 gives a blurred image from the file's beginning.
+        max_bytes: that decoding may take, of files that you trust; by default 1 GB, or 1,024 times the file if that is more,
+            and no more than is free.
 
     Raises:
+        LimitError: it takes more than `max_bytes`.
         ModelError: the checkpoint holds no image.
         FormatError, CodecError: it is damaged.
     """
-    with Checkpoint(path, fraction=fraction) as checkpoint:
+    with Checkpoint(path, fraction=fraction, max_bytes=max_bytes) as checkpoint:
         entry = checkpoint.manifest.tensors.get(NAME)
         if entry is None or checkpoint.manifest.codec_of(NAME).id != FieldCodec.id:
             raise ModelError(f"{path}: holds no image; seedpack load reads other checkpoints")

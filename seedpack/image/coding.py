@@ -117,6 +117,11 @@ def costs(limit: int) -> NDArray[np.float64]:
     return bits
 
 
+def least_bits(limit: int) -> float:
+    """Return the bits that a number takes at least, whatever the distribution."""
+    return float(costs(limit).min())
+
+
 def _base(sizes: Sizes, band: Band, parent: Ints | None, before: Ints | None) -> tuple[Ints, Ints]:
     """Return the sums that the least size, the coarser band and the colour before give each number, and the band's weights."""
     weights, least = sizes.of(band)
@@ -149,11 +154,16 @@ def _distribution(total: Ints) -> Ints:
     return np.searchsorted(_bounds(), total, "right").astype(np.int32)
 
 
+def wave_count(height: int, width: int) -> int:
+    """Return how many waves a band is coded in."""
+    return width + 2 * (height - 1)
+
+
 def _waves(height: int, width: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """Return the places that can be coded together, wave by wave: their neighbours lie in earlier waves."""
     rows = np.arange(height)
     waves = []
-    for wave in range(width + 2 * (height - 1)):
+    for wave in range(wave_count(height, width)):
         here = rows[max(0, -(-(wave - width + 1) // 2)) : wave // 2 + 1]
         waves.append((here, wave - 2 * here))
     return waves

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, View
-from seedpack.loader.dense import stored_dense, stored_names, stored_parts, viewed
+from seedpack.loader.dense import require_decodable, stored_dense, stored_names, stored_parts, viewed
 from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, pack_module_, packed_class
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
 
@@ -24,6 +24,7 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
 
     Raises:
         ModelError: names are missing or too many, or shapes differ.
+        LimitError: a tensor that cannot stay packed takes too much decoded.
     """
     bases = bases_of(model)
     state, trained = _tensors_of(model, bases)
@@ -31,6 +32,9 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
     _require_same(state, targets, checkpoint)
     _require_same_pieces(bases, checkpoint)
     filler = _Filler(model, checkpoint, state, trained)
+    require_decodable(
+        checkpoint, {stored for name, (stored, view) in targets.items() if filler.decodes(name, stored, view)}
+    )
     for name, (stored, view) in targets.items():
         filler.fill(name, stored, view)
     for name in checkpoint.manifest.views.keys() & bases.pieces.keys():
@@ -78,6 +82,10 @@ class _Filler:
         self._packed: dict[str, PackedModule] = {}  # by the stored tensor
         self._rebuilt: dict[str, Tensor] = {}  # the stored tensor that views are being cut from
 
+    def decodes(self, name: str, stored: str, view: View | None) -> bool:
+        """Return whether a tensor of the module is filled from the dense form of a stored one."""
+        return name not in self._trained and not self._can_stay_packed(name, stored, view)
+
     def fill(self, name: str, stored: str, view: View | None) -> None:
         """Fill one tensor of the module from a stored one, or from a piece of it."""
         path, _, leaf = name.rpartition(".")
@@ -86,15 +94,17 @@ class _Filler:
             return  # packed already: the same module under another name
         if name in self._trained:
             self._trained[name].take_(*stored_parts(self._checkpoint, stored))
-        elif view is None and leaf == "weight" and self._can_stay_packed(module, stored):
+        elif self._can_stay_packed(name, stored, view):
             self._pack(module, stored)
         else:
             self._copy(self._state[name], stored, view)
 
-    def _can_stay_packed(self, module: nn.Module, stored: str) -> bool:
-        manifest = self._checkpoint.manifest
+    def _can_stay_packed(self, name: str, stored: str, view: View | None) -> bool:
+        path, _, leaf = name.rpartition(".")
+        manifest, module = self._checkpoint.manifest, self._modules[path]
         same_way = manifest.tensors[stored].transposed == is_transposed(module)
-        return manifest.is_packed(stored) and same_way and packed_class(module) is not None
+        stays = manifest.is_packed(stored) and same_way and packed_class(module) is not None
+        return stays and view is None and leaf == "weight"
 
     def _pack(self, module: nn.Module, stored: str) -> None:
         codec, parts = stored_parts(self._checkpoint, stored)

@@ -119,7 +119,8 @@ class PackedConv2d(PackedModule, nn.Conv2d):
 
 def codec_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
     """Return the shape [out, in] of a weight as a codec sees it."""
-    return (shape[1], shape[0]) if transposed else matrix_shape(shape)
+    rows, columns = matrix_shape(shape)
+    return (columns, rows) if transposed else (rows, columns)
 
 
 def is_transposed(module: nn.Module) -> bool:

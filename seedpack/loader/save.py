@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from seedpack._version import WRITER
-from seedpack.codecs.base import Codec, matrix_shape
+from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import dtype_name, find_shared, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, PlannedTensor, View, staged
-from seedpack.loader.layers import PackedModule
+from seedpack.loader.layers import PackedModule, codec_matrix
 from seedpack.loader.trained import Coefficients, Piece, SeededModule, StoredTensor, bases_of, joined, tensor_name
 
 
@@ -45,7 +45,7 @@ class StoredForm:
         transposed: bool = False,
     ) -> None:
         """Add a tensor under a codec."""
-        matrix = (shape[1], shape[0]) if transposed else matrix_shape(shape)
+        matrix = codec_matrix(shape, transposed)
         if parts.keys() != codec.parts(matrix).keys():
             raise ModelError(
                 f"{name!r} holds the first levels of its coefficients alone; load the whole file to save it"

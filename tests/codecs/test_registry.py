@@ -37,8 +37,8 @@ def test_versions() -> None:
 
 
 def test_every_codec_class_is_registered() -> None:
-    own = {cls for cls in Codec.__subclasses__() if cls.__module__.startswith("seedpack.")}
-    assert own == {get_codec(id) for id in codec_ids()}
+    registered = {get_codec(id) for id in codec_ids()}
+    assert registered == {cls for cls in Codec.__subclasses__() if cls.__module__.startswith("seedpack.")}
 
 
 def test_raw() -> None:

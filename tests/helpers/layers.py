@@ -5,7 +5,7 @@ from __future__ import annotations
 LAYERS = [
     {"errors", "_version"},
     {"formats"},
-    {"_shapes", "dtypes", "keys", "prng", "linalg"},
+    {"_shapes", "dtypes", "keys", "memory", "prng", "linalg"},
     {"kernels"},
     {"codecs"},
     {"loader"},

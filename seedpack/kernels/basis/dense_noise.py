@@ -39,6 +39,10 @@ class DenseNoise(NoiseBasis):
             return weight.view(-1)[: rows * columns].view(rows, columns)
         return kernels.dense(coefs, self, rows, columns, _every(coefs, rows) if index is None else index)
 
+    def dense_cost(self, blocks: int, count: int, rows: int, columns: int) -> int:
+        """Return two copies of the weight, or the work: a word per weight and vector, 20 of which take as long as a byte."""
+        return rows * columns * max(8, 4 + count // 20)
+
     def reduce(
         self,
         weight_grad: Tensor,

@@ -49,6 +49,10 @@ class NoiseBasis(ABC):
         """Return the weight, float32 [rows, columns], or its rows `index` (int64 [n]) alone."""
 
     @abstractmethod
+    def dense_cost(self, blocks: int, count: int, rows: int, columns: int) -> int:
+        """Return the bytes that `dense` takes, or its work as bytes, as `Codec.decoding_cost` counts them."""
+
+    @abstractmethod
     def reduce(
         self,
         weight_grad: Tensor,

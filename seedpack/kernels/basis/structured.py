@@ -78,6 +78,12 @@ class StructuredBasis(NoiseBasis):
         weight = self.expand(coefs, size, backend).view(-1, columns)[:rows]
         return weight if index is None else weight[index]
 
+    def dense_cost(self, blocks: int, count: int, rows: int, columns: int) -> int:
+        """Return the weight in whole blocks, twice, or its work in whole pieces; and the signs of the pieces that are made at once."""
+        width, size = width_of(count), rows_per_block(rows, blocks) * columns
+        weights, whole = blocks * size, blocks * -(-size // width) * width
+        return 8 * max(weights, whole // 2) + 80 * min(whole, max(WEIGHTS_AT_ONCE, width))
+
     def reduce(
         self,
         weight_grad: Tensor,

@@ -338,7 +338,7 @@ def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
 def test_models_larger_than_memory_stay_on_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = Calibration(ids(), context=16)
     whole = calibrated(open_source(folder), calibration, tmp_path / "one" / "x")
-    monkeypatch.setattr(language_model, "_free_bytes", lambda: 1000)
+    monkeypatch.setattr(language_model, "free_bytes", lambda: 1000)
     source = open_source(folder)
     model = source.open_model().module
     assert all(p.is_meta for p in decoder_layers(model)["model.layers.1"].parameters())
