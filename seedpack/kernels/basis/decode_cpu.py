@@ -9,18 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE, UNIT
 from seedpack.kernels.basis.dense_noise import DenseNoise
 from seedpack.kernels.basis.noise_basis import rows_per_block
+from seedpack.kernels.common.jit import jit
 
 LANES = 64  # weights whose sums are kept at a time
 F, U = np.float32, np.uint32
 
 
-@njit(inline="always")
+@jit(inline="always")
 def philox_words(n: Any, group: Any, key0: Any, key1: Any) -> Any:
     """Return four words of Philox4x32-10 (`prng.philox`)."""
     c0, c1, c2, c3 = U(n & np.uint64(0xFFFFFFFF)), U(n >> np.uint64(32)), U(group), U(0)
@@ -33,7 +34,7 @@ def philox_words(n: Any, group: Any, key0: Any, key1: Any) -> Any:
     return c0, c1, c2, c3
 
 
-@njit(inline="always")
+@jit(inline="always")
 def squirrel5_word(position: Any, seed: Any) -> Any:
     """Return a word of `prng.squirrel5`."""
     x = U(U(position) * U(0xD2A80A3F) + seed)
@@ -48,13 +49,13 @@ def squirrel5_word(position: Any, seed: Any) -> Any:
     return x ^ (x >> U(17))
 
 
-@njit(inline="always")
+@jit(inline="always")
 def number(word: Any) -> Any:
     """Return a word as a signed integer, times 2^-31."""
     return F(np.int32(word)) * F(UNIT)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def row_piece(first: Any, coefs: Any, philox: bool, key0: Any, key1: Any, out: Any) -> None:
     """Store in out[i] the weight at place first + i."""
     count = coefs.shape[0]
@@ -75,7 +76,7 @@ def row_piece(first: Any, coefs: Any, philox: bool, key0: Any, key1: Any, out: A
                 out[i] += number(squirrel5_word(U(start + U(i)), key0)) * coefs[m]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _dense(coefs: Any, per_block: int, philox: bool, key0: Any, key1: Any, index: Any, out: Any) -> None:
     """Store in out[i] row index[i] of the weight."""
     rows, columns = out.shape

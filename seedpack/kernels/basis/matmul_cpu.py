@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
 from seedpack.kernels.basis.decode_cpu import (
@@ -23,9 +23,10 @@ from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE
 from seedpack.kernels.basis.dense_noise import DenseNoise
 from seedpack.kernels.basis.noise_basis import rows_per_block
 from seedpack.kernels.common import row_tiles
+from seedpack.kernels.common.jit import jit
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=True)
+@jit(parallel=True, fastmath=True)
 def _matmul(coefs: Any, per_block: int, philox: bool, key0: Any, key1: Any, x: Any, out: Any) -> None:
     tokens, columns = x.shape
     for r in prange(out.shape[1]):
@@ -43,7 +44,7 @@ def _matmul(coefs: Any, per_block: int, philox: bool, key0: Any, key1: Any, x: A
                 out[t, r] += total
 
 
-@njit(parallel=True, cache=True, nogil=True, fastmath=True)
+@jit(parallel=True, fastmath=True)
 def _reduce(weight_grad: Any, index: Any, philox: bool, key0: Any, key1: Any, out: Any) -> None:
     """Store in out [rows, count] for each row Σ_c noise(c, m)·weight_grad[row, c]; row i is row index[i] of the weight."""
     rows, columns = weight_grad.shape

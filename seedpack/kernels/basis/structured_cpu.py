@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import prange
 from torch import Tensor
 
+from seedpack.kernels.common.jit import jit
 
-@njit(cache=True, nogil=True)
+
+@jit()
 def _transform(y: Any) -> None:
     """Multiply y by Sylvester's Hadamard matrix, not normalised; its size a power of two from 16 on."""
     size = y.shape[0]
@@ -39,7 +41,7 @@ def _transform(y: Any) -> None:
             p[i], q[i] = p[i] + q[i], p[i] - q[i]
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _transform_twice(y: Any, between: Any) -> None:
     """Transform, multiply by signs, transform."""
     _transform(y)
@@ -48,7 +50,7 @@ def _transform_twice(y: Any, between: Any) -> None:
     _transform(y)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _expand(coefs: Any, signs: Any, norm: Any, out: Any) -> None:
     blocks, pieces, width = out.shape
     for n in prange(blocks * pieces):
@@ -59,7 +61,7 @@ def _expand(coefs: Any, signs: Any, norm: Any, out: Any) -> None:
         _transform_twice(y, second)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _reduce(weight_grad: Any, signs: Any, norm: Any, out: Any) -> None:
     blocks, pieces, width = weight_grad.shape
     for n in prange(blocks * pieces):

@@ -5,12 +5,12 @@ LLVM compiles them for whatever width the machine has; only sums of bytes are gi
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import llvmlite.binding
 from llvmlite import ir
 from numba.core import cgutils
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _intrinsic
 
 intrinsic: Any = _intrinsic  # callers of an intrinsic leave its first argument out
@@ -20,10 +20,14 @@ I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntTy
 INTS, FLOATS = ir.VectorType(I32, LANES), ir.VectorType(F32, LANES)
 
 
-@cache
-def host_has(feature: str) -> bool:
-    """Return whether this machine's processor has a feature, by LLVM's name."""
-    return bool(llvmlite.binding.get_host_cpu_features().get(feature))
+def target_has(feature: str) -> bool:
+    """Return whether the processor that Numba compiles for has a feature, by LLVM's name; False of any but this machine's own.
+
+    With NUMBA_CPU_NAME alone Numba hands LLVM another processor's name with this machine's features. Such a target can have
+    AVX-512 instructions and yet no vectors of 512 bits, which LLVM does not tell but ends the process.
+    """
+    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    return name == llvmlite.binding.get_host_cpu_name() and f"+{feature}" in features.split(",")
 
 
 def data(context: Any, builder: Any, kind: Any, array: Any) -> Any:
@@ -72,7 +76,7 @@ def total(builder: Any, vector: Any) -> Any:
 
 def byte_sums(builder: Any, words: Any, start: int) -> Any:
     """Emit IR for `start` plus the sum of the four bytes of each of 16 words."""
-    if host_has("avx512bw"):
+    if target_has("avx512bw"):
         octets, pairs = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
         by_two = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(pairs, [octets, octets]), "llvm.x86.avx512.pmaddubs.w.512"

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, njit, prange, types  # type: ignore[attr-defined]
+from numba import carray, prange, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 from torch import Tensor
 
+from seedpack.kernels.common.jit import jit
 from seedpack.kernels.feedforward.reference import ACTIVATIONS, Tree
 
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -18,7 +19,7 @@ FEW_VALUES = 1 << 20  # read by all tokens together: below it one thread is done
 SUMS = {"reassoc", "contract", "nsz"}  # in any order; of the function that a sum is inlined into
 
 
-@njit(cache=True, nogil=True, fastmath=SUMS, inline="always")
+@jit(fastmath=SUMS, inline="always")
 def _dot(a: Any, b: Any) -> Any:
     total = np.float32(0)
     for i in range(a.shape[0]):
@@ -26,7 +27,7 @@ def _dot(a: Any, b: Any) -> Any:
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _leaf(x: Any, nodes: Any, node_bias: Any, depth: int) -> int:
     node = 0
     for _ in range(depth):
@@ -34,7 +35,7 @@ def _leaf(x: Any, nodes: Any, node_bias: Any, depth: int) -> int:
     return node - ((1 << depth) - 1)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _activated(value: Any, activation: int) -> Any:
     if activation == 0:
         return max(value, np.float32(0)) if value == value else value
@@ -43,7 +44,7 @@ def _activated(value: Any, activation: int) -> Any:
     return value / np.float32(1 + math.exp(-value))
 
 
-@njit(cache=True, nogil=True, fastmath=SUMS)
+@jit(fastmath=SUMS)
 def _through(
     x: Any, leaf: int, leaf_in: Any, in_bias: Any, leaf_out: Any, out_bias: Any, activation: int, out: Any
 ) -> None:
@@ -65,7 +66,7 @@ def _floats(context: Any, address: Any) -> Any:
     return types.CPointer(types.float32)(address), cast
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _one_by_one(
     x: int,
     nodes: int,
@@ -93,13 +94,13 @@ def _one_by_one(
         _through(x_[t], leaf, leaf_in_, in_bias_, leaf_out_, out_bias_, activation, out_[t])
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _all_leaves(x: Any, nodes: Any, node_bias: Any, depth: int, leaves: Any) -> None:
     for t in prange(x.shape[0]):
         leaves[t] = _leaf(x[t], nodes, node_bias, depth)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _in_order(
     x: Any, order: Any, leaves: Any, leaf_in: Any, in_bias: Any, leaf_out: Any, out_bias: Any, activation: int, out: Any
 ) -> None:

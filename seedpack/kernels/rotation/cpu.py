@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from seedpack.kernels.common.jit import jit
 from seedpack.kernels.rotation.reference import factors, matrix, mix_factors
 
 SMALL = 64  # an odd order up to which the compiled product is used; larger ones are left to torch
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@jit(fastmath=True)
 def _mix(x: Any, factor: Any, norm: Any, odd: int, small: Any, out: Any) -> None:
     """Store in out norm·(x·factor) times Sylvester's Hadamard matrix along the first axis of [2^p, odd], and, if `small` is not
     empty, times it along the second."""

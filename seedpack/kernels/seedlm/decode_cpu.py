@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
 from seedpack.errors import CodecError
+from seedpack.kernels.common.jit import jit
 from seedpack.kernels.common.vectors import (
     FLOATS,
     I64,
@@ -116,19 +117,19 @@ def _decode16(
     return signature, codegen
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def whole_groups(size: int, group_bytes: int) -> int:
     """Count the groups of a row of `size` bytes whose loads stay inside it."""
     return max(0, (size - group_bytes - MARGIN) // group_bytes + 1)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def tail_buffer(size: int, group_bytes: int) -> Any:
     """Make room for the last bytes of a row, with zeros behind them for whole loads."""
     return np.zeros(size + group_bytes + MARGIN, np.uint8)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _dense(bits: Any, block: Any, rank: Any, seeds: Any, codes: Any, bias: Any, unit: Any, out: Any) -> None:
     columns = out.shape[1]
     seed_bytes, code_bytes, c = 2 * len(bits), 8 * (len(rank) + 1), len(block)

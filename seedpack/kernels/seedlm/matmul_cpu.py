@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.common import row_tiles
+from seedpack.kernels.common.jit import jit
 from seedpack.kernels.common.vectors import (
     FLOATS,
     I64,
@@ -80,7 +81,7 @@ def _dots(
     return signature, codegen
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _matmul(
     bits: Any, block: Any, rank: Any, seeds: Any, codes: Any, bias: Any, unit: Any, x: Any, tokens: Any, out: Any
 ) -> None:

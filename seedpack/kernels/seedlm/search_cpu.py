@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import get_num_threads, njit, prange
+from numba import prange
 from torch import Tensor
 
+from seedpack.kernels.common.jit import jit, thread_count
 from seedpack.kernels.seedlm.code import SeedLMCode
 from seedpack.kernels.seedlm.search_reference import EXPONENT_MAX, EXPONENT_MIN, MANTISSA_MAX, MANTISSA_MIN, BlockFits
 from seedpack.prng import lfsr_cycle
@@ -45,7 +46,7 @@ def _slack(code: SeedLMCode) -> float:
     return 2.0 * code.rank * (code.block + code.rank + 8) * 2.0**-24 * MAX_CONDITION
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _qr(u: Any, start: int, factor: Any, q: Any, r: Any) -> bool:
     """Store Q [P, C] and upper R [P, P] of Mᵀ·U(s) by Gram-Schmidt, twice; return False if it has not full rank."""
     rank, block = q.shape
@@ -81,7 +82,7 @@ def _qr(u: Any, start: int, factor: Any, q: Any, r: Any) -> bool:
     return full
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _bound_tables(u: Any, seeds: int, factor: Any, largest: float, rank: int, lower: Any, ill: Any) -> None:
     """Fill `lower` [tiles, P(P+1)/2, TILE] with R(s)^-T; mark in `ill` the seeds that it cannot serve.
 
@@ -115,7 +116,7 @@ def _bound_tables(u: Any, seeds: int, factor: Any, largest: float, rank: int, lo
                     i += 1
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _ill_bases(u: Any, positions: Any, factor: Any, rank: int, bases: Any) -> None:
     """Store orthonormal bases of the ill-conditioned seeds, `bases` [P, C, ill]."""
     block = factor.shape[0]
@@ -128,7 +129,7 @@ def _ill_bases(u: Any, positions: Any, factor: Any, rank: int, bases: Any) -> No
                 bases[p, c, i] = q[p, c]
 
 
-@njit(fastmath=True, cache=True, nogil=True)
+@jit(fastmath=True)
 def _ill_energy(bases: Any, w: Any, dot: Any, energy: Any) -> None:
     """Store ‖Qᵀw‖² of the ill-conditioned seeds, with their explicit bases [P, C, ill]."""
     energy[:] = np.float32(0)
@@ -141,7 +142,7 @@ def _ill_energy(bases: Any, w: Any, dot: Any, energy: Any) -> None:
             energy[k] += dot[k] * dot[k]
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _least_norm(r: Any, t: Any) -> None:
     """Turn t = Qᵀw into the least-norm solution of R·t = Qᵀw where columns are dependent (zeros on R's diagonal).
 
@@ -169,7 +170,7 @@ def _least_norm(r: Any, t: Any) -> None:
         t[m] = np.sum(z[:, m] * y)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _evaluate(
     u: Any, n: int, w: Any, weighted: Any, factor: Any, exponents: int, q: Any, r: Any, t: Any, trial: Any,
     residual: Any, best_error: float, best: Any,
@@ -231,7 +232,7 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
     C, P = np.uint64(block), np.uint64(rank)
     reach = np.uint64(TILE + rank)
 
-    @njit(parallel=True, fastmath=True, cache=True, nogil=True)
+    @jit(parallel=True, fastmath=True)
     def bound(u: Any, lower: Any, hw: Any, chunk: int, maxima: Any, tops: Any) -> None:
         for job in prange((hw.shape[0] + chunk - 1) // chunk):
             z0, z1 = np.empty(TILE + 64, np.float32), np.empty(TILE + 64, np.float32)
@@ -276,7 +277,7 @@ def _make_bound(block: int, rank: int) -> Callable[..., None]:
     return bound
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _finish(
     u: Any, u32: Any, seeds: int, lower: Any, ill: Any, ill_bases: Any, w: Any, hw: Any, wm: Any, factor: Any,
     exponents: int, slack: float, spread: float, chunk: int, maxima: Any, tops: Any, fits: Any, errors: Any,
@@ -376,8 +377,8 @@ def search(blocks: Tensor, factor: Tensor | None, exponent_bias: int, code: Seed
     errors = np.empty(count)
     classes = tables.lower.shape[0] * LANES
     bound, slack = _make_bound(code.block, code.rank), _slack(code)
-    chunk = max(2, min(CHUNK_BLOCKS, CHUNK_FLOATS // classes, -(-count // get_num_threads())))
-    batch = chunk * get_num_threads() * JOBS_PER_THREAD
+    chunk = max(2, min(CHUNK_BLOCKS, CHUNK_FLOATS // classes, -(-count // thread_count())))
+    batch = chunk * thread_count() * JOBS_PER_THREAD
     maxima = np.empty((min(batch, count), classes), np.float32)
     tops = np.empty((len(maxima), tables.lower.shape[0]), np.float32)
     seeds = tables.u, tables.u32, tables.seeds, tables.lower, tables.ill, tables.ill_bases

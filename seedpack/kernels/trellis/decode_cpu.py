@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from torch import Tensor
 
+from seedpack.kernels.common.jit import jit
 from seedpack.kernels.common.vectors import (
     FLOATS,
     I64,
@@ -57,25 +58,25 @@ def _decode16(
     return signature, codegen
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def load_bytes(code_bits: int) -> int:
     """Return the bytes that a group's load takes: `words_at`'s, for windows of up to 20 bits."""
     return 16 if code_bits <= 6 else 32
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def whole_groups(size: int, code_bits: int) -> int:
     """Count the groups of a row of `size` bytes whose load stays inside it."""
     return max(0, (size - load_bytes(code_bits)) // (2 * code_bits) + 1)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def tail_buffer(size: int, inside: int, code_bits: int) -> Any:
     """Make room for the bytes behind a row's whole groups, and for as many more as windows and loads run on to there."""
     return np.empty(size - 2 * code_bits * inside + 2 * load_bytes(code_bits), np.uint8)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def fill_tail(out: Any, row: Any, inside: int, code_bits: int, tail_biting: bool) -> None:
     """Copy the row's bytes from group `inside` on, then its beginning, as often as it takes, or zeros."""
     size, first = row.shape[0], 2 * code_bits * inside
@@ -84,7 +85,7 @@ def fill_tail(out: Any, row: Any, inside: int, code_bits: int, tail_biting: bool
         out[i] = row[at % size] if tail_biting or at < size else 0
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _dense(
     bits: Any, stream: Any, mask: Any, multiplier: Any, key: Any, tail_biting: Any, scale: Any, out: Any
 ) -> None:

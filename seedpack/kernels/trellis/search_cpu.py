@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import prange, types
 from numba.core import cgutils
 from torch import Tensor
 
+from seedpack.kernels.common.jit import jit
 from seedpack.kernels.common.vectors import LANES, intrinsic, spread
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Boundary, table
@@ -115,7 +116,7 @@ def _settle(
     return signature, codegen
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _open(metric: Any, base: Any, k: int) -> None:
     """Let every state be a start; the older bits are zero."""
     shift = metric.shape[0] >> k
@@ -124,7 +125,7 @@ def _open(metric: Any, base: Any, k: int) -> None:
         base[i] = i << k
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _step(
     bits: Any,
     table: Any,
@@ -161,7 +162,7 @@ def _step(
         _settle(best, metric, base, history, i, floor, k, m, tags, memory)
 
 
-@njit(cache=True, nogil=True)
+@jit()
 def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
     """Store the symbols on the way to a state: symbols[i] led to the state after step i."""
     states = history.shape[1]
@@ -173,7 +174,7 @@ def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
         state = ((np.int64(history[i, state]) & ((1 << k) - 1)) << shift) | (state >> k)
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@jit(parallel=True)
 def _walk(
     bits: Any,
     x: Any,
