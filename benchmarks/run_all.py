@@ -12,6 +12,7 @@ MODULES = (
     "kernels.seedlm",
     "kernels.svd",
     "language.footprint",
+    "language.damage",
     "language.table",
     "language.calibration",
     "language.ingredients",

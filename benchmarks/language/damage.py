@@ -22,8 +22,11 @@ from safetensors.torch import load_file, save_file
 import seedpack
 from benchmarks.lib import models, report
 from benchmarks.lib.models import CACHE
+from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.mask import MaskCodec
 from seedpack.errors import SeedpackError
 from seedpack.formats import SafetensorsFile
+from tests.helpers.bombs import blank_image, parts_of, write_blank_image, write_tensors
 
 HERE = CACHE / "damage"
 PLACES, PAIRS, LOADS = 300, 20, 9
@@ -164,6 +167,53 @@ def races(source: Path) -> list[str]:
     return pairs
 
 
+def hostile() -> list[tuple[str, ...]]:
+    """Verify and load small files that stand for much, each in a process of its own: (file, bytes, CPU time and memory)."""
+    HERE.mkdir(parents=True, exist_ok=True)
+    basis = BasisCodec(count=1)
+    large = (32768, 32768)
+    files = {
+        "basis of one coefficient, [32768, 32768]": write_tensors(HERE / "basis", {"w.weight": (basis, large, parts_of(basis, large))}),
+        "image of 8192 × 8192, blank": write_blank_image(HERE / "image", 8192, 8192, 1),
+        "ten images of 480 × 480": write_tensors(HERE / "ten", {
+            f"i{i}": (codec, (480, 480, 3), parts) for i in range(10) for codec, _, parts in [blank_image(480, 480)]
+        }, dtype="U8"),
+        "mask of 5 M weights, one in 1,000 kept": write_tensors(HERE / "mask", {
+            "w.weight": (mask, (2048, 2560), parts_of(mask, (2048, 2560))) for mask in [MaskCodec(kept=0.001)]
+        }),
+    }  # fmt: skip
+    rows = []
+    for label, path in files.items():
+        cells = [label, f"{path.stat().st_size:,}"]
+        for work in ("list(verify(Checkpoint(path)))", "seedpack.load(path, dense=True)"):
+            program = WORK.format(path=str(path), warm=str(HERE / "warm"), work=work)
+            found = json.loads(
+                subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+            )
+            cells.append(f"{found['said']} in {found['seconds']:.2f} s, {found['bytes'] / 1e6:.0f} MB")
+        rows.append(tuple(cells))
+    return rows
+
+
+WORK = """
+import json, resource, threading, time
+import seedpack
+from seedpack.errors import SeedpackError
+from seedpack.formats import Checkpoint
+from seedpack.loader.verify import verify
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+path = {warm!r}
+{work}
+path, before, started, said = {path!r}, peak(), time.process_time(), "done"
+try:
+    {work}
+except SeedpackError as error:
+    said = type(error).__name__
+print(json.dumps(dict(said=said, seconds=time.process_time() - started, bytes=peak() - before)))
+"""
+
+
 def measure(result: report.Result) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -191,6 +241,13 @@ def measure(result: report.Result) -> None:
         ["with digests", "SEEDPACK_VERIFY=0", "cost"],
         [(f"{with_digests:.3f} s", f"{plain:.3f} s", f"{100 * (with_digests / plain - 1):.1f}%")],
     )
+
+    result.say(
+        "## Files that ask for too much\n\nCPU time and memory that `verify` and `load(dense=True)` add to a process that has done "
+        "the same with a small file. Target for `verify` of at most 10 kB: 2 s and 100 MB."
+    )
+    seedpack.compress({"w.weight": torch.randn(64, 64)}, HERE / "warm", codec="svd", settings={"rank": 1})
+    result.table(["file", "bytes", "verify", "load"], hostile())
 
     result.say(f"## Two runs on one name\n\n{PAIRS} pairs of `seedpack compress` processes, started together.")
     found = races(folders["llama"])
