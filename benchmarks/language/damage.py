@@ -170,17 +170,15 @@ def races(source: Path) -> list[str]:
 def hostile() -> list[tuple[str, ...]]:
     """Verify and load small files that stand for much, each in a process of its own: (file, bytes, CPU time and memory)."""
     HERE.mkdir(parents=True, exist_ok=True)
-    basis = BasisCodec(count=1)
-    large = (32768, 32768)
+    basis, large = BasisCodec(count=1), (32768, 32768)
+    mask, wide = MaskCodec(kept=0.02), (1024, 1024)
     files = {
         "basis of one coefficient, [32768, 32768]": write_tensors(HERE / "basis", {"w.weight": (basis, large, parts_of(basis, large))}),
         "image of 8192 × 8192, blank": write_blank_image(HERE / "image", 8192, 8192, 1),
         "ten images of 480 × 480": write_tensors(HERE / "ten", {
             f"i{i}": (codec, (480, 480, 3), parts) for i in range(10) for codec, _, parts in [blank_image(480, 480)]
         }, dtype="U8"),
-        "mask of 5 M weights, one in 1,000 kept": write_tensors(HERE / "mask", {
-            "w.weight": (mask, (2048, 2560), parts_of(mask, (2048, 2560))) for mask in [MaskCodec(kept=0.001)]
-        }),
+        "mask of 1 M weights, one in 50 kept": write_tensors(HERE / "mask", {"w.weight": (mask, wide, parts_of(mask, wide))}),
     }  # fmt: skip
     rows = []
     for label, path in files.items():
