@@ -123,7 +123,7 @@ def test_cuda_graph_of_a_packed_layer() -> None:
         torch.nn.Linear(256, 192).cuda(), CODECS[0], {name: part.cuda() for name, part in parts.items()}
     )
     x = torch.randn(1, 256).cuda()
-    layer(x)  # compiles, and makes what is derived from the parts
+    layer(x)  # compiles, and makes the rotation's signs
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph):
         y = layer(x)

@@ -136,7 +136,7 @@ class MaskCodec(Codec, HessianFitting):
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Return scale · sign where the mask keeps a weight; mask and signs stay in memory, two bits per weight."""
-        kept, negative = derived(parts["weight"], (self, shape), lambda: self._packed(parts, shape))
+        kept, negative = derived([parts["weight"]], (self, shape), lambda: self._packed(parts, shape))
         scale = parts["scale"].view(torch.float32)
         values = torch.stack((torch.zeros_like(scale), scale, -scale)).flatten().to(dtype)
         return values[_bits(kept, shape) * (1 + _bits(negative, shape))]

@@ -22,18 +22,19 @@ from seedpack.codecs.importance import Importance, ImportanceLike, column_power
 from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
-from seedpack.kernels.common.bits import pack, packed_shape, unpack
+from seedpack.kernels.common.bits import pack, packed_shape
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import mix, rotate, signs, unrotate
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode, trellis_dense
 from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul_transposed
+from seedpack.kernels.trellis.scales import trellis_scales
+from seedpack.kernels.trellis.scales_reference import BALANCE_BITS, VALUE_UNIT, input_scales, row_scales
 from seedpack.kernels.trellis.search import trellis_search
 from seedpack.prng import trellis_key
 
 WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 2048}  # a GPU searches as many side by side
-VALUE_UNIT = 1 / 128  # a value of the code in units of the scale: a power of two, so it rounds nothing
 EXPONENT_MIN, EXPONENT_MAX = -100, 100
 
 
@@ -64,7 +65,6 @@ GAP = (0.41, 0.58, 0.79, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
 BALANCE_ROWS = 128  # from so many rows on, 4 bits per input channel are cheap enough to pay
-BALANCE_BITS = 4
 CODE_DEVIATION = math.sqrt(4 * (256**2 - 1) / 12)
 
 
@@ -144,7 +144,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         balance = torch.ones(columns, dtype=torch.float64, device=device)
         if "balance" in self.parts((rows, columns)):
             packed = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
-            balance = self._input_scales({"balance": packed}, columns, device).double()
+            balance = input_scales(packed, columns).double()
         power = column_power(weight * outputs.to(device, weight.dtype).sqrt()[:, None]).to(device)
         energy = float(power @ balance.square()) / columns
         return scale * energy * float(self._factor(importance.damped().to(device), balance).diagonal().square().sum())
@@ -313,10 +313,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     @staticmethod
     def _input_scales(parts: Parts, columns: int, device: torch.device) -> Tensor:
         """Return the factor that each input channel of the weight was multiplied by: float32 [in], or [1] for all ones."""
-        if "balance" not in parts:
-            return torch.ones(1, device=device)
-        factors = torch.tensor([2 ** ((q - 8) / 4) for q in range(1 << BALANCE_BITS)], device=device)
-        return factors[unpack(parts["balance"], columns, BALANCE_BITS)[0]]
+        return input_scales(parts["balance"], columns) if "balance" in parts else torch.ones(1, device=device)
 
     def _initial_scale(self) -> float:
         """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
@@ -330,17 +327,22 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     @staticmethod
     def _scale(parts: Parts) -> Tensor:
         """Return the scales of the integers, float32 [out]."""
-        scale = parts["scales"].view(torch.float16).float()
-        return torch.ldexp(scale, parts["exponent"].to(torch.int32)) * VALUE_UNIT
+        return row_scales(parts["scales"], parts["exponent"])
 
     def _prepared_scales(self, parts: Parts, columns: int) -> tuple[Tensor, Tensor]:
-        """Return the scales of the integers, and the factors of activations before they are mixed; cached."""
+        """Return the scales of the integers, and the factors of activations before they are mixed.
+
+        They are kept on the CPU, where comparing the parts takes less time than making them. On a GPU the host would wait
+        for what it compares; there one launch makes them anew.
+        """
+        scales, exponent, balance = parts["scales"], parts["exponent"], parts.get("balance")
 
         def compute() -> tuple[Tensor, Tensor]:
-            device = parts["scales"].device
-            return self._scale(parts), signs(self.seed, columns, device) / self._input_scales(parts, columns, device)
+            return trellis_scales(scales, exponent, balance, signs(self.seed, columns, scales.device))
 
-        return derived(parts["scales"], (self, columns), compute)
+        if not scales.is_cpu:
+            return compute()
+        return derived([scales, exponent] if balance is None else [scales, exponent, balance], (self, columns), compute)
 
     @staticmethod
     def _scales(scale: Tensor) -> Parts:

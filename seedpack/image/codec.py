@@ -149,10 +149,7 @@ class FieldCodec(Codec):
 
     def field(self, parts: Parts, shape: Shape) -> Field:
         """Decode the parts, once for a check and the use that follows."""
-        places = tuple(
-            (name, part.data_ptr(), 0 if part.is_inference() else part._version) for name, part in parts.items()
-        )
-        return derived(parts["weight"], (self, shape, places), lambda: self._field(parts, shape))
+        return derived(list(parts.values()), (self, shape, tuple(parts)), lambda: self._field(parts, shape))
 
     def _field(self, parts: Parts, shape: Shape) -> Field:
         network = self.network(shape)

@@ -36,6 +36,7 @@ from seedpack.kernels.seedlm import search_triton as seedlm_search
 from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.kernels.trellis import decode_triton as trellis
 from seedpack.kernels.trellis import matmul_triton as trellis_matmul
+from seedpack.kernels.trellis import scales_triton as trellis_scales
 from seedpack.kernels.trellis import search_triton as trellis_search
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.search_reference import Boundary, zero_boundary
@@ -43,7 +44,7 @@ from seedpack.kernels.trellis.search_reference import Boundary, zero_boundary
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.int16: "*i16",
-    torch.int32: "*i32", torch.int64: "*i64",
+    torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 COLUMNS, ROWS, MANY_ROWS = 1536, 128, 16384
 
@@ -68,6 +69,15 @@ def launches() -> dict[str, Callable[[], object]]:
             torch.zeros(2, 4096).bfloat16(), torch.ones(4096), TrellisCode(4, 16, 5)
         ),
         "activations of 8 bits": lambda: trellis_matmul.eight_bits(torch.zeros(2, COLUMNS // 256, 8, 32)),
+        "trellis factors": lambda: trellis_scales.prepare(
+            torch.zeros(ROWS, dtype=torch.int16),
+            torch.zeros(1, dtype=torch.int8),
+            torch.zeros(1, COLUMNS // 2, 1, dtype=torch.uint8),
+            torch.ones(COLUMNS),
+        ),
+        "trellis factors, no balance": lambda: trellis_scales.prepare(
+            torch.zeros(ROWS, dtype=torch.int16), torch.zeros(1, dtype=torch.int8), None, torch.ones(COLUMNS)
+        ),
     }
     weights: dict[str, Callable[[], Any]] = {
         f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), TrellisCode(k, 16, 5), COLUMNS)

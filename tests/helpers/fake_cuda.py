@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from seedpack.kernels.common import gpu_configs as configs
 
 CUDA = torch.device("cuda", 0)
-DEVICE, IS_CUDA = (vars(torch._C.TensorBase)[name].__get__ for name in ("device", "is_cuda"))
+DEVICE, IS_CUDA, IS_CPU = (vars(torch._C.TensorBase)[name].__get__ for name in ("device", "is_cuda", "is_cpu"))
 MAY_MIX = ("to", "copy_", "__getitem__", "__setitem__", "type_as")
 
 
@@ -73,8 +73,8 @@ class FakeCuda(TorchFunctionMode):
         ours = [value for value in values if isinstance(value, CudaTensor)]
         others = [value for value in values if isinstance(value, torch.Tensor) and not isinstance(value, CudaTensor)]
         name = getattr(func, "__name__", "")
-        if name == "__get__" and ours and func in (DEVICE, IS_CUDA):
-            return CUDA if func == DEVICE else True
+        if name == "__get__" and ours and func in (DEVICE, IS_CUDA, IS_CPU):
+            return CUDA if func == DEVICE else func == IS_CUDA
         if ours and name not in MAY_MIX and any(other.dim() for other in others):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device")
         wanted = [torch.device(value).type for value in values if _names_device(value)]

@@ -11,6 +11,7 @@ from seedpack.kernels.common.bits import pack, packed_shape
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.kernels.trellis.decode_reference import windows
+from seedpack.kernels.trellis.scales import trellis_scales
 from seedpack.kernels.trellis.search import trellis_search
 from seedpack.prng import trellis_key, trellis_multiplier, trellis_values
 from tests.helpers.marks import slow, slow_but
@@ -157,3 +158,17 @@ def test_windows_overlap() -> None:
     window = windows(stream, TrellisCode(3, 16, 0), 24)
     assert torch.equal(window[:, :-1] >> 3, window[:, 1:] & (1 << 13) - 1)
     assert torch.equal(window[:, -1] >> 3, window[:, 0] & (1 << 13) - 1)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(5, 1), (130, 37), (600, 1100)])
+@pytest.mark.parametrize("exponent", [-100, -3, 0, 100])
+def test_factors(rows: int, columns: int, exponent: int, poison: None) -> None:
+    scales = torch.cat([torch.randn(rows - 2), torch.tensor([2.0**-24, 65504.0])]).half().view(torch.int16)
+    balance = torch.randint(0, 256, packed_shape(1, columns, 4), dtype=torch.uint8)
+    power, signs = torch.tensor([exponent], dtype=torch.int8), torch.randn(columns).sign()
+    for given in (balance, None):
+        expected = trellis_scales(scales, power, given, signs, backend="reference")
+        found = trellis_scales(scales, power, given, signs, backend="triton")
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    exact = scales.view(torch.float16).double() * 2.0 ** (exponent - 7)
+    assert torch.equal(expected[0].double(), exact) and torch.equal(expected[1], signs)
