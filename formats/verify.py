@@ -1,9 +1,9 @@
-"""Compare weight files with their digests where another library reads them."""
+"""Compare weight files with their digests while another library reads them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -16,34 +16,44 @@ from seedpack.formats.reader import SafetensorsFile, require_same_manifest
 Check = tuple[SafetensorsFile, str, str, str]  # a file, and the tensor, the part and the digest to compare in it
 
 
-def checked_keys(paths: Sequence[Path], of_config: Manifest) -> set[str]:
-    """Return the keys in a checkpoint's weight files, once every tensor is checked against its digest.
+def check_files(paths: Sequence[Path], of_config: Manifest) -> tuple[set[str], Callable[[], None]]:
+    """Begin to check every tensor of a checkpoint's weight files against its digest, on all cores, beside other work.
 
-    Digests are left out if SEEDPACK_VERIFY is 0. All cores compute them: hashlib lets other threads run.
+    Digests are left out if SEEDPACK_VERIFY is 0.
 
     Args:
         paths: of the files.
         of_config: the manifest in config.json, which serves where the files have none (transformers has saved them again);
             raw tensors have no digest then.
 
+    Returns:
+        The keys in the files, and a function that waits for the digests, and raises `DigestError` naming the tensor if one
+        differs.
+
     Raises:
-        DigestError: naming the tensor.
         FormatError: the files are not those that config.json was written for.
     """
     with ExitStack() as stack:
         files = [stack.enter_context(closing(SafetensorsFile(path))) for path in paths]
-        if verifies():
-            manifests = [file.manifest() for file in files]
-            own = [manifest for manifest in manifests if manifest is not None]
-            if len(own) == len(files):
-                require_same_manifest(merge(own, str(paths[0].parent)), of_config, str(paths[0].parent / "config.json"))
-            checks = [
-                check for file, found in zip(files, manifests, strict=True) for check in _checks(file, found, of_config)
-            ]
-            workers = min(8, os.cpu_count() or 1)
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(_compare, [checks[i::workers] for i in range(workers)]))
-        return {key for file in files for key in file.header.tensors}
+        keys = {key for file in files for key in file.header.tensors}
+        if not verifies():
+            return keys, lambda: None
+        manifests = [file.manifest() for file in files]
+        own = [manifest for manifest in manifests if manifest is not None]
+        if len(own) == len(files):
+            require_same_manifest(merge(own, str(paths[0].parent)), of_config, str(paths[0].parent / "config.json"))
+        found = zip(files, manifests, strict=True)
+        checks = [check for file, manifest in found for check in _checks(file, manifest, of_config)]
+        workers = min(8, os.cpu_count() or 1)
+        pool = ThreadPoolExecutor(workers)
+        results = [pool.submit(_compare, checks[i::workers]) for i in range(workers)]
+        pool.shutdown(wait=False)  # what is submitted is done all the same
+
+    def wait() -> None:
+        for result in results:
+            result.result()
+
+    return keys, wait
 
 
 def _checks(file: SafetensorsFile, own: Manifest | None, of_config: Manifest) -> list[Check]:

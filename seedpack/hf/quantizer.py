@@ -7,7 +7,7 @@ transformers loads the parts like any other parameters.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import Manifest
-from seedpack.formats.verify import checked_keys
+from seedpack.formats.verify import check_files
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, PackedExperts, check_experts, pack_experts_, unpack_experts_
@@ -43,11 +43,12 @@ class SeedpackQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SeedpackConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._expert_groups: list[ExpertGroup] = []
+        self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
         checkpoint_names = CheckpointNames(model)
-        keys = checked_keys([Path(file) for file in kwargs["checkpoint_files"]], manifest)
+        keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
         _require_parts(manifest, keys, checkpoint_names)
         experts: dict[str, list[str]] = defaultdict(list)
         layers: set[str] = set()
@@ -103,6 +104,9 @@ class SeedpackQuantizer(HfQuantizer):
         )
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._wait_for_digests is not None:
+            self._wait_for_digests()
+            self._wait_for_digests = None
         _require_filled(model)
         for name, module in model.named_modules():
             try:

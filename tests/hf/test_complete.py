@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -224,3 +225,8 @@ class TestViews:
         expected = output(model)
         seedpack.compress(folders.dense, packed, codec="svd", settings={"rank": 2}, force=True)
         assert torch.equal(output(model), expected)
+
+    def test_a_checked_model_can_be_copied_and_kept(self, packed: Path, tmp_path: Path) -> None:
+        model = seedpack.load(packed)
+        torch.save(model, tmp_path / "model.pt")
+        assert torch.equal(output(copy.deepcopy(model)), output(model))
