@@ -23,7 +23,7 @@ _ATTEMPTS = 1000
 
 
 @contextlib.contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
+def locked(folder: Path, what: str, remedy: str) -> Iterator[None]:
     """Hold the lock of a folder, which is made where it is not there, and removed at the end where it is empty.
 
     Where the file system knows no locks, a lock file that is there already counts as held.
@@ -31,11 +31,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     Args:
         folder: the lock's; a holder may remove all that is in it but the lock.
         what: begins the message, as "out: another run is writing it".
+        remedy: beside waiting, as "name another output".
 
     Raises:
         OutputError: another run holds the lock.
     """
-    descriptor = _acquire(folder, what)
+    descriptor = _acquire(folder, what, remedy)
     try:
         yield
     finally:
@@ -45,19 +46,21 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(folder: Path, what: str) -> int:
+def _acquire(folder: Path, what: str, remedy: str) -> int:
     path = folder / LOCK_FILE
+    if folder.is_symlink():
+        raise OutputError(f"{folder}: is a link, where a run keeps what it has not finished; remove it")
     for _ in range(_ATTEMPTS):
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor, created = _open(path)
-        except FileNotFoundError:  # its last holder has just removed the folder
+        except (FileNotFoundError, FileExistsError):  # its last holder is just removing the folder
             continue
         try:
             if (taken := _take(descriptor)) is False or (taken is None and not created):
                 holder = os.read(descriptor, 200).decode("utf-8", "replace") or "it has just begun"
-                remedy = "" if taken is False else f", or if it is dead remove {folder} (this file system has no locks)"
-                raise OutputError(f"{what} ({holder}); wait for it, or name another output{remedy}")
+                dead = "" if taken is False else f", or if it is dead remove {folder} (this file system has no locks)"
+                raise OutputError(f"{what} ({holder}); wait for it, or {remedy}{dead}")
             if _is(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

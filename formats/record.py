@@ -71,13 +71,22 @@ def verify_record(folder: Path, without: Container[str] = ()) -> Iterator[tuple[
             yield name, None
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """Return the files of a folder that are not in its record, or all of them where it has no sound one."""
+def foreign_files(folder: Path) -> str:
+    """Return what a folder holds that seedpack did not write, or that was changed since, for a message; "" for nothing."""
+    names = _names(folder)
+    if not names:
+        return ""
     try:
         record = read_record(folder)
-    except FormatError:
-        record = None
-    return [name for name in _names(folder) if record is None or name not in record]
+    except FormatError as error:
+        return f"its record of what seedpack wrote cannot be read ({error})"
+    if record is None:
+        return f"holds {len(names)} files, such as {names[0]!r}, and no record that seedpack wrote them ({RECORD_FILE})"
+    if others := [name for name in names if name not in record]:
+        return f"holds {len(others)} files that seedpack did not write, such as {others[0]!r}"
+    if changed := [name for name in names if file_digest(folder / name) != record[name]]:
+        return f"holds {len(changed)} files that were changed since seedpack wrote them, such as {changed[0]!r}"
+    return ""
 
 
 def file_digest(path: Path) -> str:

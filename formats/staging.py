@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +27,12 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
             nothing but what seedpack wrote.
         directory: make the yielded path a folder.
     """
+    if target.name in ("", ".."):
+        raise OutputError(f"{target}: is no name for an output; name a file or a folder in it")
     stage = target.parent / f".{target.name}.partial"
     new, old = stage / "new", stage / "old"
     try:
-        with locked(stage, f"{target}: another run is writing it"):
+        with locked(stage, f"{target}: another run is writing it", "name another output"):
             try:
                 _clear(new, target, old)
                 _require_replaceable(target, force, directory)
@@ -62,10 +65,9 @@ def _require_replaceable(target: Path, force: bool, directory: bool) -> None:
         return
     if not directory:
         raise OutputError(f"{target}: is a folder, but the output is a file; name a file")
-    if others := foreign_files(target):
+    if why := foreign_files(target):
         raise OutputError(
-            f"{target}: holds {len(others)} files that seedpack did not write, such as {others[0]!r}; "
-            "move them away or remove the folder yourself, or name another output"
+            f"{target}: {why}; move what you need away and remove the folder yourself, or name another output"
         )
 
 
@@ -75,9 +77,11 @@ def _clear(new: Path, target: Path, old: Path) -> None:
         os.rename(old, target)
     for path in (old, new):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+        if os.path.lexists(path):  # it holds files that cannot be removed: out of the way of the next run
+            os.rename(path, target.parent / f".{target.name}.leftover-{secrets.token_hex(4)}")
 
 
 def require_apart(output: Path, source: Path) -> None:

@@ -57,7 +57,7 @@ class Run:
             OutputError: another run uses it.
         """
         if folder not in self.locks:
-            lock = locked(folder, f"{folder}: another run is calibrating with it")
+            lock = locked(folder, f"{folder}: another run is calibrating with it", "name an output in another folder")
             lock.__enter__()
             self.locks[folder] = lock
 

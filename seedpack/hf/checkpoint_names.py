@@ -134,6 +134,15 @@ class CheckpointNames:
             source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources
         ]
 
+    def uncovered(self, names: Collection[str]) -> set[str]:
+        """Return the model's tensors that nothing of a checkpoint goes into, by the names in it.
+
+        Tensors that loading splits are not followed: then none are returned.
+        """
+        if any(map(internals.splits, self._conversions[1])):
+            return set()
+        return set(self._state) - {self.parameter(name)[0] for name in names} - self.tied.keys()
+
     def missing_experts(self, names: Collection[str]) -> list[str]:
         """Return the experts' matrices that a checkpoint of these names lacks."""
         mixtures: dict[tuple[str, str], tuple[str, int]] = {}  # (prefix, parameter): one of its names, count of experts

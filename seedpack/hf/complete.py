@@ -12,6 +12,7 @@ from seedpack.converter.sources.base import SourceTensor
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError, first_line
 from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.internals import is_counter
 
 
 def load_complete(cls: Any, path: Any, where: object, **options: Any) -> Any:
@@ -30,8 +31,8 @@ def load_complete(cls: Any, path: Any, where: object, **options: Any) -> Any:
     mismatched = [entry[0] if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"]]
     if mismatched:
         raise _incomplete(where, "has another shape of", mismatched)
-    if info["missing_keys"]:
-        raise _incomplete(where, "lacks", info["missing_keys"])
+    if missing := [name for name in info["missing_keys"] if not is_counter(name)]:
+        raise _incomplete(where, "lacks", missing)
     return model
 
 
@@ -68,7 +69,8 @@ def _incomplete(where: object, problem: str, names: Iterable[str]) -> ModelError
     more = f" and {len(ordered) - 4} more" if len(ordered) > 4 else ""
     return ModelError(
         f"{where}: {problem} {', '.join(ordered[:4])}{more}; transformers would fill in random numbers: get the whole "
-        "checkpoint, and the config.json that belongs to it"
+        "checkpoint, and the config.json that belongs to it, or if they may be random pack what from_pretrained and "
+        "save_pretrained make of it"
     )
 
 

@@ -18,7 +18,7 @@ from seedpack.converter.sources.torch_file import load_state_dict
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import Manifest
 from seedpack.formats.reader import QUANT_METHOD, read_json
-from seedpack.formats.record import RECORD_FILE
+from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.complete import require_complete
 from seedpack.hf.language_model import open_folder_model
@@ -30,8 +30,8 @@ class FolderSource(Source):
     """A folder with config.json and weights, sharded or not."""
 
     def __init__(self, path: Path):
-        self._beside = FileState.of_all([path / "config.json", *_further_files(path)])
         config = dense_config(path)
+        self._beside = {file: file_digest(file) for file in [path / "config.json", *_further_files(path)]}
         self._path, self._names = path, CheckpointNames.of_folder(path)
         self._weights = _open_weights(path, self._names)
         stored = self._weights.tensors
@@ -46,8 +46,8 @@ class FolderSource(Source):
     def require_unchanged(self) -> None:
         """Refuse weights, or files beside them, that were written to since they were opened."""
         super().require_unchanged()
-        for path, state in self._beside.items():
-            if FileState.of(path) != state:
+        for path, digest in self._beside.items():
+            if not path.is_file() or file_digest(path) != digest:
                 raise self._changed(path)
 
     def norm_power(self, name: str) -> Tensor | None:
@@ -66,7 +66,7 @@ class FolderSource(Source):
         """Copy the files beside the weights, and write config.json."""
         assert self.config is not None
         write_packed_config(folder, self.config, manifest, dtype)
-        copy_files(_further_files(self._path), folder)
+        copy_files((file for file in self._beside if file.name != "config.json"), folder)
 
 
 def dense_config(path: Path) -> dict[str, Any]:

@@ -74,9 +74,8 @@ class GGUFSource(StateDictSource):
 
 
 def _open_dense(path: Path) -> Any:
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ModelError(f"{path}: reading GGUF needs {package}; pip install {package}")
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{path}: reading GGUF needs gguf; pip install gguf")
     from transformers import AutoModelForCausalLM
 
     try:

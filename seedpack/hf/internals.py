@@ -23,7 +23,7 @@ Nothing heavy is imported before a function is called.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,11 @@ def source_patterns(converter: Any) -> list[str]:
 def operation_names(converter: Any) -> list[str]:
     """Return the class names of a converter's operations, in order."""
     return [type(operation).__name__ for operation in converter.operations]
+
+
+def splits(converter: Any) -> bool:
+    """Return whether a converter makes several tensors."""
+    return len(converter.target_patterns) > 1
 
 
 def stacking_converter(source: str, target: str) -> Any:
@@ -148,21 +153,27 @@ def mark_initialised(target: Any) -> None:
     target._is_hf_initialized = True
 
 
-def unfilled_tensors(model: Any) -> dict[str, Any]:
-    """Return the parameters and buffers of a loaded model that no file had and that are not tied to one that a file had.
+def unfilled_tensors(model: Any) -> set[str]:
+    """Return the names of a loaded model's tensors that no file had and that are not tied to one that a file had.
 
-    Loading gives each a new tensor with the mark of `mark_initialised`. A model spread over devices has others: of such a
-    one nothing is known.
+    Loading gives each a new tensor with the mark of `mark_initialised`; tensors without data, on disk, are not looked at.
     """
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(places) > 1 or "disk" in places:
-        return {}
-    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
-    return {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if not getattr(tensor, "_is_hf_initialized", False) and not ignored.search(name)
+    state = model.state_dict(keep_vars=True)
+    names = {
+        name for name, value in state.items() if not getattr(value, "_is_hf_initialized", False) and not value.is_meta
     }
+    return needed(model, names)
+
+
+def needed(model: Any, names: Collection[str]) -> set[str]:
+    """Return those of a model's tensors that transformers does not start by itself, and that are no counters."""
+    ignored = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["(?!)"]))
+    return {name for name in names if not ignored.search(name) and not is_counter(name)}
+
+
+def is_counter(name: str) -> bool:
+    """Return whether a tensor only counts batches, as old checkpoints do not."""
+    return name.endswith(".num_batches_tracked")
 
 
 def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:

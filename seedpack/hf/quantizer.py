@@ -19,7 +19,7 @@ from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import Manifest
 from seedpack.formats.verify import check_files
-from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.hf.checkpoint_names import CheckpointNames, architecture
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, PackedExperts, check_experts, pack_experts_, unpack_experts_
 from seedpack.hf.internals import (
@@ -27,6 +27,7 @@ from seedpack.hf.internals import (
     forget_added_ties,
     is_converter,
     mark_initialised,
+    needed,
     stacking_converter,
     tied_parameters,
     unfilled_tensors,
@@ -43,6 +44,7 @@ class SeedpackQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SeedpackConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._expert_groups: list[ExpertGroup] = []
+        self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -50,6 +52,7 @@ class SeedpackQuantizer(HfQuantizer):
         checkpoint_names = CheckpointNames(model)
         keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
         _require_parts(manifest, keys, checkpoint_names)
+        self._uncovered = needed(model, checkpoint_names.uncovered(keys))
         experts: dict[str, list[str]] = defaultdict(list)
         layers: set[str] = set()
         for name in manifest.tensors:
@@ -107,7 +110,7 @@ class SeedpackQuantizer(HfQuantizer):
         if self._wait_for_digests is not None:
             self._wait_for_digests()
             self._wait_for_digests = None
-        _require_filled(model)
+        _require_filled(model, self._uncovered if _is_spread(model) else unfilled_tensors(model))
         for name, module in model.named_modules():
             try:
                 if isinstance(module, PackedModule):
@@ -178,18 +181,41 @@ def _incomplete(lacking: Collection[str]) -> ModelError:
     )
 
 
-def _require_filled(model: Any) -> None:
-    """Refuse packed layers that no file had all of, and in the architecture that was packed any other tensor too.
+def _require_filled(model: Any, lacking: set[str]) -> None:
+    """Refuse a model that lacks tensors, but for those that the packed architecture does not have, such as a new head.
 
-    Another architecture may have layers of its own, such as a new head, that transformers draws at random.
+    Args:
+        model: loaded.
+        lacking: names of its tensors that no file had.
     """
-    unfilled = unfilled_tensors(model)
-    if type(model).__name__ not in (getattr(model.config, "architectures", None) or ()):
-        packed = [module for module in model.modules() if isinstance(module, (PackedModule, PackedExperts))]
-        needed = {id(tensor) for module in packed for tensor in module.parameters(recurse=False)}
-        unfilled = {name: tensor for name, tensor in unfilled.items() if id(tensor) in needed}
-    if unfilled:
-        raise _incomplete(unfilled)
+    architectures = getattr(model.config, "architectures", None) or ()
+    if lacking and type(model).__name__ not in architectures:
+        packed = {
+            f"{name}.{leaf}"
+            for name, module in model.named_modules()
+            if isinstance(module, (PackedModule, PackedExperts))
+            for leaf, _ in module.named_parameters(recurse=False)
+        }
+        known, prefix = _names_in(architecture({"architectures": architectures}), model.config)
+        lacking = {name for name in lacking if name in packed or name.removeprefix(prefix) in known}
+    if lacking:
+        raise _incomplete(lacking)
+
+
+def _names_in(cls: Any, config: Any) -> tuple[set[str], str]:
+    """Return the names of an architecture's tensors, without the prefix of its base model, and that prefix."""
+    if cls is None:
+        return set(), ""
+    with torch.device("meta"):
+        model = cls(config)
+    prefix = f"{model.base_model_prefix}."
+    return {name.removeprefix(prefix) for name in model.state_dict()}, prefix
+
+
+def _is_spread(model: Any) -> bool:
+    """Return whether a model is on several devices, or partly on disk: its tensors are other ones then than those loaded."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    return len(places) > 1 or "disk" in places
 
 
 def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:

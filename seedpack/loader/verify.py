@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import BackendError, SeedpackError, UnknownCodecError, VersionError
 from seedpack.formats import Checkpoint, CodecSpec
+from seedpack.formats.manifest import MANIFEST_KEY
 from seedpack.formats.record import verify_record
 from seedpack.keys import require_same_key
 from seedpack.loader.dense import checked_parts, stored_codec
@@ -38,7 +39,8 @@ class Verified:
 def verify(checkpoint: Checkpoint) -> Iterator[Verified]:
     """Check every tensor: the digests of its parts, their form, and their elements where that costs no more than the limit.
 
-    Of a folder the files beside its weights are checked too, by the record that seedpack wrote. No private key is needed for it.
+    Of a folder the files beside its weights are checked too, by the record that seedpack wrote, unless transformers has saved
+    it again. No private key is needed for it.
 
     Raises:
         KeyNeededError: a key is in use, and a tensor was made with another one.
@@ -66,7 +68,7 @@ def _verify(checkpoint: Checkpoint) -> Iterator[Verified]:
             except SeedpackError as problem:
                 error = problem
         yield Verified(name, error, reason if error is None else "", cost)
-    if checkpoint.path.is_dir():
+    if checkpoint.path.is_dir() and all(MANIFEST_KEY in file.header.metadata for file in checkpoint.files):
         weights = {file.path.name for file in checkpoint.files}
         for file, damage in verify_record(checkpoint.path, without=weights):
             yield Verified(file, damage, is_file=True)

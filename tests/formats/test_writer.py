@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -89,7 +90,7 @@ class TestStaged:
         target = tmp_path / "home"
         target.mkdir()
         (target / "config.json").write_text('{"port": 80}')
-        message = "1 files that seedpack did not write" if directory else "is a folder"
+        message = "holds 1 files, .* and no record" if directory else "is a folder"
         with pytest.raises(OutputError, match=message), staged(target, force=True, directory=directory):
             raise AssertionError("not reached")
         (tmp_path / "file").write_text("precious")
@@ -115,6 +116,28 @@ class TestStaged:
         with staged(target, force=True, directory=True):
             pass
         assert os.listdir(target) == ["seedpack.json"]
+
+    def test_leftovers_that_cannot_be_removed_stop_no_run(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        target = tmp_path / "out"
+        for text in ("old", "new", "newer"):
+            with staged(target, directory=True, force=True) as partial:
+                (partial / text).write_text(text)
+                monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as where another process holds the files
+        assert sorted(os.listdir(target)) == ["newer", "seedpack.json"]
+        left = sorted(name for name in os.listdir(tmp_path) if name != "out")
+        assert len(left) == 2 and all(name.startswith(".out.leftover-") for name in left)
+
+    def test_what_is_no_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in (".", "..", "a/.."):
+            with pytest.raises(OutputError, match="is no name for an output"), staged(Path(name), directory=True):
+                raise AssertionError("not reached")
+        (tmp_path / "b").mkdir()
+        (tmp_path / ".out.partial").symlink_to(tmp_path / "b")
+        with pytest.raises(OutputError, match="is a link"), staged(tmp_path / "out"):
+            raise AssertionError("not reached")
 
     def test_what_appears_meanwhile_is_kept(self, tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="exists already"), staged(tmp_path / "out") as partial:

@@ -85,8 +85,9 @@ class Products(Dataset[list[Tensor]]):
 
 
 def fork() -> str:
-    """Fork before the first call, then after it: by hand, and a child of that child; a DataLoader's workers; and a pool's."""
+    """Fork before the first call, when torch's threads have started alone, then after it: by hand, and a child of that child; a DataLoader's workers; and a pool's."""
     x, coefs, basis = torch.ones(1, COLUMNS), torch.ones(ROWS, 5), DenseNoise("philox", 1)
+    torch.randn(1500, 1500).exp().sum()  # in threads, which a child would wait for
     early = in_child(lambda: (matmul_cpu.matmul(x, coefs, basis, ROWS).shape == (1, ROWS), jit._mode.name))
     nets = layers()
     expected = products(nets)

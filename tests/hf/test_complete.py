@@ -145,6 +145,34 @@ class TestCheckpoints:
         with pytest.raises(ModelError, match="model.norm.weight"):
             transformers.AutoModelForCausalLM.from_pretrained(again)
 
+    @pytest.mark.parametrize("cls", ["AutoModel", "AutoModelForSequenceClassification"])
+    def test_what_the_packed_architecture_has_is_needed_by_all(self, cls: str, packed: Path, again: Path) -> None:
+        change_config(packed, num_hidden_layers=3)
+        change_tensors(again, lambda tensors: tensors.pop("model.norm.weight"))
+        for folder, name in ((packed, "layers.2"), (again, "norm.weight")):
+            with pytest.raises(ModelError, match=f"lacks .* such as '.*{name}"):
+                getattr(transformers, cls).from_pretrained(folder)
+
+    def test_models_on_disk(self, packed: Path, again: Path, tmp_path: Path) -> None:
+        change_config(packed, num_hidden_layers=3)
+        change_tensors(again, lambda tensors: tensors.pop("model.norm.weight"))
+        for folder, name in ((packed, "layers.2"), (again, "norm.weight")):
+            with pytest.raises(ModelError, match=f"lacks .* such as '.*{name}"):
+                transformers.AutoModelForCausalLM.from_pretrained(
+                    folder, device_map={"": "disk"}, offload_folder=tmp_path / "offload"
+                )
+
+    def test_counters_may_be_missing(self, tmp_path: Path) -> None:
+        """Batch norms counted nothing before torch 0.4.1."""
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_channels=3)
+        transformers.ResNetModel(config).save_pretrained(tmp_path / "dense")
+        change_tensors(
+            tmp_path / "dense", lambda tensors: [tensors.pop(k) for k in list(tensors) if "num_batches" in k]
+        )
+        seedpack.compress(tmp_path / "dense", tmp_path / "packed", codec=CODEC)
+        for load in (seedpack.load, transformers.ResNetModel.from_pretrained):
+            assert isinstance(load(tmp_path / "packed"), transformers.ResNetModel)
+
     def test_a_new_head_is_drawn_at_random(self, tmp_path: Path) -> None:
         """As transformers has it for fine-tuning: what the packed architecture does not have is no loss."""
         folders = Folders(ARCHITECTURES["bert-encoder"](), tmp_path)

@@ -1,8 +1,7 @@
 """Compile functions for the CPU with Numba, on first use: kept on disk, and safe in threads and in forked processes.
 
-Threads do not survive a fork: Numba ends a child that needs those of GNU OpenMP, and torch, which shares them, waits for ever
-(DataLoader's workers, gunicorn --preload). So a child of a process whose threads had started computes on one thread, with the
-same results.
+Threads do not survive a fork: Numba ends a child that needs those of GNU OpenMP, and who shares them with torch waits for ever
+(DataLoader's workers, gunicorn --preload). So a forked child computes on one thread, with the same results.
 
 Where neither OpenMP nor TBB is installed Numba shares work out by itself, one call at a time: a second one from another
 thread would abort the process. There calls wait for each other.
@@ -101,11 +100,13 @@ def _look_at_threads() -> None:
 
 
 def _after_fork() -> None:
-    """Compute on one thread in a child whose parent's threads had started; the lock may be held by one of those."""
+    """Compute on one thread in a child: its parent's threads may have started, torch's alone too, and be waited for.
+
+    The lock may be held by one of them.
+    """
     global _mode, _turn
-    _turn = threading.RLock()
+    _turn, _mode = threading.RLock(), Mode.SERIAL
     if _threading_layer() is not None:
-        _mode = Mode.SERIAL
         torch.set_num_threads(1)
 
 
