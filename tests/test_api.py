@@ -103,7 +103,7 @@ def test_tied_layers_stay_tied(tmp_path: Path) -> None:
         assert list(checkpoint.manifest.tensors) == ["embed.weight"]
         assert checkpoint.manifest.shared == {"head.weight": "embed.weight"}
     loaded = seedpack.load(tmp_path / "a", model=Tied())
-    assert loaded.head.weight is loaded.embed.weight and loaded.head.codes is loaded.embed.codes
+    assert loaded.head.packed is loaded.embed.packed and loaded.head.codes is loaded.embed.codes
     dense = seedpack.load(tmp_path / "a", dense=True)
     assert torch.equal(loaded.head.dense_weight(), dense["head.weight"])
     assert torch.equal(dense["embed.weight"], dense["head.weight"])

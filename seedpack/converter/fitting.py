@@ -51,7 +51,11 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     CPU."""
     started = time.perf_counter()
     if not tensor.packed:
-        return tensor.codec.encode(run.source.read(tensor.name)), TensorReport(tensor, 0.0, 0.0, 0.0)
+        value = run.source.read(tensor.name)
+        if value.is_floating_point() and TORCH_DTYPES[tensor.dtype] != value.dtype and value.numel():
+            finite = value.masked_fill(~torch.isfinite(value.float()), 0)
+            _require_fits(tensor, float(finite.double().abs().max()))
+        return tensor.codec.encode(value), TensorReport(tensor, 0.0, 0.0, 0.0)
 
     def progress(count: int) -> None:
         run.progress("Fitting", count, run.weights, "weights", tensor.name)
@@ -68,7 +72,8 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
         raise CodecError(f"{tensor.name}: {refused}") from None
     except torch.linalg.LinAlgError as failed:  # type: ignore[attr-defined]
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
-    error, energy = _error(tensor.codec, parts, matrix)
+    error, energy, largest = _error(tensor.codec, parts, matrix)
+    _require_fits(tensor, largest)
     report = TensorReport(tensor, error, energy, time.perf_counter() - started)
     if journal is not None:
         journal.put(parts, report)
@@ -99,7 +104,8 @@ def apply_tuning(
     if tensor.name in factors:
         assert isinstance(tensor.codec, RowScaling)
         rescaled = tensor.codec.rescaled(parts, factors[tensor.name].to(device))
-        error, energy = _error(tensor.codec, rescaled, matrix_of(source, tensor).to(device).float())
+        error, energy, largest = _error(tensor.codec, rescaled, matrix_of(source, tensor).to(device).float())
+        _require_fits(tensor, largest)
         return rescaled, dataclasses.replace(report, error=error, energy=energy)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
     if value is None:
@@ -120,13 +126,23 @@ def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
     return (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape)
 
 
-def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float]:
-    """Return ‖W - Ŵ‖² and ‖W‖², some rows at a time."""
-    error = energy = 0.0
+def _require_fits(tensor: TensorPlan, largest: float) -> None:
+    """Refuse a tensor whose values become infinite in the dtype that it is loaded in."""
+    if tensor.dtype[0] in "FB" and largest > (limit := torch.finfo(TORCH_DTYPES[tensor.dtype]).max):
+        raise NonfiniteError(
+            f"{tensor.name}: values up to {largest:.3g} do not fit {tensor.dtype}, whose largest is {limit:.3g}; "
+            "pass --dtype bfloat16 or float32 (dtype=…)"
+        )
+
+
+def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float, float]:
+    """Return ‖W - Ŵ‖², ‖W‖² and the largest |Ŵ|, some rows at a time."""
+    error = energy = largest = 0.0
     step = max(1, WEIGHTS_AT_ONCE // matrix.shape[1])
     for index in torch.arange(len(matrix)).split(step):
         rows = matrix[index].double()
         decoded = codec.decode_rows(parts, index, tuple(matrix.shape), torch.float32)
         error += float((rows - decoded).square().sum())
         energy += float(rows.square().sum())
-    return error, energy
+        largest = max(largest, float(decoded.abs().max()))
+    return error, energy, largest

@@ -134,7 +134,13 @@ def make_plan(
         codec = codec_for(codec, options.bits, options.settings or {})
     dtype = dtype_name(float_dtype(options.dtype)) if options.dtype else None
     result = default_plan(
-        source.tensors, source.shared, codec, include=options.include, exclude=options.exclude, dtype=dtype
+        source.tensors,
+        source.shared,
+        codec,
+        include=options.include,
+        exclude=options.exclude,
+        dtype=dtype,
+        keep_float=source.config is not None,
     )
     if options.target_size is not None:
         result = with_size(

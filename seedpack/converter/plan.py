@@ -20,6 +20,7 @@ from seedpack.dtypes import PACKABLE
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import PlannedTensor
 from seedpack.formats.header import DTYPE_BYTES, loads_strict, nbytes
+from seedpack.formats.manifest import part_key
 from seedpack.loader.layers import codec_matrix
 
 PLAN_VERSION = 1
@@ -183,6 +184,7 @@ def default_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
+    keep_float: bool = False,
 ) -> Plan:
     """Plan `codec` for every weight matrix that it makes smaller, and raw for the rest.
 
@@ -193,6 +195,7 @@ def default_plan(
         include: patterns (fnmatch) of tensor names; given, only matching ones are packed.
         exclude: patterns of tensor names to leave raw.
         dtype: safetensors name of the dtype for raw float tensors and decoded weights; default the source's.
+        keep_float: leave at least one float tensor raw, the smallest: transformers asks a model's parameters for its dtype.
     """
     for pattern in (*include, *exclude):
         if not any(fnmatch.fnmatch(name, pattern) for name in tensors):
@@ -201,6 +204,7 @@ def default_plan(
     def plan_tensor(name: str, tensor: SourceTensor) -> TensorPlan:
         target = dtype if dtype and tensor.dtype in PACKABLE else tensor.dtype
         note = _not_packable(tensor) or _not_wanted(name, include, exclude) or _not_smaller(tensor, codec, target)
+        note = note or _name_taken(name, tensor, codec, {*tensors, *shared} - {name})
         return TensorPlan(
             name=name,
             dtype=target,
@@ -214,6 +218,10 @@ def default_plan(
         )
 
     plan = Plan(tuple(plan_tensor(name, tensor) for name, tensor in tensors.items()), dict(shared), dtype)
+    candidates = [tensor for tensor in plan.tensors if tensor.packed and tensor.kind != "expert"]
+    if keep_float and candidates and not any(t.dtype in PACKABLE and not t.packed for t in plan.tensors):
+        smallest = min(candidates, key=lambda tensor: math.prod(tensor.shape))
+        plan = plan.raw([smallest.name], "the model needs one float tensor, which tells its dtype")
     if include and not plan.packed_weights:
         wanted = next(t for t in plan.tensors if any(fnmatch.fnmatch(t.name, p) for p in include))
         raise ModelError(f"nothing that --include asks for can be packed: {wanted.name!r} is {wanted.note}")
@@ -226,6 +234,8 @@ def _not_packable(tensor: SourceTensor) -> str:
         return "not a float tensor"
     if not tensor.kind or tensor.dtype not in PACKABLE:
         return "not the weight matrix of a layer that can be packed"
+    if 0 in tensor.shape:
+        return "has no elements"
     return ""
 
 
@@ -243,6 +253,13 @@ def _not_smaller(tensor: SourceTensor, codec: Codec, dtype: str) -> str:
     if codec.parts(matrix)["weight"][1] != tensor.shape and bits < 8 * DTYPE_BYTES[dtype]:
         return ""
     return f"{codec.id} would take {bits:.1f} bits per weight"
+
+
+def _name_taken(name: str, tensor: SourceTensor, codec: Codec, others: Collection[str]) -> str:
+    """Return which name of a part another tensor of the model has; "" if none."""
+    keys = (part_key(name, part) for part in codec.parts(codec_matrix(tensor.shape, tensor.transposed)))
+    taken = next((key for key in keys if key in others), "")
+    return f"{taken!r} is a tensor of the model, and would be a part of this one" if taken else ""
 
 
 def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Codec:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from seedpack.converter.sources.base import Kind
 from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
 from seedpack.hf import internals
-from seedpack.hf.norm_power import norm_before_layer, output_power
+from seedpack.hf.norm_power import layers_written_to, norm_before_layer, output_power
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -94,7 +95,8 @@ class CheckpointNames:
                 continue
             names = {leaf: stored.get(f"{norm}.{leaf}") for leaf, _ in self._modules[norm].named_parameters()}
             if None not in names.values():
-                return output_power(self._modules[norm], {leaf: read(str(name)) for leaf, name in names.items()})
+                with suppress(Exception):  # foreign code: a norm that wants more than its input tells nothing
+                    return output_power(self._modules[norm], {leaf: read(str(name)) for leaf, name in names.items()})
         return None
 
     @cached_property
@@ -105,6 +107,10 @@ class CheckpointNames:
         """Return the model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
         renamings, converters = self._conversions
         return internals.model_name_of(name, renamings, converters, self.model.base_model_prefix, self._state)
+
+    def has(self, name: str) -> bool:
+        """Return whether the model has a place for a checkpoint tensor."""
+        return self.parameter(name)[0] in self._state
 
     def parameters(self, name: str) -> list[str]:
         """Return the model's names of a checkpoint tensor: of its parameter, and of those tied to it."""
@@ -168,8 +174,16 @@ class CheckpointNames:
         module, _, leaf = target.rpartition(".")
         if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
             return "", False, ""
+        if module in self._written_to:
+            return "", False, ""
         kind, transposed, group = module_kind(self._modules.get(module), leaf)
         return "head" if kind and module in self._heads else kind, transposed, group
+
+    @cached_property
+    def _written_to(self) -> set[str]:
+        """Modules whose weights the model itself writes to, which packed ones refuse."""
+        with torch.device("meta"):
+            return layers_written_to(type(self.model)(self.model.config))
 
     @cached_property
     def _heads(self) -> set[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class FolderSource(Source):
 
     def __init__(self, path: Path):
         config = dense_config(path)
-        self._beside = {file: file_digest(file) for file in [path / "config.json", *_further_files(path)]}
+        self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
         self._path, self._names = path, CheckpointNames.of_folder(path)
         self._weights = _open_weights(path, self._names)
         stored = self._weights.tensors
@@ -46,7 +47,8 @@ class FolderSource(Source):
     def require_unchanged(self) -> None:
         """Refuse weights, or files beside them, that were written to since they were opened."""
         super().require_unchanged()
-        for path, digest in self._beside.items():
+        for name, digest in self._beside.items():
+            path = self._path / name
             if not path.is_file() or file_digest(path) != digest:
                 raise self._changed(path)
 
@@ -66,7 +68,7 @@ class FolderSource(Source):
         """Copy the files beside the weights, and write config.json."""
         assert self.config is not None
         write_packed_config(folder, self.config, manifest, dtype)
-        copy_files((file for file in self._beside if file.name != "config.json"), folder)
+        copy_files(self._path, (name for name in self._beside if name != "config.json"), folder)
 
 
 def dense_config(path: Path) -> dict[str, Any]:
@@ -98,25 +100,16 @@ def write_packed_config(folder: Path, config: dict[str, Any], manifest: Manifest
     _write_config(folder, config)
 
 
-def copy_files(files: Iterable[Path], folder: Path) -> None:
-    """Copy files into a folder."""
-    for file in files:
-        shutil.copyfile(file, folder / file.name)
+def copy_files(source: Path, names: Iterable[str], folder: Path) -> None:
+    """Copy files into a folder, by their relative names."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def complete_dense_folder(packed: Path, folder: Path, dtype: torch.dtype | None) -> None:
     """Write what a folder needs beside the weights that were unpacked: further files, and a config of a dense model."""
-    copy_files(
-        (
-            file
-            for file in packed.iterdir()
-            if file.is_file()
-            and file.suffix != ".safetensors"
-            and not file.name.endswith(".index.json")
-            and file.name != RECORD_FILE
-        ),
-        folder,
-    )
+    copy_files(packed, ["config.json", *_further_files(packed)], folder)
     config = read_json(folder / "config.json")
     if not isinstance(config, dict):
         raise FormatError(f"{packed / 'config.json'}: expected a JSON object")
@@ -189,14 +182,29 @@ def _weight_files(path: Path, single: str) -> list[Path]:
     return [path / name for name in names]
 
 
-def _further_files(path: Path) -> list[Path]:
-    """Return the files beside the weights that a packed folder should keep."""
-    return sorted(
-        file
-        for file in path.iterdir()
-        if file.is_file()
-        and file.suffix.lower() not in WEIGHT_SUFFIXES
-        and file.name not in ("config.json", RECORD_FILE)
-        and not file.name.endswith(".index.json")
-        and not file.name.startswith(".")
-    )
+def _further_files(path: Path) -> list[str]:
+    """Return the relative names of the files beside the weights that a folder made of this one should keep.
+
+    Subfolders come along: of processors, chat templates, and of sentence-transformers' modules, with the weights of these.
+    """
+    modules = _sentence_modules(path)
+
+    def is_kept(name: PurePath) -> bool:
+        if len(name.parts) == 1 and (name.name in ("config.json", RECORD_FILE) or name.name.endswith(".index.json")):
+            return False
+        is_weights = name.suffix.lower() in WEIGHT_SUFFIXES and not any(
+            name.is_relative_to(module) for module in modules
+        )
+        return not is_weights and not any(part.startswith(".") for part in name.parts)
+
+    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    return sorted(name.as_posix() for name in names if is_kept(name))
+
+
+def _sentence_modules(path: Path) -> list[str]:
+    """Return the subfolders of the modules that follow a model of sentence-transformers."""
+    with suppress(FormatError):
+        modules = read_json(path / "modules.json")
+        if isinstance(modules, list):
+            return [str(module["path"]) for module in modules if isinstance(module, dict) and module.get("path")]
+    return []

@@ -55,7 +55,8 @@ class GGUFSource(StateDictSource):
         """Write config.json, the generation config, and the tokenizer where it can be converted."""
         assert self.config is not None
         write_packed_config(folder, self.config, manifest, dtype)
-        copy_files((f for f in Path(self._folder.name).iterdir() if f.name != "config.json"), folder)
+        source = Path(self._folder.name)
+        copy_files(source, (file.name for file in source.iterdir() if file.name != "config.json"), folder)
 
     def _save_beside(self, path: Path, folder: Path) -> bool:
         """Save what the file carries beside weights; return whether its tokenizer could be converted."""

@@ -10,6 +10,7 @@ What is used, and what breaks if it moves:
   not matched to the model's.
 - `core_model_loading.WeightConverter`, `MergeModulelist`, `SplitModulelist`, `_original_source_patterns`: mixtures of
   experts are neither packed nor loaded.
+- `core_model_loading.WeightRenaming`: parts of packed layers are not loaded.
 - `all_tied_weights_keys`, `_tied_weights_keys`: tied weights are packed and saved twice.
 - `_is_hf_initialized`: transformers tries to draw random numbers for packed parts, and parts that a checkpoint lacks are
   not noticed.
@@ -23,9 +24,9 @@ Nothing heavy is imported before a function is called.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,6 +86,65 @@ def operation_names(converter: Any) -> list[str]:
     return [type(operation).__name__ for operation in converter.operations]
 
 
+def with_whole_names(conversions: list[Any], on_disk: Mapping[str, str]) -> list[Any]:
+    """Return conversions that also rename some tensors by their whole names, whatever the patterns among them do to these.
+
+    Args:
+        conversions: of a model.
+        on_disk: {name in a checkpoint: name in memory}.
+    """
+    renamings = [entry for entry in conversions if not is_converter(entry)]
+    loaded = {_renamed(name, renamings): memory for name, memory in on_disk.items()}
+    return [whole_names({}, renamings, on_disk), *conversions, whole_names(loaded)]
+
+
+def _renamed(name: str, renamings: Iterable[Any]) -> str:
+    for entry in renamings:
+        name = entry.rename_source_key(name)[0]
+    return name
+
+
+def whole_names(
+    names: Mapping[str, str], undone: Sequence[Any] = (), on_disk: Mapping[str, str] = MappingProxyType({})
+) -> Any:
+    """Return a renaming by a dictionary.
+
+    Args:
+        names: {before: after}.
+        undone: the renamings that are undone on saving before this one is.
+        on_disk: {name in a checkpoint: name in memory}, which is undone on saving.
+    """
+    return _whole_names()(dict(names), list(undone), dict(on_disk))
+
+
+@cache
+def _whole_names() -> type[Any]:
+    from transformers.core_model_loading import WeightRenaming
+
+    class WholeNames(WeightRenaming):
+        __slots__ = ("names", "on_disk", "undone")
+
+        def __init__(self, *state: Any):
+            super().__init__("(?!)", "-")
+            self.names, self.undone, self.on_disk = state
+
+        def __reduce__(self) -> Any:
+            return whole_names, (self.names, self.undone, self.on_disk)
+
+        def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+            return self.names.get(source_key, source_key), None
+
+        def was_used(self) -> bool:
+            return True
+
+        def reverse_transform(self) -> Any:
+            """Transformers undoes those that it had a use for."""
+            back = [entry.reverse_transform() for entry in reversed(self.undone) if entry.was_used()]
+            return whole_names({_renamed(memory, back): name for name, memory in self.on_disk.items()})
+
+    return WholeNames
+
+
 def splits(converter: Any) -> bool:
     """Return whether a converter makes several tensors."""
     return len(converter.target_patterns) > 1
@@ -131,21 +191,17 @@ def tied_parameters(model: Any) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def add_ties(model: Any, ties: Mapping[str, str]) -> None:
-    """Tie further parameters {tied: source}: for loading, and for saving, which asks the class unless the model has its own."""
-    if ties:
-        model.all_tied_weights_keys.update(ties)
-        saved = getattr(model, "_tied_weights_keys", None)
-        if isinstance(saved, dict):
-            model._tied_weights_keys = {**saved, **ties}
-
-
-def forget_added_ties(model: Any) -> None:
-    """Undo `add_ties`, once the parameters that it named are gone."""
-    model.__dict__.pop("_tied_weights_keys", None)
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in model.all_tied_weights_keys.keys() - names:
-        del model.all_tied_weights_keys[name]
+def replace_ties(model: Any, before: Collection[str], after: Mapping[str, str]) -> None:
+    """Replace ties {tied: source} of a model: for loading, and for saving, which asks for the names that may be shared."""
+    if not before and not after:
+        return
+    fixed = isinstance(getattr(type(model), "_tied_weights_keys", None), property)
+    for attribute in ("all_tied_weights_keys",) if fixed else ("all_tied_weights_keys", "_tied_weights_keys"):
+        known = getattr(model, attribute, None)
+        kept = {
+            name: source for name, source in (known if isinstance(known, dict) else {}).items() if name not in before
+        }
+        setattr(model, attribute, kept | dict(after))
 
 
 def mark_initialised(target: Any) -> None:

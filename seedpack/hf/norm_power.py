@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seedpack.loader.layers import packed_class
+from seedpack.codecs.raw import RawCodec
+from seedpack.loader.layers import pack_module_, packed_class
+from seedpack.loader.weight import recording_writes
 
 
 def norm_before_layer(model: nn.Module) -> dict[str, str]:
@@ -50,16 +52,40 @@ def norm_before_layer(model: nn.Module) -> dict[str, str]:
             hooks.append(module.register_forward_hook(norm_done(name)))
         elif packed_class(module) is not None and not isinstance(module, nn.Embedding):
             hooks.append(module.register_forward_pre_hook(layer_called(name)))
+    try:
+        run_on_meta(model)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return norms
+
+
+def run_on_meta(model: nn.Module) -> None:
+    """Run the forward pass of a transformers model on the meta device, on token ids, as far as it gets.
+
+    It is foreign code in conditions that it was not made for: whatever it raises, what it reached so far stands.
+    """
     training = model.training
-    try:  # foreign code in conditions it was not made for: whatever it raises, what it reached so far stands
+    try:
         with suppress(Exception), torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long))
     finally:
         model.train(training)
-        for hook in hooks:
-            hook.remove()
-    return norms
+
+
+def layers_written_to(model: nn.Module) -> set[str]:
+    """Return the names of layers whose weights a transformers model writes to in its forward pass, as far as it runs on meta.
+
+    Args:
+        model: on the meta device; its layers are packed in place.
+    """
+    for module in list(model.modules()):
+        if packed_class(module) is not None and 0 not in module.weight.shape:  # type: ignore[operator]
+            pack_module_(module, RawCodec("F32"))
+    with recording_writes() as written:
+        run_on_meta(model)
+    return {name for name, module in model.named_modules() if any(module is layer for layer in written)}
 
 
 def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:

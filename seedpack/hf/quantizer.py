@@ -18,21 +18,34 @@ from transformers.quantizers.base import HfQuantizer
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import Manifest
+from seedpack.formats.manifest import part_key
 from seedpack.formats.verify import check_files
 from seedpack.hf.checkpoint_names import CheckpointNames, architecture
 from seedpack.hf.config import SeedpackConfig
-from seedpack.hf.experts import ExpertGroup, PackedExperts, check_experts, pack_experts_, unpack_experts_
+from seedpack.hf.experts import ExpertGroup, ExpertView, PackedExperts, check_experts, pack_experts_, unpack_experts_
 from seedpack.hf.internals import (
-    add_ties,
-    forget_added_ties,
     is_converter,
     mark_initialised,
     needed,
+    replace_ties,
     stacking_converter,
     tied_parameters,
     unfilled_tensors,
+    with_whole_names,
 )
-from seedpack.loader.layers import PackedModule, is_transposed, pack_module_, packed_class, unpack_module_
+from seedpack.loader.layers import (
+    PRINCIPAL,
+    PackedModule,
+    is_transposed,
+    memory_name,
+    pack_module_,
+    packed_class,
+    unpack_module_,
+)
+from seedpack.loader.weight import PackedWeight
+
+for stand_in in (PackedWeight, ExpertView):  # which transformers finds in the place of weights
+    mark_initialised(stand_in)
 
 
 class SeedpackQuantizer(HfQuantizer):
@@ -44,6 +57,7 @@ class SeedpackQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SeedpackConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._expert_groups: list[ExpertGroup] = []
+        self._layers: dict[str, str] = {}  # paths of packed layers, by the checkpoint's names of their weights
         self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
 
@@ -51,16 +65,16 @@ class SeedpackQuantizer(HfQuantizer):
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
         checkpoint_names = CheckpointNames(model)
         keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
+        manifest = self.quantization_config.manifest = _known_tensors(manifest, checkpoint_names)
         _require_parts(manifest, keys, checkpoint_names)
         self._uncovered = needed(model, checkpoint_names.uncovered(keys))
         experts: dict[str, list[str]] = defaultdict(list)
-        layers: set[str] = set()
         for name in manifest.tensors:
             expert = checkpoint_names.expert(name)
             if expert is not None:
                 experts[expert.module].append(name)
             else:
-                layers.add(self._pack_layer(model, name, checkpoint_names.parameter(name)[0], dtype))
+                self._layers[name] = self._pack_layer(model, name, checkpoint_names.parameter(name)[0], dtype)
         self._expert_groups = [
             group
             for path, names in experts.items()
@@ -69,7 +83,7 @@ class SeedpackQuantizer(HfQuantizer):
         _require_all_layers(model, self._expert_groups)
         if experts and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the others read all experts' weights as one tensor
-        _tie_parts(model, layers)
+        _tie_parts(model, set(self._layers.values()))
         return model
 
     def _pack_layer(self, model: nn.Module, name: str, target: str, dtype: torch.dtype) -> str:
@@ -87,16 +101,23 @@ class SeedpackQuantizer(HfQuantizer):
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         if shape != entry.shape:
             raise ModelError(f"{name!r}: the checkpoint has shape {list(entry.shape)}, the model {list(shape)}")
-        mark_initialised(pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype))
+        for part in pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype).packed_parts().values():
+            mark_initialised(part)
         return path
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
-        """Replace the conversions of dense experts by those that stack the parts of each expert projection."""
-        if not self._expert_groups:
+        """Replace the conversions of dense experts by those that stack parts, and give parts their names in memory."""
+        if model is None or not (self._expert_groups or self._layers):
             return weight_conversions
         patterns = dict(group.patterns(part) for group in self._expert_groups for part in group.part_names)
         stacking = [stacking_converter(source, target) for source, target in patterns.items()]
-        return [entry for entry in weight_conversions if not self._is_replaced(entry)] + stacking
+        kept = [entry for entry in weight_conversions if not self._is_replaced(entry)]
+        on_disk = {
+            part_key(name, part): f"{path}.{memory_name(part)}"
+            for name, path in self._layers.items()
+            for part in model.get_submodule(path).part_names
+        }
+        return [*with_whole_names(kept, on_disk), *stacking]
 
     def _is_replaced(self, entry: Any) -> bool:
         if not is_converter(entry):
@@ -135,20 +156,19 @@ class SeedpackQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        tied = [
-            (name, source)
-            for name, source in tied_parameters(model).items()
-            if name.endswith(".weight") and isinstance(_submodule(model, source.removesuffix(".weight")), PackedModule)
-        ]
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has its name
+        suffix = f".{PRINCIPAL}"
+        ties = {name: source for name, source in tied_parameters(model).items() if name.endswith(suffix)}
+        tied = {name.removesuffix(suffix): source.removesuffix(suffix) for name, source in ties.items()}
+        parts = {f"{name}.{memory_name(part)}": "" for name in tied for part in model.get_submodule(name).part_names}
         for module in list(model.modules()):
             if isinstance(module, PackedModule):
                 unpack_module_(module, dtype)
         unpack_experts_(model, dtype)
-        for name, source in tied:
-            layer = model.get_submodule(name.removesuffix(".weight"))
-            layer.weight = model.get_submodule(source.removesuffix(".weight")).weight
-        if tied:
-            forget_added_ties(model)
+        for name, source in tied.items():
+            model.get_submodule(name).weight = model.get_submodule(source).weight
+        dense = {f"{name}.weight": f"{source}.weight" for name, source in tied.items()}
+        replace_ties(model, parts, dense)
         return model
 
 
@@ -157,6 +177,30 @@ def _submodule(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
+
+
+def _known_tensors(manifest: Manifest, names: CheckpointNames) -> Manifest:
+    """Return the manifest of the packed tensors that a model has; transformers reports the others as unexpected.
+
+    Another architecture than the one that was packed may lack some that this one has: a base model has no head.
+    """
+    known = [name for name in manifest.tensors if names.has(name)]
+    unknown = manifest.tensors.keys() - set(known)
+    if not unknown:
+        return manifest
+    config = names.model.config
+    cls = architecture({"architectures": getattr(config, "architectures", None)})
+    if cls is not None and not isinstance(names.model, cls):
+        with torch.device("meta"):
+            packed = CheckpointNames(cls(config))
+        unknown = {name for name in unknown if not packed.has(name)}
+    if unknown or not known:
+        raise ModelError(
+            f"{type(names.model).__name__} has no layer for {len(unknown or manifest.tensors)} of the packed tensors, such as "
+            f"{min(unknown or manifest.tensors)!r}; load the folder with the config.json and the architecture that it was "
+            "packed with"
+        )
+    return manifest.select(known)
 
 
 def _require_parts(manifest: Manifest, keys: set[str], names: CheckpointNames) -> None:
@@ -230,7 +274,7 @@ def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:
 
 def _tie_parts(model: Any, packed: set[str]) -> None:
     """Pack each output head that is tied to a packed embedding, and tie each of its parts."""
-    ties: dict[str, str] = {}
+    before, after = [], dict[str, str]()
     for target, source in tied_parameters(model).items():
         path, head_path = source.removesuffix(".weight"), target.removesuffix(".weight")
         if path not in packed:
@@ -240,5 +284,7 @@ def _tie_parts(model: Any, packed: set[str]) -> None:
             if packed_class(head) is None:
                 raise ModelError(f"{target}: tied to the packed {source}, but a {type(head).__name__} cannot be packed")
             pack_module_(head, embedding.codec, dtype=embedding.compute_dtype)
-        ties |= {f"{head_path}.{part}": f"{path}.{part}" for part in embedding.part_names}
-    add_ties(model, ties)
+        before.append(target)
+        names = map(memory_name, embedding.part_names)
+        after |= {f"{head_path}.{name}": f"{path}.{name}" for name in names}
+    replace_ties(model, before, after)

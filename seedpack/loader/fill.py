@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, View
 from seedpack.loader.dense import require_decodable, stored_dense, stored_names, stored_parts, viewed
-from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, pack_module_, packed_class
+from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, memory_name, pack_module_, packed_class
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
 
 WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
@@ -31,6 +31,7 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
     targets = _targets(checkpoint, state, trained)
     _require_same(state, targets, checkpoint)
     _require_same_pieces(bases, checkpoint)
+    _require_memory(model, state, checkpoint)
     filler = _Filler(model, checkpoint, state, trained)
     require_decodable(
         checkpoint, {stored for name, (stored, view) in targets.items() if filler.decodes(name, stored, view)}
@@ -80,6 +81,9 @@ class _Filler:
         self._checkpoint, self._state, self._trained = checkpoint, state, trained
         self._modules = dict(model.named_modules(remove_duplicate=False))
         self._packed: dict[str, PackedModule] = {}  # by the stored tensor
+        self._real: dict[
+            int, Tensor
+        ] = {}  # tensors that have taken the place of those on the meta device, by their ids
         self._rebuilt: dict[str, Tensor] = {}  # the stored tensor that views are being cut from
 
     def decodes(self, name: str, stored: str, view: View | None) -> bool:
@@ -97,7 +101,23 @@ class _Filler:
         elif self._can_stay_packed(name, stored, view):
             self._pack(module, stored)
         else:
-            self._copy(self._state[name], stored, view)
+            self._copy(self._on_a_device(name), stored, view)
+
+    def _on_a_device(self, name: str) -> Tensor:
+        """Return a tensor of the module, which takes a place in memory if it was on the meta device."""
+        tensor = self._state[name]
+        if not tensor.is_meta:
+            return tensor
+        if id(tensor) not in self._real:
+            value: Tensor = torch.empty_like(tensor, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            self._real[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+        path, _, leaf = name.rpartition(".")
+        held = (
+            self._modules[path]._parameters if leaf in self._modules[path]._parameters else self._modules[path]._buffers
+        )
+        held[leaf] = self._real[id(tensor)]
+        return self._real[id(tensor)]
 
     def _can_stay_packed(self, name: str, stored: str, view: View | None) -> bool:
         path, _, leaf = name.rpartition(".")
@@ -111,7 +131,8 @@ class _Filler:
         packed = pack_module_(module, codec, parts)
         if stored in self._packed:  # tied: one copy of the parts
             for part in parts:
-                packed.register_parameter(part, self._packed[stored]._parameters[part])
+                name = memory_name(part)
+                packed.register_parameter(name, self._packed[stored]._parameters[name])
         self._packed[stored] = packed
 
     def _copy(self, tensor: Tensor, stored: str, view: View | None) -> None:
@@ -178,6 +199,16 @@ def _require_same(
             )
 
 
+def _require_memory(model: nn.Module, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Refuse a module on the meta device with buffers that no file has: they would be left without values."""
+    lost = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in state]
+    if lost:
+        raise ModelError(
+            f"{checkpoint.path}: the model's buffer {lost[0]!r} is on the meta device, and no file holds it; build the model on a "
+            "device that has memory"
+        )
+
+
 def _require_same_pieces(bases: Bases, checkpoint: Checkpoint) -> None:
     """Require a basis that the file has to have the same pieces in the module and in the file."""
     manifest = checkpoint.manifest
@@ -194,9 +225,12 @@ def _require_same_pieces(bases: Bases, checkpoint: Checkpoint) -> None:
 
 
 def _leave_fast_paths(model: nn.Module) -> None:
-    """Switch off the fast path of nn.TransformerEncoderLayer, which reads weights without calling their packed layers."""
+    """Switch off the fast paths of torch's Transformer encoder, which read weights without calling their packed layers."""
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
+        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
             isinstance(part, PackedModule) for part in module.modules()
         ):
-            module.activation_relu_or_gelu = 0
+            if isinstance(module, nn.TransformerEncoder):
+                module.use_nested_tensor = False
+            else:
+                module.activation_relu_or_gelu = 0

@@ -1,11 +1,14 @@
 """Layers that stay packed in memory: each packs a dense module in place and rebuilds its weight in the forward pass.
 
 The packed classes are subclasses of the dense ones, and the parts are parameters without gradient (offloaded and
-mapped to devices like any other; integers, so no cast touches them). `weight` is the principal part.
+mapped to devices like any other; integers, so no cast touches them). The principal part, which a file holds under the
+weight's own name, is called `packed` in memory; `weight` answers as the dense weight would (`weight.PackedWeight`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -16,7 +19,20 @@ from seedpack.codecs.base import Codec, matrix_shape
 from seedpack.codecs.registry import codec_to_json
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
+from seedpack.formats.manifest import PRINCIPAL_PART
 from seedpack.loader import ops
+from seedpack.loader.weight import PackedWeight, read_only
+
+PRINCIPAL = "packed"
+
+
+def memory_name(part: str) -> str:
+    """Return the name of the parameter that a part is in memory.
+
+    >>> memory_name("weight"), memory_name("scales")
+    ('packed', 'scales')
+    """
+    return PRINCIPAL if part == PRINCIPAL_PART else part
 
 
 class PackedModule(nn.Module):
@@ -40,10 +56,47 @@ class PackedModule(nn.Module):
     transposed: bool
     compute_dtype: torch.dtype
     dense_class: type[nn.Module]
+    int8_activations: bool = False  # of linear layers: set by `fill.use_int8_activations_`
 
     def packed_parts(self) -> dict[str, Tensor]:
         """Return the parts, by name."""
-        return {name: cast(Tensor, self._parameters[name]) for name in self.part_names}
+        return {name: cast(Tensor, self._parameters[memory_name(name)]) for name in self.part_names}
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, read-only; its values are decoded when they are used."""
+        if torch.compiler.is_compiling():
+            return self.dense_weight()
+        known, device = self.__dict__.get("_weight"), cast(Tensor, self._parameters[PRINCIPAL]).device
+        if known is None or known.dtype != self.compute_dtype or known.device != device:
+            known = self.__dict__["_weight"] = PackedWeight.of(self, device)
+        return known
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise read_only()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_weight"}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as `nn.Module` does when one is assigned; `weight` is none."""
+        if name == "weight":
+            raise read_only()
+        super().register_parameter(name, param)
+
+    def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Return input [..., in] times the transposed weight [out, in], plus bias [out]."""
+        self._require_float(input)
+        require_columns("a packed Linear", input, self.matrix[1])
+        return ops.linear(input, self.packed_parts(), self.codec_text, self.matrix, bias, self.int8_activations)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows [..., in] of the weight that an index [...] names; no others are decoded."""
+        if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
+            raise IndexError(f"embedding index {int(index.min())} is out of range")
+        rows = ops.decode_rows(self.packed_parts(), index.flatten(), self.codec_text, self.matrix, self.compute_dtype)
+        return rows.view(*index.shape, self.matrix[1])
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """Rebuild the weight, in the dense layer's shape."""
@@ -71,30 +124,17 @@ class PackedModule(nn.Module):
 class PackedLinear(PackedModule, nn.Linear):
     """A packed nn.Linear, or a packed transformers Conv1D (then the codec saw it transposed)."""
 
-    int8_activations: bool = False  # set by `fill.use_int8_activations_`
-
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        self._require_float(input)
-        require_columns("a packed Linear", input, self.matrix[1])
-        parts = self.packed_parts()
-        return ops.linear(input, parts, self.codec_text, self.matrix, self.bias, self.int8_activations)
+        return self.product(input, self.bias)
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
     """A packed nn.Embedding: only the rows looked up are decoded."""
 
-    embed_scale_value: float | None = None
-
     def forward(self, input: Tensor) -> Tensor:
         """Map indices [...] to [..., embedding_dim]."""
-        if input.device.type == "cpu" and not torch.compiler.is_compiling() and input.numel() and int(input.min()) < 0:
-            raise IndexError(f"embedding index {int(input.min())} is out of range")
-        rows = ops.decode_rows(self.packed_parts(), input.flatten(), self.codec_text, self.matrix, self.compute_dtype)
-        result = rows.view(*input.shape, self.embedding_dim)
-        if self.embed_scale_value is not None:
-            result = result * torch.tensor(self.embed_scale_value, dtype=self.compute_dtype, device=result.device)
-        return result
+        return self.rows(input)
 
 
 class PackedConv1d(PackedModule, nn.Conv1d):
@@ -117,6 +157,14 @@ class PackedConv2d(PackedModule, nn.Conv2d):
         return result
 
 
+LAYERS = (
+    nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+FUSED: dict[type[Any], type[PackedModule]] = {
+    nn.Linear: PackedLinear, nn.Embedding: PackedEmbedding, nn.Conv1d: PackedConv1d, nn.Conv2d: PackedConv2d,
+}  # fmt: skip
+
+
 def codec_matrix(shape: tuple[int, ...], transposed: bool) -> tuple[int, int]:
     """Return the shape [out, in] of a weight as a codec sees it."""
     rows, columns = matrix_shape(shape)
@@ -132,19 +180,25 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def packed_class(module: nn.Module) -> type[PackedModule] | None:
-    """Return the packed class of a dense module, or None for one whose forward pass is not known here."""
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return None  # nn.MultiheadAttention reads its weight without calling it
+    """Return the packed class of a dense module, or None for one that has no weight to pack.
+
+    A layer with a forward pass of its own keeps it, and finds its weight packed.
+    """
     if is_transposed(module):
         return PackedLinear
-    if isinstance(module, nn.Embedding):
-        plain = type(module).forward is nn.Embedding.forward and module.max_norm is None
-        return PackedEmbedding if plain or _is_scaled_embedding(module) else None
-    dense: type[nn.Module]
-    for dense, packed in ((nn.Linear, PackedLinear), (nn.Conv1d, PackedConv1d), (nn.Conv2d, PackedConv2d)):
+    if not isinstance(module, LAYERS) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return None  # it rescales its rows in place
+    for dense, packed in FUSED.items():
         if isinstance(module, dense) and type(module).forward is dense.forward:
-            return cast("type[PackedModule]", packed)
-    return None
+            return packed
+    return _with_own_forward(cast(Hashable, type(module)))
+
+
+@cache
+def _with_own_forward(dense: Any) -> type[PackedModule]:
+    return type(f"Packed{dense.__name__}", (PackedModule, dense), {})
 
 
 def pack_module_(
@@ -170,7 +224,6 @@ def pack_module_(
     matrix = codec_matrix(shape, transposed)
     if parts is not None:
         codec.check(parts, matrix)
-    scale = getattr(module, "scalar_embed_scale", None)
     dense_class = type(module)
     del module._parameters["weight"]
     module.__class__ = cls
@@ -181,12 +234,12 @@ def pack_module_(
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
         packed.out_features, packed.in_features = matrix
-    if isinstance(packed, PackedEmbedding) and scale is not None:
-        packed.embed_scale_value = float(scale)
-        packed._buffers.pop("embed_scale")  # not persistent: a loader would leave it unfilled
     for name, (part_dtype, part_shape) in specs.items():
-        value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name].to(weight.device)
-        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+        if parts is None:
+            value = empty_part(part_dtype, part_shape, weight.device)
+        else:  # a module on the meta device takes them where they are
+            value = parts[name] if weight.is_meta else parts[name].to(weight.device)
+        module.register_parameter(memory_name(name), nn.Parameter(value, requires_grad=False))
     return packed
 
 
@@ -194,14 +247,12 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
     """Turn a packed module back into its dense class, in place, with the weight rebuilt."""
     weight = module.dense_weight(dtype)
     for name in module.part_names:
-        del module._parameters[name]
-    if isinstance(module, PackedEmbedding) and module.embed_scale_value is not None:
-        scale = torch.tensor(module.__dict__.pop("embed_scale_value"), device=weight.device)
-        module.register_buffer("embed_scale", scale, persistent=False)
+        del module._parameters[memory_name(name)]
     dense = cast(nn.Module, module)
     module.__dict__.pop("int8_activations", None)
     for name in ("codec", "codec_text", "part_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
         delattr(module, name)
+    module.__dict__.pop("_weight", None)
     dense.__class__ = module.__dict__.pop("dense_class")
     dense.register_parameter("weight", nn.Parameter(weight))
     return dense
@@ -210,8 +261,3 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
 def empty_part(dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """Return an unfilled part."""
     return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device=device)
-
-
-def _is_scaled_embedding(module: nn.Module) -> bool:
-    """Return whether an embedding multiplies by a constant (Gemma 3 and its relatives), which is a plain number too."""
-    return isinstance(getattr(module, "scalar_embed_scale", None), (int, float))

@@ -6,11 +6,12 @@ its parts as a list with their names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from seedpack.codecs.registry import codec_from_json
 
@@ -85,6 +86,37 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _linear.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _setup_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, parts, ctx.names, ctx.codec, ctx.shape = inputs
+    ctx.save_for_backward(*parts)
+
+
+def _backward_transposed(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    parts = list(ctx.saved_tensors)
+    grad_y = _linear(grad, parts, ctx.names, None, ctx.codec, ctx.shape, False) if ctx.needs_input_grad[0] else None
+    return grad_y, [None] * len(parts), None, None, None
+
+
+_linear_transposed.register_autograd(_backward_transposed, setup_context=_setup_transposed)
+
+
+def _batched(op: Any) -> Callable[..., tuple[Tensor, int]]:
+    """Return the rule of an operator whose first argument may have any leading axes, under torch.vmap over that one alone."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        if in_dims[0] is None or any(
+            dim is not None for dims in in_dims[1:] for dim in (dims if isinstance(dims, list) else [dims])
+        ):
+            raise NotImplementedError("torch.vmap over the parts or the bias of a packed layer")
+        return op(x.movedim(in_dims[0], 0), *rest), 0
+
+    return rule
+
+
+torch.library.register_vmap(_linear, _batched(_linear))
+torch.library.register_vmap(_linear_transposed, _batched(_linear_transposed))
+
+
 def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode the dense weight [out, in]."""
     return _decode(list(parts.values()), ",".join(parts), codec, list(shape), dtype)  # type: ignore[no-any-return]
@@ -107,6 +139,18 @@ def linear(
 ) -> Tensor:
     """Multiply x [..., in] by the packed weight [out, in], transposed, and add bias [out]; differentiable in both.
 
-    With `int8` x is rounded to 8 bits, which the gradient ignores.
+    With `int8` x is rounded to 8 bits, which the gradient ignores. Under autocast x has its dtype, as in nn.Linear.
     """
-    return _linear(x, list(parts.values()), ",".join(parts), bias, codec, list(shape), int8)  # type: ignore[no-any-return]
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    rest = list(parts.values()), ",".join(parts)
+    if forward_ad._current_level >= 0:
+        x, tangent = forward_ad.unpack_dual(x)
+        if tangent is not None:
+            y = _linear(x, *rest, bias, codec, list(shape), int8)
+            return forward_ad.make_dual(y, _linear(tangent, *rest, None, codec, list(shape), False))  # type: ignore[no-any-return]
+    y = _linear(x, *rest, bias, codec, list(shape), int8)
+    if y.requires_grad and not torch.compiler.is_compiling():
+        y = torch.ops.aten._unsafe_view(y, y.shape)  # autograd refuses to write into a view of what an operator returns
+    return y  # type: ignore[no-any-return]

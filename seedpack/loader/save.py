@@ -15,7 +15,7 @@ from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import dtype_name, find_shared, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, PlannedTensor, View, staged
-from seedpack.loader.layers import PackedModule, codec_matrix
+from seedpack.loader.layers import PackedModule, codec_matrix, memory_name
 from seedpack.loader.trained import Coefficients, Piece, SeededModule, StoredTensor, bases_of, joined, tensor_name
 
 
@@ -69,7 +69,7 @@ def stored_form(model: nn.Module) -> StoredForm:
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedModule):
             parts = module.packed_parts()
-            own |= {joined(prefix, part) for part in parts}
+            own |= {joined(prefix, memory_name(part)) for part in parts}
             dtype = dtype_name(module.compute_dtype)
             form.add(joined(prefix, "weight"), module.codec, dtype, module.weight_shape, parts, module.transposed)
         elif isinstance(module, Coefficients):

@@ -58,8 +58,6 @@ class Folders:
         self.cls = type(model)
         self.dense, self.packed, self.decoded = path / "dense", path / "packed", path / "decoded"
         model.save_pretrained(self.dense)
-        if self.cls is transformers.T5ForConditionalGeneration:  # its feed-forward casts to the dtype of this weight
-            options.setdefault("exclude", ["*.wo.weight"])
         self.report = seedpack.compress(self.dense, self.packed, **{"codec": CODEC, **options})
         unpack(self.packed, self.decoded)
 

@@ -42,14 +42,14 @@ def test_names_exist(module: str, names: list[str]) -> None:
     assert all(hasattr(import_module(f"transformers.{module}"), name) for name in names)
 
 
-def test_ties_can_be_added_and_forgotten() -> None:
+def test_ties_can_be_replaced_and_put_back() -> None:
     model = llama(tie_word_embeddings=True)
     before, saved = internals.tied_parameters(model), model._tied_weights_keys
     assert before == {"lm_head.weight": "model.embed_tokens.weight"}
-    internals.add_ties(model, {"lm_head.codes": "model.embed_tokens.codes"})
-    assert internals.tied_parameters(model).keys() == {"lm_head.weight", "lm_head.codes"}
-    assert model._tied_weights_keys == {**saved, "lm_head.codes": "model.embed_tokens.codes"}
-    internals.forget_added_ties(model)
+    parts = {"lm_head.packed": "model.embed_tokens.packed"}
+    internals.replace_ties(model, list(before), parts)
+    assert internals.tied_parameters(model) == model._tied_weights_keys == parts
+    internals.replace_ties(model, list(parts), before)
     assert internals.tied_parameters(model) == before and model._tied_weights_keys == saved
 
 

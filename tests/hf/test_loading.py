@@ -146,8 +146,12 @@ def test_damaged_config(folders: Folders, tmp_path: Path) -> None:
 
 def test_wrong_architecture(folders: Folders, tmp_path: Path) -> None:
     path = copy_with_config(folders, tmp_path, lambda c: c.update(num_hidden_layers=1))
-    with pytest.raises(ModelError, match="LlamaForCausalLM has no layer there that can stay packed"):
+    with pytest.raises(
+        ModelError, match="LlamaForCausalLM has no layer for 7 of the packed tensors, such as 'model.layers.1"
+    ):
         transformers.AutoModelForCausalLM.from_pretrained(path)
+    with pytest.raises(ModelError, match="LlamaModel has no layer for 7 of the packed tensors"):
+        transformers.AutoModel.from_pretrained(path)
     other = copy_with_config(folders, tmp_path / "b", lambda c: c.update(intermediate_size=80))
     with pytest.raises(ModelError, match=r"the checkpoint has shape \[.*, the model \["):
         transformers.AutoModelForCausalLM.from_pretrained(other)

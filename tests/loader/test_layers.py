@@ -102,21 +102,10 @@ def test_state_dict_round_trip() -> None:
 
 
 def test_what_cannot_be_packed() -> None:
-    class Own(nn.Linear):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return super().forward(input) * self.weight.sum()
-
-    attention = nn.MultiheadAttention(8, 2)
-    for module in (
-        Own(4, 4),
-        nn.LayerNorm(4),
-        nn.Embedding(4, 4, max_norm=1.0),
-        nn.ConvTranspose2d(2, 2, 2),
-        attention.out_proj,
-    ):
+    for module in (nn.LayerNorm(4), nn.Embedding(4, 4, max_norm=1.0), nn.GRU(4, 4), nn.Bilinear(2, 2, 2)):
         assert packed_class(module) is None
-    with pytest.raises(ModelError, match="Own has no packed form; leave it dense"):
-        pack_module_(Own(4, 4), CODEC)
+    with pytest.raises(ModelError, match="LayerNorm has no packed form; leave it dense"):
+        pack_module_(nn.LayerNorm(4), CODEC)
     with pytest.raises(CodecError, match="expected parts"):
         pack_module_(nn.Linear(4, 4), CODEC, {})
 

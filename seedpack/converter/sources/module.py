@@ -6,7 +6,8 @@ from torch import nn
 
 from seedpack.converter.sources.base import Kind, OpenModel
 from seedpack.converter.sources.state_dict import StateDictSource
-from seedpack.loader.layers import is_transposed, packed_class
+from seedpack.errors import ModelError
+from seedpack.loader.layers import PackedModule, is_transposed, packed_class
 
 
 def module_kind(module: nn.Module | None, leaf: str) -> Kind:
@@ -15,7 +16,11 @@ def module_kind(module: nn.Module | None, leaf: str) -> Kind:
         return "", False, ""
     if isinstance(module, nn.Embedding):
         return "embedding", False, ""
-    return ("conv", False, "") if isinstance(module, (nn.Conv1d, nn.Conv2d)) else ("linear", is_transposed(module), "")
+    return (
+        ("linear", is_transposed(module), "")
+        if is_transposed(module) or isinstance(module, nn.Linear)
+        else ("conv", False, "")
+    )
 
 
 class ModuleSource(StateDictSource):
@@ -23,6 +28,11 @@ class ModuleSource(StateDictSource):
 
     def __init__(self, module: nn.Module):
         modules = dict(module.named_modules())
+        if packed := [name for name, part in modules.items() if isinstance(part, PackedModule)]:
+            raise ModelError(
+                f"{type(module).__name__}: its layer {packed[0]!r} is packed already; seedpack.save saves it, and what is to be "
+                "packed otherwise starts from the dense model"
+            )
 
         def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
             parent, _, leaf = name.rpartition(".")

@@ -30,7 +30,11 @@ def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         if isinstance(outer.get(key), Mapping):
             loaded = outer[key]
             break
-    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
+    if odd := [key for key in tensors if not isinstance(key, str)]:
+        raise ModelError(
+            f"{path}: a tensor has the key {odd[0]!r}, which is no name; save the state dict with strings for keys"
+        )
     if not tensors:
         raise ModelError(
             f"{path}: holds no tensors under {', '.join(NESTED)} or at its top, where it has {[str(k)[:40] for k in outer][:6]}; "

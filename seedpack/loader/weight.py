@@ -1,0 +1,186 @@
+"""The weight of a packed layer as other code sees it: a read-only tensor without storage, decoded when its values are used."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from seedpack.errors import ModelError
+
+
+class Layer(Protocol):
+    """A packed layer, as far as its weight asks it."""
+
+    weight_shape: tuple[int, ...]
+    compute_dtype: torch.dtype
+    transposed: bool
+
+    def dense_weight(self) -> Tensor:
+        """Rebuild the weight."""
+        ...
+
+    def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Return input times the transposed weight, plus bias."""
+        ...
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return rows of the weight."""
+        ...
+
+
+_QUESTIONS = {
+    Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex,
+    Tensor.element_size, Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset, Tensor.get_device, Tensor.is_inference,
+    torch.is_floating_point, torch.numel, torch.is_complex,
+}  # fmt: skip
+_GETTERS = {
+    getattr(Tensor, name).__get__: name
+    for name in ("shape", "dtype", "device", "requires_grad", "grad", "ndim", "layout", "is_leaf", "grad_fn", "itemsize",
+                 "nbytes", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "_version")
+}  # fmt: skip
+_WRITERS = {"__set__", "__setitem__", "__delitem__"} | {
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+}
+_SAME = {Tensor.detach, Tensor.data.__get__, Tensor.contiguous}  # type: ignore[attr-defined]
+
+
+_written: ContextVar[list[Layer] | None] = ContextVar("written", default=None)
+
+
+@contextmanager
+def recording_writes() -> Iterator[list[Layer]]:
+    """Record the layers whose weights are written to, instead of refusing it; for trials on the meta device."""
+    layers: list[Layer] = []
+    token = _written.set(layers)
+    try:
+        yield layers
+    finally:
+        _written.reset(token)
+
+
+class PackedWeight(Tensor):
+    """The dense weight that a packed layer stands for.
+
+    Shape, dtype and device are answered at once. Linear maps and lookups of rows go to the layer's own product; anything else
+    is computed with the weight decoded. Writing is refused, because what is written into a decoded weight would be lost.
+    """
+
+    _owner: weakref.ref[Layer]  # a layer keeps its weight, so not the other way round too
+    _form: tuple[torch.Size, torch.dtype, torch.device]
+
+    @staticmethod
+    def of(layer: Layer, device: torch.device) -> PackedWeight:
+        """Return the weight of a layer, in its compute dtype, on the device of its parts."""
+        make: Callable[..., PackedWeight] = Tensor._make_wrapper_subclass
+        weight = make(PackedWeight, layer.weight_shape, dtype=layer.compute_dtype, device=device, requires_grad=False)
+        weight._owner, weight._form = weakref.ref(layer), (torch.Size(layer.weight_shape), layer.compute_dtype, device)
+        return weight
+
+    @property
+    def _layer(self) -> Layer:
+        layer = self._owner()
+        if layer is None:
+            raise ModelError(
+                "the packed layer that this weight belonged to is gone; keep the layer while its weight is used"
+            )
+        return layer
+
+    shape = property(lambda self: self._form[0])  # asked for most: without a call of torch
+    dtype = property(lambda self: self._form[1])
+    device = property(lambda self: self._form[2])
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Answer what needs no values, send products to the layer, refuse writes, and decode for all else."""
+        kwargs = kwargs or {}
+        if func in _GETTERS or func in _QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if func in _SAME:
+            return args[0]
+        if func is torch.nn.functional.linear and (found := _linear(*args, **kwargs)) is not None:
+            return found
+        if func is torch.nn.functional.embedding and (found := _embedding(*args, **kwargs)) is not None:
+            return found
+        if (written := _written_to(func, args, kwargs)) is not None:
+            if (layers := _written.get()) is None:
+                raise read_only()
+            layers.append(written._layer)
+            return written
+        return func(*_decoded(args), **_decoded(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Decode for code that is beyond Python's functions, such as autograd's."""
+        if any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments):
+            written = [value for value, a in zip(args, func._schema.arguments, strict=False) if a.alias_info]
+            if any(isinstance(value, PackedWeight) for value in written):
+                raise read_only()
+        return func(*_decoded(args), **_decoded(kwargs or {}))
+
+
+def _decoded(values: Any) -> Any:
+    return tree_map_only(PackedWeight, lambda weight: weight._layer.dense_weight(), values)
+
+
+def _written_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> PackedWeight | None:
+    """Return the packed weight that a function of torch writes into, by its name and by what it is called with."""
+    if isinstance(out := kwargs.get("out"), PackedWeight):
+        return out
+    name: str = getattr(func, "__name__", "")
+    if not (name.endswith("_") and not name.endswith("__")) and name not in _WRITERS:
+        return None
+    first = args[0] if args else next(iter(kwargs.values()), None)  # torch.nn.init gives all by keyword
+    candidates = first if isinstance(first, (list, tuple)) else [first]
+    return next((value for value in candidates if isinstance(value, PackedWeight)), None)
+
+
+def read_only() -> ModelError:
+    """Return the error for writing to a packed weight."""
+    return ModelError(
+        "the weight of a packed layer is read-only: what is written into it would be lost; make the layer dense first "
+        "(seedpack unpack, or model.dequantize() in transformers)"
+    )
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """Return the product by a packed layer's own kernels, where the weight is its matrix as it stands."""
+    layer = weight._layer if isinstance(weight, PackedWeight) else None
+    if layer is None or layer.transposed or len(layer.weight_shape) != 2 or isinstance(input, PackedWeight):
+        return None
+    return layer.product(input, bias)
+
+
+def _embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+    """Return rows of a packed layer, decoded alone."""
+    layer = weight._layer if isinstance(weight, PackedWeight) else None
+    max_norm = kwargs.get("max_norm", args[1] if len(args) > 1 else None)
+    if layer is None or layer.transposed or len(layer.weight_shape) != 2 or max_norm is not None:
+        return None
+    return layer.rows(input)

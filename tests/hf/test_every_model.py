@@ -1,0 +1,203 @@
+"""Models that read, tie, rename or write the weights of their layers: packed, they give what their dense rebuild gives."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import seedpack
+from seedpack.converter.sources.open import open_source
+from seedpack.formats import Checkpoint
+from seedpack.hf.checkpoint_names import CheckpointNames
+from seedpack.loader.layers import PackedModule, pack_module_
+from tests.helpers.models import CODEC, ROUTED, SMALL, Folders, llama
+
+TOKENS = {"input_ids": torch.arange(24).reshape(2, 12) % 96}
+PIXELS = {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).reshape(2, 3, 16, 16).sin()}
+VISION: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
+TEXT: dict[str, Any] = {**SMALL, **ROUTED}
+SEQUENCES: dict[str, Any] = {
+    "vocab_size": 96, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "decoder_start_token_id": 1,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+SAM = {
+    "vision_config": {
+        "hidden_size": 32, "output_channels": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32,
+        "patch_size": 8, "mlp_dim": 64, "num_pos_feats": 8, "global_attn_indexes": [1], "window_size": 2,
+    },
+    "prompt_encoder_config": {"hidden_size": 16, "image_size": 32, "patch_size": 8, "image_embedding_size": 4},
+    "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
+}  # fmt: skip
+QWEN3_NEXT = {
+    **TEXT, "head_dim": 8, "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+
+
+def encoder_decoder() -> Any:
+    bert = transformers.BertConfig(**{**SMALL, "bos_token_id": None, "eos_token_id": None})
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(bert, bert)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return transformers.EncoderDecoderModel(config)
+
+
+def gemma3_with_images() -> Any:
+    config = transformers.Gemma3Config(
+        text_config={**TEXT, "head_dim": 8}, vision_config=VISION, mm_tokens_per_image=1, image_token_index=95,
+        boi_token_index=94, eoi_token_index=93,
+    )  # fmt: skip
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def of(cls: str, config: str, **settings: Any) -> Callable[[], Any]:
+    return lambda: getattr(transformers, cls)(getattr(transformers, config)(**settings))
+
+
+SEQ2SEQ = {**TOKENS, "decoder_input_ids": TOKENS["input_ids"]}
+MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
+    "vit": (of("ViTForImageClassification", "ViTConfig", **VISION), PIXELS),
+    "dinov2": (of("Dinov2Model", "Dinov2Config", **{k: v for k, v in VISION.items() if k != "intermediate_size"}), PIXELS),
+    "clip": (
+        of("CLIPModel", "CLIPConfig", text_config={**SMALL, "eos_token_id": 2}, vision_config=VISION, projection_dim=16),
+        {**TOKENS, **PIXELS},
+    ),
+    "sam": (of("SamModel", "SamConfig", **SAM), {
+        "pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).sin(),
+        "input_points": torch.tensor([[[[5.0, 9.0]]]]),
+    }),
+    "gemma3-images": (gemma3_with_images, {
+        "input_ids": torch.tensor([[1, 94, 95, 93, 5, 6, 7], [1, 94, 95, 93, 8, 9, 3]]), **PIXELS
+    }),
+    "whisper": (
+        of("WhisperForConditionalGeneration", "WhisperConfig", **SEQUENCES, num_mel_bins=8, max_source_positions=16,
+           max_target_positions=16),
+        {"input_features": torch.linspace(-1, 1, 2 * 8 * 32).reshape(2, 8, 32).cos(),
+         "decoder_input_ids": TOKENS["input_ids"]},
+    ),
+    "bart": (of("BartForConditionalGeneration", "BartConfig", **SEQUENCES, scale_embedding=True), SEQ2SEQ),
+    "encoder-decoder": (encoder_decoder, SEQ2SEQ),
+    "mamba": (of("MambaForCausalLM", "MambaConfig", vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8), TOKENS),
+    "rwkv": (of("RwkvForCausalLM", "RwkvConfig", vocab_size=96, hidden_size=32, num_hidden_layers=2, context_length=32,
+                rescale_every=1), TOKENS),
+    "olmo": (of("OlmoForCausalLM", "OlmoConfig", **TEXT), TOKENS),
+    "qwen3-next": (of("Qwen3NextForCausalLM", "Qwen3NextConfig", **QWEN3_NEXT), TOKENS),
+    "phimoe": (of("PhimoeForCausalLM", "PhimoeConfig", **TEXT, num_local_experts=4), TOKENS),
+}  # fmt: skip
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    return [value for value in output.to_tuple() if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+@torch.no_grad()
+def run(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    torch.manual_seed(0)
+    return tensors_of(model.eval()(**inputs))
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected) > 0
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name: str, tmp_path: Path) -> None:
+    make, inputs = MODELS[name]
+    torch.manual_seed(0)
+    folders = Folders(make(), tmp_path)
+    model = folders.cls.from_pretrained(folders.packed)
+    expected = run(folders.reference(), inputs)
+    model.save_pretrained(tmp_path / "again")  # before it runs: RWKV rescales weights when it does
+    found = run(model, inputs)
+    same(found, expected)
+    totals = folders.report.plan.totals()
+    assert totals["packed_tensors"] and any(isinstance(module, PackedModule) for module in model.modules())
+    assert model.dtype == torch.float32
+    for a, b in zip(run(folders.cls.from_pretrained(tmp_path / "again"), inputs), found, strict=True):
+        assert torch.equal(a, b)
+    same(run(model.dequantize(), inputs), expected)
+
+
+def test_layers_that_the_model_writes_to_stay_raw() -> None:
+    model = MODELS["rwkv"][0]()
+    names = CheckpointNames(model.to("meta"))
+    kinds = {name: names.kind(name, tuple(value.shape))[0] for name, value in model.state_dict().items()}
+    assert kinds["rwkv.blocks.1.attention.output.weight"] == kinds["rwkv.blocks.1.feed_forward.value.weight"] == ""
+    assert kinds["rwkv.blocks.1.attention.key.weight"] == kinds["rwkv.blocks.1.feed_forward.key.weight"] == "linear"
+
+
+class TestOtherArchitectures:
+    """A packed language model, loaded without its head or with another."""
+
+    @pytest.fixture
+    def folders(self, tmp_path: Path) -> Folders:
+        return Folders(llama(tie_word_embeddings=False), tmp_path)
+
+    def test_base_model(self, folders: Folders, tmp_path: Path) -> None:
+        model = transformers.AutoModel.from_pretrained(folders.packed)
+        assert type(model).__name__ == "LlamaModel"
+        same(run(model, TOKENS), run(folders.reference().model, TOKENS))
+        model.save_pretrained(tmp_path / "base")
+        again = transformers.AutoModel.from_pretrained(tmp_path / "base")
+        assert all(torch.equal(a, b) for a, b in zip(run(again, TOKENS), run(model, TOKENS), strict=True))
+        with Checkpoint(tmp_path / "base") as checkpoint:
+            assert not any("lm_head" in name for name in checkpoint.manifest.tensors)
+
+    def test_another_head(self, folders: Folders) -> None:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folders.packed, num_labels=3)
+        assert model.score.weight.shape == (3, 32) and not isinstance(model.score, PackedModule)
+        same(
+            [model.model(**TOKENS).last_hidden_state.detach()],
+            [folders.reference().model(**TOKENS).last_hidden_state.detach()],
+        )
+
+    def test_nothing_that_fits(self, folders: Folders) -> None:
+        packed = json.loads((folders.packed / "config.json").read_text())["quantization_config"]
+        config: Any = transformers.BertConfig(**SMALL)
+        config.quantization_config = packed
+        with pytest.raises(seedpack.SeedpackError, match="BertModel has no layer for 16 of the packed tensors"):
+            transformers.BertModel.from_pretrained(folders.packed, config=config)
+
+
+def test_subfolders_come_along(tmp_path: Path) -> None:
+    """Processors, chat templates, and the modules of sentence-transformers with their weights; other weights do not."""
+    llama().save_pretrained(tmp_path / "dense")
+    files = {
+        "modules.json": json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]), "1_Pooling/config.json": "{}",
+        "2_Dense/model.safetensors": "weights", "additional_chat_templates/tool_use.jinja": "{{ }}",
+        "onnx/model.onnx": "large", ".cache/x": "", "LICENSE": "Apache",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / "dense" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "dense" / name).write_text(text)
+    seedpack.compress(tmp_path / "dense", tmp_path / "packed", codec=CODEC)
+    seedpack.unpack(tmp_path / "packed", tmp_path / "unpacked")
+    for folder in ("packed", "unpacked"):
+        kept = {
+            path.relative_to(tmp_path / folder).as_posix() for path in (tmp_path / folder).rglob("*") if path.is_file()
+        }
+        assert kept - {"config.json", "generation_config.json", "model.safetensors", "seedpack.json"} == files.keys() - {
+            "onnx/model.onnx", ".cache/x",
+        }  # fmt: skip
+    shutil.rmtree(tmp_path / "dense")
+
+
+def test_a_packed_module_is_no_source() -> None:
+    layer = nn.Linear(64, 48)
+    net = nn.Sequential(pack_module_(layer, CODEC, CODEC.encode(layer.weight.detach())))
+    with pytest.raises(seedpack.SeedpackError, match="Sequential: its layer '0' is packed already"):
+        open_source(net)
