@@ -162,3 +162,9 @@ def test_warnings_as_errors_do_not_stop_a_kernel_from_the_cache(folder: Path) ->
     with warnings.catch_warnings(), pytest.raises(RuntimeWarning, match="is damaged"):
         warnings.simplefilter("error")
         sums(compiled())
+
+
+def test_two_processes_save_under_two_names(tmp_path: Path) -> None:
+    """Numba numbers them: of two that save at once one would run the other's code."""
+    names = {code_cache._File(str(tmp_path), "kernel", "stamp")._data_name(1) for _ in range(3)}
+    assert len(names) == 3 and all(name.endswith("kernel.1.nbc") for name in names)

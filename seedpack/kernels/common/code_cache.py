@@ -15,6 +15,7 @@ from functools import cache, partial
 from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, BinaryIO
 
 from numba.core import config
@@ -67,6 +68,10 @@ class _File(IndexDataCacheFile):
         yield content
         with super()._open_for_write(filepath) as file:
             file.write(content.getvalue() + sha256(content.getvalue()).digest())
+
+    def _data_name(self, number: int) -> str:
+        """Give what is saved a name that no other process takes: of two at once one would run the other's code."""
+        return f"{token_hex(8)}.{super()._data_name(number)}"
 
     def _load_index(self) -> Any:
         with suppress(FileNotFoundError):
