@@ -1,4 +1,4 @@
-"""What codecs keep between products follows the parts, however these are written to."""
+"""Values that codecs keep between products follow the parts, however these are written to."""
 
 from __future__ import annotations
 

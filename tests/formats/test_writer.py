@@ -186,7 +186,7 @@ class TestStaged:
         assert os.listdir(tmp_path) == ["out"]
 
     def test_racing_processes(self, tmp_path: Path) -> None:
-        """Of two runs that begin at once, one finishes and one is refused, whatever the output; nothing is left behind."""
+        """One of two runs that begin at once finishes and one is refused, whatever the output; nothing is left behind."""
         script = """
 import sys, time
 from pathlib import Path

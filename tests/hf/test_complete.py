@@ -174,7 +174,7 @@ class TestCheckpoints:
             assert isinstance(load(tmp_path / "packed"), transformers.ResNetModel)
 
     def test_a_new_head_is_drawn_at_random(self, tmp_path: Path) -> None:
-        """As transformers has it for fine-tuning: what the packed architecture does not have is no loss."""
+        """It is no loss that a file lacks what the packed architecture does not have: fine-tuning begins so."""
         folders = Folders(ARCHITECTURES["bert-encoder"](), tmp_path)
         model = transformers.AutoModelForSequenceClassification.from_pretrained(folders.packed, num_labels=3)
         assert model.classifier.weight.shape == (3, 32)
