@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 DIGEST_CHARS = 64
 PLACEHOLDER = "0" * DIGEST_CHARS
@@ -16,8 +16,14 @@ def part_digest(dtype: str, shape: Sequence[int], data: bytes | bytearray | memo
     >>> part_digest("U8", (2,), b"ab")[:16]
     '0ed5bb6711170ae8'
     """
+    return pieces_digest(dtype, shape, [data])
+
+
+def pieces_digest(dtype: str, shape: Sequence[int], pieces: Iterable[bytes | bytearray | memoryview]) -> str:
+    """Return the digest of one stored part whose bytes come in pieces."""
     digest = hashlib.sha256(f"{dtype}[{','.join(map(str, shape))}]\n".encode())
-    digest.update(data)
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()
 
 

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from seedpack.errors import DigestError, FormatError
-from seedpack.formats.digest import part_digest, verifies
+from seedpack.formats.digest import part_digest, pieces_digest, verifies
 from seedpack.formats.header import (
     Header,
     header_length,
@@ -33,6 +34,7 @@ from seedpack.formats.manifest import (
 from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
 
 QUANT_METHOD = "seedpack"
+PIECE = 1 << 20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,16 @@ class SafetensorsFile:
     def require_digest(self, name: str, part: str, stored: str) -> None:
         """Refuse a part of a tensor whose bytes are not those that the digest was made of."""
         content = self.part(part_key(name, part))
-        actual = part_digest(content.dtype, content.shape, content.data)
+        self._require_digest(name, part, stored, part_digest(content.dtype, content.shape, content.data))
+
+    def require_digest_on_disk(self, file: BinaryIO, name: str, part: str, stored: str) -> None:
+        """Do so with bytes read from the open file, not mapped: who cuts it off meanwhile does not end the process."""
+        info = self.header.tensors[part_key(name, part)]
+        file.seek(self.header.data_start + info.start)
+        sizes = (min(PIECE, info.nbytes - done) for done in range(0, info.nbytes, PIECE))
+        self._require_digest(name, part, stored, pieces_digest(info.dtype, info.shape, map(file.read, sizes)))
+
+    def _require_digest(self, name: str, part: str, stored: str, actual: str) -> None:
         if actual != stored:
             raise DigestError(
                 f"{self.path}: tensor {name!r}, part {part!r}: its bytes changed since they were "

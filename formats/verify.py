@@ -65,5 +65,7 @@ def _checks(file: SafetensorsFile, own: Manifest | None, of_config: Manifest) ->
 
 
 def _compare(checks: Sequence[Check]) -> None:
-    for file, name, part, digest in checks:
-        file.require_digest(name, part, digest)
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(open(file.path, "rb")) for file in {check[0] for check in checks}}
+        for file, name, part, digest in checks:
+            file.require_digest_on_disk(opened[file], name, part, digest)
