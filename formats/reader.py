@@ -286,7 +286,7 @@ class Checkpoint:
 
 def require_same_manifest(of_files: Manifest, of_config: Manifest, where: str) -> None:
     """Refuse a config.json whose manifest is not that of the weight files beside it."""
-    if of_config.to_json() != of_files.packed_only().to_json():
+    if of_config != of_files.packed_only():
         raise FormatError(
             f"{where}: its quantization_config is not that of the weight files; fetch the whole folder again"
         )
