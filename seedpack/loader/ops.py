@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from seedpack.codecs.registry import codec_from_json
+from seedpack.errors import ModelError
 
 
 def _named(parts: list[Tensor], names: str) -> dict[str, Tensor]:
@@ -107,7 +108,10 @@ def _batched(op: Any) -> Callable[..., tuple[Tensor, int]]:
         if in_dims[0] is None or any(
             dim is not None for dims in in_dims[1:] for dim in (dims if isinstance(dims, list) else [dims])
         ):
-            raise NotImplementedError("torch.vmap over the parts or the bias of a packed layer")
+            raise ModelError(
+                "torch.vmap maps over the parts or the bias of a packed layer, which it can do over the input alone; make the "
+                "layer dense first (seedpack unpack, or model.dequantize() in transformers)"
+            )
         return op(x.movedim(in_dims[0], 0), *rest), 0
 
     return rule

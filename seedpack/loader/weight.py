@@ -138,10 +138,10 @@ class PackedWeight(Tensor):
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Decode for code that is beyond Python's functions, such as autograd's."""
-        if any(a.alias_info and a.alias_info.is_write for a in func._schema.arguments):
-            written = [value for value, a in zip(args, func._schema.arguments, strict=False) if a.alias_info]
-            if any(isinstance(value, PackedWeight) for value in written):
-                raise read_only()
+        named = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **(kwargs or {})}
+        written = (named.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write)
+        if any(isinstance(value, PackedWeight) for value in written):
+            raise read_only()
         return func(*_decoded(args), **_decoded(kwargs or {}))
 
 

@@ -231,3 +231,18 @@ def test_derivatives_of_every_kind() -> None:
         second,
     ):
         torch.testing.assert_close(work(packed), work(dense), rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_a_bias_is_refused() -> None:
+    packed, _ = packed_and_dense(CASES["linear"][0])
+    with pytest.raises(ModelError, match=r"torch.vmap maps over .* the input alone"):
+        torch.vmap(lambda bias: F.linear(torch.ones(20), packed.weight, bias))(torch.ones(2, 12))
+
+
+def test_writing_below_pythons_functions_is_refused() -> None:
+    """Operators called by themselves, as libraries in C++ do."""
+    packed, _ = packed_and_dense(CASES["linear"][0])
+    with torch._C.DisableTorchFunctionSubclass():
+        with pytest.raises(ModelError, match="is read-only"):
+            torch.ops.aten.mul_.Tensor(packed.weight, torch.ones(()))
+        assert torch.equal(torch.zeros(12, 20).add_(packed.weight), packed.dense_weight())
