@@ -235,11 +235,8 @@ def pack_module_(
     if isinstance(packed, PackedLinear):
         packed.out_features, packed.in_features = matrix
     for name, (part_dtype, part_shape) in specs.items():
-        if parts is None:
-            value = empty_part(part_dtype, part_shape, weight.device)
-        else:  # a module on the meta device takes them where they are
-            value = parts[name] if weight.is_meta else parts[name].to(weight.device)
-        module.register_parameter(memory_name(name), nn.Parameter(value, requires_grad=False))
+        value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name]
+        module.register_parameter(memory_name(name), as_parameter(value, weight.device))
     return packed
 
 
@@ -256,6 +253,15 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
     dense.__class__ = module.__dict__.pop("dense_class")
     dense.register_parameter("weight", nn.Parameter(weight))
     return dense
+
+
+def as_parameter(part: Tensor, device: torch.device) -> nn.Parameter:
+    """Return a part as a parameter on a device, the same one if it is one already.
+
+    A module on the meta device takes parts where they are.
+    """
+    value = part if device.type == "meta" else part.to(device)
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
 def empty_part(dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,9 +28,11 @@ class SourceTensor:
         dtype: its safetensors name.
         shape: as stored.
         kind: what a model uses it for: linear, embedding, head (the output head, or an embedding tied to it), conv,
-            expert, or "" (raw).
+            expert, matrix (any other), or "" (raw).
         transposed: stored [in, out].
         group: for experts, the parameter that all of the group become parts of in memory.
+        stacked: its last two axes are those of matrices, each of which is packed alone.
+        note: why it is raw.
     """
 
     dtype: str
@@ -38,6 +40,8 @@ class SourceTensor:
     kind: str = ""
     transposed: bool = False
     group: str = ""
+    stacked: bool = False
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,18 @@ class FileState:
 
 
 NO_FILES: Mapping[Path, FileState] = {}
-Kind = tuple[str, bool, str]  # kind, transposed, group of a SourceTensor
+
+
+class Kind(NamedTuple):
+    """The fields of a `SourceTensor` that tell how it is packed."""
+
+    kind: str = ""
+    transposed: bool = False
+    group: str = ""
+    stacked: bool = False
+    note: str = ""
+
+
 KindOf = Callable[[str, tuple[int, ...]], Kind]  # of a tensor's name and shape
 
 
