@@ -40,8 +40,9 @@ class StackCodec(Codec):
     of: dict[str, Any]
     transposed: bool = False
 
-    def __new__(cls, matrix_rows: int = 0, matrix_columns: int = 0, of: Any = None, transposed: bool = False) -> StackCodec:
+    def __new__(cls, *settings: Any, **named: Any) -> StackCodec:
         """Return a codec that has rates, if the one that it stacks has them."""
+        of = named.get("of", settings[2] if len(settings) > 2 else None)
         return object.__new__(_RatedStack if of is not None and isinstance(_inner(of), Rates) else cls)
 
     def __post_init__(self) -> None:
@@ -71,7 +72,9 @@ class StackCodec(Codec):
         """Return the count of matrices of a weight."""
         count, rest = divmod(math.prod(shape), self.matrix_rows * self.matrix_columns)
         if rest or not count:
-            raise CodecError(f"{self.id}: a weight {list(shape)} is no stack of matrices {[self.matrix_rows, self.matrix_columns]}")
+            raise CodecError(
+                f"{self.id}: a weight {list(shape)} is no stack of matrices {[self.matrix_rows, self.matrix_columns]}"
+            )
         return count
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
@@ -134,6 +137,7 @@ class StackCodec(Codec):
             self.inner.check(self.at(parts, index), self.matrix)
 
 
+@dataclass(frozen=True)
 class _RatedStack(StackCodec, Rates):
     """A stack of matrices under a codec that has rates."""
 

@@ -22,7 +22,7 @@ from seedpack.converter.sources.base import Kind
 from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
 from seedpack.hf import internals
-from seedpack.hf.norm_power import layers_written_to, norm_before_layer, output_power
+from seedpack.hf.norm_power import norm_before_layer, output_power, parameters_written_to
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -166,24 +166,32 @@ class CheckpointNames:
         return sorted(wanted - set(names))
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """Return kind, transposed and group of a checkpoint tensor, as `SourceTensor` has them."""
+        """Tell how a checkpoint tensor is packed."""
         expert = self.expert(name)
         if expert is not None:
-            return "expert", False, f"{expert.module}.{expert.parameter}"
+            return Kind("expert", group=f"{expert.module}.{expert.parameter}")
         target, pattern = self.parameter(name)
         module, _, leaf = target.rpartition(".")
-        if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
-            return "", False, ""
-        if module in self._written_to:
-            return "", False, ""
-        kind, transposed, group = module_kind(self._modules.get(module), leaf)
-        return "head" if kind and module in self._heads else kind, transposed, group
+        if pattern is not None:
+            return Kind(note="made into others when transformers loads it")
+        if target not in self._state or tuple(self._state[target].shape) != shape:
+            return Kind(note="has no parameter of its shape in the model")
+        if target in self._written_to:
+            return Kind(note="the model writes to it")
+        kind = module_kind(self._modules.get(module), leaf)
+        if kind.kind == "matrix" and target in self._tied_names:
+            return Kind(note="tied to another parameter")
+        return kind._replace(kind="head") if kind.kind and module in self._heads else kind
+
+    @cached_property
+    def _tied_names(self) -> set[str]:
+        return {*self.tied, *self.tied.values()}
 
     @cached_property
     def _written_to(self) -> set[str]:
-        """Modules whose weights the model itself writes to, which packed ones refuse."""
+        """Parameters that the model itself writes to, which packed ones refuse."""
         with torch.device("meta"):
-            return layers_written_to(type(self.model)(self.model.config))
+            return parameters_written_to(type(self.model)(self.model.config))
 
     @cached_property
     def _heads(self) -> set[str]:

@@ -131,7 +131,7 @@ class _Filler:
         if stored not in self._packed:  # tied: one copy of the parts
             codec, parts = stored_parts(self._checkpoint, stored)
             device = None if (tensor := getattr(module, leaf)).is_meta else tensor.device
-            held = {part: nn.Parameter(value.to(device), requires_grad=False) for part, value in parts.items()}
+            held: Parts = {part: nn.Parameter(value.to(device), requires_grad=False) for part, value in parts.items()}
             self._packed[stored] = codec, held
         entry = self._checkpoint.manifest.tensors[stored]
         pack_(module, leaf, *self._packed[stored], transposed=entry.transposed)

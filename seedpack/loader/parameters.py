@@ -209,7 +209,7 @@ def _with_packed(dense: Any, leaves: tuple[str, ...]) -> type[Any]:
     return type(f"Packed{dense.__name__}", (PackedParameters, dense), {"__module__": __name__, **properties})
 
 
-def _empty(dense: type[nn.Module], leaves: tuple[str, ...]) -> nn.Module:
+def _empty(dense: Any, leaves: tuple[str, ...]) -> nn.Module:
     """Return an object of the packed class of a module, for copies."""
     cls: type[nn.Module] = _with_packed(dense, leaves)
     return cls.__new__(cls)
@@ -243,7 +243,7 @@ def pack_parameter_(
     for piece, given in pieces:
         if given is not None:
             piece.codec.check(given, piece.matrix)
-    dense = module.dense_class if isinstance(module, PackedParameters) else type(module)
+    dense: Any = module.dense_class if isinstance(module, PackedParameters) else type(module)
     known = module.pieces if isinstance(module, PackedParameters) else {}
     del module._parameters[leaf]
     for piece, given in pieces:
@@ -284,6 +284,13 @@ def pack_(
     return pack_parameter_(module, leaf, [(piece, parts)], dtype)
 
 
+def memory_names(module: PackedModule | PackedParameters, leaf: str) -> dict[str, str]:
+    """Return the names in memory of the parts of a packed parameter, by part."""
+    if isinstance(module, PackedModule):
+        return {part: memory_name(part) for part in module.part_names}
+    return {part: name for piece in module.pieces[leaf] for part, name in piece.names.items()}
+
+
 def is_packed(module: nn.Module, leaf: str) -> bool:
     """Return whether a parameter of a module is packed."""
     if isinstance(module, PackedParameters):
@@ -316,7 +323,7 @@ def unpack_parameters_(module: PackedParameters, dtype: torch.dtype | None = Non
         for piece in pieces:
             for name in piece.names.values():
                 del module._parameters[name]
-    module.__class__ = module.__dict__.pop("dense_class")  # type: ignore[assignment]
+    module.__class__ = module.__dict__.pop("dense_class")
     for name in ("pieces", "compute_dtype", "_views"):
         module.__dict__.pop(name, None)
     for leaf, value in dense.items():
@@ -328,4 +335,4 @@ def unpack_parameters_(module: PackedParameters, dtype: torch.dtype | None = Non
 def _refresh(module: nn.Module) -> None:
     """Have a recurrent network find its weights again, of which it keeps a list."""
     if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()  # type: ignore[no-untyped-call]
+        module._init_flat_weights()

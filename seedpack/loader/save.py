@@ -59,7 +59,9 @@ class StoredForm:
         names = set()
         for leaf, pieces in module.pieces.items():
             if len(pieces) > 1:
-                raise ModelError(f"{joined(prefix, leaf)!r} is made of several tensors; save the model by save_pretrained")
+                raise ModelError(
+                    f"{joined(prefix, leaf)!r} is made of several tensors; save the model by save_pretrained"
+                )
             parts, dtype = module.packed_parts(pieces[0]), dtype_name(module.compute_dtype)
             names |= {joined(prefix, name) for name in pieces[0].names.values()}
             piece = pieces[0]

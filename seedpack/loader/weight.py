@@ -99,6 +99,10 @@ class PackedWeight(Tensor):
         weight._form = torch.Size(layer.weight_shape), layer.compute_dtype, device
         return weight
 
+    def is_of(self, layer: object) -> bool:
+        """Return whether this is the weight of a layer."""
+        return self._owner() is layer
+
     @property
     def _layer(self) -> Layer:
         layer = self._owner()

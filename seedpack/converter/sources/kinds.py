@@ -7,7 +7,9 @@ import re
 from seedpack.codecs.base import matrix_shape
 from seedpack.converter.sources.base import Kind
 
-LEAST_AXIS = 32  # of a matrix that is no layer's weight: smaller ones are tables of states, decays or offsets, or tokens
+LEAST_AXIS = (
+    32  # of a matrix that is no layer's weight: smaller ones are tables of states, decays or offsets, or tokens
+)
 _BIAS = re.compile(r".*bias(_\w+)?")
 _EXPERTS = re.compile(r"(.*[._])?(experts?|moe)[._].*", re.IGNORECASE)
 _CONVOLUTION_AXES = (3, 4, 5)
