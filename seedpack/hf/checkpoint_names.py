@@ -7,8 +7,9 @@ agree with it.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -107,6 +108,32 @@ class CheckpointNames:
         """Return the model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
         renamings, converters = self._conversions
         return internals.model_name_of(name, renamings, converters, self.model.base_model_prefix, self._state)
+
+    def converted_by(self, name: str) -> str | None:
+        """Return the pattern by which transformers converts a checkpoint tensor; None if not, or if it merely stacks experts."""
+        target, pattern = self.parameter(name)
+        return pattern if pattern is not None and target in self._state and self.expert(name) is None else None
+
+    def restricted(self, names: Iterable[str]) -> CheckpointNames:
+        """Return these names with only the conversions that a checkpoint of some names needs: not of those in the model."""
+        renamings, converters = self._conversions
+        needed = {self.parameter(name)[1] for name in names if not self._is_own(name)}
+        restricted = copy.copy(self)
+        restricted._conversions = renamings, [c for c in converters if not needed.isdisjoint(c.source_patterns)]
+        return restricted
+
+    @property
+    def converters(self) -> set[str]:
+        """The patterns of the conversions."""
+        return {pattern for converter in self._conversions[1] for pattern in converter.source_patterns}
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether a name is one of the model's, but for the prefix of the base model."""
+        return internals.model_name_of(name, [], [], self.model.base_model_prefix, self._state)[0] in self._state
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of one of the model's tensors, or None if it has none of that name."""
+        return tuple(self._state[name].shape) if name in self._state else None
 
     def has(self, name: str) -> bool:
         """Return whether the model has a place for a checkpoint tensor."""

@@ -22,6 +22,7 @@ from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.complete import require_complete
+from seedpack.hf.converted import ConvertedSource
 from seedpack.hf.language_model import open_folder_model
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
@@ -38,6 +39,9 @@ class FolderSource(Source):
         stored = self._weights.tensors
         stored = stored | {alias: stored[name] for alias, name in self._weights.shared.items()}
         require_complete(self._names, stored, str(path))
+        if any(self._names.converted_by(name) is not None for name in stored):
+            self._weights = ConvertedSource(self._weights, self._names)
+            self._names = self._names.restricted(self._weights.tensors)
         tensors, self._renamed, self._stored = _without_ties(self._weights, self._names)
         super().__init__(str(path), tensors, config=config, files=self._weights.files)
 

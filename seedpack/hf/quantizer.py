@@ -51,6 +51,7 @@ class SeedpackQuantizer(HfQuantizer):
         self._expert_groups: list[ExpertGroup] = []
         self._layers: set[str] = set()  # paths of packed layers
         self._on_disk: dict[str, str] = {}  # names of parts in memory, by those in the checkpoint
+        self._converters: set[str] = set()  # the patterns of those conversions that the checkpoint needs
         self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
 
@@ -58,6 +59,9 @@ class SeedpackQuantizer(HfQuantizer):
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
         checkpoint_names = CheckpointNames(model)
         keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
+        parts = {key for name in manifest.tensors for key in manifest.part_keys(name).values()}
+        checkpoint_names = checkpoint_names.restricted([*manifest.tensors, *(keys - parts)])
+        self._converters = checkpoint_names.converters
         manifest = self.quantization_config.manifest = _known_tensors(manifest, checkpoint_names)
         _require_parts(manifest, keys, checkpoint_names)
         self._uncovered = needed(model, checkpoint_names.uncovered(keys))
@@ -115,6 +119,8 @@ class SeedpackQuantizer(HfQuantizer):
     def _is_replaced(self, entry: Any) -> bool:
         if not is_converter(entry):
             return False
+        if self._converters.isdisjoint(entry.source_patterns):
+            return True
         targets = [str(pattern).removesuffix("$").rpartition(".")[2] for pattern in entry.target_patterns]
         return ".experts." in "".join(entry.source_patterns) and any(
             group.parameter in targets for group in self._expert_groups
