@@ -20,7 +20,7 @@ from seedpack.converter.sources.base import SourceTensor
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import PlannedTensor
-from seedpack.formats.header import DTYPE_BYTES, loads_strict, nbytes
+from seedpack.formats.header import DTYPE_BYTES, loads_strict
 from seedpack.formats.manifest import part_key
 from seedpack.loader.layers import codec_matrix
 
@@ -214,7 +214,7 @@ def default_plan(
             dtype=target,
             shape=tensor.shape,
             codec=RawCodec(target) if note else chosen,
-            source_bytes=nbytes(tensor.dtype, tensor.shape),
+            source_bytes=tensor.source_bytes,
             kind=tensor.kind,
             transposed=_seen_transposed(tensor),
             note=note,

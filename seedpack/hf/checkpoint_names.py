@@ -24,6 +24,7 @@ from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
 from seedpack.hf import internals
 from seedpack.hf.norm_power import norm_before_layer, output_power, parameters_written_to
+from seedpack.hf.quantization import strip_quantization
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -58,11 +59,12 @@ class CheckpointNames:
 
     @classmethod
     def of_folder(cls, path: Path) -> CheckpointNames:
-        """Build the model of a config.json on the meta device."""
+        """Build the dense model of a config.json on the meta device."""
         import transformers
 
         try:
             config = transformers.AutoConfig.from_pretrained(path)
+            strip_quantization(config)
             known = architecture({"architectures": getattr(config, "architectures", None)})
             with torch.device("meta"):
                 model = known(config) if known else transformers.AutoModel.from_config(config)
