@@ -87,6 +87,11 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
         of("CLIPModel", "CLIPConfig", text_config={**SMALL, "eos_token_id": 2}, vision_config=VISION, projection_dim=16),
         {**TOKENS, **PIXELS},
     ),
+    "xclip": (  # a matrix of the model's own, in no module
+        of("XCLIPModel", "XCLIPConfig", projection_dim=32, prompt_num_attention_heads=4, text_config={**SMALL, "eos_token_id": 2},
+           vision_config={**VISION, "mit_hidden_size": 32, "mit_intermediate_size": 64, "mit_num_attention_heads": 4}),
+        {**TOKENS, "pixel_values": torch.linspace(-1, 1, 2 * 8 * 3 * 16 * 16).reshape(2, 8, 3, 16, 16).sin()},
+    ),
     "sam": (of("SamModel", "SamConfig", **SAM), {
         "pixel_values": torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32).sin(),
         "input_points": torch.tensor([[[[5.0, 9.0]]]]),
