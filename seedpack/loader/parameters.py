@@ -160,6 +160,15 @@ class PackedParameters(nn.Module):
             raise read_only()
         super().register_parameter(name, param)
 
+    def extra_repr(self) -> str:
+        """Return shape, codec and size of each packed parameter for `repr`, after what the module says of itself."""
+        packed = [
+            f"{leaf}: {list(piece.shape)}, {piece.codec}, {piece.codec.bits_per_weight(piece.matrix):.3f} bits per weight"
+            for leaf, pieces in self.pieces.items()
+            for piece in pieces
+        ]
+        return ", ".join(filter(None, [super().extra_repr(), *packed]))
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

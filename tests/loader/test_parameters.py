@@ -186,6 +186,13 @@ def test_first_levels(tmp_path: Path) -> None:
         seedpack.save(packed, tmp_path / "again")
 
 
+def test_what_they_print(tmp_path: Path) -> None:
+    packed, _ = packed_and_dense("lstm", tmp_path)
+    assert "(lstm): PackedLSTM(40, 64, num_layers=2, bidirectional=True, weight_hh_l0: [256, 64], SeedLMCodec(" in repr(
+        packed
+    )
+
+
 def test_one_copy_of_shared_ones(tmp_path: Path) -> None:
     class Shared(nn.Module):
         def __init__(self) -> None:
