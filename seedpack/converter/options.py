@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import PACKABLE, dtype_name, torch_dtype
 from seedpack.errors import FormatError, ModelError
 from seedpack.kernels.dispatch import Backend
@@ -166,6 +167,11 @@ class CompressOptions:
         """The calibration, in full; None for none."""
         assert self.calibration is None or isinstance(self.calibration, Calibration)
         return self.calibration
+
+    @property
+    def is_raw(self) -> bool:
+        """True if all tensors are to be stored as they are."""
+        return self.codec == RawCodec.id or isinstance(self.codec, RawCodec)
 
 
 def fitting_device(device: str | torch.device) -> torch.device:

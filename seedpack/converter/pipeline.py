@@ -60,7 +60,8 @@ def compress(
     started = time.perf_counter()
     with open_run(model, output, CompressOptions.of(options, changes), progress) as run:
         planned = make_plan(run.source, run.options, plan)
-        if not (planned.packed_weights or run.options.exclude or plan is not None):
+        asked_for = run.options.exclude or plan is not None or run.options.is_raw
+        if not planned.packed_weights and not asked_for:
             raise ModelError(_nothing_packed(run.source.name, planned))
         with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
             planned, statistics = calibrate_plan(run, planned, plan)

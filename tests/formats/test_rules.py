@@ -252,7 +252,7 @@ def test_m14_codec_id_and_version(file: Path) -> None:
         return next(c for c in manifest["codecs"] if c["id"] == "seedlm")
 
     make.edit_manifest(file, lambda m: seedlm(m).update(id="wavelet"))
-    refused(file, "unknown codec 'wavelet'; known: basis, field, mask, raw, seedlm, svd", UnknownCodecError)
+    refused(file, "unknown codec 'wavelet'; known: basis, field, mask, raw, seedlm, stack, svd", UnknownCodecError)
     file.write_bytes(data)
     make.edit_manifest(file, lambda m: seedlm(m).update(version=7))
     refused(file, "the file has version 7, here is 0; upgrade", VersionError)
