@@ -18,6 +18,7 @@ from seedpack._shapes import require_columns
 from seedpack.codecs.base import Codec, Parts
 from seedpack.codecs.registry import codec_to_json
 from seedpack.codecs.stack import StackCodec
+from seedpack.errors import ModelError
 from seedpack.loader import ops
 from seedpack.loader.layers import (
     LAYERS,
@@ -98,9 +99,10 @@ class PackedTensor:
 
     def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Return input [..., in] times the transposed matrix [out, in], plus bias [out]."""
-        columns = [_linear(input, piece, parts) for piece, parts in self._pieces]
-        product = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
-        return product if bias is None else product + bias
+        if len(self._pieces) == 1:
+            return _linear(input, *self._pieces[0], bias)
+        product = torch.cat([_linear(input, piece, parts) for piece, parts in self._pieces], -1)
+        return product if bias is None else product + bias.to(product.dtype)
 
     def product_from_left(self, input: Tensor) -> Tensor:
         """Return input [..., in] times the matrix [in, out]."""
@@ -126,9 +128,9 @@ class PackedTensor:
         return PackedTensor(pieces, self.compute_dtype)
 
 
-def _linear(input: Tensor, piece: Piece, parts: Parts) -> Tensor:
+def _linear(input: Tensor, piece: Piece, parts: Parts, bias: Tensor | None = None) -> Tensor:
     require_columns("a packed matrix", input, piece.matrix[1])
-    return ops.linear(input, parts, piece.text, piece.matrix, None)
+    return ops.linear(input, parts, piece.text, piece.matrix, bias)
 
 
 class PackedParameters(nn.Module):
@@ -221,7 +223,7 @@ def can_pack(module: nn.Module, leaf: str) -> bool:
     """Return whether a parameter of a module can stay packed."""
     if packed_class(module) is not None:
         return leaf == "weight"
-    if isinstance(module, (*LAYERS, PackedModule)):
+    if isinstance(module, PackedModule) or (isinstance(module, LAYERS) and leaf == "weight"):
         return False  # a layer that has no packed form
     known = isinstance(module, PackedParameters) and leaf in module.pieces
     return known or isinstance(module._parameters.get(leaf), nn.Parameter)
@@ -247,6 +249,11 @@ def pack_parameter_(
             piece.codec.check(given, piece.matrix)
     dense: Any = module.dense_class if isinstance(module, PackedParameters) else type(module)
     known = module.pieces if isinstance(module, PackedParameters) else {}
+    for name in (name for piece, _ in pieces for name in piece.names.values()):
+        if hasattr(module, name):
+            raise ModelError(
+                f"{name!r} is an attribute of a {dense.__name__}, and would be a part of {leaf!r}; leave it raw"
+            )
     del module._parameters[leaf]
     for piece, given in pieces:
         for part, spec in piece.codec.parts(piece.matrix).items():

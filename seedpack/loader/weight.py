@@ -205,6 +205,9 @@ def _matrix(weight: Tensor, index: Any) -> Tensor | None:
     at = getattr(layer, "at", None)
     if at is None or isinstance(index, bool):
         return None
+    if isinstance(index, tuple) and index and isinstance(index[0], int) and not isinstance(index[0], bool):
+        matrix = _matrix(weight, index[0])
+        return None if matrix is None else matrix[index[1:]]
     if isinstance(index, int) or (isinstance(index, Tensor) and not index.dim() and not index.is_floating_point()):
         found = at(int(index))
         return None if found is None else PackedWeight.of(found, weight.device, keep=True)
