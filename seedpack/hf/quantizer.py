@@ -33,6 +33,7 @@ from seedpack.hf.internals import (
     unfilled_tensors,
     with_whole_names,
 )
+from seedpack.loader.distributed import keeps_parts
 from seedpack.loader.layers import (
     PRINCIPAL,
     PackedModule,
@@ -46,6 +47,7 @@ from seedpack.loader.weight import PackedWeight
 
 for stand_in in (PackedWeight, ExpertView):  # which transformers finds in the place of weights
     mark_initialised(stand_in)
+keeps_parts(PackedExperts)
 
 
 class SeedpackQuantizer(HfQuantizer):

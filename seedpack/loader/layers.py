@@ -21,6 +21,7 @@ from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
 from seedpack.formats.manifest import PRINCIPAL_PART
 from seedpack.loader import ops
+from seedpack.loader.distributed import keeps_parts
 from seedpack.loader.weight import PackedWeight, read_only
 
 PRINCIPAL = "packed"
@@ -35,6 +36,7 @@ def memory_name(part: str) -> str:
     return PRINCIPAL if part == PRINCIPAL_PART else part
 
 
+@keeps_parts
 class PackedModule(nn.Module):
     """Base of packed layers, which `pack_module_` makes, never a constructor.
 
