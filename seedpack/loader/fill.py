@@ -158,7 +158,9 @@ def _tensors_of(model: nn.Module, bases: Bases) -> tuple[dict[str, Tensor], dict
         if isinstance(module, Coefficients):
             del state[joined(prefix, "coefs")]
             trained[joined(prefix, "weight")] = module
-    dense = {name: torch.empty(coefs.stored_shape, device="meta") for name, coefs in trained.items()}
+    dense = {
+        name: torch.empty(coefs.stored_shape, dtype=torch.float32, device="meta") for name, coefs in trained.items()
+    }
     return state | dense, trained
 
 
