@@ -140,7 +140,6 @@ def make_plan(
         include=options.include,
         exclude=options.exclude,
         dtype=dtype,
-        keep_float=source.config is not None,
     )
     if options.target_size is not None:
         result = with_size(

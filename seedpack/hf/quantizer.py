@@ -103,8 +103,9 @@ class SeedpackQuantizer(HfQuantizer):
         shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         if shape != entry.shape:
             raise ModelError(f"{name!r}: the checkpoint has shape {list(entry.shape)}, the model {list(shape)}")
-        for part in pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype).packed_parts().values():
-            mark_initialised(part)
+        for parameter in pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype).parameters():
+            if not parameter.requires_grad:
+                mark_initialised(parameter)
         return path
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
@@ -137,6 +138,7 @@ class SeedpackQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             try:
                 if isinstance(module, PackedModule):
+                    module.align_no_values()
                     module.codec.check(module.packed_parts(), module.matrix)
                 check_experts(module)
             except CodecError as error:

@@ -37,8 +37,9 @@ def _ignore_parts(parent: nn.Module, name: str, module: nn.Module | None) -> Non
         return
     packed = ((prefix, child) for prefix, child in module.named_modules(remove_duplicate=False) if _is_packed(child))
     for prefix, child in packed:
-        parts = child.named_parameters(prefix, recurse=False)
-        parent.parameters_to_ignore.update(name for name, part in parts if not part.is_floating_point())
+        for name, part in child._parameters.items():
+            if part is not None and not (part.is_floating_point() and part.numel()):
+                parent.parameters_to_ignore.add(f"{prefix}.{name}".removeprefix("."))
 
 
 def _is_packed(module: nn.Module) -> bool:
