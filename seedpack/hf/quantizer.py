@@ -85,7 +85,7 @@ class SeedpackQuantizer(HfQuantizer):
         _require_all_layers(model, self._expert_groups)
         if experts and hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the others read all experts' weights as one tensor
-        _tie_parts(model, set(self._layers.values()))
+        tie_parts(model, set(self._layers.values()))
         return model
 
     def _pack_layer(self, model: nn.Module, name: str, target: str, dtype: torch.dtype) -> str:
@@ -276,7 +276,7 @@ def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:
             raise ModelError(f"{name}: experts are packed in some layers but not in this one; pack the model again")
 
 
-def _tie_parts(model: Any, packed: set[str]) -> None:
+def tie_parts(model: Any, packed: Collection[str]) -> None:
     """Pack each output head that is tied to a packed embedding, and tie each of its parts."""
     before, after = [], dict[str, str]()
     for target, source in tied_parameters(model).items():

@@ -17,10 +17,13 @@ from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
 WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
 
 
-def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
+def fill_(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Load every tensor of a checkpoint into a module of the same names and shapes, in place.
 
     Nothing is changed unless all names and shapes fit.
+
+    Returns:
+        {name in the module: name in the checkpoint}.
 
     Raises:
         ModelError: names are missing or too many, or shapes differ.
@@ -41,6 +44,7 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name in checkpoint.manifest.views.keys() & bases.pieces.keys():
         bases.pieces[name].piece = replace(checkpoint.manifest.views[name], tensor="")
     _leave_fast_paths(model)
+    return {name: stored for name, (stored, _) in targets.items()}
 
 
 def copy_(model: nn.Module) -> None:
