@@ -118,8 +118,9 @@ def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **giv
     screen.quiet_transformers()
     edits, options = given.pop("plan"), options_of(**given)
     source = open_source(model)
-    if source.dropped and not as_json:
-        screen.echo(f"note: left out, as no weights: {', '.join(source.dropped[:6])}", err=True)
+    if not as_json:
+        for note in source_notes(source):
+            screen.echo(note, err=True)
     with screen.stages() as progress:
         if dry_run:
             plan = api.plan(source, options, output=output, edits=edits, progress=progress)
@@ -153,6 +154,14 @@ def options_of(
         key=None if key_file is None else read_key(key_file),
         **given,
     )
+
+
+def source_notes(source: Any) -> list[str]:
+    """Return lines on what was done to a model's tensors, and on what was left out."""
+    names, count = ", ".join(source.dropped[:6]), len(source.dropped)
+    more = f" and {count - 6} more" if count > 6 else ""
+    left_out = [f"note: left out, as no weights: {names}{more}"] if names else []
+    return [f"source: {note}" for note in source.notes] + left_out
 
 
 def codec_label(codec: Any) -> str:

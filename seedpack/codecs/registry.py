@@ -20,6 +20,7 @@ _OWN = {
     "mask": "seedpack.codecs.mask:MaskCodec",
     "raw": "seedpack.codecs.raw:RawCodec",
     "seedlm": "seedpack.codecs.seedlm:SeedLMCodec",
+    "stack": "seedpack.codecs.stack:StackCodec",
     "svd": "seedpack.codecs.svd:SVDCodec",
     "trellis": "seedpack.codecs.trellis:TrellisCodec",
 }  # imported when asked for; known without an installation too

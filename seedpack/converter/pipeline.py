@@ -200,7 +200,8 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
         run.source.complete_output(partial, writer.manifest, dtype)
     run.source.require_unchanged()
     files = partial.glob("*.safetensors") if folder else [partial]
-    return Report(run.output, plan, tuple(reports), sum(file.stat().st_size for file in files), 0.0)
+    size = sum(file.stat().st_size for file in files)
+    return Report(run.output, plan, tuple(reports), size, 0.0, tuple(run.source.notes))
 
 
 def _file_bytes(plan: Plan) -> int:

@@ -15,11 +15,12 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_to_json, get_codec
+from seedpack.codecs.stack import StackCodec
 from seedpack.converter.sources.base import SourceTensor
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import CodecError, ModelError
 from seedpack.formats import PlannedTensor
-from seedpack.formats.header import DTYPE_BYTES, loads_strict, nbytes
+from seedpack.formats.header import DTYPE_BYTES, loads_strict
 from seedpack.formats.manifest import part_key
 from seedpack.loader.layers import codec_matrix
 
@@ -141,7 +142,9 @@ class Plan:
             ModelError: naming a tensor that is missing, or of another form.
         """
         planned = {t.name: (t.dtype, t.shape, t.kind, t.transposed, t.group) for t in self.tensors}
-        source = {name: (self._dtype_of(t), t.shape, t.kind, t.transposed, t.group) for name, t in tensors.items()}
+        source = {
+            name: (self._dtype_of(t), t.shape, t.kind, _seen_transposed(t), t.group) for name, t in tensors.items()
+        }
         if names := sorted(n for n in planned.keys() | source.keys() if planned.get(n) != source.get(n)):
             raise ModelError(
                 f"the plan is for another model: {names[0]!r} is {planned.get(names[0])} in the plan, "
@@ -190,7 +193,7 @@ def default_plan(
     Args:
         tensors: of the source, in file order.
         shared: further names of its tensors.
-        codec: for linear layers, embeddings and convolutions.
+        codec: for linear layers, embeddings, convolutions and other matrices; of stacks of matrices, for each of them.
         include: patterns (fnmatch) of tensor names; given, only matching ones are packed.
         exclude: patterns of tensor names to leave raw.
         dtype: safetensors name of the dtype for raw float tensors and decoded weights; default the source's.
@@ -201,16 +204,17 @@ def default_plan(
 
     def plan_tensor(name: str, tensor: SourceTensor) -> TensorPlan:
         target = dtype if dtype and tensor.dtype in PACKABLE else tensor.dtype
-        note = _not_packable(tensor) or _not_wanted(name, include, exclude) or _not_smaller(tensor, codec, target)
-        note = note or _name_taken(name, tensor, codec, {*tensors, *shared} - {name})
+        chosen = _stacked(codec, tensor)
+        note = _not_packable(tensor) or _not_wanted(name, include, exclude) or _not_smaller(tensor, chosen, target)
+        note = note or _name_taken(name, tensor, chosen, {*tensors, *shared} - {name})
         return TensorPlan(
             name=name,
             dtype=target,
             shape=tensor.shape,
-            codec=RawCodec(target) if note else codec,
-            source_bytes=nbytes(tensor.dtype, tensor.shape),
+            codec=RawCodec(target) if note else chosen,
+            source_bytes=tensor.source_bytes,
             kind=tensor.kind,
-            transposed=tensor.transposed,
+            transposed=_seen_transposed(tensor),
             note=note,
             group=tensor.group,
         )
@@ -226,11 +230,23 @@ def _not_packable(tensor: SourceTensor) -> str:
     """Return why a tensor cannot be packed; "" if it can."""
     if tensor.dtype not in PACKABLE and not tensor.dtype.startswith("F8"):
         return "not a float tensor"
-    if not tensor.kind or tensor.dtype not in PACKABLE:
-        return "not the weight matrix of a layer that can be packed"
     if 0 in tensor.shape:
         return "has no elements"
+    if not tensor.kind or tensor.dtype not in PACKABLE:
+        return tensor.note or "not the weight matrix of a layer that can be packed"
     return ""
+
+
+def _stacked(codec: Codec, tensor: SourceTensor) -> Codec:
+    """Return the codec of a tensor, which packs each matrix of a stack by `codec`."""
+    if not tensor.kind or not tensor.stacked or isinstance(codec, StackCodec):
+        return codec
+    return StackCodec.over(codec, *tensor.shape[-2:], transposed=tensor.transposed)
+
+
+def _seen_transposed(tensor: SourceTensor) -> bool:
+    """Return whether the codec is given all of a tensor transposed; a stack's codec does that itself."""
+    return tensor.transposed and not tensor.stacked
 
 
 def _not_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> str:
@@ -242,7 +258,7 @@ def _not_wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> st
 
 def _not_smaller(tensor: SourceTensor, codec: Codec, dtype: str) -> str:
     """Return how many bits a codec would take, if that is no fewer than the raw tensor's; else ""."""
-    matrix = codec_matrix(tensor.shape, tensor.transposed)
+    matrix = codec_matrix(tensor.shape, _seen_transposed(tensor))
     bits = codec.bits_per_weight(matrix)
     if codec.parts(matrix)["weight"][1] != tensor.shape and bits < 8 * DTYPE_BYTES[dtype]:
         return ""
@@ -251,7 +267,7 @@ def _not_smaller(tensor: SourceTensor, codec: Codec, dtype: str) -> str:
 
 def _name_taken(name: str, tensor: SourceTensor, codec: Codec, others: Collection[str]) -> str:
     """Return which name of a part another tensor of the model has; "" if none."""
-    keys = (part_key(name, part) for part in codec.parts(codec_matrix(tensor.shape, tensor.transposed)))
+    keys = (part_key(name, part) for part in codec.parts(codec_matrix(tensor.shape, _seen_transposed(tensor))))
     taken = next((key for key in keys if key in others), "")
     return f"{taken!r} is a tensor of the model, and would be a part of this one" if taken else ""
 

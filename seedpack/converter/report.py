@@ -27,13 +27,14 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of `compress`."""
+    """The result of `compress`, and notes on what was done to the source's tensors before."""
 
     path: Path
     plan: Plan
     tensors: tuple[TensorReport, ...]
     file_bytes: int
     seconds: float
+    notes: tuple[str, ...] = ()
 
     @property
     def error_db(self) -> float:
@@ -47,6 +48,7 @@ class Report:
             "seconds": self.seconds,
             "file_bytes": self.file_bytes,
             "error_db": self.error_db,
+            "source_notes": list(self.notes),
             **self.plan.totals(),
             "tensors_packed": {
                 t.plan.name: {

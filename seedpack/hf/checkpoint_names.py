@@ -7,8 +7,9 @@ agree with it.
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,8 @@ from seedpack.converter.sources.base import Kind
 from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
 from seedpack.hf import internals
-from seedpack.hf.norm_power import layers_written_to, norm_before_layer, output_power
+from seedpack.hf.norm_power import norm_before_layer, output_power, parameters_written_to
+from seedpack.hf.quantization import strip_quantization
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -57,11 +59,12 @@ class CheckpointNames:
 
     @classmethod
     def of_folder(cls, path: Path) -> CheckpointNames:
-        """Build the model of a config.json on the meta device."""
+        """Build the dense model of a config.json on the meta device."""
         import transformers
 
         try:
             config = transformers.AutoConfig.from_pretrained(path)
+            strip_quantization(config)
             known = architecture({"architectures": getattr(config, "architectures", None)})
             with torch.device("meta"):
                 model = known(config) if known else transformers.AutoModel.from_config(config)
@@ -107,6 +110,32 @@ class CheckpointNames:
         """Return the model's name of a checkpoint tensor, and the merging pattern that took part, if any."""
         renamings, converters = self._conversions
         return internals.model_name_of(name, renamings, converters, self.model.base_model_prefix, self._state)
+
+    def converted_by(self, name: str) -> str | None:
+        """Return the pattern by which transformers converts a checkpoint tensor; None if not, or if it merely stacks experts."""
+        target, pattern = self.parameter(name)
+        return pattern if pattern is not None and target in self._state and self.expert(name) is None else None
+
+    def restricted(self, names: Iterable[str]) -> CheckpointNames:
+        """Return these names with only the conversions that a checkpoint of some names needs: not of those in the model."""
+        renamings, converters = self._conversions
+        needed = {self.parameter(name)[1] for name in names if not self._is_own(name)}
+        restricted = copy.copy(self)
+        restricted._conversions = renamings, [c for c in converters if not needed.isdisjoint(c.source_patterns)]
+        return restricted
+
+    @property
+    def converters(self) -> set[str]:
+        """The patterns of the conversions."""
+        return {pattern for converter in self._conversions[1] for pattern in converter.source_patterns}
+
+    def _is_own(self, name: str) -> bool:
+        """Return whether a name is one of the model's, but for the prefix of the base model."""
+        return internals.model_name_of(name, [], [], self.model.base_model_prefix, self._state)[0] in self._state
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of one of the model's tensors, or None if it has none of that name."""
+        return tuple(self._state[name].shape) if name in self._state else None
 
     def has(self, name: str) -> bool:
         """Return whether the model has a place for a checkpoint tensor."""
@@ -166,24 +195,32 @@ class CheckpointNames:
         return sorted(wanted - set(names))
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
-        """Return kind, transposed and group of a checkpoint tensor, as `SourceTensor` has them."""
+        """Tell how a checkpoint tensor is packed."""
         expert = self.expert(name)
         if expert is not None:
-            return "expert", False, f"{expert.module}.{expert.parameter}"
+            return Kind("expert", group=f"{expert.module}.{expert.parameter}")
         target, pattern = self.parameter(name)
         module, _, leaf = target.rpartition(".")
-        if pattern is not None or target not in self._state or tuple(self._state[target].shape) != shape:
-            return "", False, ""
-        if module in self._written_to:
-            return "", False, ""
-        kind, transposed, group = module_kind(self._modules.get(module), leaf)
-        return "head" if kind and module in self._heads else kind, transposed, group
+        if pattern is not None:
+            return Kind(note="made into others when transformers loads it")
+        if target not in self._state or tuple(self._state[target].shape) != shape:
+            return Kind(note="has no parameter of its shape in the model")
+        if target in self._written_to:
+            return Kind(note="the model writes to it")
+        kind = module_kind(self._modules.get(module), leaf)
+        if kind.kind == "matrix" and target in self._tied_names:
+            return Kind(note="tied to another parameter")
+        return kind._replace(kind="head") if kind.kind and module in self._heads else kind
+
+    @cached_property
+    def _tied_names(self) -> set[str]:
+        return {*self.tied, *self.tied.values()}
 
     @cached_property
     def _written_to(self) -> set[str]:
-        """Modules whose weights the model itself writes to, which packed ones refuse."""
+        """Parameters that the model itself writes to, which packed ones refuse."""
         with torch.device("meta"):
-            return layers_written_to(type(self.model)(self.model.config))
+            return parameters_written_to(type(self.model)(self.model.config))
 
     @cached_property
     def _heads(self) -> set[str]:

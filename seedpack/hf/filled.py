@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from seedpack.formats import Manifest
-from seedpack.hf.internals import attach_quantizer, tied_parameters
-from seedpack.loader.layers import PRINCIPAL, PackedModule, memory_name
+from seedpack.formats.manifest import part_key
+from seedpack.hf.internals import attach_quantizer, replace_ties, tied_parameters
+from seedpack.loader.parameters import memory_names, packed_leaves
 from seedpack.loader.trained import joined
 
 
@@ -24,37 +25,38 @@ def attach_manifest_(model: nn.Module, manifest: Manifest, stored: Mapping[str, 
         stored: {name in the module: name in the checkpoint}.
     """
     for prefix, pretrained in _pretrained_models(model):
-        layers = {name: layer for name, layer in pretrained.named_modules() if isinstance(layer, PackedModule)}
-        if layers and getattr(pretrained, "hf_quantizer", None) is None:
-            own = {name: stored[joined(prefix, f"{name}.weight")] for name in layers}
-            _attach(pretrained, layers, own, manifest)
+        parts = {
+            joined(path, leaf): {part: joined(path, held) for part, held in memory_names(module, leaf).items()}
+            for path, module in pretrained.named_modules()
+            for leaf in packed_leaves(module)
+        }
+        if parts and getattr(pretrained, "hf_quantizer", None) is None:
+            _attach(pretrained, parts, {name: stored[joined(prefix, name)] for name in parts}, manifest)
 
 
-def _attach(model: Any, layers: Mapping[str, PackedModule], stored: Mapping[str, str], manifest: Manifest) -> None:
+def _attach(model: Any, parts: dict[str, dict[str, str]], stored: Mapping[str, str], manifest: Manifest) -> None:
+    """Attach the quantiser.
+
+    Args:
+        model: of transformers.
+        parts: names of the parts in memory, by packed parameter and part.
+        stored: names of the parameters in the checkpoint.
+        manifest: of the checkpoint.
+    """
     from seedpack.hf.config import SeedpackConfig
-    from seedpack.hf.quantizer import SeedpackQuantizer, tie_parts
+    from seedpack.hf.quantizer import SeedpackQuantizer, run_experts_one_at_a_time, tie_parts
 
-    heads = {
-        name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in tied_parameters(model).items()
-    }
-    tied = {name for name, source in heads.items() if name in layers and source in layers}
-    if any(not _same_parts(layers[name], layers[heads[name]]) for name in tied):
-        tied, model.config.tie_word_embeddings, model.all_tied_weights_keys = set(), False, {}
-    names = {f"{name}.weight": stored[name] for name in layers if name not in tied}
-    packed = manifest.select(names.values())
-    packed = replace(packed, tensors={name: packed.tensors[of] for name, of in names.items()}, shared={}, views={})
-    tie_parts(model, layers.keys() - tied)
-    on_disk = {
-        joined(name, part): joined(name, memory_name(part))
-        for name, layer in layers.items()
-        for part in layer.part_names
-        if name not in tied
-    }
+    ties = {name: source for name, source in tied_parameters(model).items() if name in parts and source in parts}
+    if any(stored[name] != stored[source] for name, source in ties.items()):
+        replace_ties(model, ties, {})
+        ties, model.config.tie_word_embeddings = {}, False
+    own = {name: stored[name] for name in parts if name not in ties}
+    packed = manifest.select(own.values())
+    packed = replace(packed, tensors={name: packed.tensors[of] for name, of in own.items()}, shared={}, views={})
+    run_experts_one_at_a_time(model)
+    tie_parts(model, {name.rpartition(".")[0] for name in own})
+    on_disk = {part_key(name, part): held for name in own for part, held in parts[name].items()}
     attach_quantizer(model, SeedpackQuantizer(SeedpackConfig(**packed.to_json())), on_disk)
-
-
-def _same_parts(a: PackedModule, b: PackedModule) -> bool:
-    return a._parameters[PRINCIPAL] is b._parameters[PRINCIPAL]
 
 
 def _pretrained_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -4,25 +4,36 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+import weakref
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seedpack._version import WRITER
 from seedpack.converter.sources.base import FileState, OpenModel, Source, SourceTensor
+from seedpack.converter.sources.dequantized import dequantized
 from seedpack.converter.sources.safetensors import SafetensorsSource
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.converter.sources.torch_file import load_state_dict
+from seedpack.dtypes import to_bytes
 from seedpack.errors import FormatError, ModelError
-from seedpack.formats import Manifest
+from seedpack.formats import CheckpointWriter, Manifest
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
+from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.complete import require_complete
+from seedpack.hf.converted import ConvertedSource
 from seedpack.hf.language_model import open_folder_model
+from seedpack.hf.quantization import FILES as QUANTIZATION_FILES
+from seedpack.hf.quantization import block_sizes, dense_dtype, quantizations, require_read, without_quantization
+from seedpack.loader.save import raw_planned
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
 
@@ -31,15 +42,35 @@ class FolderSource(Source):
     """A folder with config.json and weights, sharded or not."""
 
     def __init__(self, path: Path):
-        config = dense_config(path)
+        config = read_config(path)
+        documents = quantizations(config)
+        require_read(documents, path)
+        config = without_quantization(config)
         self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
         self._path, self._names = path, CheckpointNames.of_folder(path)
-        self._weights = _open_weights(path, self._names)
+        weights = _open_weights(path, self._names)
+        self._weights = dequantized(
+            weights, self._names.kind, dense_dtype(config), block_sizes(documents), is_quantised=bool(documents)
+        )
+        self._is_dense = self._weights is weights
+        stale = [] if self._is_dense else [name for name in self._beside if name in QUANTIZATION_FILES]
+        for name in stale:
+            del self._beside[name]
         stored = self._weights.tensors
         stored = stored | {alias: stored[name] for alias, name in self._weights.shared.items()}
         require_complete(self._names, stored, str(path))
+        if any(self._names.converted_by(name) is not None for name in stored):
+            self._weights = ConvertedSource(self._weights, self._names)
+            self._names = self._names.restricted(self._weights.tensors)
         tensors, self._renamed, self._stored = _without_ties(self._weights, self._names)
-        super().__init__(str(path), tensors, config=config, files=self._weights.files)
+        super().__init__(
+            str(path),
+            tensors,
+            config=config,
+            dropped=[*self._weights.dropped, *stale],
+            files=self._weights.files,
+            notes=self._weights.notes,
+        )
 
     def _read(self, name: str) -> Tensor:
         return self._weights._read(self._renamed.get(name, name))
@@ -61,8 +92,26 @@ class FolderSource(Source):
         return self._names.parameters(name)
 
     def open_model(self) -> OpenModel:
-        """Open the model with its tokenizer."""
-        return open_folder_model(self._path)
+        """Open the model with its tokenizer: that of the folder itself, or where it is quantised, of a dense copy."""
+        if self._is_dense:
+            return open_folder_model(self._path)
+        copy = tempfile.TemporaryDirectory(prefix="seedpack-dense-")
+        with ExitStack() as stack:
+            stack.callback(copy.cleanup)
+            self._write_dense(Path(copy.name))
+            opened = open_folder_model(Path(copy.name), self._path)
+            weakref.finalize(opened.module, stack.pop_all().close)  # weights may stay on disk
+        return opened
+
+    def _write_dense(self, folder: Path) -> None:
+        """Write the folder as a dense one, a tensor at a time."""
+        assert self.config is not None
+        planned = [raw_planned(name, tensor.dtype, tensor.shape) for name, tensor in self.tensors.items()]
+        with CheckpointWriter(folder / SINGLE_FILE, planned, {}, WRITER, manifest=False) as writer:
+            for name in self.tensors:
+                writer.write(name, {"weight": to_bytes(self.read(name))})
+        _write_config(folder, self.config)
+        copy_files(self._path, (name for name in self._beside if name != "config.json"), folder)
 
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Copy the files beside the weights, and write config.json."""
@@ -71,11 +120,11 @@ class FolderSource(Source):
         copy_files(self._path, (name for name in self._beside if name != "config.json"), folder)
 
 
-def dense_config(path: Path) -> dict[str, Any]:
-    """Read a dense folder's config.json.
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a folder's config.json.
 
     Raises:
-        ModelError: there is none, or the weights are quantised already.
+        ModelError: there is none.
     """
     config_file = path / "config.json"
     if not config_file.is_file():
@@ -83,10 +132,6 @@ def dense_config(path: Path) -> dict[str, Any]:
     config = read_json(config_file)
     if not isinstance(config, dict):
         raise ModelError(f"{config_file}: expected a JSON object")
-    if "quantization_config" in config:
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else quantization
-        raise ModelError(f"{path}: is quantised already (by {method}); start from the dense model")
     return config
 
 
@@ -155,7 +200,7 @@ def _without_ties(
         name = stored[target]
         if origin not in stored:
             info = tensors[name]
-            tensors[origin] = SourceTensor(info.dtype, info.shape, *names.kind(origin, info.shape))
+            tensors[origin] = replace(info, **names.kind(origin, info.shape)._asdict())
             renamed[origin] = stored[origin] = name
         elif not torch.equal(source.read(renamed.get(stored[origin], stored[origin])), source.read(name)):
             raise ModelError(

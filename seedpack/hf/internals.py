@@ -10,6 +10,8 @@ What is used, and what breaks if it moves:
   not matched to the model's.
 - `core_model_loading.WeightConverter`, `MergeModulelist`, `SplitModulelist`, `_original_source_patterns`: mixtures of
   experts are neither packed nor loaded.
+- `core_model_loading.dot_natural_key`, `WeightConverter.add_tensor` and `.convert`: what is merged, split or transposed on
+  loading stays raw.
 - `core_model_loading.WeightRenaming`: parts of packed layers are not loaded.
 - `_weight_conversions`: models that seedpack filled are saved under other names than those that are loaded.
 - `all_tied_weights_keys`, `_tied_weights_keys`: tied weights are packed and saved twice.
@@ -74,6 +76,33 @@ def model_name_of(
     if renamed not in state and name in state:
         renamed, pattern = rename_source_key(name, [], [], prefix, state)
     return renamed, pattern
+
+
+def convert(model: Any, first: str, tensors: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Return what a converter of a model makes of some tensors, by the model's names; nothing where it fails.
+
+    Args:
+        model: on the meta device.
+        first: the model's name of the first tensor that is made.
+        tensors: with the pattern of the converter that each matches, by the checkpoint's names.
+    """
+    converters = conversions(model)[1]
+    pattern = next(iter(tensors.values()))[0]
+    converter = next(entry for entry in converters if pattern in entry.source_patterns)
+    for name in sorted(tensors, key=dot_natural_key()):
+        converter.add_tensor(first, name, *tensors[name])
+    try:
+        made = converter.convert(first, model=model, config=model.config)
+    except Exception:  # foreign code, and a checkpoint of another form
+        return {}
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def dot_natural_key() -> Any:
+    """Return the key by which transformers sorts the names of a checkpoint."""
+    from transformers import core_model_loading
+
+    return core_model_loading.dot_natural_key
 
 
 def source_patterns(converter: Any) -> list[str]:

@@ -41,8 +41,13 @@ def open_pretrained(model: Any, tokenizer: Any = None) -> OpenModel:
     return OpenModel(model, tokenizer, tuple(decoder_layers(model)), generate_tokens)
 
 
-def open_folder_model(path: Path) -> OpenModel:
-    """Open a folder's model, in float32, and its tokenizer; on disk where it fills more than half of what is free."""
+def open_folder_model(path: Path, where: Path | None = None) -> OpenModel:
+    """Open a folder's model, in float32, and its tokenizer; on disk where it fills more than half of what is free.
+
+    Args:
+        path: the folder.
+        where: it is a copy of, for messages.
+    """
     import transformers
 
     config = read_json(path / "config.json")
@@ -55,11 +60,11 @@ def open_folder_model(path: Path) -> OpenModel:
         holder = tempfile.TemporaryDirectory(prefix="seedpack-")
         options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
     try:
-        model = load_complete(cls, path, path, **options)
+        model = load_complete(cls, path, where or path, **options)
     except ModelError:
         raise
     except Exception as error:  # the libraries' own
-        raise ModelError(f"{path}: transformers cannot run it ({first_line(error)})") from error
+        raise ModelError(f"{where or path}: transformers cannot run it ({first_line(error)})") from error
     if holder is not None:
         weakref.finalize(model, holder.cleanup)
     return open_pretrained(model, tokenizer_of(path))

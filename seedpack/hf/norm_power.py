@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.codecs.raw import RawCodec
-from seedpack.loader.layers import pack_module_, packed_class
+from seedpack.loader.layers import packed_class
+from seedpack.loader.parameters import can_pack, pack_
 from seedpack.loader.weight import recording_writes
 
 
@@ -74,18 +75,22 @@ def run_on_meta(model: nn.Module) -> None:
         model.train(training)
 
 
-def layers_written_to(model: nn.Module) -> set[str]:
-    """Return the names of layers whose weights a transformers model writes to in its forward pass, as far as it runs on meta.
+def parameters_written_to(model: nn.Module) -> set[str]:
+    """Return the names of parameters that a transformers model writes to in its forward pass, as far as it runs on meta.
 
     Args:
-        model: on the meta device; its layers are packed in place.
+        model: on the meta device; its parameters are packed in place.
     """
-    for module in list(model.modules()):
-        if packed_class(module) is not None and 0 not in module.weight.shape:  # type: ignore[operator]
-            pack_module_(module, RawCodec("F32"))
+    owners = {}
+    for name, parameter in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if parameter.dim() > 1 and 0 not in parameter.shape and can_pack(module, leaf):
+            pack_(module, leaf, RawCodec("F32"))
+            owners[name] = getattr(module, leaf)
     with recording_writes() as written:
         run_on_meta(model)
-    return {name for name, module in model.named_modules() if any(module is layer for layer in written)}
+    return {name for name, weight in owners.items() if any(weight.is_of(layer) for layer in written)}
 
 
 def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from seedpack.formats.manifest import part_key
 from seedpack.formats.verify import check_files
 from seedpack.hf.checkpoint_names import CheckpointNames, architecture
 from seedpack.hf.config import SeedpackConfig
-from seedpack.hf.experts import ExpertGroup, ExpertView, PackedExperts, check_experts, pack_experts_, unpack_experts_
+from seedpack.hf.experts import ExpertGroup, pack_experts_
 from seedpack.hf.internals import (
     is_converter,
     mark_initialised,
@@ -33,21 +33,12 @@ from seedpack.hf.internals import (
     unfilled_tensors,
     with_whole_names,
 )
-from seedpack.loader.distributed import keeps_parts
-from seedpack.loader.layers import (
-    PRINCIPAL,
-    PackedModule,
-    is_transposed,
-    memory_name,
-    pack_module_,
-    packed_class,
-    unpack_module_,
-)
+from seedpack.loader.holder import NO_VALUES, PartHolder
+from seedpack.loader.layers import PRINCIPAL, PackedModule, is_transposed, memory_name, pack_module_, packed_class
+from seedpack.loader.parameters import PackedParameters, can_pack, check_, memory_names, pack_, unpack_
 from seedpack.loader.weight import PackedWeight
 
-for stand_in in (PackedWeight, ExpertView):  # which transformers finds in the place of weights
-    mark_initialised(stand_in)
-keeps_parts(PackedExperts)
+mark_initialised(PackedWeight)  # which transformers finds in the place of weights
 
 
 class SeedpackQuantizer(HfQuantizer):
@@ -59,7 +50,9 @@ class SeedpackQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SeedpackConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self._expert_groups: list[ExpertGroup] = []
-        self._layers: dict[str, str] = {}  # paths of packed layers, by the checkpoint's names of their weights
+        self._layers: set[str] = set()  # paths of packed layers
+        self._on_disk: dict[str, str] = {}  # names of parts in memory, by those in the checkpoint
+        self._converters: set[str] = set()  # the patterns of those conversions that the checkpoint needs
         self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
 
@@ -67,6 +60,9 @@ class SeedpackQuantizer(HfQuantizer):
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
         checkpoint_names = CheckpointNames(model)
         keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
+        parts = {key for name in manifest.tensors for key in manifest.part_keys(name).values()}
+        checkpoint_names = checkpoint_names.restricted([*manifest.tensors, *(keys - parts)])
+        self._converters = checkpoint_names.converters
         manifest = self.quantization_config.manifest = _known_tensors(manifest, checkpoint_names)
         _require_parts(manifest, keys, checkpoint_names)
         self._uncovered = needed(model, checkpoint_names.uncovered(keys))
@@ -76,55 +72,57 @@ class SeedpackQuantizer(HfQuantizer):
             if expert is not None:
                 experts[expert.module].append(name)
             else:
-                self._layers[name] = self._pack_layer(model, name, checkpoint_names.parameter(name)[0], dtype)
+                self._pack(model, name, checkpoint_names.parameter(name)[0], dtype)
         self._expert_groups = [
             group
             for path, names in experts.items()
             for group in pack_experts_(model, path, names, checkpoint_names, manifest, dtype)
         ]
         _require_all_layers(model, self._expert_groups)
-        if experts and hasattr(model, "set_experts_implementation"):
-            model.set_experts_implementation("eager")  # the others read all experts' weights as one tensor
-        tie_parts(model, set(self._layers.values()))
+        run_experts_one_at_a_time(model)
+        tie_parts(model, self._layers)
         return model
 
-    def _pack_layer(self, model: nn.Module, name: str, target: str, dtype: torch.dtype) -> str:
-        """Pack the layer of the parameter `target`, stored as `name`; return the layer's name."""
+    def _pack(self, model: nn.Module, name: str, target: str, dtype: torch.dtype) -> None:
+        """Pack the parameter `target`, stored as `name`."""
         manifest = self.quantization_config.manifest
         path, _, leaf = target.rpartition(".")
         module, entry = _submodule(model, path), manifest.tensors[name]
-        if leaf != "weight" or module is None or packed_class(module) is None:
+        if module is None or not can_pack(module, leaf):
             raise ModelError(
                 f"the checkpoint packs {name!r}, but {type(model).__name__} has no layer there that can stay packed; "
                 "load it with the architecture it was packed for, or make it dense with seedpack unpack"
             )
-        if entry.transposed != is_transposed(module):
+        is_layer = packed_class(module) is not None
+        if is_layer and entry.transposed != is_transposed(module):
             raise ModelError(f"{name!r}: the weight is transposed between the checkpoint and {type(module).__name__}")
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+        shape = tuple(getattr(module, leaf).shape)
         if shape != entry.shape:
             raise ModelError(f"{name!r}: the checkpoint has shape {list(entry.shape)}, the model {list(shape)}")
-        for parameter in pack_module_(module, codec_from_spec(manifest.codec_of(name)), dtype=dtype).parameters():
-            if not parameter.requires_grad:
-                mark_initialised(parameter)
-        return path
+        codec = codec_from_spec(manifest.codec_of(name))
+        names = memory_names(pack_(module, leaf, codec, transposed=entry.transposed, dtype=dtype), leaf)
+        for part, held in names.items():
+            mark_initialised(module.get_parameter(held))
+            self._on_disk[part_key(name, part)] = f"{path}.{held}"
+        if NO_VALUES in module._parameters:
+            mark_initialised(module._parameters[NO_VALUES])
+        if is_layer:
+            self._layers.add(path)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         """Replace the conversions of dense experts by those that stack parts, and give parts their names in memory."""
-        if model is None or not (self._expert_groups or self._layers):
+        if model is None or not (self._expert_groups or self._on_disk):
             return weight_conversions
-        patterns = dict(group.patterns(part) for group in self._expert_groups for part in group.part_names)
+        patterns = {source: target for group in self._expert_groups for source, target in group.patterns().items()}
         stacking = [stacking_converter(source, target) for source, target in patterns.items()]
         kept = [entry for entry in weight_conversions if not self._is_replaced(entry)]
-        on_disk = {
-            part_key(name, part): f"{path}.{memory_name(part)}"
-            for name, path in self._layers.items()
-            for part in model.get_submodule(path).part_names
-        }
-        return [*with_whole_names(kept, on_disk), *stacking]
+        return [*with_whole_names(kept, self._on_disk), *stacking]
 
     def _is_replaced(self, entry: Any) -> bool:
         if not is_converter(entry):
             return False
+        if self._converters.isdisjoint(entry.source_patterns):
+            return True
         targets = [str(pattern).removesuffix("$").rpartition(".")[2] for pattern in entry.target_patterns]
         return ".experts." in "".join(entry.source_patterns) and any(
             group.parameter in targets for group in self._expert_groups
@@ -137,12 +135,11 @@ class SeedpackQuantizer(HfQuantizer):
         _require_filled(model, self._uncovered if _is_spread(model) else unfilled_tensors(model))
         for name, module in model.named_modules():
             try:
-                if isinstance(module, PackedModule):
-                    module.align_no_values()
-                    module.codec.check(module.packed_parts(), module.matrix)
-                check_experts(module)
+                if isinstance(module, PartHolder):
+                    module.put_float_first()
+                check_(module)
             except CodecError as error:
-                raise ModelError(f"{name}.weight: {error}") from None
+                raise ModelError(f"{name}: {error}") from None
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -166,14 +163,22 @@ class SeedpackQuantizer(HfQuantizer):
         tied = {name.removesuffix(suffix): source.removesuffix(suffix) for name, source in ties.items()}
         parts = {f"{name}.{memory_name(part)}": "" for name in tied for part in model.get_submodule(name).part_names}
         for module in list(model.modules()):
-            if isinstance(module, PackedModule):
-                unpack_module_(module, dtype)
-        unpack_experts_(model, dtype)
+            unpack_(module, dtype)
         for name, source in tied.items():
             model.get_submodule(name).weight = model.get_submodule(source).weight
         dense = {f"{name}.weight": f"{source}.weight" for name, source in tied.items()}
         replace_ties(model, parts, dense)
         return model
+
+
+def run_experts_one_at_a_time(model: Any) -> None:
+    """Choose the implementation of packed experts that does not read all their weights as one tensor."""
+    if hasattr(model, "set_experts_implementation") and any(map(_is_stack, model.modules())):
+        model.set_experts_implementation("eager")
+
+
+def _is_stack(module: nn.Module) -> bool:
+    return isinstance(module, PackedParameters) and any(len(pieces[0].shape) > 2 for pieces in module.pieces.values())
 
 
 def _submodule(model: nn.Module, path: str) -> nn.Module | None:
@@ -241,7 +246,7 @@ def _require_filled(model: Any, lacking: set[str]) -> None:
         packed = {
             f"{name}.{leaf}"
             for name, module in model.named_modules()
-            if isinstance(module, (PackedModule, PackedExperts))
+            if isinstance(module, (PackedModule, PackedParameters))
             for leaf, _ in module.named_parameters(recurse=False)
         }
         known, prefix = _names_in(architecture({"architectures": architectures}), model.config)
@@ -276,7 +281,7 @@ def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:
             raise ModelError(f"{name}: experts are packed in some layers but not in this one; pack the model again")
 
 
-def tie_parts(model: Any, packed: Collection[str]) -> None:
+def tie_parts(model: Any, packed: set[str]) -> None:
     """Pack each output head that is tied to a packed embedding, and tie each of its parts."""
     before, after = [], dict[str, str]()
     for target, source in tied_parameters(model).items():

@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from seedpack.codecs.base import Codec, Parts
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, View
 from seedpack.loader.dense import require_decodable, stored_dense, stored_names, stored_parts, viewed
-from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, memory_name, pack_module_, packed_class
+from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, packed_class
+from seedpack.loader.parameters import PackedParameters, can_pack, is_packed, pack_
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
 
 WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
@@ -84,7 +86,7 @@ class _Filler:
     ):
         self._checkpoint, self._state, self._trained = checkpoint, state, trained
         self._modules = dict(model.named_modules(remove_duplicate=False))
-        self._packed: dict[str, PackedModule] = {}  # by the stored tensor
+        self._packed: dict[str, tuple[Codec, Parts]] = {}  # by the stored tensor
         self._real: dict[
             int, Tensor
         ] = {}  # tensors that have taken the place of those on the meta device, by their ids
@@ -98,12 +100,12 @@ class _Filler:
         """Fill one tensor of the module from a stored one, or from a piece of it."""
         path, _, leaf = name.rpartition(".")
         module = self._modules[path]
-        if isinstance(module, PackedModule) and leaf == "weight":
-            return  # packed already: the same module under another name
+        if is_packed(module, leaf):
+            return  # already: the same module under another name
         if name in self._trained:
             self._trained[name].take_(*stored_parts(self._checkpoint, stored))
         elif self._can_stay_packed(name, stored, view):
-            self._pack(module, stored)
+            self._pack(module, leaf, stored)
         else:
             self._copy(self._on_a_device(name), stored, view)
 
@@ -126,18 +128,17 @@ class _Filler:
     def _can_stay_packed(self, name: str, stored: str, view: View | None) -> bool:
         path, _, leaf = name.rpartition(".")
         manifest, module = self._checkpoint.manifest, self._modules[path]
-        same_way = manifest.tensors[stored].transposed == is_transposed(module)
-        stays = manifest.is_packed(stored) and same_way and packed_class(module) is not None
-        return stays and view is None and leaf == "weight"
+        same_way = packed_class(module) is None or manifest.tensors[stored].transposed == is_transposed(module)
+        return manifest.is_packed(stored) and view is None and same_way and can_pack(module, leaf)
 
-    def _pack(self, module: nn.Module, stored: str) -> None:
-        codec, parts = stored_parts(self._checkpoint, stored)
-        packed = pack_module_(module, codec, parts)
-        if stored in self._packed:  # tied: one copy of the parts
-            for part in parts:
-                name = memory_name(part)
-                packed.register_parameter(name, self._packed[stored]._parameters[name])
-        self._packed[stored] = packed
+    def _pack(self, module: nn.Module, leaf: str, stored: str) -> None:
+        if stored not in self._packed:  # tied: one copy of the parts
+            codec, parts = stored_parts(self._checkpoint, stored)
+            device = None if (tensor := getattr(module, leaf)).is_meta else tensor.device
+            held: Parts = {part: nn.Parameter(value.to(device), requires_grad=False) for part, value in parts.items()}
+            self._packed[stored] = codec, held
+        entry = self._checkpoint.manifest.tensors[stored]
+        pack_(module, leaf, *self._packed[stored], transposed=entry.transposed)
 
     def _copy(self, tensor: Tensor, stored: str, view: View | None) -> None:
         with torch.no_grad():
@@ -234,7 +235,7 @@ def _leave_fast_paths(model: nn.Module) -> None:
     """Switch off the fast paths of torch's Transformer encoder, which read weights without calling their packed layers."""
     for module in model.modules():
         if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerEncoder)) and any(
-            isinstance(part, PackedModule) for part in module.modules()
+            isinstance(part, (PackedModule, PackedParameters)) for part in module.modules()
         ):
             if isinstance(module, nn.TransformerEncoder):
                 module.use_nested_tensor = False

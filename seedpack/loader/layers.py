@@ -3,14 +3,11 @@
 The packed classes are subclasses of the dense ones, and the parts are parameters without gradient (offloaded and
 mapped to devices like any other; integers, so no cast touches them). The principal part, which a file holds under the
 weight's own name, is called `packed` in memory; `weight` answers as the dense weight would (`weight.PackedWeight`).
-
-Much code asks the first of a module's parameters for the dtype to compute in. Where that would be a part there is a
-parameter without elements before it, `no_values`, which is in no state dict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from functools import cache
 from typing import Any, cast
 
@@ -24,11 +21,10 @@ from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
 from seedpack.formats.manifest import PRINCIPAL_PART
 from seedpack.loader import ops
-from seedpack.loader.distributed import keeps_parts
+from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.weight import PackedWeight, read_only
 
 PRINCIPAL = "packed"
-NO_VALUES = "no_values"
 
 
 def memory_name(part: str) -> str:
@@ -40,8 +36,7 @@ def memory_name(part: str) -> str:
     return PRINCIPAL if part == PRINCIPAL_PART else part
 
 
-@keeps_parts
-class PackedModule(nn.Module):
+class PackedModule(PartHolder):
     """Base of packed layers, which `pack_module_` makes, never a constructor.
 
     Attributes:
@@ -91,35 +86,6 @@ class PackedModule(nn.Module):
             raise read_only()
         super().register_parameter(name, param)
 
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the parameters that have values: who asks a single layer looks each up in a file (as accelerate does)."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if name.rpartition(".")[2] != NO_VALUES:
-                yield name, parameter
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yield the parameters, the first of the layer's dtype."""
-        for _, parameter in super().named_parameters(recurse=recurse):
-            yield parameter
-
-    def align_no_values(self) -> None:
-        """Put the parameter without elements where the parts are, once they have been loaded."""
-        empty, part = self._parameters.get(NO_VALUES), cast(Tensor, self._parameters[PRINCIPAL])
-        if empty is not None and not part.is_meta:
-            empty.data = empty.data.to(part.device)
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.pop(prefix + NO_VALUES, None)
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing_keys: list[str], *args: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *args)
-        missing_keys[:] = [name for name in missing_keys if name != prefix + NO_VALUES]
-
     def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Return input [..., in] times the transposed weight [out, in], plus bias [out]."""
         self._require_float(input)
@@ -143,10 +109,6 @@ class PackedModule(nn.Module):
                 f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "
                 "weight, which is packed here; leave this layer raw (--exclude)"
             )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return shape, codec and size for `repr`."""
@@ -267,18 +229,10 @@ def pack_module_(
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
         packed.out_features, packed.in_features = matrix
-    if not any(parameter is not None and parameter.is_floating_point() for parameter in module._parameters.values()):
-        device = "cpu" if weight.is_meta else weight.device
-        empty = torch.empty(0, dtype=packed.compute_dtype, device=device)
-        module.register_parameter(NO_VALUES, nn.Parameter(empty, requires_grad=False))
     for name, (part_dtype, part_shape) in specs.items():
-        if parts is None:
-            value = empty_part(part_dtype, part_shape, weight.device)
-        else:  # a module on the meta device takes them where they are
-            value = parts[name] if weight.is_meta else parts[name].to(weight.device)
-        module.register_parameter(memory_name(name), nn.Parameter(value, requires_grad=False))
-    if parts is not None:
-        packed.align_no_values()
+        value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name]
+        module.register_parameter(memory_name(name), as_parameter(value, weight.device))
+    packed.put_float_first()
     return packed
 
 
@@ -296,6 +250,15 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
     dense.__class__ = module.__dict__.pop("dense_class")
     dense.register_parameter("weight", nn.Parameter(weight))
     return dense
+
+
+def as_parameter(part: Tensor, device: torch.device) -> nn.Parameter:
+    """Return a part as a parameter on a device, the same one if it is one already.
+
+    A module on the meta device takes parts where they are.
+    """
+    value = part if device.type == "meta" else part.to(device)
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
 
 
 def empty_part(dtype: str, shape: tuple[int, ...], device: torch.device) -> Tensor:

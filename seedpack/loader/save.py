@@ -16,6 +16,7 @@ from seedpack.dtypes import dtype_name, find_shared, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, PlannedTensor, View, staged
 from seedpack.loader.layers import PackedModule, codec_matrix, memory_name
+from seedpack.loader.parameters import PackedParameters
 from seedpack.loader.trained import Coefficients, Piece, SeededModule, StoredTensor, bases_of, joined, tensor_name
 
 
@@ -53,6 +54,20 @@ class StoredForm:
         self.parts[name] = parts
         self.planned.append(PlannedTensor(name, codec.spec(), dtype, shape, codec.parts(matrix), transposed))
 
+    def add_parameters(self, prefix: str, module: PackedParameters) -> set[str]:
+        """Add the packed parameters of a module; return the names of their parts in memory."""
+        names = set()
+        for leaf, pieces in module.pieces.items():
+            if len(pieces) > 1:
+                raise ModelError(
+                    f"{joined(prefix, leaf)!r} is made of several tensors; save the model by save_pretrained"
+                )
+            parts, dtype = module.packed_parts(pieces[0]), dtype_name(module.compute_dtype)
+            names |= {joined(prefix, name) for name in pieces[0].names.values()}
+            piece = pieces[0]
+            self.add(joined(prefix, leaf), piece.codec, dtype, piece.shape, parts, piece.transposed)
+        return names
+
     def add_seeded(self, name: str, tensor: StoredTensor) -> None:
         """Add a tensor that is trained in a random subspace; such weights are float32."""
         self.seeded = True
@@ -72,6 +87,8 @@ def stored_form(model: nn.Module) -> StoredForm:
             own |= {joined(prefix, memory_name(part)) for part in parts}
             dtype = dtype_name(module.compute_dtype)
             form.add(joined(prefix, "weight"), module.codec, dtype, module.weight_shape, parts, module.transposed)
+        elif isinstance(module, PackedParameters):
+            own |= form.add_parameters(prefix, module)
         elif isinstance(module, Coefficients):
             own.add(joined(prefix, "coefs"))
             form.add_seeded(joined(prefix, "weight"), module.to_parts())

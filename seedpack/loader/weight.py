@@ -87,16 +87,21 @@ class PackedWeight(Tensor):
     is computed with the weight decoded. Writing is refused, because what is written into a decoded weight would be lost.
     """
 
-    _owner: weakref.ref[Layer]  # a layer keeps its weight, so not the other way round too
+    _owner: Callable[[], Layer | None]  # a layer keeps its weight, so not the other way round too
     _form: tuple[torch.Size, torch.dtype, torch.device]
 
     @staticmethod
-    def of(layer: Layer, device: torch.device) -> PackedWeight:
-        """Return the weight of a layer, in its compute dtype, on the device of its parts."""
+    def of(layer: Layer, device: torch.device, *, keep: bool = False) -> PackedWeight:
+        """Return the weight of a layer, in its compute dtype, on the device of its parts; with `keep` it keeps the layer."""
         make: Callable[..., PackedWeight] = Tensor._make_wrapper_subclass
         weight = make(PackedWeight, layer.weight_shape, dtype=layer.compute_dtype, device=device, requires_grad=False)
-        weight._owner, weight._form = weakref.ref(layer), (torch.Size(layer.weight_shape), layer.compute_dtype, device)
+        weight._owner = (lambda: layer) if keep else weakref.ref(layer)
+        weight._form = torch.Size(layer.weight_shape), layer.compute_dtype, device
         return weight
+
+    def is_of(self, layer: object) -> bool:
+        """Return whether this is the weight of a layer."""
+        return self._owner() is layer
 
     @property
     def _layer(self) -> Layer:
@@ -122,9 +127,8 @@ class PackedWeight(Tensor):
                 return func(*args, **kwargs)
         if func in _SAME:
             return args[0]
-        if func is torch.nn.functional.linear and (found := _linear(*args, **kwargs)) is not None:
-            return found
-        if func is torch.nn.functional.embedding and (found := _embedding(*args, **kwargs)) is not None:
+        own = _OWN_PRODUCTS.get(func)
+        if own is not None and (found := own(*args, **kwargs)) is not None:
             return found
         if (written := _written_to(func, args, kwargs)) is not None:
             if (layers := _written.get()) is None:
@@ -184,3 +188,38 @@ def _embedding(input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tens
     if layer is None or layer.transposed or len(layer.weight_shape) != 2 or max_norm is not None:
         return None
     return layer.rows(input)
+
+
+def _matmul(input: Tensor, other: Tensor, **kwargs: Any) -> Tensor | None:
+    """Return the product with a packed matrix that a model stores [in, out]."""
+    layer = other._layer if isinstance(other, PackedWeight) else None
+    product = getattr(layer, "product_from_left", None)
+    if product is None or other.dim() != 2 or kwargs or isinstance(input, PackedWeight):
+        return None
+    return product(input)  # type: ignore[no-any-return]
+
+
+def _matrix(weight: Tensor, index: Any) -> Tensor | None:
+    """Return one matrix of a packed stack, still packed, or some of them, decoded alone."""
+    layer = weight._layer if isinstance(weight, PackedWeight) else None
+    at = getattr(layer, "at", None)
+    if at is None or isinstance(index, bool):
+        return None
+    if isinstance(index, int) or (isinstance(index, Tensor) and not index.dim() and not index.is_floating_point()):
+        found = at(int(index))
+        return None if found is None else PackedWeight.of(found, weight.device, keep=True)
+    if isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64 and index.numel():
+        used, places = index.unique(return_inverse=True)
+        matrices = [at(i) for i in used.tolist()]
+        return None if None in matrices else torch.stack([m.dense_weight() for m in matrices])[places]
+    return None
+
+
+_OWN_PRODUCTS: dict[Any, Callable[..., Tensor | None]] = {
+    torch.nn.functional.linear: _linear,
+    torch.nn.functional.embedding: _embedding,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    Tensor.__getitem__: _matrix,
+}

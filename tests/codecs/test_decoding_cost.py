@@ -17,6 +17,7 @@ from seedpack.codecs.mask import MaskCodec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_ids
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from tests.helpers.bombs import blank_image, parts_of
@@ -31,6 +32,7 @@ CODECS: dict[str, tuple[Codec, Shape]] = {
     "raw": (RawCodec("F16"), SHAPE),
     "seedlm": (SeedLMCodec(), SHAPE),
     "seedlm of large blocks": (SeedLMCodec(16, 256, 16), SHAPE),
+    "stack": (StackCodec.over(SeedLMCodec(), 512, 512), (32, 512 * 512)),
     "svd": (SVDCodec(rank=2), SHAPE),
     "svd of high rank": (SVDCodec(rank=1024), SHAPE),
     "svd+trellis": (SVDCodec.over(TrellisCodec(2), rank=256), SHAPE),
@@ -91,7 +93,7 @@ def test_every_codec_is_measured() -> None:
 @pytest.mark.parametrize("case", slow_but(("basis", "mask", "svd", "trellis"), CODECS))
 def test_decoding_costs_what_the_codec_says(case: str) -> None:
     codec, shape = CODECS[case]
-    small = (64, shape[1])
+    small = (2 if case == "stack" else 64, shape[1])
     codec.decode(parts_of(codec, small), small, torch.float32)  # kernels are compiled
     parts = parts_of(codec, shape)
     memory, seconds = measured(lambda: codec.decode(parts, shape, torch.float32))

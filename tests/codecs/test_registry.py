@@ -15,8 +15,10 @@ from tests.helpers.codecs import check_config, check_contract
 
 
 def test_known_ids() -> None:
-    assert codec_ids() == ["basis", "field", "mask", "raw", "seedlm", "svd", "trellis"]
-    with pytest.raises(UnknownCodecError, match="unknown codec 'nope'; known: basis, field, mask, raw, seedlm, svd"):
+    assert codec_ids() == ["basis", "field", "mask", "raw", "seedlm", "stack", "svd", "trellis"]
+    with pytest.raises(
+        UnknownCodecError, match="unknown codec 'nope'; known: basis, field, mask, raw, seedlm, stack, svd"
+    ):
         get_codec("nope")
 
 

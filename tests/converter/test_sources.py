@@ -14,8 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import seedpack
+from seedpack.converter.sources.few_bits import blocks_of
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import FormatError, ModelError
+from tests.helpers.few_bits import float8_blocks, spread_blocks
 from tests.helpers.models import llama
 
 
@@ -210,3 +212,137 @@ def test_a_config_replaced_midway_is_refused(tmp_path: Path) -> None:
         seedpack.compress(
             tmp_path / "dense", tmp_path / "out", codec="trellis", settings={"effort": "fast"}, progress=change
         )
+
+
+def few_bits() -> dict[str, torch.Tensor]:
+    stored, scale = float8_blocks(torch.randn(40, 48))
+    return {"a.weight": stored, "a.weight_scale_inv": scale, "a.input_scale": torch.ones(()), "a.bias": torch.randn(40)}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ""])
+def test_float8_with_its_scales_is_made_dense(tmp_path: Path, suffix: str) -> None:
+    stored = few_bits()
+    path = tmp_path / f"x{suffix}"
+    save_file(stored, path) if suffix == ".safetensors" else torch.save(stored, path)
+    source = open_source(path if suffix else stored)
+    weight, scale = stored["a.weight"], stored["a.weight_scale_inv"]
+    dense = (weight.float() * spread_blocks(scale, weight.shape, 16)).bfloat16()
+    assert set(source.tensors) == {"a.weight", "a.bias"} and source.dropped == ["a.input_scale"]
+    tensor = source.tensors["a.weight"]
+    assert (tensor.dtype, tensor.kind, tensor.source_bytes) == ("BF16", "linear", weight.nbytes + scale.nbytes)
+    assert torch.equal(source.read("a.weight"), dense)
+    assert source.notes == ["float8 (blocks of 16x16), dequantised to BF16"]
+    seedpack.compress(source, tmp_path / "few", codec="svd", settings={"rank": 2})
+    seedpack.compress(
+        {"a.weight": dense, "a.bias": stored["a.bias"]}, tmp_path / "dense", codec="svd", settings={"rank": 2}
+    )
+    assert (tmp_path / "few").read_bytes() == (tmp_path / "dense").read_bytes()
+
+
+def test_float8_without_any_scale_is_float8() -> None:
+    source = open_source(
+        {"a.weight": torch.randn(8, 8).to(torch.float8_e4m3fn), "a.scale": torch.ones(8), "k_scale": torch.ones(())}
+    )
+    assert not source.notes and not source.dropped and source.tensors["a.weight"].dtype == "F8_E4M3"
+
+
+FEW_FORMS: dict[str, tuple[dict[str, torch.Tensor], Callable[[dict[str, torch.Tensor]], torch.Tensor]]] = {
+    "stacked experts": (
+        {"w": torch.randn(3, 4, 8).to(torch.float8_e5m2), "w_scale_inv": torch.rand(3, 2, 2)},
+        lambda s: s["w"].float() * s["w_scale_inv"].repeat_interleave(2, 1).repeat_interleave(4, 2),
+    ),
+    "a scale per expert": (
+        {"w": torch.randn(3, 4, 8).to(torch.float8_e4m3fn), "w_scale": torch.rand(3)},
+        lambda s: s["w"].float() * s["w_scale"][:, None, None],
+    ),
+    "powers of two": (
+        {"w": torch.randn(4, 64).to(torch.float8_e4m3fn), "w_scale": torch.randint(100, 150, (4, 2), dtype=torch.uint8)},
+        lambda s: s["w"].float() * torch.exp2(s["w_scale"].float() - 127).repeat_interleave(32, 1),
+    ),
+    "zero points": (
+        {"weight": torch.randint(-9, 9, (4, 8), dtype=torch.int8), "weight_scale": torch.rand(4, 1), "weight_zero_point": torch.arange(4)[:, None]},
+        lambda s: (s["weight"].float() - s["weight_zero_point"]) * s["weight_scale"],
+    ),
+    "beside the weight": (
+        {"w.weight": torch.randn(4, 8).to(torch.float8_e4m3fn), "w.scale": torch.rand(1, 2).to(torch.float8_e8m0fnu)},
+        lambda s: s["w.weight"].float() * s["w.scale"].float().repeat_interleave(4, 1),
+    ),
+    "one row": (
+        {"w": torch.randn(6).to(torch.float8_e4m3fn), "w_scale": torch.rand(3)},
+        lambda s: s["w"].float() * s["w_scale"].repeat_interleave(2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FEW_FORMS)
+def test_forms_of_scales(form: str) -> None:
+    stored, expected = FEW_FORMS[form]
+    assert torch.equal(open_source(stored).read(next(iter(stored))), expected(stored).bfloat16())
+
+
+def test_few_bits_under_several_names() -> None:
+    stored = few_bits()
+    names = {"b.weight": "a.weight", "b.weight_scale_inv": "a.weight_scale_inv", "c.weight": "a.weight"}
+    stored |= {name: stored[first] for name, first in names.items()} | {"c.weight_scale_inv": torch.ones(3, 3)}
+    source = open_source(stored)
+    assert source.shared == {"b.weight": "a.weight"} and list(source.tensors) == ["a.weight", "a.bias", "c.weight"]
+    assert torch.equal(source.read("c.weight"), stored["a.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_scales_must_be_finite(scale: float) -> None:
+    stored = few_bits()
+    stored["a.weight_scale_inv"][1, 2] = scale
+    with pytest.raises(
+        ModelError, match=r"'a.weight_scale_inv': 1 of 9 scales are NaN or Inf, expected finite ones; fetch"
+    ):
+        open_source(stored).read("a.weight")
+
+
+U8, I32 = torch.zeros(2, 4, 3, 16, dtype=torch.uint8), torch.zeros(4, 4, dtype=torch.int32)
+ONES = torch.ones(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"b.weight": ONES.to(torch.float8_e5m2)}, "'b.weight': is F8_E5M2 without a scale, as are 0 more; expected 'b.weight_scale"),
+        ({"b.weight": ONES.to(torch.float8_e5m2), "b.weight_scale": torch.ones(3, 1)}, "scale': has shape .3, 1. for 'b.weight' .4, 4., exp"),
+        ({"b.weight": ONES.to(torch.int8), "b.weight_scale": ONES, "b.weight_zero_point": torch.ones(2)}, "expected that of 'b.weight_scale'"),
+        ({"b.weight": ONES.to(torch.int8), "b.weight_scale": ONES.int()}, "is I32, expected one of BF16, F16, F32, F64 as the scale"),
+        ({"b_blocks": U8}, "'b_blocks': is MXFP4 without its scales, expected 'b_scales' beside it"),
+        ({"b_blocks": U8[0]}, r"'b_blocks': has shape .4, 3, 16., expected .experts, out, groups, 16."),
+        ({"b_blocks": U8, "b_scales": U8[:, :, :, 0], "b": ONES}, "'b_blocks': stands beside 'b', the same weight"),
+        ({"b_blocks": U8, "b_scales": U8[:, :, 0, 0]}, "'b_scales': is U8 .2, 4. for 'b_blocks' .2, 4, 3, 16., expected U8 .2, 4, 3."),
+        ({"b.qweight": I32, "b.scales": ONES}, r"'b.qweight': is quantised already \(GPTQ or AWQ\); start from the dense model"),
+        ({"b.weight_packed": I32}, r"is quantised already \(compressed-tensors, in packed integers or NVFP4\)"),
+        ({"b.weight": U8, "b.weight.absmax": ONES}, r"is quantised already \(bitsandbytes, in 4 bits\)"),
+        ({"b.weight": U8, "b.weight_scale": ONES}, r"is quantised already \(two weights of 4 bits per byte, as NVFP4\)"),
+        ({"b.weight": ONES.to(torch.int8), "b.scale": ONES.to(torch.float8_e8m0fnu)}, "two weights of 4 bits per byte, as MXFP4"),
+    ],
+)  # fmt: skip
+def test_few_bits_that_cannot_be_made_dense(extra: dict[str, torch.Tensor], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        open_source(few_bits() | extra)
+
+
+def test_exponents_must_be_numbers() -> None:
+    stored = {"b_blocks": U8, "b_scales": torch.full((2, 4, 3), 255, dtype=torch.uint8)}
+    with pytest.raises(ModelError, match="'b_scales': 24 of 24 scales are NaN or Inf"):
+        open_source(stored).read("b")
+
+
+def test_blocks_follow_from_shapes() -> None:
+    assert blocks_of((576, 7168), (5, 56)) == blocks_of((576, 7168), (5, 56), [(64, 64), (128, 128)]) == (128, 128)
+    assert blocks_of((96, 64), (2, 1), [(48, 64)]) == (48, 64) and blocks_of((96, 64), (2, 1)) == (64, 64)
+    assert blocks_of((100, 30), (5, 3)) == (20, 10) and blocks_of((8, 4), (8,)) == (1, 4)
+    assert blocks_of((256, 256), (1, 1), [(128, 128)]) is None and blocks_of((4, 4), (5, 1)) is None
+    assert blocks_of((4, 4), (1, 1, 1)) is None and blocks_of((4, 4, 4), (2, 1, 1)) is None
+
+
+def test_few_bits_replaced_midway_are_refused(tmp_path: Path) -> None:
+    path, stored = tmp_path / "x.safetensors", few_bits()
+    save_file(stored, path)
+    change = Midway(lambda: save_file(stored | {"a.weight_scale_inv": torch.ones(3, 3)}, path))
+    with pytest.raises(ModelError, match="tensor 'a.weight' changed while the model was being read"):
+        seedpack.compress(path, tmp_path / "out", codec="trellis", settings={"effort": "fast"}, progress=change)

@@ -20,6 +20,7 @@ from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.mask import MaskCodec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.prng import philox_words
@@ -43,6 +44,8 @@ CASES: dict[str, Codec] = {
     "noise": BasisCodec("philox", count=9, blocks=3, coef_bits=16, seed=2**40),
     "squirrels": BasisCodec("squirrel5", count=6, seed=7),
     "three-in-ten": MaskCodec(0.3, seed=2**40),
+    "ten-rows-each": StackCodec.over(SeedLMCodec(10, 8, 3), 10, 37),
+    "transposed": StackCodec.over(TrellisCodec(3, effort="fast"), 4, 37, transposed=True),
     "plain": RawCodec("BF16"),
 }
 

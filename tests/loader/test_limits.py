@@ -19,6 +19,7 @@ from seedpack.codecs.mask import MaskCodec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_ids
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError, FormatError, LimitError, ModelError
@@ -114,8 +115,7 @@ def test_what_stays_packed_is_not_decoded(bomb: Path) -> None:
         net = nn.ModuleDict({"w": nn.Linear(1 << 15, 1 << 15, bias=False)})
     seedpack.load(bomb, model=net)
     holder = nn.Module()
-    holder.w = nn.Module()
-    holder.w.weight = nn.Parameter(torch.empty(1 << 15, 1 << 15, device="meta"))
+    holder.w = nn.Embedding(1 << 15, 1 << 15, max_norm=1.0, device="meta")  # which writes to its weight
     with pytest.raises(LimitError, match=REFUSED):
         seedpack.load(bomb, model=holder)
 
@@ -214,6 +214,7 @@ ANY: dict[str, Any] = {
     "field": blank_image(4, 4)[0],
     "mask": MaskCodec(0.5),
     "seedlm": SeedLMCodec(),
+    "stack": StackCodec.over(SeedLMCodec(), 4, 4),
     "svd": SVDCodec(rank=2),
     "trellis": TrellisCodec(),
 }

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
 from seedpack.formats.digest import part_digest
+from seedpack.formats.header import nbytes
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,12 @@ class SourceTensor:
         dtype: its safetensors name.
         shape: as stored.
         kind: what a model uses it for: linear, embedding, head (the output head, or an embedding tied to it), conv,
-            expert, or "" (raw).
+            expert, matrix (any other), or "" (raw).
         transposed: stored [in, out].
         group: for experts, the parameter that all of the group become parts of in memory.
+        stacked: its last two axes are those of matrices, each of which is packed alone.
+        note: why it is raw.
+        stored_bytes: in the source, where they are not those of dtype and shape.
     """
 
     dtype: str
@@ -38,6 +42,14 @@ class SourceTensor:
     kind: str = ""
     transposed: bool = False
     group: str = ""
+    stacked: bool = False
+    note: str = ""
+    stored_bytes: int | None = None
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of it in the source."""
+        return nbytes(self.dtype, self.shape) if self.stored_bytes is None else self.stored_bytes
 
 
 @dataclass(frozen=True)
@@ -65,7 +77,18 @@ class FileState:
 
 
 NO_FILES: Mapping[Path, FileState] = {}
-Kind = tuple[str, bool, str]  # kind, transposed, group of a SourceTensor
+
+
+class Kind(NamedTuple):
+    """The fields of a `SourceTensor` that tell how it is packed."""
+
+    kind: str = ""
+    transposed: bool = False
+    group: str = ""
+    stacked: bool = False
+    note: str = ""
+
+
 KindOf = Callable[[str, tuple[int, ...]], Kind]  # of a tensor's name and shape
 
 
@@ -97,6 +120,7 @@ class Source(ABC):
         config: of a Hugging Face model, whose output is a folder; None for anything else.
         dropped: what the input held beside tensors, for a note.
         files: that the tensors are read from, as they were when they were opened.
+        notes: on what was done to the tensors, a line each.
     """
 
     def __init__(
@@ -108,11 +132,12 @@ class Source(ABC):
         config: dict[str, Any] | None = None,
         dropped: Iterable[str] = (),
         files: Mapping[Path, FileState] = NO_FILES,
+        notes: Iterable[str] = (),
     ):
         if not tensors:
             raise ModelError(f"{name}: holds no tensors; is it a state dict?")
         self.name, self.tensors, self.shared, self.config = name, tensors, shared or {}, config
-        self.dropped, self.files = list(dropped), files
+        self.dropped, self.files, self.notes = list(dropped), files, list(notes)
         self._digests: dict[str, str] = {}
 
     def read(self, name: str) -> Tensor:

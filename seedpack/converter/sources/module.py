@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from seedpack.converter.sources.base import Kind, OpenModel
+from seedpack.converter.sources.kinds import matrix_kind
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import ModelError
 from seedpack.loader.layers import PackedModule, is_transposed, packed_class
+from seedpack.loader.parameters import PackedParameters, can_pack
+
+_ROUTER = re.compile("router|gate", re.IGNORECASE)
 
 
 def module_kind(module: nn.Module | None, leaf: str) -> Kind:
-    """Return kind, transposed and group of the parameter `leaf` of a module."""
-    if module is None or leaf != "weight" or packed_class(module) is None:
-        return "", False, ""
+    """Tell how the parameter `leaf` of a module is packed."""
+    if module is None or not can_pack(module, leaf):
+        return Kind()
+    if packed_class(module) is None:
+        return _parameter_kind(module, leaf)
     if isinstance(module, nn.Embedding):
-        return "embedding", False, ""
-    return (
-        ("linear", is_transposed(module), "")
-        if is_transposed(module) or isinstance(module, nn.Linear)
-        else ("conv", False, "")
-    )
+        return Kind("embedding")
+    if is_transposed(module) or isinstance(module, nn.Linear):
+        return Kind("linear", is_transposed(module))
+    return Kind("conv")
+
+
+def _parameter_kind(module: nn.Module, leaf: str) -> Kind:
+    """Tell how a parameter of a module that is no known layer is packed; transformers' experts say that theirs are [in, out]."""
+    if _ROUTER.search(type(module).__name__):
+        return Kind(note="of a router, which few bits would change the choices of")
+    kind = matrix_kind(leaf, tuple(module.get_parameter(leaf).shape))
+    return kind._replace(transposed=kind.stacked and bool(getattr(module, "is_transposed", False)))
 
 
 class ModuleSource(StateDictSource):
@@ -28,7 +42,7 @@ class ModuleSource(StateDictSource):
 
     def __init__(self, module: nn.Module):
         modules = dict(module.named_modules())
-        if packed := [name for name, part in modules.items() if isinstance(part, PackedModule)]:
+        if packed := [name for name, part in modules.items() if isinstance(part, (PackedModule, PackedParameters))]:
             raise ModelError(
                 f"{type(module).__name__}: its layer {packed[0]!r} is packed already; seedpack.save saves it, and what is to be "
                 "packed otherwise starts from the dense model"

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from seedpack.converter.sources.base import Source
+from seedpack.converter.sources.dequantized import dequantized
 from seedpack.converter.sources.module import ModuleSource
 from seedpack.converter.sources.registry import opener_of, registered_suffixes
 from seedpack.converter.sources.safetensors import SafetensorsSource
@@ -35,7 +36,7 @@ def open_source(model: Model) -> Source:
         open_pretrained = opener_of("pretrained") if hasattr(model, "save_pretrained") else None
         return open_pretrained(model) if open_pretrained else ModuleSource(model)
     if isinstance(model, Mapping):
-        return StateDictSource("state dict", model)
+        return dequantized(StateDictSource("state dict", model))
     path = Path(model)
     if len(path.name) > 255 or "\0" in str(path):
         raise ModelError(f"{str(path)[:80]!r}: not a valid path")
@@ -51,9 +52,9 @@ def open_source(model: Model) -> Source:
 def _open_file(path: Path) -> Source:
     suffix = path.suffix.lower()
     if suffix in TORCH_SUFFIXES:
-        return open_torch_file(path)
+        return dequantized(open_torch_file(path))
     if suffix == ".safetensors":
-        return SafetensorsSource([path])
+        return dequantized(SafetensorsSource([path]))
     if open_registered := opener_of(suffix):
         return open_registered(path)  # type: ignore[no-any-return]
     known = ", ".join(sorted(TORCH_SUFFIXES | {".safetensors"} | registered_suffixes()))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seedpack.converter.sources.base import FileState, KindOf, Source, SourceTensor
-from seedpack.converter.sources.state_dict import guess_kind
+from seedpack.converter.sources.kinds import guess_kind
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
 from seedpack.formats import SafetensorsFile
@@ -23,7 +23,7 @@ class SafetensorsSource(Source):
     Args:
         paths: the files.
         name: for messages; default the first path.
-        kind_of: kind, transposed and group of a tensor; default by PyTorch's naming.
+        kind_of: how a tensor is packed; default by PyTorch's naming.
     """
 
     def __init__(self, paths: Sequence[Path], name: str | None = None, kind_of: KindOf = guess_kind):

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seedpack.converter.sources.base import NO_FILES, FileState, Kind, KindOf, Source, SourceTensor
+from seedpack.converter.sources.base import NO_FILES, FileState, KindOf, Source, SourceTensor
+from seedpack.converter.sources.kinds import guess_kind
 from seedpack.dtypes import dtype_name, find_shared
 from seedpack.errors import ModelError
 
@@ -19,7 +20,7 @@ class StateDictSource(Source):
     Args:
         name: for messages.
         state: names to tensors.
-        kind_of: kind, transposed and group of a tensor; default by its name and shape.
+        kind_of: how a tensor is packed; default by its name and shape.
         dropped: what the input held beside tensors.
         files: that the tensors are mapped from.
     """
@@ -51,17 +52,6 @@ class StateDictSource(Source):
     def _read(self, name: str) -> Tensor:
         """Return one tensor on the CPU."""
         return self._state[name].detach().cpu().resolve_conj().resolve_neg()
-
-
-def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
-    """Guess kind, transposed and group of a tensor of a bare state dict: PyTorch calls layers' matrices `weight`.
-
-    >>> guess_kind("fc.weight", (10, 64))[0], guess_kind("bn.weight", (64,))[0]
-    ('linear', '')
-    """
-    if name.rpartition(".")[2] != "weight" or 0 in shape:
-        return "", False, ""
-    return {2: "linear", 3: "conv", 4: "conv"}.get(len(shape), ""), False, ""
 
 
 def _require_plain(label: str, tensor: Tensor) -> None:

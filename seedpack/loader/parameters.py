@@ -1,0 +1,341 @@
+"""Any other parameter that stays packed: of modules that are no layers of `layers.py`, such as experts, attention or an LSTM.
+
+A module that holds one becomes a subclass of its own class, in which the parameter's name is a property: it answers as the
+dense parameter would (`weight.PackedWeight`). Indexing a stack of matrices gives one of them, still packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from seedpack._shapes import require_columns
+from seedpack.codecs.base import Codec, Parts
+from seedpack.codecs.registry import codec_to_json
+from seedpack.codecs.stack import StackCodec
+from seedpack.loader import ops
+from seedpack.loader.holder import NO_VALUES, PartHolder
+from seedpack.loader.layers import (
+    LAYERS,
+    PackedModule,
+    as_parameter,
+    codec_matrix,
+    empty_part,
+    memory_name,
+    pack_module_,
+    packed_class,
+    unpack_module_,
+)
+from seedpack.loader.weight import PackedWeight, read_only
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a packed parameter, or all of them, under one codec.
+
+    Attributes:
+        prefix: of the names of its parts in memory.
+        codec: of the parts.
+        shape: of the rows, dense.
+        transposed: the codec saw the matrix transposed.
+    """
+
+    prefix: str
+    codec: Codec
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """The shape that the codec sees."""
+        return codec_matrix(self.shape, self.transposed)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of its parts in memory, by part."""
+        return {part: self.memory_name(part) for part in self.codec.parts(self.matrix)}
+
+    @cached_property
+    def text(self) -> str:
+        """The codec as operators take it."""
+        return codec_to_json(self.codec)
+
+    @cached_property
+    def one(self) -> Piece | None:
+        """One matrix of these, or None if they are no stack of three axes."""
+        if not isinstance(self.codec, StackCodec) or len(self.shape) != 3:
+            return None
+        return Piece(self.prefix, self.codec.inner, self.shape[1:], self.codec.transposed)
+
+    def memory_name(self, part: str) -> str:
+        """Return the name of the parameter that a part is in memory."""
+        return f"{self.prefix}_{memory_name(part)}"
+
+
+class PackedTensor:
+    """A packed parameter, or one matrix of it: the owner of the `PackedWeight` that stands for it.
+
+    Args:
+        pieces: its rows, one piece after the other, with their parts.
+        dtype: of decoded values.
+    """
+
+    def __init__(self, pieces: Sequence[tuple[Piece, Parts]], dtype: torch.dtype):
+        first, rows = pieces[0][0].shape, sum(piece.shape[-2] for piece, _ in pieces)
+        self._pieces, self.compute_dtype = pieces, dtype
+        self.weight_shape = first if len(pieces) == 1 else (*first[:-2], rows, first[-1])
+        self.transposed = any(piece.transposed for piece, _ in pieces)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parts."""
+        return self._pieces[0][1]["weight"].device
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Rebuild the parameter, in the dense shape."""
+        rows = []
+        for piece, parts in self._pieces:
+            matrix = ops.decode(parts, piece.text, piece.matrix, dtype or self.compute_dtype)
+            rows.append(matrix.mT.contiguous() if piece.transposed else matrix.view(piece.shape))
+        return rows[0] if len(rows) == 1 else torch.cat(rows, -2)
+
+    def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Return input [..., in] times the transposed matrix [out, in], plus bias [out]."""
+        columns = [_linear(input, piece, parts) for piece, parts in self._pieces]
+        product = columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+        return product if bias is None else product + bias
+
+    def product_from_left(self, input: Tensor) -> Tensor:
+        """Return input [..., in] times the matrix [in, out]."""
+        if not self.transposed or len(self._pieces) != 1:
+            return input @ self.dense_weight(input.dtype)
+        return _linear(input, *self._pieces[0])
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return the rows [..., in] of the matrix that an index [...] names."""
+        if len(self._pieces) != 1:
+            return self.dense_weight()[index]
+        ((piece, parts),) = self._pieces
+        rows = ops.decode_rows(parts, index.flatten(), piece.text, piece.matrix, self.compute_dtype)
+        return rows.view(*index.shape, piece.matrix[1])
+
+    def at(self, index: int) -> PackedTensor | None:
+        """Return one matrix of a stack, with parts that are views; None if this is no stack of three axes."""
+        if any(piece.one is None for piece, _ in self._pieces):
+            return None
+        if not -(count := self.weight_shape[0]) <= index < count:
+            raise IndexError(f"index {index} is out of range for a stack of {count} matrices")
+        pieces = [(cast(Piece, piece.one), StackCodec.at(parts, index)) for piece, parts in self._pieces]
+        return PackedTensor(pieces, self.compute_dtype)
+
+
+def _linear(input: Tensor, piece: Piece, parts: Parts) -> Tensor:
+    require_columns("a packed matrix", input, piece.matrix[1])
+    return ops.linear(input, parts, piece.text, piece.matrix, None)
+
+
+class PackedParameters(PartHolder):
+    """Base of modules with packed parameters, beside their own class; `pack_parameter_` makes them.
+
+    Attributes:
+        pieces: by the name of the parameter.
+        dense_class: the module's class before a parameter was packed.
+    """
+
+    pieces: dict[str, tuple[Piece, ...]]
+    dense_class: type[nn.Module]
+
+    def packed_tensor(self, leaf: str) -> PackedTensor:
+        """Return the parameter of a name."""
+        parts = [(piece, self.packed_parts(piece)) for piece in self.pieces[leaf]]
+        return PackedTensor(parts, self.compute_dtype)
+
+    def packed_parts(self, piece: Piece) -> Parts:
+        """Return the parts of a piece, or those of the first levels."""
+        found = {part: self._parameters.get(name) for part, name in piece.names.items()}
+        return {part: value for part, value in found.items() if value is not None}
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as `nn.Module` does when one is assigned; packed ones are none."""
+        if name in self.pieces:
+            raise read_only()
+        super().register_parameter(name, param)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in cast(Any, super()).__getstate__().items() if name != "_views"}
+        if isinstance(self, nn.RNNBase):
+            state["_flat_weights"] = []
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _refresh(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _empty, (self.dense_class, tuple(self.pieces)), self.__getstate__()
+
+
+def _view(module: PackedParameters, leaf: str) -> Tensor:
+    """Return what stands for a packed parameter: the same tensor, as long as its parts are the same."""
+    if torch.compiler.is_compiling():
+        return module.packed_tensor(leaf).dense_weight()
+    views: dict[str, tuple[tuple[object, ...], PackedWeight, PackedTensor]] = module.__dict__.setdefault("_views", {})
+    names = [name for piece in module.pieces[leaf] for name in piece.names.values()]
+    state = (module.compute_dtype, *(module._parameters.get(name) for name in names))
+    known = views.get(leaf)
+    if known is None or any(a is not b for a, b in zip(known[0], state, strict=True)):
+        owner = module.packed_tensor(leaf)
+        known = views[leaf] = state, PackedWeight.of(owner, owner.device), owner
+    return known[1]
+
+
+def _refuse(module: PackedParameters, value: object) -> None:
+    raise read_only()
+
+
+@cache
+def _with_packed(dense: Any, leaves: tuple[str, ...]) -> type[Any]:
+    properties = {leaf: property(partial(_view, leaf=leaf), _refuse) for leaf in leaves}
+    return type(f"Packed{dense.__name__}", (PackedParameters, dense), {"__module__": __name__, **properties})
+
+
+def _empty(dense: Any, leaves: tuple[str, ...]) -> nn.Module:
+    """Return an object of the packed class of a module, for copies."""
+    cls: type[nn.Module] = _with_packed(dense, leaves)
+    return cls.__new__(cls)
+
+
+def can_pack(module: nn.Module, leaf: str) -> bool:
+    """Return whether a parameter of a module can stay packed."""
+    if packed_class(module) is not None:
+        return leaf == "weight"
+    if isinstance(module, (*LAYERS, PackedModule)):
+        return False  # a layer that has no packed form
+    known = isinstance(module, PackedParameters) and leaf in module.pieces
+    return known or isinstance(module._parameters.get(leaf), nn.Parameter)
+
+
+def pack_parameter_(
+    module: nn.Module,
+    leaf: str,
+    pieces: Sequence[tuple[Piece, Parts | None]],
+    dtype: torch.dtype | None = None,
+) -> PackedParameters:
+    """Turn a parameter of a module into a packed one, in place.
+
+    Args:
+        module: that holds it.
+        leaf: its name.
+        pieces: its rows, with their parts; None leaves these unfilled, for a loader.
+        dtype: of decoded values; default the parameter's.
+    """
+    parameter = module.get_parameter(leaf)
+    for piece, given in pieces:
+        if given is not None:
+            piece.codec.check(given, piece.matrix)
+    dense: Any = module.dense_class if isinstance(module, PackedParameters) else type(module)
+    known = module.pieces if isinstance(module, PackedParameters) else {}
+    del module._parameters[leaf]
+    for piece, given in pieces:
+        for part, spec in piece.codec.parts(piece.matrix).items():
+            if given is None or part in given:
+                value = empty_part(*spec, parameter.device) if given is None else given[part]
+                module.register_parameter(piece.memory_name(part), as_parameter(value, parameter.device))
+    module.__class__ = _with_packed(dense, (*known, leaf))
+    packed = cast(PackedParameters, module)
+    packed.pieces, packed.dense_class = {**known, leaf: tuple(piece for piece, _ in pieces)}, dense
+    packed.compute_dtype = dtype or parameter.dtype
+    packed.put_float_first()
+    _refresh(module)
+    return packed
+
+
+def pack_(
+    module: nn.Module,
+    leaf: str,
+    codec: Codec,
+    parts: Parts | None = None,
+    *,
+    transposed: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PackedModule | PackedParameters:
+    """Turn a parameter of a module into a packed one, in place: `pack_module_` for the weight of a layer, or as any other.
+
+    Args:
+        module: that holds it.
+        leaf: its name.
+        codec: of the parts.
+        parts: or None, for a loader.
+        transposed: the codec saw the matrix transposed; layers know that themselves.
+        dtype: of decoded values; default the parameter's.
+    """
+    if packed_class(module) is not None:
+        return pack_module_(module, codec, parts, dtype=dtype)
+    piece = Piece(leaf, codec, tuple(module.get_parameter(leaf).shape), transposed)
+    return pack_parameter_(module, leaf, [(piece, parts)], dtype)
+
+
+def memory_names(module: nn.Module, leaf: str) -> dict[str, str]:
+    """Return the names in memory of the parts of a packed parameter, by part."""
+    if isinstance(module, PackedModule):
+        return {part: memory_name(part) for part in module.part_names}
+    assert isinstance(module, PackedParameters)
+    return {part: name for piece in module.pieces[leaf] for part, name in piece.names.items()}
+
+
+def packed_leaves(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a module that are packed."""
+    if isinstance(module, PackedParameters):
+        return tuple(module.pieces)
+    return ("weight",) if isinstance(module, PackedModule) else ()
+
+
+def is_packed(module: nn.Module, leaf: str) -> bool:
+    """Return whether a parameter of a module is packed."""
+    return leaf in packed_leaves(module)
+
+
+def unpack_(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Make a module's packed weight or parameters dense again, in place, if it has any."""
+    if isinstance(module, PackedModule):
+        unpack_module_(module, dtype)
+    elif isinstance(module, PackedParameters):
+        unpack_parameters_(module, dtype)
+
+
+def check_(module: nn.Module) -> None:
+    """Refuse parts of a module, if it has any, that their codecs cannot have written."""
+    if isinstance(module, PackedModule):
+        module.codec.check(module.packed_parts(), module.matrix)
+    elif isinstance(module, PackedParameters):
+        for pieces in module.pieces.values():
+            for piece in pieces:
+                piece.codec.check(module.packed_parts(piece), piece.matrix)
+
+
+def unpack_parameters_(module: PackedParameters, dtype: torch.dtype | None = None) -> nn.Module:
+    """Make the packed parameters of a module dense again, in place."""
+    dense = {leaf: module.packed_tensor(leaf).dense_weight(dtype) for leaf in module.pieces}
+    for pieces in module.pieces.values():
+        for piece in pieces:
+            for name in piece.names.values():
+                del module._parameters[name]
+    module._parameters.pop(NO_VALUES, None)
+    module.__class__ = module.__dict__.pop("dense_class")
+    for name in ("pieces", "compute_dtype", "_views"):
+        module.__dict__.pop(name, None)
+    for leaf, value in dense.items():
+        module.register_parameter(leaf, nn.Parameter(value))
+    _refresh(module)
+    return module
+
+
+def _refresh(module: nn.Module) -> None:
+    """Have a recurrent network find its weights again, of which it keeps a list."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
