@@ -15,8 +15,7 @@ from seedpack.loader.dense import require_decodable, stored_dense, stored_names,
 from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack, is_packed, pack_
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
-
-WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
+from seedpack.loader.wrapped import is_optional, names_in_module
 
 
 def fill_(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
@@ -174,22 +173,19 @@ def _targets(
 ) -> dict[str, tuple[str, View | None]]:
     """Return {name in the module: (stored tensor, view of it or None for all)}.
 
-    Where the module trains the coefficients of a stored tensor, that tensor is filled instead of its pieces. Names lose
-    the prefix of nn.DataParallel if the module's have none.
+    Where the module trains the coefficients of a stored tensor, that tensor is filled instead of its pieces.
     """
     views = {name: view for name, view in checkpoint.manifest.views.items() if view.tensor not in trained}
     targets = {name: (stored, view) for name, stored, view in stored_names(replace(checkpoint.manifest, views=views))}
-    wrapped = all(name.startswith(WRAPPER_PREFIX) for name in targets)
-    if wrapped and not any(name.startswith(WRAPPER_PREFIX) for name in state):
-        return {name.removeprefix(WRAPPER_PREFIX): target for name, target in targets.items()}
-    return targets
+    names = names_in_module(targets.keys(), state.keys())
+    return {names[name]: target for name, target in targets.items()}
 
 
 def _require_same(
     state: Mapping[str, Tensor], targets: Mapping[str, tuple[str, View | None]], checkpoint: Checkpoint
 ) -> None:
     """Require the module and the file to have the same names and shapes."""
-    optional = {name for name in state if name.endswith(".num_batches_tracked")}  # files before torch 0.4.1 lack it
+    optional = set(filter(is_optional, state))
     missing, surplus = sorted(state.keys() - targets.keys() - optional), sorted(targets.keys() - state.keys())
     if missing or surplus:
         problems = []
