@@ -6,6 +6,7 @@ parameter without elements before it, `no_values`, which is in no state dict.
 DistributedDataParallel is kept from sending parts: every process has loaded them from the same file, most process groups
 cannot send 16-bit integers, and on the CPU they are views of the file. The module that is wrapped may lie anywhere above,
 and it is known only when it is wrapped: it then becomes a child of DistributedDataParallel, which torch reports to a hook.
+So does what peft is to train itself (`modules_to_save`), which no packed module can be.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from seedpack.errors import ModelError
 
 NO_VALUES = "no_values"
 
@@ -74,10 +77,21 @@ class PartHolder(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-def _ignore_parts(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-    """Add the names of parts, as a module has them, to those that DistributedDataParallel ignores."""
-    if not isinstance(parent, DistributedDataParallel) or module is None:
+def _watch_wrappers(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Tell wrappers what they have to know of the module that they get."""
+    if module is None:
         return
+    if isinstance(parent, DistributedDataParallel):
+        _ignore_parts(parent, module)
+    elif type(parent).__name__ == "ModulesToSaveWrapper" and any(isinstance(m, PartHolder) for m in module.modules()):
+        raise ModelError(
+            f"modules_to_save: a packed {type(module).__name__.removeprefix('Packed')} cannot be trained itself; leave it raw when "
+            "the model is packed (exclude, --exclude), or make the model dense first (model.dequantize() in transformers)"
+        )
+
+
+def _ignore_parts(parent: DistributedDataParallel, module: nn.Module) -> None:
+    """Add the names of parts, as a module has them, to those that DistributedDataParallel ignores."""
     for prefix, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, PartHolder):
             names = [leaf for leaf, value in child._parameters.items() if value is not None and _is_part(value)]
@@ -88,4 +102,4 @@ def _is_part(value: Tensor) -> bool:
     return not value.is_floating_point() or not value.numel()
 
 
-register_module_module_registration_hook(_ignore_parts)
+register_module_module_registration_hook(_watch_wrappers)
