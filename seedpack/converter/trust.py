@@ -1,4 +1,4 @@
-"""Whether a model's own Python code may run, as the caller says; sources and loaders ask here, wherever they are opened."""
+"""Record that a model's own Python code may run, as the caller says; sources and loaders ask here, wherever they are opened."""
 
 from __future__ import annotations
 
