@@ -13,6 +13,7 @@ MODULES = (
     "kernels.svd",
     "language.footprint",
     "language.damage",
+    "language.packed_weights",
     "language.table",
     "language.calibration",
     "language.ingredients",

@@ -11,6 +11,8 @@ import click
 
 from seedpack.cli import output as screen
 
+MUCH_RAW = 0.2  # of the weights: who packs a model expects less
+
 if TYPE_CHECKING:
     from seedpack.converter.options import CompressOptions
 
@@ -169,6 +171,8 @@ def source_notes(source: Any) -> list[str]:
 
 def codec_label(codec: Any) -> str:
     """Return a codec's id, with its code bits where tensors may differ in them."""
+    if hasattr(codec, "inner"):
+        return f"{codec_label(codec.inner)}, stacked"
     return f"{codec.id} {codec.code_bits}" if hasattr(codec, "code_bits") else str(codec.id)
 
 
@@ -210,6 +214,10 @@ def show_report(report: Any) -> None:
         ("tensors", f"{totals['packed_tensors']} packed, {totals['tensors'] - totals['packed_tensors']} raw"),
         ("bits per weight", f"{packed_bits}{totals['bits_per_weight']:.4f} over all"),
     ]
+    shares = report.plan.raw_shares()
+    if (raw := sum(shares.values())) > 0:
+        listed = ", ".join(f"{share:.1%} {note}" for note, share in list(shares.items())[:3])
+        pairs.append(("left raw", f"{raw:.1%} of the weights: {listed}"))
     if worst is not None:
         rate = totals["packed_weights"] / max(1e-9, fitting)
         error, worst_error = screen.db(report.error_db), screen.db(worst.error_db)
@@ -218,3 +226,9 @@ def show_report(report: Any) -> None:
             ("time", f"{screen.duration(report.seconds)}, {rate:,.0f} weights/s while fitting"),
         ]
     screen.show_pairs(f"Packed {report.path}", pairs)
+    if raw > MUCH_RAW:
+        screen.echo(
+            f"warning: {raw:.0%} of the weights stay as they were, so the file is that much larger than it could be; "
+            "--dry-run lists each tensor with the reason",
+            err=True,
+        )

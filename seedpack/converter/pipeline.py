@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,8 @@ def compress(
     started = time.perf_counter()
     with open_run(model, output, CompressOptions.of(options, changes), progress) as run:
         planned = make_plan(run.source, run.options, plan)
+        if not (planned.packed_weights or run.options.exclude or plan is not None):
+            raise ModelError(_nothing_packed(run.source.name, planned))
         with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
             planned, statistics = calibrate_plan(run, planned, plan)
             report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
@@ -206,6 +209,16 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     files = partial.glob("*.safetensors") if folder else [partial]
     size = sum(file.stat().st_size for file in files)
     return Report(run.output, plan, tuple(reports), size, 0.0, tuple(run.source.notes))
+
+
+def _nothing_packed(name: str, plan: Plan) -> str:
+    """Return why none of a plan's tensors is packed, and what to do."""
+    reasons = Counter(tensor.note for tensor in plan.tensors)
+    listed = "; ".join(f"{count} {'are' if count > 1 else 'is'} {note}" for note, count in reasons.most_common(3))
+    return (
+        f"{name}: none of its {len(plan.tensors)} tensors can be packed ({listed}): it would only grow. Pass a model with "
+        "matrices of float32, float16 or bfloat16, or another codec or number of bits (codec=…, bits=…)"
+    )
 
 
 def _file_bytes(plan: Plan) -> int:

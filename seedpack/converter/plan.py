@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -101,6 +102,15 @@ class Plan:
             "bits_per_packed_weight": 8 * sum(t.stored_bytes for t in packed) / max(1, self.packed_weights),
             "bits_per_weight": 8 * stored / max(1, weights),
         }
+
+    def raw_shares(self) -> dict[str, float]:
+        """Return the share of the weights that stays raw for each reason, largest first."""
+        floats = [tensor for tensor in self.tensors if tensor.dtype in PACKABLE]
+        total, counts = max(1, sum(math.prod(t.shape) for t in floats)), Counter[str]()
+        for tensor in floats:
+            if not tensor.packed:
+                counts[tensor.note] += math.prod(tensor.shape)
+        return {note: count / total for note, count in counts.most_common() if count}
 
     def to_json(self) -> dict[str, Any]:
         """Return a document that `edited` takes: {"seedpack_plan": 1, "tensors": {name: {"codec", "config"}}}."""
@@ -233,7 +243,7 @@ def _not_packable(tensor: SourceTensor) -> str:
     if 0 in tensor.shape:
         return "has no elements"
     if not tensor.kind or tensor.dtype not in PACKABLE:
-        return tensor.note or "not the weight matrix of a layer that can be packed"
+        return tensor.note or ("no matrix" if len(tensor.shape) < 2 else "not the weight of a layer that can be packed")
     return ""
 
 

@@ -50,6 +50,7 @@ class Report:
             "error_db": self.error_db,
             "source_notes": list(self.notes),
             **self.plan.totals(),
+            "raw_shares": self.plan.raw_shares(),
             "tensors_packed": {
                 t.plan.name: {
                     "codec": t.plan.codec.spec().to_json(),

@@ -23,8 +23,9 @@ from seedpack.converter.sources.base import Kind
 from seedpack.converter.sources.module import module_kind
 from seedpack.errors import ModelError, first_line
 from seedpack.hf import internals
-from seedpack.hf.norm_power import norm_before_layer, output_power, parameters_written_to
+from seedpack.hf.norm_power import norm_before_layer, output_power
 from seedpack.hf.quantization import strip_quantization
+from seedpack.hf.trial import refused_parameters
 
 _EXPERT = re.compile(r"(?P<prefix>.*\.experts)\.(?P<index>\d+)\.(?P<projection>\w+)\.weight")
 
@@ -205,8 +206,8 @@ class CheckpointNames:
             return Kind(note="made into others when transformers loads it")
         if target not in self._state or tuple(self._state[target].shape) != shape:
             return Kind(note="has no parameter of its shape in the model")
-        if target in self._written_to:
-            return Kind(note="the model writes to it")
+        if target in self._refused:
+            return Kind(note=self._refused[target])
         kind = module_kind(self._modules.get(module), leaf)
         if kind.kind == "matrix" and target in self._tied_names:
             return Kind(note="tied to another parameter")
@@ -217,10 +218,14 @@ class CheckpointNames:
         return {*self.tied, *self.tied.values()}
 
     @cached_property
-    def _written_to(self) -> set[str]:
-        """Parameters that the model itself writes to, which packed ones refuse."""
-        with torch.device("meta"):
-            return parameters_written_to(type(self.model)(self.model.config))
+    def _refused(self) -> dict[str, str]:
+        """Parameters that have to stay dense, with the reason."""
+
+        def make() -> nn.Module:
+            with torch.device("meta"):
+                return type(self.model)(self.model.config)  # type: ignore[no-any-return]
+
+        return refused_parameters(make)
 
     @cached_property
     def _heads(self) -> set[str]:

@@ -35,7 +35,7 @@ class GGUFSource(StateDictSource):
             self._names = CheckpointNames(type(self._model)(self._model.config))
         state = {name: tensor for name, tensor in self._model.state_dict().items() if name not in names.tied}
         dropped = [] if has_tokenizer else ["its tokenizer, which transformers cannot convert,"]
-        super().__init__(str(path), state, names.kind, dropped=dropped)
+        super().__init__(str(path), state, names.restricted(state).kind, dropped=dropped)
         config: dict[str, Any] = json.loads((Path(self._folder.name) / "config.json").read_text())
         self.config = {**config, "architectures": [type(self._model).__name__]}
 

@@ -254,13 +254,12 @@ def mark_initialised(target: Any) -> None:
 def unfilled_tensors(model: Any) -> set[str]:
     """Return the names of a loaded model's tensors that no file had and that are not tied to one that a file had.
 
-    Loading gives each a new tensor with the mark of `mark_initialised`; tensors without data, on disk, are not looked at.
+    Loading gives each a new tensor with the mark of `mark_initialised`, which has data unless all of the model has none.
     """
     state = model.state_dict(keep_vars=True)
-    names = {
-        name for name, value in state.items() if not getattr(value, "_is_hf_initialized", False) and not value.is_meta
-    }
-    return needed(model, names)
+    if all(value.is_meta for value in state.values()):
+        return set()
+    return needed(model, {n for n, v in state.items() if v.is_meta or not getattr(v, "_is_hf_initialized", False)})
 
 
 def needed(model: Any, names: Collection[str]) -> set[str]:

@@ -7,18 +7,14 @@ norm's output is found by running the model without weights or data, on the meta
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seedpack.codecs.raw import RawCodec
+from seedpack.hf.trial import run_on_meta
 from seedpack.loader.layers import packed_class
-from seedpack.loader.parameters import can_pack, pack_
-from seedpack.loader.weight import recording_writes
 
 
 def norm_before_layer(model: nn.Module) -> dict[str, str]:
@@ -59,38 +55,6 @@ def norm_before_layer(model: nn.Module) -> dict[str, str]:
         for hook in hooks:
             hook.remove()
     return norms
-
-
-def run_on_meta(model: nn.Module) -> None:
-    """Run the forward pass of a transformers model on the meta device, on token ids, as far as it gets.
-
-    It is foreign code in conditions that it was not made for: whatever it raises, what it reached so far stands.
-    """
-    training = model.training
-    try:
-        with suppress(Exception), torch.no_grad(), torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.eval()(input_ids=torch.zeros(1, 4, dtype=torch.long))
-    finally:
-        model.train(training)
-
-
-def parameters_written_to(model: nn.Module) -> set[str]:
-    """Return the names of parameters that a transformers model writes to in its forward pass, as far as it runs on meta.
-
-    Args:
-        model: on the meta device; its parameters are packed in place.
-    """
-    owners = {}
-    for name, parameter in list(model.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        if parameter.dim() > 1 and 0 not in parameter.shape and can_pack(module, leaf):
-            pack_(module, leaf, RawCodec("F32"))
-            owners[name] = getattr(module, leaf)
-    with recording_writes() as written:
-        run_on_meta(model)
-    return {name for name, weight in owners.items() if any(weight.is_of(layer) for layer in written)}
 
 
 def output_power(norm: nn.Module, values: Mapping[str, Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from seedpack.hf.internals import (
 from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.layers import PRINCIPAL, PackedModule, is_transposed, memory_name, pack_module_, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack, check_, memory_names, pack_, unpack_
+from seedpack.loader.trained import joined
 from seedpack.loader.weight import PackedWeight
 
 mark_initialised(PackedWeight)  # which transformers finds in the place of weights
@@ -103,7 +104,7 @@ class SeedpackQuantizer(HfQuantizer):
         names = memory_names(pack_(module, leaf, codec, transposed=entry.transposed, dtype=dtype), leaf)
         for part, held in names.items():
             mark_initialised(module.get_parameter(held))
-            self._on_disk[part_key(name, part)] = f"{path}.{held}"
+            self._on_disk[part_key(name, part)] = joined(path, held)
         if NO_VALUES in module._parameters:
             mark_initialised(module._parameters[NO_VALUES])
         if is_layer:
@@ -244,7 +245,7 @@ def _require_filled(model: Any, lacking: set[str]) -> None:
     architectures = getattr(model.config, "architectures", None) or ()
     if lacking and type(model).__name__ not in architectures:
         packed = {
-            f"{name}.{leaf}"
+            joined(name, leaf)
             for name, module in model.named_modules()
             if isinstance(module, (PackedModule, PackedParameters))
             for leaf, _ in module.named_parameters(recurse=False)

@@ -212,7 +212,7 @@ def linear(
 
     With `int8` x is rounded to 8 bits, which the gradient ignores. Under autocast x has its dtype, as in nn.Linear.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rest = list(parts.values()), ",".join(parts)

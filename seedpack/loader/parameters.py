@@ -7,7 +7,7 @@ dense parameter would (`weight.PackedWeight`). Indexing a stack of matrices give
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import Any, cast
 
@@ -43,27 +43,24 @@ class Piece:
         codec: of the parts.
         shape: of the rows, dense.
         transposed: the codec saw the matrix transposed.
+        matrix: the shape that the codec sees.
+        text: the codec as operators take it.
+        names: the names of its parts in memory, by part.
     """
 
     prefix: str
     codec: Codec
     shape: tuple[int, ...]
     transposed: bool = False
+    matrix: tuple[int, int] = field(init=False, repr=False)
+    text: str = field(init=False, repr=False)
+    names: dict[str, str] = field(init=False, repr=False, hash=False)
 
-    @property
-    def matrix(self) -> tuple[int, int]:
-        """The shape that the codec sees."""
-        return codec_matrix(self.shape, self.transposed)
-
-    @property
-    def names(self) -> dict[str, str]:
-        """The names of its parts in memory, by part."""
-        return {part: self.memory_name(part) for part in self.codec.parts(self.matrix)}
-
-    @cached_property
-    def text(self) -> str:
-        """The codec as operators take it."""
-        return codec_to_json(self.codec)
+    def __post_init__(self) -> None:
+        matrix = codec_matrix(self.shape, self.transposed)
+        names = {part: f"{self.prefix}_{memory_name(part)}" for part in self.codec.parts(matrix)}
+        for name, value in (("matrix", matrix), ("text", codec_to_json(self.codec)), ("names", names)):
+            object.__setattr__(self, name, value)  # once, so that neither a forward pass nor a compiler does it
 
     @cached_property
     def one(self) -> Piece | None:
@@ -71,10 +68,6 @@ class Piece:
         if not isinstance(self.codec, StackCodec) or len(self.shape) != 3:
             return None
         return Piece(self.prefix, self.codec.inner, self.shape[1:], self.codec.transposed)
-
-    def memory_name(self, part: str) -> str:
-        """Return the name of the parameter that a part is in memory."""
-        return f"{self.prefix}_{memory_name(part)}"
 
 
 class PackedTensor:
@@ -166,6 +159,15 @@ class PackedParameters(PartHolder):
             raise read_only()
         super().register_parameter(name, param)
 
+    def extra_repr(self) -> str:
+        """Return shape, codec and size of each packed parameter for `repr`, after what the module says of itself."""
+        packed = [
+            f"{leaf}: {list(piece.shape)}, {piece.codec}, {piece.codec.bits_per_weight(piece.matrix):.3f} bits per weight"
+            for leaf, pieces in self.pieces.items()
+            for piece in pieces
+        ]
+        return ", ".join(filter(None, [super().extra_repr(), *packed]))
+
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in cast(Any, super()).__getstate__().items() if name != "_views"}
         if isinstance(self, nn.RNNBase):
@@ -245,7 +247,7 @@ def pack_parameter_(
         for part, spec in piece.codec.parts(piece.matrix).items():
             if given is None or part in given:
                 value = empty_part(*spec, parameter.device) if given is None else given[part]
-                module.register_parameter(piece.memory_name(part), as_parameter(value, parameter.device))
+                module.register_parameter(piece.names[part], as_parameter(value, parameter.device))
     module.__class__ = _with_packed(dense, (*known, leaf))
     packed = cast(PackedParameters, module)
     packed.pieces, packed.dense_class = {**known, leaf: tuple(piece for piece, _ in pieces)}, dense

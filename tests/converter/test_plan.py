@@ -30,10 +30,7 @@ def test_default_plan() -> None:
         "f8.weight": "raw",
     }  # fmt: skip
     notes = {t.name: t.note for t in plan.tensors}
-    assert (
-        notes["steps"] == "not a float tensor"
-        and notes["fc.bias"] == "not the weight matrix of a layer that can be packed"
-    )
+    assert notes["steps"] == "not a float tensor" and notes["fc.bias"] == "no matrix"
     assert notes["tiny.weight"].startswith("seedlm would take 17.")
     conv1d = next(t for t in plan.tensors if t.name == "conv1d.weight")
     assert conv1d.codec_shape == (32, 64) and conv1d.for_writer().transposed
@@ -82,7 +79,7 @@ def test_plan_files(tmp_path: Path) -> None:
                 "seedpack_plan": 1,
                 "tensors": {"fc.bias": {"codec": "svd", "config": SVDCodec(rank=1).spec().config}},
             },
-            "'fc.bias' cannot be packed: not the weight matrix",
+            "'fc.bias' cannot be packed: no matrix",
         ),
     ],
 )
