@@ -101,6 +101,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@screen.trust_option
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
@@ -116,10 +117,12 @@ def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **giv
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     from seedpack import api
     from seedpack.converter.sources.open import open_source
+    from seedpack.converter.trust import trusting_remote_code
 
     screen.quiet_transformers()
     edits, options = given.pop("plan"), options_of(**given)
-    source = open_source(model)
+    with trusting_remote_code(options.trust_remote_code):
+        source = open_source(model)
     if not as_json:
         for note in source_notes(source):
             screen.echo(note, err=True)

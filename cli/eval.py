@@ -27,20 +27,25 @@ from seedpack.cli import output
 )
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
 @output.key_option
+@output.trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(original: str, packed: str, text: Path, context: int, tokens: int, as_json: bool) -> None:
+def command(
+    original: str, packed: str, text: Path, context: int, tokens: int, trust_remote_code: bool, as_json: bool
+) -> None:
     """Score the language models ORIGINAL and PACKED on a text: perplexity, KL divergence, top-1 agreement.
 
     ORIGINAL may be a Hugging Face folder, a GGUF file or a hub id. Windows do not overlap.
     """
+    from seedpack.converter.trust import trusting_remote_code
     from seedpack.eval.language import compare_language_models, windows
     from seedpack.hf.language_model import load_language_model
 
     output.quiet_transformers()
-    model, tokenizer = load_language_model(original)
+    with trusting_remote_code(trust_remote_code):
+        model, tokenizer = load_language_model(original)
+        other, _ = load_language_model(packed)
     limit = getattr(model.config, "max_position_embeddings", None) or context
     ids = windows(tokenizer, text.read_text("utf-8", "replace"), min(context, tokens, limit), tokens)
-    other, _ = load_language_model(packed)
     with output.progress("Scoring", ids.numel(), "tokens") as advance:
         report = compare_language_models(model, other, ids, lambda count: advance("", count))
     if as_json:

@@ -22,15 +22,23 @@ from seedpack.errors import ModelError
 @output.fraction_option
 @output.key_option
 @output.max_bytes_option
+@output.trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    packed: Path, prompt: str | None, max_new_tokens: int, fraction: float | None, max_bytes: int | None, as_json: bool
+    packed: Path,
+    prompt: str | None,
+    max_new_tokens: int,
+    fraction: float | None,
+    max_bytes: int | None,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Load the checkpoint PACKED and report its layers, memory and time.
 
     A Hugging Face folder becomes a model whose layers stay packed; the tensors of a single file are rebuilt.
     """
     import seedpack
+    from seedpack.converter.trust import trusting_remote_code
 
     output.quiet_transformers()
     started = time.perf_counter()
@@ -47,7 +55,8 @@ def command(
         }
         _show(packed, report, as_json)
         return
-    model = seedpack.load(packed, fraction=fraction, max_bytes=max_bytes)
+    trusted: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
+    model = seedpack.load(packed, fraction=fraction, max_bytes=max_bytes, **trusted)
     report = {
         "architecture": type(model).__name__,
         "layers": dict(_layers(model)),
@@ -56,7 +65,8 @@ def command(
         "seconds": time.perf_counter() - started,
     }
     if prompt is not None:
-        report |= _generate(packed, model, prompt, max_new_tokens)
+        with trusting_remote_code(trust_remote_code):
+            report |= _generate(packed, model, prompt, max_new_tokens)
     _show(packed, report, as_json)
 
 

@@ -15,6 +15,7 @@ import click
 
 import seedpack
 from seedpack.cli.output import echo, on_one_line, printable, show_warning
+from seedpack.cli.plain import print_anywhere
 from seedpack.errors import SeedpackError
 
 COMMANDS = {
@@ -75,6 +76,7 @@ def main() -> None:
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # half-written output is removed
         signal.signal(number, lambda caught, _: sys.exit(128 + caught))
     warnings.showwarning = show_warning
+    print_anywhere()
     try:
         cli.main(standalone_mode=False)
     except click.ClickException as error:

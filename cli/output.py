@@ -250,6 +250,9 @@ def limit_option(text: str) -> Callable[[Any], Any]:
     return click.option("--max-bytes", metavar="SIZE", callback=_parse_limit, help=text)
 
 
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code in the model's folder, where that defines the model."
+)
 max_bytes_option = limit_option(
     "What decoding a tensor may take, as 5GB, of a file that you trust. Default: 1GB, or 1024 times the file if that is more, "
     "and no more than is free."

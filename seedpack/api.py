@@ -16,6 +16,7 @@ from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, staged
 from seedpack.formats.staging import require_apart
 from seedpack.formats.writer import SINGLE_FILE
+from seedpack.hf.filled import attach_manifest_
 from seedpack.hf.folder import complete_dense_folder
 from seedpack.hf.loading import load_pretrained
 from seedpack.keys import use_key
@@ -78,7 +79,9 @@ def load(
             checkpoint = stack.enter_context(Checkpoint(path, **reading))
             if model is None:
                 return dense_state(checkpoint, target if isinstance(target, torch.dtype) else None)
-            fill_(model, checkpoint)
+            stored = fill_(model, checkpoint)
+            if fraction is None:
+                attach_manifest_(model, checkpoint.manifest, stored)
         if copy:
             copy_(model)
         if int8_activations:

@@ -101,6 +101,51 @@ def test_formats_know_no_torch() -> None:
         }
 
 
+FLOATS = {
+    "empty",
+    "zeros",
+    "ones",
+    "eye",
+    "rand",
+    "randn",
+    "linspace",
+    "logspace",
+}  # of torch's default dtype if told none
+BY_VALUE = {"tensor", "as_tensor", "full", "arange"}  # of the default dtype if they are told floats
+
+
+def is_float(node: ast.AST) -> bool:
+    """Return whether an expression is a float for certain."""
+    if isinstance(node, ast.BinOp):
+        return isinstance(node.op, ast.Div)
+    return isinstance(node, ast.Constant) and isinstance(node.value, float)
+
+
+def without_dtype(source: str) -> list[str]:
+    """Return the calls whose result has torch's default dtype, but for parameters of layers, which are to have it."""
+    tree, found = ast.parse(source), []
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    parameters = {id(call.args[0]) for call in calls if call.args and ast.unparse(call.func).endswith("Parameter")}
+    for call in calls:
+        module, _, name = ast.unparse(call.func).rpartition(".")
+        if module != "torch" or id(call) in parameters or any(keyword.arg == "dtype" for keyword in call.keywords):
+            continue
+        inner = (node for argument in call.args for node in ast.walk(argument))
+        if name in FLOATS or (name in BY_VALUE and any(map(is_float, inner))):
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_tensors_are_told_their_dtype() -> None:
+    found = {module_name(path): calls for path in modules() if (calls := without_dtype(path.read_text()))}
+    assert not found
+
+
+def test_a_tensor_without_dtype_is_found() -> None:
+    text = "torch.zeros(3); torch.full((2,), 0.5); torch.arange(3); Parameter(torch.empty(3)); torch.ones(2, dtype=d)"
+    assert without_dtype(text) == ["torch.zeros(3)", "torch.full((2,), 0.5)"]
+
+
 HEAVY = "{'torch', 'triton', 'transformers', 'numba', 'numpy', 'safetensors', 'rich'}"
 LIGHT = {
     "import seedpack": "import seedpack",

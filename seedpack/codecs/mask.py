@@ -91,7 +91,11 @@ class MaskCodec(Codec, HessianFitting):
         """Keep the weights that agree most with their frozen sign; the scale is their mean."""
         value = weight.detach().float()
         importance = Importance.of(importance).require(self.id, value.shape[1])
-        root = importance.channel_weights().sqrt().float() if importance else torch.ones(value.shape[1])
+        root = (
+            importance.channel_weights().sqrt().float()
+            if importance
+            else torch.ones(value.shape[1], dtype=torch.float32)
+        )
         root = root.to(value.device)
         agreeing = value * frozen_signs(self.seed, tuple(value.shape), value.device, self.key)
         kept = (agreeing * root).flatten().topk(kept_of(self.kept, value.numel())).indices
@@ -116,7 +120,10 @@ class MaskCodec(Codec, HessianFitting):
             raise CodecError(f"{self.id}: the coded mask takes {len(words)} words, expected at most {len(padded)}")
         padded[: len(words)] = words
         coded = torch.from_numpy(padded.view(np.uint8).copy())[:, None, None].to(mask.device)
-        return {"weight": coded, "scale": torch.tensor([scale], device=mask.device).view(torch.int32)}
+        return {
+            "weight": coded,
+            "scale": torch.tensor([scale], dtype=torch.float32, device=mask.device).view(torch.int32),
+        }
 
     def mask(self, parts: Parts, shape: Shape) -> Tensor:
         """Decode the mask, bool [out, in], on the CPU."""

@@ -313,7 +313,11 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     @staticmethod
     def _input_scales(parts: Parts, columns: int, device: torch.device) -> Tensor:
         """Return the factor that each input channel of the weight was multiplied by: float32 [in], or [1] for all ones."""
-        return input_scales(parts["balance"], columns) if "balance" in parts else torch.ones(1, device=device)
+        return (
+            input_scales(parts["balance"], columns)
+            if "balance" in parts
+            else torch.ones(1, dtype=torch.float32, device=device)
+        )
 
     def _initial_scale(self) -> float:
         """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
@@ -350,6 +354,8 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         top = float(scale.abs().max())
         exponent = min(max(math.frexp(top)[1] - 1, EXPONENT_MIN), EXPONENT_MAX) if top > 0 else 0
         return {
-            "scales": torch.ldexp(scale, torch.tensor(-exponent)).to(torch.float16).view(torch.int16),
+            "scales": torch.ldexp(scale, torch.tensor(-exponent, dtype=scale.dtype))
+            .to(torch.float16)
+            .view(torch.int16),
             "exponent": torch.tensor([exponent], dtype=torch.int8, device=scale.device),
         }

@@ -94,6 +94,7 @@ class CompressOptions:
             beside the output for other runs.
         key: the 16 bytes of a private key, for weights that are regenerated with one (basis, mask).
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
+        trust_remote_code: run the Python code that lies in the model's folder, where that defines the model.
         force: replace an existing output.
         shard_bytes: in a folder, start a new file before one exceeds this.
         device: where tensors are fitted, one at a time: "cpu", "cuda" or "cuda:1".
@@ -112,6 +113,7 @@ class CompressOptions:
     calibration: Calibration | Text | None = None
     key: bytes | None = field(default=None, repr=False)
     allow_nonfinite: bool = False
+    trust_remote_code: bool = False
     force: bool = False
     shard_bytes: int | None = None
     device: str | torch.device = "cpu"

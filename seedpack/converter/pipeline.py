@@ -26,6 +26,7 @@ from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
+from seedpack.converter.trust import trusting_remote_code
 from seedpack.dtypes import dtype_name, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
@@ -92,7 +93,8 @@ def plan(
     """
     options = CompressOptions.of(options, changes)
     if options.calibrated is None:
-        source = open_source(model)
+        with trusting_remote_code(options.trust_remote_code):
+            source = open_source(model)
         statistics = Statistics(source, options.importance or {})
         planned = make_plan(source, options, edits)
         return planned.with_hessians(statistics.tensors_with_hessian(planned))
@@ -106,7 +108,9 @@ def plan(
 def open_run(model: Model, output: str | Path, options: CompressOptions, progress: Progress) -> Run:
     """Open the source of a run, and refuse what cannot be done before any work."""
     fitting_device(options.device)
-    run = Run(open_source(model), options, Path(output), progress)
+    with trusting_remote_code(options.trust_remote_code):
+        source = open_source(model)
+    run = Run(source, options, Path(output), progress)
     run.check()
     return run
 
@@ -144,7 +148,6 @@ def make_plan(
         include=options.include,
         exclude=options.exclude,
         dtype=dtype,
-        keep_float=source.config is not None,
     )
     if options.target_size is not None:
         result = with_size(

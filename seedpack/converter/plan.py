@@ -197,7 +197,6 @@ def default_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     dtype: str | None = None,
-    keep_float: bool = False,
 ) -> Plan:
     """Plan `codec` for every weight matrix that it makes smaller, and raw for the rest.
 
@@ -208,7 +207,6 @@ def default_plan(
         include: patterns (fnmatch) of tensor names; given, only matching ones are packed.
         exclude: patterns of tensor names to leave raw.
         dtype: safetensors name of the dtype for raw float tensors and decoded weights; default the source's.
-        keep_float: leave at least one float tensor raw, the smallest: transformers asks a model's parameters for its dtype.
     """
     for pattern in (*include, *exclude):
         if not any(fnmatch.fnmatch(name, pattern) for name in tensors):
@@ -232,10 +230,6 @@ def default_plan(
         )
 
     plan = Plan(tuple(plan_tensor(name, tensor) for name, tensor in tensors.items()), dict(shared), dtype)
-    candidates = [tensor for tensor in plan.tensors if tensor.packed and tensor.kind != "expert"]
-    if keep_float and candidates and not any(t.dtype in PACKABLE and not t.packed for t in plan.tensors):
-        smallest = min(candidates, key=lambda tensor: math.prod(tensor.shape))
-        plan = plan.raw([smallest.name], "the model needs one float tensor, which tells its dtype")
     if include and not plan.packed_weights:
         wanted = next(t for t in plan.tensors if any(fnmatch.fnmatch(t.name, p) for p in include))
         raise ModelError(f"nothing that --include asks for can be packed: {wanted.name!r} is {wanted.note}")

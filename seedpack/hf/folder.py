@@ -21,6 +21,7 @@ from seedpack.converter.sources.dequantized import dequantized
 from seedpack.converter.sources.safetensors import SafetensorsSource
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.converter.sources.torch_file import load_state_dict
+from seedpack.converter.trust import trusting_remote_code, trusts_remote_code
 from seedpack.dtypes import to_bytes
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import CheckpointWriter, Manifest
@@ -33,6 +34,7 @@ from seedpack.hf.converted import ConvertedSource
 from seedpack.hf.language_model import open_folder_model
 from seedpack.hf.quantization import FILES as QUANTIZATION_FILES
 from seedpack.hf.quantization import block_sizes, dense_dtype, quantizations, require_read, without_quantization
+from seedpack.hf.remote_code import names_of_folder
 from seedpack.loader.save import raw_planned
 
 WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
@@ -47,7 +49,8 @@ class FolderSource(Source):
         require_read(documents, path)
         config = without_quantization(config)
         self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
-        self._path, self._names = path, CheckpointNames.of_folder(path)
+        self._path, self._names = path, names_of_folder(path, config)
+        self._trust = trusts_remote_code()
         weights = _open_weights(path, self._names)
         self._weights = dequantized(
             weights, self._names.kind, dense_dtype(config), block_sizes(documents), is_quantised=bool(documents)
@@ -93,6 +96,10 @@ class FolderSource(Source):
 
     def open_model(self) -> OpenModel:
         """Open the model with its tokenizer: that of the folder itself, or where it is quantised, of a dense copy."""
+        with trusting_remote_code(self._trust):
+            return self._open_model()
+
+    def _open_model(self) -> OpenModel:
         if self._is_dense:
             return open_folder_model(self._path)
         copy = tempfile.TemporaryDirectory(prefix="seedpack-dense-")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
@@ -16,10 +17,11 @@ def download(repo: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    wanted = [*WANTED, "*.py"] if trusts_remote_code() else WANTED
     try:
-        folder = Path(snapshot_download(repo, allow_patterns=WANTED, ignore_patterns=SUBFOLDERS))
+        folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=SUBFOLDERS))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repo, allow_patterns=WANTED + OLD_WEIGHTS, ignore_patterns=SUBFOLDERS))
+            folder = Path(snapshot_download(repo, allow_patterns=wanted + OLD_WEIGHTS, ignore_patterns=SUBFOLDERS))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

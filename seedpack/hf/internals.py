@@ -13,6 +13,7 @@ What is used, and what breaks if it moves:
 - `core_model_loading.dot_natural_key`, `WeightConverter.add_tensor` and `.convert`: what is merged, split or transposed on
   loading stays raw.
 - `core_model_loading.WeightRenaming`: parts of packed layers are not loaded.
+- `_weight_conversions`: models that seedpack filled are saved under other names than those that are loaded.
 - `all_tied_weights_keys`, `_tied_weights_keys`: tied weights are packed and saved twice.
 - `_is_hf_initialized`: transformers tries to draw random numbers for packed parts, and parts that a checkpoint lacks are
   not noticed.
@@ -172,6 +173,18 @@ def _whole_names() -> type[Any]:
             return whole_names({_renamed(memory, back): name for name, memory in self.on_disk.items()})
 
     return WholeNames
+
+
+def attach_quantizer(model: Any, quantizer: Any, on_disk: Mapping[str, str]) -> None:
+    """Have a model that transformers did not load saved by a quantiser, every tensor under its own name.
+
+    Args:
+        model: of transformers.
+        quantizer: whose configuration becomes the model's.
+        on_disk: {name in a checkpoint: name in memory}, where they differ.
+    """
+    model.hf_quantizer, model.config.quantization_config = quantizer, quantizer.quantization_config
+    model._weight_conversions = [whole_names({}, (), on_disk)]
 
 
 def splits(converter: Any) -> bool:

@@ -15,11 +15,12 @@ from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.module import ModuleSource
 from seedpack.converter.sources.open import looks_like_hub_id
+from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError, SeedpackError, first_line
 from seedpack.formats.reader import read_json
-from seedpack.hf.checkpoint_names import architecture
 from seedpack.hf.complete import load_complete
 from seedpack.hf.internals import decoder_layers
+from seedpack.hf.remote_code import model_class
 from seedpack.memory import free_bytes
 
 SEQUENCES_AT_ONCE = 64  # written side by side
@@ -48,19 +49,18 @@ def open_folder_model(path: Path, where: Path | None = None) -> OpenModel:
         path: the folder.
         where: it is a copy of, for messages.
     """
-    import transformers
-
     config = read_json(path / "config.json")
-    cls = architecture(config) or transformers.AutoModel
+    cls = model_class(path, config)
     files = list(path.glob("*.safetensors")) or list(path.glob("*.bin"))
     size = sum(file.stat().st_size for file in files)
     options: dict[str, Any] = {"dtype": torch.float32}
+    trusted = {"trust_remote_code": True} if trusts_remote_code() else {}
     holder = None
     if 2 * size > free_bytes() / 2:
         holder = tempfile.TemporaryDirectory(prefix="seedpack-")
         options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": holder.name}
     try:
-        model = load_complete(cls, path, where or path, **options)
+        model = load_complete(cls, path, where or path, **options, **trusted)
     except ModelError:
         raise
     except Exception as error:  # the libraries' own
@@ -76,11 +76,14 @@ def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float
 
     import seedpack  # noqa: F401 (registers the quantizer)
 
-    where, options = str(path), {}
+    where, options = str(path), dict[str, Any]()
     if not Path(where).exists() and not looks_like_hub_id(where):
         raise ModelError(f"{where}: no such file or folder, and not a hub id (org/name)")
     if where.lower().endswith(".gguf"):
         where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
+    elif (Path(where) / "config.json").is_file():
+        model_class(Path(where), read_json(Path(where) / "config.json"))
+    options["trust_remote_code"] = trusts_remote_code()
     try:
         model = load_complete(transformers.AutoModelForCausalLM, where, path, dtype=dtype, **options)
         return model, transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -95,7 +98,7 @@ def tokenizer_of(path: Path) -> Any:
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(path)
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trusts_remote_code())
     except Exception:  # transformers fails in many ways where files are missing
         return None
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from seedpack.converter.trust import trusting_remote_code
 from seedpack.errors import ModelError, SeedpackError, first_line
 from seedpack.formats import Checkpoint
 from seedpack.formats.reader import read_json
-from seedpack.hf.checkpoint_names import architecture
 from seedpack.hf.complete import load_complete
+from seedpack.hf.remote_code import model_class
 
 
 def load_pretrained(path: Path, dtype: torch.dtype | str = "auto", **options: Any) -> Any:
@@ -27,9 +28,8 @@ def load_pretrained(path: Path, dtype: torch.dtype | str = "auto", **options: An
     """
     config = read_json(path / "config.json")
     Checkpoint(path).close()  # headers and manifest are checked before transformers reads anything
-    import transformers
-
-    cls = architecture(config) or transformers.AutoModel
+    with trusting_remote_code(bool(options.get("trust_remote_code"))):
+        cls = model_class(path, config)
     try:
         return load_complete(cls, path, path, dtype=dtype, **options)
     except (SeedpackError, OSError, MemoryError):

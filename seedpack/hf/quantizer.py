@@ -33,6 +33,7 @@ from seedpack.hf.internals import (
     unfilled_tensors,
     with_whole_names,
 )
+from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.layers import PRINCIPAL, PackedModule, is_transposed, memory_name, pack_module_, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack, check_, memory_names, pack_, unpack_
 from seedpack.loader.trained import joined
@@ -79,9 +80,8 @@ class SeedpackQuantizer(HfQuantizer):
             for group in pack_experts_(model, path, names, checkpoint_names, manifest, dtype)
         ]
         _require_all_layers(model, self._expert_groups)
-        if hasattr(model, "set_experts_implementation") and any(map(_is_stack, model.modules())):
-            model.set_experts_implementation("eager")  # the others read all experts' weights as one tensor
-        _tie_parts(model, self._layers)
+        run_experts_one_at_a_time(model)
+        tie_parts(model, self._layers)
         return model
 
     def _pack(self, model: nn.Module, name: str, target: str, dtype: torch.dtype) -> None:
@@ -105,6 +105,8 @@ class SeedpackQuantizer(HfQuantizer):
         for part, held in names.items():
             mark_initialised(module.get_parameter(held))
             self._on_disk[part_key(name, part)] = joined(path, held)
+        if NO_VALUES in module._parameters:
+            mark_initialised(module._parameters[NO_VALUES])
         if is_layer:
             self._layers.add(path)
 
@@ -134,6 +136,8 @@ class SeedpackQuantizer(HfQuantizer):
         _require_filled(model, self._uncovered if _is_spread(model) else unfilled_tensors(model))
         for name, module in model.named_modules():
             try:
+                if isinstance(module, PartHolder):
+                    module.put_float_first()
                 check_(module)
             except CodecError as error:
                 raise ModelError(f"{name}: {error}") from None
@@ -166,6 +170,12 @@ class SeedpackQuantizer(HfQuantizer):
         dense = {f"{name}.weight": f"{source}.weight" for name, source in tied.items()}
         replace_ties(model, parts, dense)
         return model
+
+
+def run_experts_one_at_a_time(model: Any) -> None:
+    """Choose the implementation of packed experts that does not read all their weights as one tensor."""
+    if hasattr(model, "set_experts_implementation") and any(map(_is_stack, model.modules())):
+        model.set_experts_implementation("eager")
 
 
 def _is_stack(module: nn.Module) -> bool:
@@ -272,7 +282,7 @@ def _require_all_layers(model: nn.Module, groups: list[ExpertGroup]) -> None:
             raise ModelError(f"{name}: experts are packed in some layers but not in this one; pack the model again")
 
 
-def _tie_parts(model: Any, packed: set[str]) -> None:
+def tie_parts(model: Any, packed: set[str]) -> None:
     """Pack each output head that is tied to a packed embedding, and tie each of its parts."""
     before, after = [], dict[str, str]()
     for target, source in tied_parameters(model).items():

@@ -83,4 +83,5 @@ def _inputs(model: nn.Module) -> dict[str, Tensor]:
     config: Any = model.config
     size = getattr(config, "image_size", None) or 224
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
-    return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
+    dtype: torch.dtype = getattr(model, "dtype", torch.float32)
+    return {"pixel_values": torch.zeros(1, getattr(config, "num_channels", 3), height, width, dtype=dtype)}

@@ -159,7 +159,7 @@ def dense_forms(checkpoint: Checkpoint, dtype: torch.dtype | None) -> list[tuple
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of a checkpoint, dense, one at a time; names of one tensor follow each other and get the same one."""
     last: tuple[str, View | None] = "", None
-    rebuilt = tensor = torch.empty(0)
+    rebuilt = tensor = torch.empty(0, dtype=torch.float32)
     for name, stored, view in stored_names(checkpoint.manifest):
         if stored != last[0]:
             rebuilt = stored_dense(checkpoint, stored, dtype if view is None else None)
@@ -178,7 +178,7 @@ def dense_state(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> dic
     """
     _require_room(checkpoint, dtype)
     state: dict[str, Tensor] = {}
-    last = own = torch.empty(0)
+    last = own = torch.empty(0, dtype=torch.float32)
     for name, tensor in dense_tensors(checkpoint, dtype):
         if tensor is not last:
             last, own = tensor, tensor if _owns_memory(tensor) else tensor.clone()

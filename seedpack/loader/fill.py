@@ -15,14 +15,16 @@ from seedpack.loader.dense import require_decodable, stored_dense, stored_names,
 from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack, is_packed, pack_
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
+from seedpack.loader.wrapped import is_optional, names_in_module
 
-WRAPPER_PREFIX = "module."  # what nn.DataParallel puts before every name
 
-
-def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
+def fill_(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Load every tensor of a checkpoint into a module of the same names and shapes, in place.
 
     Nothing is changed unless all names and shapes fit.
+
+    Returns:
+        {name in the module: name in the checkpoint}.
 
     Raises:
         ModelError: names are missing or too many, or shapes differ.
@@ -43,6 +45,7 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name in checkpoint.manifest.views.keys() & bases.pieces.keys():
         bases.pieces[name].piece = replace(checkpoint.manifest.views[name], tensor="")
     _leave_fast_paths(model)
+    return {name: stored for name, (stored, _) in targets.items()}
 
 
 def copy_(model: nn.Module) -> None:
@@ -159,7 +162,9 @@ def _tensors_of(model: nn.Module, bases: Bases) -> tuple[dict[str, Tensor], dict
         if isinstance(module, Coefficients):
             del state[joined(prefix, "coefs")]
             trained[joined(prefix, "weight")] = module
-    dense = {name: torch.empty(coefs.stored_shape, device="meta") for name, coefs in trained.items()}
+    dense = {
+        name: torch.empty(coefs.stored_shape, dtype=torch.float32, device="meta") for name, coefs in trained.items()
+    }
     return state | dense, trained
 
 
@@ -168,22 +173,19 @@ def _targets(
 ) -> dict[str, tuple[str, View | None]]:
     """Return {name in the module: (stored tensor, view of it or None for all)}.
 
-    Where the module trains the coefficients of a stored tensor, that tensor is filled instead of its pieces. Names lose
-    the prefix of nn.DataParallel if the module's have none.
+    Where the module trains the coefficients of a stored tensor, that tensor is filled instead of its pieces.
     """
     views = {name: view for name, view in checkpoint.manifest.views.items() if view.tensor not in trained}
     targets = {name: (stored, view) for name, stored, view in stored_names(replace(checkpoint.manifest, views=views))}
-    wrapped = all(name.startswith(WRAPPER_PREFIX) for name in targets)
-    if wrapped and not any(name.startswith(WRAPPER_PREFIX) for name in state):
-        return {name.removeprefix(WRAPPER_PREFIX): target for name, target in targets.items()}
-    return targets
+    names = names_in_module(targets.keys(), state.keys())
+    return {names[name]: target for name, target in targets.items()}
 
 
 def _require_same(
     state: Mapping[str, Tensor], targets: Mapping[str, tuple[str, View | None]], checkpoint: Checkpoint
 ) -> None:
     """Require the module and the file to have the same names and shapes."""
-    optional = {name for name in state if name.endswith(".num_batches_tracked")}  # files before torch 0.4.1 lack it
+    optional = set(filter(is_optional, state))
     missing, surplus = sorted(state.keys() - targets.keys() - optional), sorted(targets.keys() - state.keys())
     if missing or surplus:
         problems = []

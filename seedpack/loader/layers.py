@@ -21,6 +21,7 @@ from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import ModelError
 from seedpack.formats.manifest import PRINCIPAL_PART
 from seedpack.loader import ops
+from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.weight import PackedWeight, read_only
 
 PRINCIPAL = "packed"
@@ -35,7 +36,7 @@ def memory_name(part: str) -> str:
     return PRINCIPAL if part == PRINCIPAL_PART else part
 
 
-class PackedModule(nn.Module):
+class PackedModule(PartHolder):
     """Base of packed layers, which `pack_module_` makes, never a constructor.
 
     Attributes:
@@ -93,8 +94,6 @@ class PackedModule(nn.Module):
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the rows [..., in] of the weight that an index [...] names; no others are decoded."""
-        if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.numel() and int(index.min()) < 0:
-            raise IndexError(f"embedding index {int(index.min())} is out of range")
         rows = ops.decode_rows(self.packed_parts(), index.flatten(), self.codec_text, self.matrix, self.compute_dtype)
         return rows.view(*index.shape, self.matrix[1])
 
@@ -110,10 +109,6 @@ class PackedModule(nn.Module):
                 f"a packed {self.dense_class.__name__} got an input of {x.dtype}: the model casts it to the dtype of the "
                 "weight, which is packed here; leave this layer raw (--exclude)"
             )
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         """Return shape, codec and size for `repr`."""
@@ -237,6 +232,7 @@ def pack_module_(
     for name, (part_dtype, part_shape) in specs.items():
         value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name]
         module.register_parameter(memory_name(name), as_parameter(value, weight.device))
+    packed.put_float_first()
     return packed
 
 
@@ -245,6 +241,7 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
     weight = module.dense_weight(dtype)
     for name in module.part_names:
         del module._parameters[memory_name(name)]
+    module._parameters.pop(NO_VALUES, None)
     dense = cast(nn.Module, module)
     module.__dict__.pop("int8_activations", None)
     for name in ("codec", "codec_text", "part_names", "weight_shape", "matrix", "transposed", "compute_dtype"):

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from seedpack.codecs.registry import codec_from_json
@@ -37,6 +39,8 @@ def _decode_rows(
     parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     decoder = codec_from_json(codec)
+    if index.is_cpu and index.numel() and int(index.min()) < 0:
+        raise IndexError(f"embedding index {int(index.min())} is out of range")
     return decoder.decode_rows(_named(parts, names), index, (shape[0], shape[1]), dtype).contiguous()
 
 
@@ -78,8 +82,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    parts = list(ctx.saved_tensors)
-    grad_x = _linear_transposed(grad, parts, ctx.names, ctx.codec, ctx.shape) if ctx.needs_input_grad[0] else None
+    parts, grad_x = list(ctx.saved_tensors), None
+    if ctx.needs_input_grad[0]:
+        if is_legacy_batchedtensor(grad):  # of is_grads_batched, which knows no operators on lists of tensors
+            grad_x = grad @ _decode(parts, ctx.names, ctx.codec, ctx.shape, grad.dtype)
+        else:
+            grad_x = _linear_transposed(grad, parts, ctx.names, ctx.codec, ctx.shape)
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[3] else None
     return grad_x, [None] * len(parts), None, grad_bias, None, None, None
 
@@ -101,24 +109,83 @@ def _backward_transposed(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _linear_transposed.register_autograd(_backward_transposed, setup_context=_setup_transposed)
 
 
-def _batched(op: Any) -> Callable[..., tuple[Tensor, int]]:
-    """Return the rule of an operator whose first argument may have any leading axes, under torch.vmap over that one alone."""
-
-    def rule(info: Any, in_dims: tuple[Any, ...], x: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        if in_dims[0] is None or any(
-            dim is not None for dims in in_dims[1:] for dim in (dims if isinstance(dims, list) else [dims])
-        ):
-            raise ModelError(
-                "torch.vmap maps over the parts or the bias of a packed layer, which it can do over the input alone; make the "
-                "layer dense first (seedpack unpack, or model.dequantize() in transformers)"
-            )
-        return op(x.movedim(in_dims[0], 0), *rest), 0
-
-    return rule
+def _require_unbatched(*dims: Any) -> None:
+    """Refuse a torch.vmap over more than an operator's first argument."""
+    if any(dim is not None for entry in dims for dim in (entry if isinstance(entry, list) else [entry])):
+        raise ModelError(
+            "torch.vmap maps over the parts of a packed layer, which it can do over its input and its bias; make the layer "
+            "dense first (seedpack unpack, or model.dequantize() in transformers)"
+        )
 
 
-torch.library.register_vmap(_linear, _batched(_linear))
-torch.library.register_vmap(_linear_transposed, _batched(_linear_transposed))
+@torch.library.register_vmap(_decode_rows)  # type: ignore[untyped-decorator]
+def _(
+    info: Any, in_dims: Any, parts: list[Tensor], names: str, index: Tensor, *rest: Any
+) -> tuple[Tensor, int]:  # index [n]
+    _require_unbatched(in_dims[0])
+    index = index.movedim(in_dims[2], 0)
+    rows: Tensor = _decode_rows(parts, names, index.flatten(), *rest)
+    return rows.view(*index.shape, rows.shape[-1]), 0
+
+
+class _Product(torch.autograd.Function):
+    """The product as torch.func and forward-mode derivatives take it, which know nothing of operators' gradients.
+
+    `transposed` multiplies by the weight itself, without a bias.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        int8: bool,
+        names: str,
+        codec: str,
+        shape: list[int],
+        *parts: Tensor,
+    ) -> Tensor:
+        if transposed:
+            return _linear_transposed(x, list(parts), names, codec, shape)  # type: ignore[no-any-return]
+        return _linear(x, list(parts), names, bias, codec, shape, int8)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.transposed, ctx.settings, ctx.output_shape = inputs[2], inputs[4:7], output.shape
+        ctx.save_for_backward(*inputs[7:])
+        ctx.save_for_forward(*inputs[7:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        back = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            back = _apply(grad, None, not ctx.transposed, False, *ctx.settings, *ctx.saved_tensors)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return back, grad_bias, *[None] * (5 + len(ctx.saved_tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor | None, bias: Tensor | None, *_: Any) -> Any:
+        y = None if x is None else _apply(x, None, ctx.transposed, False, *ctx.settings, *ctx.saved_tensors)
+        if bias is None:
+            return y
+        return bias.expand(ctx.output_shape).clone() if y is None else y + bias
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, x: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, int | None]:
+        _require_unbatched(*in_dims[2:])
+        of_x, of_bias = in_dims[:2]
+        if of_x is not None:
+            x = x.movedim(of_x, 0)
+        if bias is None or of_bias is None:
+            return _apply(x, bias, *rest), None if of_x is None else 0
+        y = _apply(x, None, *rest)
+        y = y if of_x is not None else y.unsqueeze(0)
+        bias = bias.movedim(of_bias, 0)
+        return y + bias.view(len(bias), *[1] * (y.dim() - 2), -1), 0
+
+
+_apply: Callable[..., Any] = _Product.apply
 
 
 def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -149,11 +216,8 @@ def linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     rest = list(parts.values()), ",".join(parts)
-    if forward_ad._current_level >= 0:
-        x, tangent = forward_ad.unpack_dual(x)
-        if tangent is not None:
-            y = _linear(x, *rest, bias, codec, list(shape), int8)
-            return forward_ad.make_dual(y, _linear(tangent, *rest, None, codec, list(shape), False))  # type: ignore[no-any-return]
+    if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
+        return _apply(x, bias, False, int8, rest[1], codec, list(shape), *rest[0])  # type: ignore[no-any-return]
     y = _linear(x, *rest, bias, codec, list(shape), int8)
     if y.requires_grad and not torch.compiler.is_compiling():
         y = torch.ops.aten._unsafe_view(y, y.shape)  # autograd refuses to write into a view of what an operator returns

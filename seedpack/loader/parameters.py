@@ -20,6 +20,7 @@ from seedpack.codecs.registry import codec_to_json
 from seedpack.codecs.stack import StackCodec
 from seedpack.errors import ModelError
 from seedpack.loader import ops
+from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.layers import (
     LAYERS,
     PackedModule,
@@ -133,17 +134,15 @@ def _linear(input: Tensor, piece: Piece, parts: Parts, bias: Tensor | None = Non
     return ops.linear(input, parts, piece.text, piece.matrix, bias)
 
 
-class PackedParameters(nn.Module):
+class PackedParameters(PartHolder):
     """Base of modules with packed parameters, beside their own class; `pack_parameter_` makes them.
 
     Attributes:
         pieces: by the name of the parameter.
-        compute_dtype: of decoded values.
         dense_class: the module's class before a parameter was packed.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
-    compute_dtype: torch.dtype
     dense_class: type[nn.Module]
 
     def packed_tensor(self, leaf: str) -> PackedTensor:
@@ -170,10 +169,6 @@ class PackedParameters(nn.Module):
             for piece in pieces
         ]
         return ", ".join(filter(None, [super().extra_repr(), *packed]))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in cast(Any, super()).__getstate__().items() if name != "_views"}
@@ -264,6 +259,7 @@ def pack_parameter_(
     packed = cast(PackedParameters, module)
     packed.pieces, packed.dense_class = {**known, leaf: tuple(piece for piece, _ in pieces)}, dense
     packed.compute_dtype = dtype or parameter.dtype
+    packed.put_float_first()
     _refresh(module)
     return packed
 
@@ -293,18 +289,24 @@ def pack_(
     return pack_parameter_(module, leaf, [(piece, parts)], dtype)
 
 
-def memory_names(module: PackedModule | PackedParameters, leaf: str) -> dict[str, str]:
+def memory_names(module: nn.Module, leaf: str) -> dict[str, str]:
     """Return the names in memory of the parts of a packed parameter, by part."""
     if isinstance(module, PackedModule):
         return {part: memory_name(part) for part in module.part_names}
+    assert isinstance(module, PackedParameters)
     return {part: name for piece in module.pieces[leaf] for part, name in piece.names.items()}
+
+
+def packed_leaves(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of a module that are packed."""
+    if isinstance(module, PackedParameters):
+        return tuple(module.pieces)
+    return ("weight",) if isinstance(module, PackedModule) else ()
 
 
 def is_packed(module: nn.Module, leaf: str) -> bool:
     """Return whether a parameter of a module is packed."""
-    if isinstance(module, PackedParameters):
-        return leaf in module.pieces
-    return isinstance(module, PackedModule) and leaf == "weight"
+    return leaf in packed_leaves(module)
 
 
 def unpack_(module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -332,6 +334,7 @@ def unpack_parameters_(module: PackedParameters, dtype: torch.dtype | None = Non
         for piece in pieces:
             for name in piece.names.values():
                 del module._parameters[name]
+    module._parameters.pop(NO_VALUES, None)
     module.__class__ = module.__dict__.pop("dense_class")
     for name in ("pieces", "compute_dtype", "_views"):
         module.__dict__.pop(name, None)

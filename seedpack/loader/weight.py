@@ -63,6 +63,7 @@ _WRITERS = {"__set__", "__setitem__", "__delitem__"} | {
         "rshift",
     )
 }
+_SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SAME = {Tensor.detach, Tensor.data.__get__, Tensor.contiguous}  # type: ignore[attr-defined]
 
 
@@ -125,7 +126,7 @@ class PackedWeight(Tensor):
         if func in _GETTERS or func in _QUESTIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _SAME:
+        if func in _SAME or _asks_for_no_gradient(func, args, kwargs):
             return args[0]
         own = _OWN_PRODUCTS.get(func)
         if own is not None and (found := own(*args, **kwargs)) is not None:
@@ -147,6 +148,13 @@ class PackedWeight(Tensor):
         if any(isinstance(value, PackedWeight) for value in written):
             raise read_only()
         return func(*_decoded(args), **_decoded(kwargs or {}))
+
+
+def _asks_for_no_gradient(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Return whether a call only says that a weight has no gradient, which it never has."""
+    if func not in (Tensor.requires_grad_, _SET_REQUIRES_GRAD):
+        return False
+    return (*args[1:], *kwargs.values()) == (False,)
 
 
 def _decoded(values: Any) -> Any:

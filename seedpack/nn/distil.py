@@ -134,7 +134,11 @@ def _two_layers(mlp: torch_nn.Module, columns: int, outputs: int) -> tuple[Tenso
     first, second = linear
     if first.out_features != second.in_features:
         return None
-    bias = torch.zeros(first.out_features, device=first.weight.device) if first.bias is None else first.bias
+    bias = (
+        torch.zeros(first.out_features, dtype=torch.float32, device=first.weight.device)
+        if first.bias is None
+        else first.bias
+    )
     return first.weight.float(), bias.float(), second.weight.float()
 
 
@@ -156,7 +160,7 @@ def _train_leaves(
     lengths = torch.tensor([len(mine) for mine in tokens], device=x.device)
     table = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
     for step in range(steps):
-        pick = (torch.rand(len(tokens), PER_LEAF, device=x.device) * lengths[:, None]).long()
+        pick = (torch.rand(len(tokens), PER_LEAF, dtype=torch.float32, device=x.device) * lengths[:, None]).long()
         index = table.gather(1, pick)  # [leaves, PER_LEAF]
         hidden = torch.baddbmm(layer.in_bias[:, None], x[index], layer.leaf_in.weight.view(shape).mT)
         out = torch.baddbmm(

@@ -99,7 +99,7 @@ def _reparametrise(
     shape = (blocks, -(-size // blocks))
     device = group[0].parameter.device
     unit = codec.noise.variance**0.5
-    pieces, flat, offset = [], torch.zeros(math.prod(shape), device=device), 0
+    pieces, flat, offset = [], torch.zeros(math.prod(shape), dtype=torch.float32, device=device), 0
     for target in group:
         value = target.parameter.detach()
         scale = _scale_of(target) / unit
@@ -112,7 +112,10 @@ def _reparametrise(
         )
     else:
         noise = torch.Generator().manual_seed(codec.seed)
-        coefs = torch.randn(blocks, codec.count_of(shape), generator=noise).to(device) * codec.count_of(shape) ** -0.5
+        coefs = (
+            torch.randn(blocks, codec.count_of(shape), dtype=torch.float32, generator=noise).to(device)
+            * codec.count_of(shape) ** -0.5
+        )
     basis = Basis(holder, codec, shape, coefs)
     holder.register_forward_pre_hook(basis.hold)
     holder.register_forward_hook(basis.release, always_call=True)

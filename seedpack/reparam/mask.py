@@ -70,7 +70,7 @@ def mask_(
         own = dataclasses.replace(codec, seed=(seed + number) % 2**63)
         inputs = fan_in(target.module, weight)
         scale, bound = gain / math.sqrt(inputs * kept), 1 / math.sqrt(inputs)  # the bound: kaiming_uniform of a = √5
-        scores = (torch.rand(weight.shape, generator=noise) * 2 - 1) * bound
+        scores = (torch.rand(weight.shape, dtype=torch.float32, generator=noise) * 2 - 1) * bound
         supermask = Supermask(own, tuple(weight.shape), scale, weight.device)
         with torch.no_grad():
             weight.copy_(scores)

@@ -160,6 +160,20 @@ def test_model(name: str, tmp_path: Path) -> None:
     same(run(model.dequantize(), inputs), expected)
 
 
+@pytest.mark.parametrize("name", ["olmo", "bart"])
+def test_the_first_parameter_tells_the_dtype(name: str, tmp_path: Path) -> None:
+    """Where nothing but packed layers is left (OLMo's norms have no parameters), and where an embedding comes first."""
+    folders = Folders(MODELS[name][0](), tmp_path)
+    assert name != "olmo" or all(tensor.packed for tensor in folders.report.plan.tensors)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = folders.cls.from_pretrained(folders.packed, dtype=dtype)
+        assert model.dtype == next(nn.Sequential(model, nn.Linear(2, 2)).parameters()).dtype == dtype
+        assert all(not parameter.is_meta for parameter in model.parameters())
+    model.save_pretrained(tmp_path / "again")
+    with Checkpoint(tmp_path / "again") as checkpoint:
+        assert not any("no_values" in key for file in checkpoint.files for key in file.header.tensors)
+
+
 def test_layers_that_the_model_writes_to_stay_raw() -> None:
     model = MODELS["rwkv"][0]()
     names = CheckpointNames(model.to("meta"))

@@ -93,6 +93,24 @@ def test_casts_leave_parts_alone() -> None:
     assert all(torch.equal(part, before[name]) for name, part in packed.packed_parts().items())
 
 
+def test_the_first_parameter_tells_the_dtype() -> None:
+    """Foreign code casts what follows to the dtype of the first parameter; no state dict and no file has more for it."""
+    for make in (CASES["embedding"][0], CASES["linear"][0], CASES["linear-nobias"][0]):
+        packed, dense = packed_and_dense(make)
+        net = nn.Sequential(packed, nn.LayerNorm(4))
+        assert next(net.parameters()).dtype == next(packed.parameters()).dtype == torch.float32
+        assert next(net.to(torch.bfloat16).parameters()).dtype == packed.weight.dtype == torch.bfloat16
+        net[1].to(next(net[0].parameters()).dtype)
+        bias = {"bias"} if getattr(packed, "bias", None) is not None else set()
+        names = {*packed.packed_parts()} - {"weight"} | {"packed"} | bias
+        assert packed.state_dict().keys() == dict(packed.named_parameters()).keys() == names
+        assert all(parameter.numel() for _, parameter in packed.named_parameters())
+        packed.load_state_dict(packed.state_dict())
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"packed\"[^n]*$"):
+            packed.load_state_dict({name: value for name, value in packed.state_dict().items() if name != "packed"})
+        assert dict(unpack_module_(packed).named_parameters()).keys() == dict(dense.named_parameters()).keys()
+
+
 def test_state_dict_round_trip() -> None:
     packed, _ = packed_and_dense(CASES["linear"][0])
     other, _ = packed_and_dense(CASES["linear"][0])

@@ -213,30 +213,81 @@ def test_autocast() -> None:
     assert x.grad is not None and x.grad.dtype == torch.float32
 
 
-def test_derivatives_of_every_kind() -> None:
+F0 = torch.func.functional_call
+BIASES = torch.arange(24.0).view(2, 12)
+
+
+def loss(net: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: net(x).tanh().sum()
+
+
+def twice(net: Any, x: Tensor) -> Tensor:
+    y = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(net(y).tanh().sum(), y, create_graph=True)
+    return torch.autograd.grad(g.square().sum(), y)[0]
+
+
+def many_at_once(net: Any, x: Tensor) -> Tensor:
+    y = x[0].clone().requires_grad_()
+    return torch.autograd.grad(net(y), y, torch.eye(12), is_grads_batched=True)[0]
+
+
+DERIVATIVES: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = {
+    "grad": lambda net, x, v: torch.func.grad(loss(net))(x),
+    "vmap": lambda net, x, v: torch.vmap(net)(x),
+    "vmap of grad": lambda net, x, v: torch.vmap(torch.func.grad(loss(net)))(x),
+    "grad of vmap": lambda net, x, v: torch.func.grad(lambda y: torch.vmap(net)(y).tanh().sum())(x),
+    "grad of grad": lambda net, x, v: torch.func.grad(lambda y: torch.func.grad(loss(net))(y).square().sum())(x),
+    "vjp": lambda net, x, v: torch.func.vjp(net, x)[1](torch.ones(3, 12))[0],
+    "jvp": lambda net, x, v: torch.func.jvp(net, (x,), (v,))[1],
+    "jvp of grad": lambda net, x, v: torch.func.jvp(torch.func.grad(loss(net)), (x,), (v,))[1],
+    "grad of jvp": lambda net, x, v: torch.func.grad(lambda y: torch.func.jvp(loss(net), (y,), (v,))[1])(x),
+    "jacrev": lambda net, x, v: torch.func.jacrev(net)(x[0]),
+    "jacfwd": lambda net, x, v: torch.func.jacfwd(net)(x[0]),
+    "jacfwd of jacfwd": lambda net, x, v: torch.func.jacfwd(torch.func.jacfwd(loss(net)))(x[0]),
+    "hessian": lambda net, x, v: torch.func.hessian(loss(net))(x[0]),
+    "autograd twice": lambda net, x, v: twice(net, x),
+    "autograd, many gradients": lambda net, x, v: many_at_once(net, x),
+    "autograd, vectorised": lambda net, x, v: torch.autograd.functional.jacobian(net, x[0], vectorize=True),
+    "of the bias": lambda net, x, v: torch.func.grad(lambda b: F0(net, {"bias": b}, (x,)).tanh().sum())(BIASES[0]),
+    "per sample": lambda net, x, v: torch.vmap(
+        torch.func.grad(lambda b, y: F0(net, {"bias": b}, (y,)).tanh().sum()), (None, 0))(BIASES[0], x),
+    "jvp of the bias": lambda net, x, v: torch.func.jvp(lambda b: F0(net, {"bias": b}, (x,)), (BIASES[0],), (BIASES[1],))[1],
+    "vmap over the bias": lambda net, x, v: torch.vmap(lambda b: F0(net, {"bias": b}, (x,)))(BIASES),
+    "vmap over both": lambda net, x, v: torch.vmap(lambda b, y: F0(net, {"bias": b}, (y,)))(BIASES, x[:2]),
+    "the weight": lambda net, x, v: torch.vmap(torch.func.grad(lambda y: (y @ net.weight.T).tanh().sum()))(x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("work", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_derivatives_of_every_kind(work: Callable[[Any, Tensor, Tensor], Tensor]) -> None:
     packed, dense = packed_and_dense(CASES["linear"][0])
     x, v = torch.randn(3, 20), torch.randn(3, 20)
     for net in (packed, dense):
         net.requires_grad_(False)
-
-    def second(net: Any) -> Tensor:
-        y = x.clone().requires_grad_()
-        (g,) = torch.autograd.grad(net(y).tanh().sum(), y, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), y)[0]
-
-    for work in (
-        lambda net: torch.func.jvp(net, (x,), (v,))[1],
-        lambda net: torch.func.jacfwd(net)(x[0]),
-        lambda net: torch.vmap(net)(x),
-        second,
-    ):
-        torch.testing.assert_close(work(packed), work(dense), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(work(packed, x, v), work(dense, x, v), rtol=1e-4, atol=1e-4)
 
 
-def test_vmap_over_a_bias_is_refused() -> None:
+@pytest.mark.parametrize("name", ["embedding", "conv2d"])
+def test_maps_over_other_layers(name: str) -> None:
+    packed, dense = packed_and_dense(CASES[name][0])
+    x = CASES[name][1]()
+    torch.testing.assert_close(torch.vmap(packed)(x), torch.vmap(dense)(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_derivatives_compiled() -> None:
+    packed, dense = packed_and_dense(CASES["linear"][0])
+    x = torch.randn(3, 20)
+    compiled = torch.compile(lambda y: torch.func.grad(loss(packed))(y), backend="aot_eager")
+    torch.testing.assert_close(compiled(x), torch.func.grad(loss(dense))(x), rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_parts_is_refused() -> None:
     packed, _ = packed_and_dense(CASES["linear"][0])
-    with pytest.raises(ModelError, match=r"torch.vmap maps over .* the input alone"):
-        torch.vmap(lambda bias: F.linear(torch.ones(20), packed.weight, bias))(torch.ones(2, 12))
+    codes = torch.stack([packed.codes, packed.codes])
+    with pytest.raises(ModelError, match=r"torch.vmap maps over the parts .* its input and its bias"):
+        torch.vmap(lambda part: F0(packed, {"codes": part}, (torch.ones(20),)))(codes)
 
 
 def test_writing_below_pythons_functions_is_refused() -> None:

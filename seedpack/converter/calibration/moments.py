@@ -62,7 +62,7 @@ class InputMoments:
         """Add an input that a layer is not called with."""
         x = layer_input(layer, x.detach())
         if name not in self._sums:
-            self._sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device), 0
+            self._sums[name] = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device), 0
         total, count = self._sums[name]
         self._sums[name] = (total.addmm_(x.mT, x), count + len(x))
 

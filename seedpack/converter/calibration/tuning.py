@@ -199,7 +199,9 @@ def _row_factors(student: Student) -> Iterator[dict[str, Tensor]]:
             layer = student.model.get_submodule(parameter.rpartition(".")[0])
             weight = student.model.get_parameter(parameter)
             count = len(weight) if not is_transposed(layer) else weight.shape[1]
-            factor = factors.setdefault(name, torch.ones(count, device=weight.device, requires_grad=True))
+            factor = factors.setdefault(
+                name, torch.ones(count, dtype=torch.float32, device=weight.device, requires_grad=True)
+            )
             hooks.append(
                 layer.register_forward_hook(lambda layer, args, out, factor=factor: _scaled(layer, args, out, factor))
             )

@@ -112,7 +112,7 @@ class Mxfp4Weight(FewBits):
     def dense(self, read: Read, dtype: torch.dtype) -> Tensor:
         """Return the dense tensor [experts, in, out]: a product in float32, then cast."""
         blocks, scales = read(self.parts[0]), self._scales(read, self.parts[1])
-        low = torch.tensor(E2M1).repeat(16)
+        low = torch.tensor(E2M1, dtype=torch.float32).repeat(16)
         high = torch.tensor(E2M1).repeat_interleave(16)
         pairs = torch.stack([low, high], dim=-1)  # of every byte
         dense = torch.empty(self.shape, dtype=dtype)

@@ -98,14 +98,18 @@ def grad_coefs(grad: Tensor, x: Tensor, blocks: int, count: int, basis: DenseNoi
     grads, tokens = grad.detach().float(), x.detach().float()
     for part in row_tiles.row_slices(rows, x.shape[1]):
         _reduce_rows(grads[:, part].T @ tokens, index[part], basis, row_sums[part])
-    return torch.zeros(blocks, count).index_add_(0, index // rows_per_block(rows, blocks), row_sums)
+    return torch.zeros(blocks, count, dtype=row_sums.dtype).index_add_(
+        0, index // rows_per_block(rows, blocks), row_sums
+    )
 
 
 def reduce(weight_grad: Tensor, blocks: int, count: int, basis: DenseNoise, rows: int, index: Tensor) -> Tensor:
     """Do as `matmul_reference.reduce`, summed in another order."""
     row_sums = torch.empty(len(index), count, dtype=torch.float32)
     _reduce_rows(weight_grad, index, basis, row_sums)
-    return torch.zeros(blocks, count).index_add_(0, index // rows_per_block(rows, blocks), row_sums)
+    return torch.zeros(blocks, count, dtype=row_sums.dtype).index_add_(
+        0, index // rows_per_block(rows, blocks), row_sums
+    )
 
 
 def _reduce_rows(weight_grad: Tensor, index: Tensor, basis: DenseNoise, out: Tensor) -> None:

@@ -81,4 +81,6 @@ def grad_coefs(grad: Tensor, x: Tensor, blocks: int, count: int, basis: DenseNoi
 
 def reduce(weight_grad: Tensor, blocks: int, count: int, basis: DenseNoise, rows: int, index: Tensor) -> Tensor:
     """Do as `matmul_reference.reduce` for all rows, summed in another order: by a product whose tokens are the rows."""
-    return grad_coefs(torch.eye(rows, device=weight_grad.device), weight_grad, blocks, count, basis)
+    return grad_coefs(
+        torch.eye(rows, dtype=torch.float32, device=weight_grad.device), weight_grad, blocks, count, basis
+    )

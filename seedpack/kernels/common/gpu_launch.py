@@ -179,6 +179,6 @@ def tensor_core_operand(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return what the tensor cores take for x [tokens, n], and the factor of each token: float16 in ±1, or float32 as it is."""
     x = x.float()
     if dtype == torch.float32:
-        return x.contiguous(), torch.ones(x.shape[0], device=x.device)
+        return x.contiguous(), torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
     scale = x.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny)
     return (x / scale[:, None]).half().contiguous(), scale

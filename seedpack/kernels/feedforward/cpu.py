@@ -114,7 +114,7 @@ def forward(x: Tensor, tree: Tree, activation: str) -> Tensor:
     values: list[Any] = [value if value.is_contiguous() else value.contiguous() for value in (x, *tree)]  # type: ignore[union-attr]
     tokens, columns = x.shape
     width, outputs = tree.in_bias.shape[1], tree.out_bias.shape[1]
-    out = torch.empty(tokens, outputs)
+    out = torch.empty(tokens, outputs, dtype=torch.float32)
     depth, number = tree.depth, NUMBERS[activation]
     if tokens * (depth * columns + width * (columns + outputs)) < FEW_VALUES:
         addresses: Any = [value.data_ptr() for value in (*values, out)]

@@ -60,7 +60,7 @@ def _plan(width: int) -> tuple[np.float32, int, Any, list[int]]:
 
 @lru_cache(maxsize=16)
 def _ones(width: int) -> Tensor:
-    return torch.ones(width)
+    return torch.ones(width, dtype=torch.float32)
 
 
 def mix(x: Tensor, factor: Tensor | None) -> Tensor:

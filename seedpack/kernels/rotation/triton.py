@@ -75,7 +75,7 @@ def mix(x: Tensor, factor: Tensor | None) -> Tensor:
 def mix_lanes(x: Tensor, factor: Tensor | None, out: Tensor, group: int, per: int) -> Tensor:
     """Mix into out [tokens at least, n at least], float32, groups reordered as `mix_kernel` says; returns it."""
     x, n = x.contiguous(), x.shape[-1]
-    factor = torch.ones(n, device=x.device) if factor is None else factor.contiguous()
+    factor = torch.ones(n, dtype=torch.float32, device=x.device) if factor is None else factor.contiguous()
     orders, after, padded = _steps(n)
     if not x.numel():
         return out

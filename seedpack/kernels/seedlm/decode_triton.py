@@ -68,7 +68,7 @@ def regenerated(parts: SeedLMParts, code: SeedLMCode, columns: int) -> Regenerat
     seeds, codes, bias = parts.seeds.contiguous().flatten(1), parts.codes.contiguous().flatten(1), parts.exponent_bias
     places = triton.next_power_of_2(code.block)
     taps = LFSR_TAPS[code.seed_bits]
-    scale = torch.ldexp(torch.ones(1, device=bias.device), bias.to(torch.int32))
+    scale = torch.ldexp(torch.ones(1, dtype=torch.float32, device=bias.device), bias.float())
     pointers = (seeds, codes, seeds.shape[1], codes.shape[1], columns, code.unit)
     sizes = (code.seed_bits, code.block, code.rank, places, code.seed_bits - max(taps), sum(1 << tap for tap in taps))
     return Regenerated(seedlm_tile, pointers, sizes, scale, seeds.shape[0], columns, (code.block, places))

@@ -124,4 +124,4 @@ def dense(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Ten
 
 def decode(stream: Tensor, code: TrellisCode, columns: int) -> Tensor:
     """Do as `decode_reference.decode`, bit for bit."""
-    return dense(stream, torch.ones(stream.shape[0]), code, columns).to(torch.int16)
+    return dense(stream, torch.ones(stream.shape[0], dtype=torch.float32), code, columns).to(torch.int16)

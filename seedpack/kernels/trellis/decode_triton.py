@@ -86,4 +86,6 @@ def dense(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Ten
 
 def decode(stream: Tensor, code: TrellisCode, columns: int) -> Tensor:
     """Do as `decode_reference.decode`, bit for bit."""
-    return launch.dense(regenerated(stream, torch.ones(1, device=stream.device), code, columns), torch.int16)
+    return launch.dense(
+        regenerated(stream, torch.ones(1, dtype=torch.float32, device=stream.device), code, columns), torch.int16
+    )

@@ -14,12 +14,14 @@ BALANCE_BITS = 4
 
 def row_scales(scales: Int[Tensor, " rows"], exponent: Int[Tensor, " one"]) -> Float[Tensor, " rows"]:
     """Return the scales of the integers, float32, exact: those stored, bit patterns of float16, times 2^exponent."""
-    return torch.ldexp(scales.view(torch.float16).float(), exponent.to(torch.int32)) * VALUE_UNIT
+    return torch.ldexp(scales.view(torch.float16).float(), exponent.float()) * VALUE_UNIT
 
 
 def input_scales(balance: UInt8[Tensor, "one groups bytes"], columns: int) -> Float[Tensor, " columns"]:
     """Return the factor that each input channel of the weight was multiplied by, float32: 2^((q - 8) / 4)."""
-    factors = torch.tensor([2 ** ((q - 8) / 4) for q in range(1 << BALANCE_BITS)], device=balance.device)
+    factors = torch.tensor(
+        [2 ** ((q - 8) / 4) for q in range(1 << BALANCE_BITS)], dtype=torch.float32, device=balance.device
+    )
     return factors[unpack(balance, columns, BALANCE_BITS)[0]]
 
 
