@@ -174,6 +174,16 @@ def test_the_first_parameter_tells_the_dtype(name: str, tmp_path: Path) -> None:
         assert not any("no_values" in key for file in checkpoint.files for key in file.header.tensors)
 
 
+@pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])
+def test_other_implementations_of_experts(implementation: str, tmp_path: Path) -> None:
+    make, inputs = MODELS["gpt-oss"]
+    folders = Folders(make(), tmp_path)
+    model = folders.cls.from_pretrained(folders.packed)
+    expected = run(model, inputs)
+    model.set_experts_implementation(implementation)
+    same(run(model, inputs), expected)
+
+
 def test_layers_that_the_model_writes_to_stay_raw() -> None:
     model = MODELS["rwkv"][0]()
     names = CheckpointNames(model.to("meta"))
