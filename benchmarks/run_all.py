@@ -17,6 +17,7 @@ MODULES = (
     "language.calibration",
     "language.ingredients",
     "language.sentences",
+    "language.architectures",
     "images.resnets",
     "images.kodak",
     "kernels.products",

@@ -72,7 +72,7 @@ def quiet() -> None:
     transformers.logging.set_verbosity_warning()
     transformers.logging.disable_progress_bar()
     logger = logging.getLogger("transformers")
-    logger.handlers.clear()
+    logger.handlers[:] = [logging.NullHandler()]
     logger.propagate = False
 
 

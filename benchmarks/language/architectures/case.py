@@ -20,6 +20,7 @@ from benchmarks.language.architectures.time_limit import TimedOut, time_limit
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.converter.plan import Plan
 from seedpack.converter.report import Report
+from seedpack.dtypes import PACKABLE
 
 MANY_WEIGHTS = 700_000  # above, a codec that takes less time
 
@@ -129,7 +130,7 @@ class RoundTrip:
 def pack(folder: Path, record: dict[str, Any]) -> None:
     """Pack the dense folder, and record what stays raw and the sizes."""
     many = record["weights"] > MANY_WEIGHTS
-    options: dict[str, Any] = {"bits": 4, "settings": {"effort": "fast"}}
+    options: dict[str, Any] = {"bits": 4.0, "settings": {"effort": "fast"}}
     if many:
         options = {"codec": SeedLMCodec(9, 8, 3, 1)}
     started = time.monotonic()
@@ -148,12 +149,9 @@ def pack(folder: Path, record: dict[str, Any]) -> None:
 
 def left_raw(plan: Plan) -> list[dict[str, Any]]:
     """Return the largest tensors of two axes or more that stay raw, each with the plan's note."""
-    raw = [
-        {"name": tensor.name, "shape": list(tensor.shape), "note": tensor.note, "bytes": tensor.stored_bytes}
-        for tensor in plan.tensors
-        if not tensor.packed and len(tensor.shape) > 1 and "F" in tensor.dtype
-    ]
-    return sorted(raw, key=lambda entry: -int(entry["bytes"]))[:60]
+    raw = [t for t in plan.tensors if not t.packed and len(t.shape) > 1 and t.dtype in PACKABLE]
+    raw.sort(key=lambda tensor: -tensor.stored_bytes)
+    return [{"name": t.name, "shape": list(t.shape), "note": t.note, "bytes": t.stored_bytes} for t in raw[:60]]
 
 
 def load_packed(case: Case, folder: Path, record: dict[str, Any]) -> tuple[Any, tuple[dict[str, Any], list[str]]]:

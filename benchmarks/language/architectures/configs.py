@@ -67,9 +67,8 @@ class TinyConfigs:
         """Return an entry's value in the small config."""
         if name in ("rope_parameters", "rope_scaling") or (isinstance(value, dict) and "rope" in name):
             return small_rope(value)
-        if isinstance(value, (list, tuple)) and len(value) == depth > 2 and not re.search("out_|indic", name):
-            if self._variant != "first layers":
-                return type(value)(value[i] for i in layers)
+        if self._variant != "first layers" and is_per_layer(name, value, depth):
+            return type(value)(value[i] for i in layers)
         if TOKEN.fullmatch(name):
             return self._token_id(name, value)
         if name in DEPTHS and isinstance(value, int):
@@ -94,6 +93,11 @@ class TinyConfigs:
         if not isinstance(value, int) or value < VOCABULARY:
             return value
         return self._token_ids.setdefault(name, VOCABULARY - 1 - len(self._token_ids))
+
+
+def is_per_layer(name: str, value: Any, depth: int) -> bool:
+    """Tell whether an entry is a list of something for each layer."""
+    return isinstance(value, (list, tuple)) and len(value) == depth > 2 and not re.search("out_|indic", name)
 
 
 def entries(config: Any) -> dict[str, Any]:

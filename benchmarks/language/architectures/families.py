@@ -152,8 +152,9 @@ def image_in_text(config: Any, names: set[str]) -> Candidates:
         for count in TOKENS_PER_IMAGE:
             parts = [samples.tokens(config, 1, 3), torch.full((1, count), token), samples.tokens(config, 1, 4)]
             ids = torch.cat(parts, 1)
-            types = {name: (ids == token).long() for name in ("mm_token_type_ids", "token_type_ids") if name in names}
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image, **types}
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image}
+            for name in names & {"mm_token_type_ids", "token_type_ids"}:
+                inputs[name] = (ids == token).long()
             yield "image in text", inputs
 
 
@@ -166,6 +167,6 @@ def images_for_text(config: Any, names: set[str]) -> Iterator[dict[str, Any]]:
     elif "pixel_values" in names:
         for image in samples.images(config, 1)[:2]:
             side = image.shape[-1]
-            sizes = {"image_sizes": torch.tensor([[side, side]])} if "image_sizes" in names else {}
+            sizes: dict[str, Any] = {"image_sizes": torch.tensor([[side, side]])} if "image_sizes" in names else {}
             yield {"pixel_values": image, **sizes}
             yield {"pixel_values": image[:, None], **sizes}

@@ -11,24 +11,24 @@ from benchmarks.language.architectures.rules import FEED_FORWARD, HEADS, KV_HEAD
 
 def resnet(*stages: str) -> Any:
     """Return the config of a tiny backbone."""
-    return transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], out_features=list(stages)
-    )
+    form: dict[str, Any] = {"out_features": list(stages), **FOUR_STAGES}
+    return transformers.ResNetConfig(embedding_size=16, **form)
 
 
 def convnext() -> Any:
     """Return the config of a tiny backbone."""
-    return transformers.ConvNextConfig(hidden_sizes=[16, 32, 64, 128], depths=[1, 1, 1, 1], out_features=STAGES)
+    form: dict[str, Any] = {"out_features": STAGES, **FOUR_STAGES}
+    return transformers.ConvNextConfig(**form)
 
 
 def dinov2() -> Any:
     """Return the config of a tiny backbone."""
-    return transformers.Dinov2Config(
-        hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14,
-        apply_layernorm=True, out_features=STAGES, reshape_hidden_states=False,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {"hidden_size": WIDTH, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 56}
+    form: dict[str, Any] = {"out_features": STAGES, "apply_layernorm": True, "reshape_hidden_states": False}
+    return transformers.Dinov2Config(patch_size=14, **sizes, **form)
 
 
+FOUR_STAGES = {"hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1]}
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 ATTENTION_LAST = ["linear_attention", "full_attention"]
 CONVOLUTION_FIRST = ["conv", "full_attention"]

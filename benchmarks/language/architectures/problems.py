@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import seedpack
+import seedpack.formats
 from benchmarks.language.architectures.models import described
 from benchmarks.language.architectures.time_limit import TimedOut
 

@@ -52,13 +52,13 @@ def ones(*shape: int) -> Tensor:
 
 def tokens(config: Any, batch: int = 2, length: int = 12) -> Tensor:
     """Return token ids [batch, length], not of the first and last of the vocabulary, which are special."""
-    vocabulary = None
+    vocabulary: Any = None
     with contextlib.suppress(Exception):  # some configs have no text part, and say so in their own ways
         vocabulary = config.get_text_config().vocab_size
     vocabulary = vocabulary or lookup(config, "vocab_size", default=VOCABULARY)
     end = vocabulary - 40 if vocabulary >= 200 else vocabulary
-    ids = torch.randint(min(5, max(0, end - 2)), max(end, 6), (batch, length), generator=generator(3))
-    return ids % max(1, vocabulary)
+    ids: Tensor = torch.randint(min(5, max(0, end - 2)), max(end, 6), (batch, length), generator=generator(3))
+    return ids.remainder(max(1, vocabulary))
 
 
 def boxes() -> Tensor:
