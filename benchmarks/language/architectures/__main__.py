@@ -24,7 +24,7 @@ import torch
 import transformers
 
 from benchmarks.language.architectures import page
-from benchmarks.language.architectures.case import run_case
+from benchmarks.language.architectures.case import FOLDERS, run_case
 from benchmarks.language.architectures.cases import Case, all_cases
 from benchmarks.language.architectures.problems import place_of
 from benchmarks.language.architectures.results import Results
@@ -112,8 +112,9 @@ def timed(case: Case, keep: Path | None, limit: float) -> dict[str, Any]:
     """Return the record of a case with the seconds that it took; one that takes too long fails."""
     started = time.monotonic()
     folder = keep or Path(tempfile.mkdtemp(prefix="architectures-"))
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
     try:
         with time_limit(limit):
             record = run_case(case, folder)

@@ -23,6 +23,7 @@ from seedpack.converter.report import Report
 from seedpack.dtypes import PACKABLE
 
 MANY_WEIGHTS = 700_000  # above, a codec that takes less time
+FOLDERS = ("dense", "packed", "decoded", "again")  # that a case makes
 
 
 def run_case(case: Case, folder: Path) -> dict[str, Any]:

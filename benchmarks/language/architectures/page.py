@@ -8,6 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.language.architectures.case import MANY_WEIGHTS
 from benchmarks.language.architectures.checks import TOLERANCE
 from benchmarks.language.architectures.models import LARGEST
 from benchmarks.lib import report
@@ -37,10 +38,11 @@ def write(result: report.Result, records: Records, count: int) -> None:
         f"language, and one class of each other model type.{done}"
     )
     result.say(
-        "The model is saved by transformers, packed by `seedpack.compress` at 4 bits, and loaded by its auto class. Unpacked by "
-        f"`seedpack.unpack` it must agree with it: outputs of every kind of input that works (relative difference at most "
-        f"{TOLERANCE:g}), outputs of towers for images and sounds, five generated tokens. Saved and loaded again it must give "
-        "the same outputs in no more bytes, and `dequantize()` the same tensors."
+        "The model is saved by transformers, packed by `seedpack.compress` at 4 bits (where it has more than "
+        f"{MANY_WEIGHTS:,} weights by seedlm at 3), and loaded by its auto class. It must agree with what `seedpack.unpack` makes "
+        f"of it: outputs of every kind of input that works (relative difference at most {TOLERANCE:g}), outputs of towers for "
+        "images and sounds, five generated tokens. Saved and loaded again it must give the same outputs in no more bytes, and "
+        "`dequantize()` the same tensors."
     )
     result.say(
         "- ok: all agree.\n- weights: no input was found that the model takes; its tensors agree.\n"
@@ -113,7 +115,7 @@ def raw(result: report.Result, records: Records) -> None:
         "and the main reason with its share."
     )
     if rows:
-        result.table(["class", "raw", "main reason", "of it"], [row for _, row in sorted(rows, key=lambda r: -r[0])])
+        result.table(["class", "raw", "main reason", "by it"], [row for _, row in sorted(rows, key=lambda r: -r[0])])
     else:
         result.say("None.")
 
