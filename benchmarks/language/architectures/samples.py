@@ -77,7 +77,8 @@ def images(config: Any, batch: int = 2) -> list[Tensor]:
     if isinstance(side, (list, tuple)) and side:
         side = side[0]
     sides = dict.fromkeys([*([side] if isinstance(side, int) and side > 1 else []), 32, 64, 128, 224])
-    return [torch.randn(batch, channels, size, size, generator=generator(4)) for size in sides]
+    random = generator(4)
+    return [torch.randn(batch, channels, size, size, generator=random) for size in sides]
 
 
 def sounds(config: Any, name: str) -> list[Tensor]:
