@@ -91,7 +91,10 @@ def test_the_page_groups_and_counts(capsys: pytest.CaptureFixture[str]) -> None:
             "task": "CAUSAL_LM", "status": "ok", "problems": [], "bits_per_weight": 4.5,
             "raw_shares": {"no matrix": 0.5, "svd would take 40.0 bits per weight": 0.2, "excluded": 0.1},
         },
-        "b:B": {"task": "MODEL", "status": "skip", "problems": [], "why": ["ImportError: B requires the natten library but"]},
+        "b:B": {
+            "task": "MODEL", "status": "skip", "problems": [],
+            "why": ["ImportError: B requires the natten library but"],
+        },
         "c:C": {"task": "MODEL", "status": "fail", "problems": [{"kind": "load", "text": "x | y", "place": ""}]},
     }  # fmt: skip
     result = Result("architectures", page.TITLE, "python -m benchmarks.language.architectures --write")

@@ -1,1 +1,1 @@
-"""Every architecture of the installed transformers, tiny and with random weights: packed, loaded, unpacked, run and compared."""
+"""Every architecture of the installed transformers, tiny and with random weights: packed, run and compared."""

@@ -1,10 +1,10 @@
 """Pack every architecture of the installed transformers that a tiny model can be made of.
 
-python -m benchmarks.language.architectures                       all, some 20 minutes of a core; goes on where it stopped
+python -m benchmarks.language.architectures                       all (20 minutes), or what is left of them
 python -m benchmarks.language.architectures --seconds 200         start no case after 200 s
 python -m benchmarks.language.architectures --only vit,llama      these model types, again, with details
 python -m benchmarks.language.architectures --retry fail          run those again that failed
-python -m benchmarks.language.architectures --report --write      write docs/benchmarks/architectures.md from what there is
+python -m benchmarks.language.architectures --report --write      write the page of what there is
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def left_raw(plan: Plan) -> list[dict[str, Any]]:
 
 
 def load_packed(case: Case, folder: Path, record: dict[str, Any]) -> tuple[Any, tuple[dict[str, Any], list[str]]]:
-    """Return the packed model, by its auto class if that can be, and what transformers tells: its loading info and warnings."""
+    """Return the packed model, by its auto class if that can be, and transformers' loading info and warnings."""
 
     def load(cls: Any) -> tuple[Any, dict[str, Any], list[str]]:
         work = lambda: cls.from_pretrained(folder, output_loading_info=True)  # noqa: E731

@@ -144,7 +144,7 @@ class Checks:
             self._problems.add("size after save", f"{size} bytes, packed by seedpack {before}")
 
     def dequantised(self, altered: set[str]) -> None:
-        """Compare all tensors of `dequantize()` with the dense rebuild's, but for those that transformers alters itself."""
+        """Compare the tensors of `dequantize()` with the dense rebuild's, but for those that transformers alters."""
         dense = attempt("dequantize", self._again.dequantize) or self._again
         expected, state = self._dense.state_dict(), dense.state_dict()
         if expected.keys() != state.keys():

@@ -27,8 +27,8 @@ def config_for(model_type: str, model_class: Any, variant: str) -> Any:
     Args:
         model_type: of transformers' `CONFIG_MAPPING`.
         model_class: that the config is for.
-        variant: "grouped" has fewer key/value heads than heads, "ungrouped" as many; in "first layers" lists of an entry
-            per layer stay whole.
+        variant: "grouped" has fewer key/value heads than heads, "ungrouped" as many; in "first layers"
+            lists of an entry per layer stay whole.
     """
     config = TinyConfigs(variant).shrunk(CONFIG_MAPPING[model_type]())
     wanted = model_class.config_class
@@ -117,7 +117,7 @@ def default_entries(cls: Any) -> dict[str, Any]:
 
 
 def representative_layers(own: dict[str, Any]) -> tuple[int, Sequence[int]]:
-    """Return the count of layers, and up to four of them that are of different kinds, where lists of names tell the kinds."""
+    """Return the count of layers, and up to four of different kinds, where lists of names tell the kinds."""
     depth = next((own[name] for name in DEPTHS if isinstance(own.get(name), int)), 0)
     lists = [v for v in own.values() if isinstance(v, (list, tuple)) and len(v) == depth > 2]
     kinds = [v for v in lists if all(isinstance(kind, str) for kind in v)]

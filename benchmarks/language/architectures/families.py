@@ -91,7 +91,8 @@ def oneformer(config: Any) -> Candidates:
 
 def lxmert(config: Any) -> Candidates:
     yield "lxmert", {
-        "input_ids": samples.tokens(config), "visual_feats": noise(2, 5, lookup(config, "visual_feat_dim", default=2048)),
+        "input_ids": samples.tokens(config),
+        "visual_feats": noise(2, 5, lookup(config, "visual_feat_dim", default=2048)),
         "visual_pos": torch.rand(2, 5, 4, generator=samples.generator()),
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Inputs of a model, found by trial: candidates by the arguments of its forward pass, of which those are kept that it takes."""
+"""Inputs of a model, found by trial: candidates by the arguments of its forward pass, some of which it takes."""
 
 from __future__ import annotations
 
@@ -163,5 +163,6 @@ def decisions(config: Any) -> Iterator[Candidate]:
     states, actions = lookup(config, "state_dim", default=17), lookup(config, "act_dim", "action_dim", default=4)
     yield "decision", {
         "states": noise(2, 5, states), "actions": noise(2, 5, actions), "rewards": noise(2, 5, 1),
-        "returns_to_go": noise(2, 5, 1), "timesteps": torch.arange(5).repeat(2, 1), "attention_mask": ones(2, 5).float(),
+        "returns_to_go": noise(2, 5, 1), "timesteps": torch.arange(5).repeat(2, 1),
+        "attention_mask": ones(2, 5).float(),
     }  # fmt: skip

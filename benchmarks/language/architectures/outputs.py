@@ -30,7 +30,7 @@ def floats(output: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def difference(output: Any, expected: Any) -> tuple[float, str]:
-    """Return the largest relative difference ‖a - b‖ / ‖b‖ of the tensors of two outputs, and the name of that tensor."""
+    """Return the largest relative difference ‖a - b‖ / ‖b‖ of two outputs' tensors, and that tensor's name."""
     ours, theirs = floats(output), floats(expected)
     if ours.keys() != theirs.keys():
         return math.inf, f"keys differ: {sorted(ours.keys() ^ theirs.keys())[:4]}"

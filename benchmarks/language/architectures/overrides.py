@@ -78,7 +78,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 48},
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "num_hidden_layers": 2},
     "reformer": {
-        "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (8, 16), "is_decoder": True, "attn_layers": ["local", "lsh"],
+        "axial_pos_embds_dim": (32, 32), "axial_pos_shape": (8, 16), "is_decoder": True,
+        "attn_layers": ["local", "lsh"],
         "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "num_buckets": 4, "feed_forward_size": FEED_FORWARD,
     },
     "step3p7_text": {"sliding_window": 8},

@@ -34,15 +34,15 @@ def write(result: report.Result, records: Records, count: int) -> None:
     """Say and tabulate what the records of some cases hold, of a count of cases."""
     done = "" if len(records) >= count else f" So far {len(records)} of {count} were run."
     result.say(
-        "Each architecture of transformers that a tiny model can be made of, with random weights: every class for a task of "
-        f"language, and one class of each other model type.{done}"
+        "Each architecture of transformers that a tiny model can be made of, with random weights: every class for "
+        f"a task of language, and one class of each other model type.{done}"
     )
     result.say(
         "The model is saved by transformers, packed by `seedpack.compress` at 4 bits (where it has more than "
-        f"{MANY_WEIGHTS:,} weights by seedlm at 3), and loaded by its auto class. It must agree with what `seedpack.unpack` makes "
-        f"of it: outputs of every kind of input that works (relative difference at most {TOLERANCE:g}), outputs of towers for "
-        "images and sounds, five generated tokens. Saved and loaded again it must give the same outputs in no more bytes, and "
-        "`dequantize()` the same tensors."
+        f"{MANY_WEIGHTS:,} weights by seedlm at 3), and loaded by its auto class. It must agree with what "
+        "`seedpack.unpack` makes of it: outputs of every kind of input that works (relative difference at most "
+        f"{TOLERANCE:g}), outputs of towers for images and sounds, five generated tokens. Saved and loaded again it must "
+        "give the same outputs in no more bytes, and `dequantize()` the same tensors."
     )
     result.say(
         "- ok: all agree.\n- weights: no input was found that the model takes; its tensors agree.\n"
@@ -111,8 +111,8 @@ def raw(result: report.Result, records: Records) -> None:
             note, share = max(shares.items(), key=lambda item: item[1])
             rows.append((total, (f"`{key}`", f"{total:.0%}", note, f"{share:.0%}")))
     result.say(
-        f"## What stays raw\n\nThe models that have more than {MUCH:.0%} of their weights in raw tensors, vectors not counted, "
-        "and the main reason with its share."
+        f"## What stays raw\n\nThe models that have more than {MUCH:.0%} of their weights in raw tensors, vectors not "
+        "counted, and the main reason with its share."
     )
     if rows:
         result.table(["class", "raw", "main reason", "by it"], [row for _, row in sorted(rows, key=lambda r: -r[0])])
@@ -146,8 +146,8 @@ def sizes(result: report.Result, records: Records) -> None:
             rows.append((label, *(f"{value:.2f}" for value in quantiles(values))))
     if rows:
         result.say(
-            "## Bits per weight\n\nAll that is stored, scales and padding counted. Models so small pay more for them than real "
-            "ones do: rows are short, and a header names every tensor. The quantiles are over the models."
+            "## Bits per weight\n\nAll that is stored, scales and padding counted. Models so small pay more for them "
+            "than real ones do: rows are short, and a header names every tensor. The quantiles are over the models."
         )
         result.table(["of", "least", "10%", "median", "90%", "most"], rows)
 
