@@ -18,6 +18,7 @@ MODULES = (
     "language.calibration",
     "language.ingredients",
     "language.sentences",
+    "language.architectures",
     "images.resnets",
     "images.kodak",
     "kernels.products",
