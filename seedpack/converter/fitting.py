@@ -84,7 +84,8 @@ def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: 
     """Return the importance that a tensor's codec has use for."""
     importance, codec = statistics.importance(tensor.name), tensor.codec
     if importance.is_none and codec.uses_norm_heuristic and (power := source.norm_power(tensor.name)) is not None:
-        return Importance.from_norms(matrix, power)
+        if len(power) == matrix.shape[1]:  # a convolution's columns are its channels and its kernel's places
+            return Importance.from_norms(matrix, power)
     return importance.zero_as_none() if isinstance(codec, HessianFitting) else importance.per_channel()
 
 

@@ -205,7 +205,10 @@ def _refuse(module: PackedParameters, value: object) -> None:
 @cache
 def _with_packed(dense: Any, leaves: tuple[str, ...]) -> type[Any]:
     properties = {leaf: property(partial(_view, leaf=leaf), _refuse) for leaf in leaves}
-    return type(f"Packed{dense.__name__}", (PackedParameters, dense), {"__module__": __name__, **properties})
+    name = (
+        dense.__name__ if hasattr(dense, "save_pretrained") else f"Packed{dense.__name__}"
+    )  # its config.json names the class
+    return type(name, (PackedParameters, dense), {"__module__": __name__, **properties})
 
 
 def _empty(dense: Any, leaves: tuple[str, ...]) -> nn.Module:

@@ -157,6 +157,7 @@ def test_model(name: str, tmp_path: Path) -> None:
     assert model.dtype == torch.float32
     for a, b in zip(run(folders.cls.from_pretrained(tmp_path / "again"), inputs), found, strict=True):
         assert torch.equal(a, b)
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["architectures"] == [folders.cls.__name__]
     same(run(model.dequantize(), inputs), expected)
 
 

@@ -165,7 +165,7 @@ def load_packed(case: Case, folder: Path, record: dict[str, Any]) -> tuple[Any, 
 
     try:
         model, info, warnings = load(case.auto_class)
-        if type(model) is not case.model_class:
+        if type(model).__name__ != case.model_class.__name__:
             record["auto"] = f"{case.auto_class.__name__} gives {type(model).__name__}"
     except FailedError as failed:
         if case.auto_class is case.model_class:

@@ -161,7 +161,7 @@ class Checks:
         except Exception as error:
             self._problems.add_error("seedpack.load", error)
             return
-        if type(model) is not self._class:
+        if type(model).__name__ != self._class.__name__:
             self._problems.add("seedpack.load", f"gives {type(model).__name__}")
 
 
