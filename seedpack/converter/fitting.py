@@ -83,8 +83,9 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
 def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: Statistics) -> Importance:
     """Return the importance that a tensor's codec has use for."""
     importance, codec = statistics.importance(tensor.name), tensor.codec
-    if importance.is_none and codec.uses_norm_heuristic and (power := source.norm_power(tensor.name)) is not None:
-        if len(power) == matrix.shape[1]:  # a convolution's columns are its channels and its kernel's places
+    if importance.is_none and codec.uses_norm_heuristic:
+        power = source.norm_power(tensor.name)
+        if power is not None and len(power) == matrix.shape[1]:  # a convolution's columns are its kernel's places too
             return Importance.from_norms(matrix, power)
     return importance.zero_as_none() if isinstance(codec, HessianFitting) else importance.per_channel()
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import seedpack
@@ -85,3 +86,15 @@ def test_compress_uses_it(tmp_path: Path, given: bool) -> None:
     half = len(gain) // 2
     ratio = float(error[half:].mean() / error[:half].mean())
     assert ratio > 0.8 if given else ratio < 0.5
+
+
+def test_a_convolution_behind_a_norm(tmp_path: Path) -> None:
+    """Its columns are channels and places, so the power of channels says nothing of them."""
+    config = transformers.SegformerConfig(
+        hidden_sizes=[8, 8, 8, 8], depths=[1] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8
+    )
+    transformers.SegformerModel(config).save_pretrained(tmp_path / "dense")
+    report = seedpack.compress(tmp_path / "dense", tmp_path / "packed", settings={"effort": "fast"})
+    assert any(
+        t.packed and t.kind == "conv" and t.name.endswith("attention.self.sr.weight") for t in report.plan.tensors
+    )
