@@ -25,6 +25,18 @@ WEIGHTS_AT_ONCE = 1 << 20
 Parts = dict[str, Tensor]
 
 
+def tables(run: Run, plan: Plan) -> list[str]:
+    """Return the names of tensors that were guessed to be weights, and by their values are none.
+
+    A mask, a table of offsets: a quarter of it or more is zero, or some of it is infinite.
+    """
+    return [t.name for t in plan.tensors if t.packed and t.kind == "guess" and _is_table(run.source.read(t.name))]
+
+
+def _is_table(tensor: Tensor) -> bool:
+    return int((tensor == 0).sum()) * 4 >= tensor.numel() or not _usable(tensor)
+
+
 def nonfinite_tensors(run: Run, plan: Plan) -> list[str]:
     """Look at every tensor to be packed before the first is fitted; return the names of those with NaN or Inf.
 

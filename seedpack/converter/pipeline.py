@@ -18,7 +18,7 @@ from seedpack.converter.calibration.calibrate import (
     measured_sensitivities,
     tune_packed,
 )
-from seedpack.converter.fitting import apply_tuning, fit, nonfinite_tensors
+from seedpack.converter.fitting import apply_tuning, fit, nonfinite_tensors, tables
 from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype, silent
 from seedpack.converter.plan import Plan, codec_for, default_plan
 from seedpack.converter.report import Report
@@ -32,6 +32,7 @@ from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
 from seedpack.formats.writer import file_bytes
 
+TABLE = "by its values no weight (a mask or a table)"
 Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
 
 
@@ -172,6 +173,8 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     to be measured first the layers' inputs before packing are needed too.
     """
     options, calibration = run.options, run.calibration
+    no_weights = [] if given is not None else tables(run, plan)
+    plan = plan.raw(no_weights, TABLE)
     nonfinite = nonfinite_tensors(run, plan)
     plan = plan.raw(nonfinite, "holds NaN or Inf")
     in_sequence = calibration is not None and calibration.sequential
@@ -182,7 +185,7 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     if measures:
         sensitivities = measured_sensitivities(run, plan, statistics)
         plan = make_plan(run.source, options, given, sensitivities, statistics.tensors_with_hessian(plan))
-        plan = plan.raw(nonfinite, "holds NaN or Inf")
+        plan = plan.raw(no_weights, TABLE).raw(nonfinite, "holds NaN or Inf")
     if in_sequence:
         statistics = calibrate_in_sequence(run, plan)
     plan = plan.with_hessians(statistics.tensors_with_hessian(plan))

@@ -201,14 +201,14 @@ class CheckpointNames:
         if expert is not None:
             return Kind("expert", group=f"{expert.module}.{expert.parameter}")
         target, pattern = self.parameter(name)
-        module, _, leaf = target.rpartition(".")
+        module = target.rpartition(".")[0]
         if pattern is not None:
             return Kind(note="made into others when transformers loads it")
         if target not in self._state or tuple(self._state[target].shape) != shape:
             return Kind(note="has no parameter of its shape in the model")
         if target in self._refused:
             return Kind(note=self._refused[target])
-        kind = module_kind(self._modules.get(module), leaf)
+        kind = module_kind(self._modules, target)
         if kind.kind == "matrix" and target in self._tied_names:
             return Kind(note="tied to another parameter")
         return kind._replace(kind="head") if kind.kind and module in self._heads else kind

@@ -193,7 +193,10 @@ def _require_same(
             problems.append(f"{len(missing)} of the model's tensors are not in the file, such as {missing[0]!r}")
         if surplus:
             problems.append(f"{len(surplus)} of the file's tensors are not in the model, such as {surplus[0]!r}")
-        raise ModelError(f"{checkpoint.path}: {'; '.join(problems)}; build the model that the file was made from")
+        remedy = "build the model that the file was made from"
+        if (checkpoint.path / "config.json").is_file():
+            remedy = f"load the folder by its own architecture, seedpack.load({str(checkpoint.path)!r}), or {remedy}"
+        raise ModelError(f"{checkpoint.path}: {'; '.join(problems)}; {remedy}")
     for name, (stored, view) in targets.items():
         expected, found = (view or checkpoint.manifest.tensors[stored]).shape, tuple(state[name].shape)
         if found != expected:

@@ -83,11 +83,30 @@ def _watch_wrappers(parent: nn.Module, name: str, module: nn.Module | None) -> N
         return
     if isinstance(parent, DistributedDataParallel):
         _ignore_parts(parent, module)
+    elif name == "base_model" and hasattr(module, "peft_config"):
+        _require_other_targets(module)
     elif type(parent).__name__ == "ModulesToSaveWrapper" and any(isinstance(m, PartHolder) for m in module.modules()):
         raise ModelError(
             f"modules_to_save: a packed {type(module).__name__.removeprefix('Packed')} cannot be trained itself; leave it raw when "
             "the model is packed (exclude, --exclude), or make the model dense first (model.dequantize() in transformers)"
         )
+
+
+def _require_other_targets(adapted: nn.Module) -> None:
+    """Refuse adapters of peft on packed parameters themselves, which it would pass over with a warning at most."""
+    packed = [
+        f"{name}.{leaf}"
+        for name, module in adapted.named_modules()
+        if isinstance(module, PartHolder)
+        for leaf in getattr(module, "pieces", ())
+    ]
+    for config in adapted.peft_config.values():  # type: ignore[operator]
+        for target in getattr(config, "target_parameters", None) or ():
+            if any(f".{name}".endswith(f".{target}") for name in packed):
+                raise ModelError(
+                    f"target_parameters: {target!r} is packed, and peft cannot add to it; target layers (target_modules), or make "
+                    "the model dense first (model.dequantize() in transformers)"
+                )
 
 
 def _ignore_parts(parent: DistributedDataParallel, module: nn.Module) -> None:

@@ -80,6 +80,11 @@ class PackedModule(PartHolder):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_weight"}
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if type(self) in FUSED.values():
+            return super().__reduce_ex__(protocol)
+        return _empty, (self.dense_class,), self.__getstate__()  # of a class that was made for it
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, as `nn.Module` does when one is assigned; `weight` is none."""
         if name == "weight":
@@ -194,6 +199,12 @@ def packed_class(module: nn.Module) -> type[PackedModule] | None:
 @cache
 def _with_own_forward(dense: Any) -> type[PackedModule]:
     return type(f"Packed{dense.__name__}", (PackedModule, dense), {})
+
+
+def _empty(dense: Any) -> nn.Module:
+    """Return an object of the packed class of a layer with a forward pass of its own, for copies."""
+    cls = _with_own_forward(dense)
+    return cls.__new__(cls)
 
 
 def pack_module_(

@@ -65,8 +65,10 @@ class Piece:
 
     @cached_property
     def one(self) -> Piece | None:
-        """One matrix of these, or None if they are no stack of three axes."""
+        """One matrix of these, or None if they are no stack of three axes with that of matrices first."""
         if not isinstance(self.codec, StackCodec) or len(self.shape) != 3:
+            return None
+        if (self.codec.matrix_rows, self.codec.matrix_columns) != self.shape[1:]:
             return None
         return Piece(self.prefix, self.codec.inner, self.shape[1:], self.codec.transposed)
 

@@ -207,6 +207,9 @@ def _matmul(input: Tensor, other: Tensor, **kwargs: Any) -> Tensor | None:
     return product(input)  # type: ignore[no-any-return]
 
 
+_INDICES = (torch.int64, torch.int32, torch.int16, torch.int8)  # booleans, and bytes, are masks
+
+
 def _matrix(weight: Tensor, index: Any) -> Tensor | None:
     """Return one matrix of a packed stack, still packed, or some of them, decoded alone."""
     layer = weight._layer if isinstance(weight, PackedWeight) else None
@@ -216,7 +219,7 @@ def _matrix(weight: Tensor, index: Any) -> Tensor | None:
     if isinstance(index, tuple) and index and isinstance(index[0], int) and not isinstance(index[0], bool):
         matrix = _matrix(weight, index[0])
         return None if matrix is None else matrix[index[1:]]
-    if isinstance(index, int) or (isinstance(index, Tensor) and not index.dim() and not index.is_floating_point()):
+    if isinstance(index, int) or (isinstance(index, Tensor) and not index.dim() and index.dtype in _INDICES):
         found = at(int(index))
         return None if found is None else PackedWeight.of(found, weight.device, keep=True)
     if isinstance(index, Tensor) and index.dim() == 1 and index.dtype == torch.int64 and index.numel():

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from seedpack.errors import ModelError
 from seedpack.loader.layers import PackedModule
-from tests.helpers.models import IDS, Folders, llama
+from tests.helpers.models import IDS, ROUTED, SMALL, Folders, llama
 
 peft = pytest.importorskip("peft")
 TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
@@ -93,3 +94,16 @@ def test_modules_to_save_that_were_left_raw(tmp_path: Path) -> None:
     net = adapted(folders.cls.from_pretrained(folders.packed), REFUSED["modules_to_save"][0])
     assert any("modules_to_save" in name for name in logits_and_gradients(net))
     assert copy.deepcopy(net)(input_ids=IDS).logits.shape == (2, 12, 96)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parameters_of_packed_experts(tmp_path: Path) -> None:
+    """It names no layer, so peft would pass them over, and train or load an adapter of less."""
+    config = transformers.GptOssConfig(**SMALL, **ROUTED, head_dim=8, num_local_experts=4, num_experts_per_tok=2)
+    folders = Folders(transformers.GptOssForCausalLM(config), tmp_path)
+    lora = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(
+        ModelError, match="target_parameters: 'mlp.experts.gate_up_proj' is packed, and peft cannot add to it"
+    ):
+        peft.get_peft_model(folders.cls.from_pretrained(folders.packed), lora)
+    peft.get_peft_model(folders.reference(), lora)

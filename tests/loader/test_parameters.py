@@ -17,6 +17,7 @@ import seedpack
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import ModelError
@@ -296,3 +297,61 @@ def test_a_layer_beside_it(tmp_path: Path) -> None:
         type(module).__name__ for module in packed.modules() if isinstance(module, (PackedModule, PackedParameters))
     }
     assert kinds == {"PackedMultiheadAttention", "PackedLinear"}
+
+
+def test_tables_of_a_state_dict_stay_raw(tmp_path: Path) -> None:
+    """A file does not tell parameters from buffers: a mask that is nearly right lets the future leak."""
+    infinite = torch.full((64, 64), -torch.inf).triu(1)
+    state = {
+        "attn.mask": torch.ones(64, 64).tril(),
+        "attn.causal": torch.ones(64, 64).tril(),
+        "attn.blocked": infinite,
+        "freqs_cis": torch.randn(64, 64),
+        "bn.running_mean": torch.randn(64, 64),
+        "w": torch.randn(64, 64),
+    }
+    report = seedpack.compress(state, tmp_path / "packed", codec=CODEC)
+    notes = {t.name: t.note for t in report.plan.tensors}
+    assert notes["attn.mask"] == notes["freqs_cis"] == notes["bn.running_mean"] == "by its name no weight"
+    assert notes["attn.causal"] == notes["attn.blocked"] == "by its values no weight (a mask or a table)"
+    dense = seedpack.load(tmp_path / "packed", dense=True)
+    assert not notes["w"] and all(torch.equal(dense[name], state[name]) for name in state if name != "w")
+
+
+def test_norms_and_routers_stay_raw(tmp_path: Path) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(64, 64), Experts()
+            self.router = nn.Sequential(nn.Linear(64, 64))
+            self.norm = nn.LayerNorm((64, 64))
+
+    report = seedpack.compress(Block(), tmp_path / "packed", codec=CODEC)
+    assert {t.name for t in report.plan.tensors if t.packed} == {"experts.up", "experts.table"}
+
+
+def test_a_stack_of_other_matrices_is_decoded_whole(tmp_path: Path) -> None:
+    net = Experts()
+    codec = StackCodec.over(CODEC, 40, 32)
+    document = {"seedpack_plan": 1, "tensors": {"up": {"codec": "stack", "config": codec.spec().config}}}
+    seedpack.compress(net, tmp_path / "packed", codec=CODEC, plan=document)
+    packed, dense = seedpack.load(tmp_path / "packed", model=Experts()), seedpack.load(tmp_path / "packed", dense=True)
+    assert all(torch.equal(packed.up[i] + 0, dense["up"][i]) for i in range(3))
+
+
+def test_masks_without_axes(tmp_path: Path) -> None:
+    packed, dense = packed_and_dense("experts", tmp_path)
+    for index in (torch.tensor(True), torch.tensor(False)):
+        assert torch.equal(packed.up[index], dense.up[index])  # type: ignore[index]
+
+
+def test_layers_with_their_own_forward_are_pickled(tmp_path: Path) -> None:
+    net = nn.ConvTranspose2d(8, 8, 3)
+    seedpack.compress(net, tmp_path / "packed", codec=CODEC)
+    packed = seedpack.load(tmp_path / "packed", model=nn.ConvTranspose2d(8, 8, 3))
+    again, x = pickle.loads(pickle.dumps(packed)), torch.randn(1, 8, 5, 5)
+    assert (
+        type(again) is type(packed)
+        and torch.equal(again(x), packed(x))
+        and torch.equal(copy.deepcopy(packed)(x), again(x))
+    )

@@ -29,7 +29,7 @@ class SourceTensor:
         dtype: its safetensors name.
         shape: as stored.
         kind: what a model uses it for: linear, embedding, head (the output head, or an embedding tied to it), conv,
-            expert, matrix (any other), or "" (raw).
+            expert, matrix (any other parameter), guess (by its name and shape alone), or "" (raw).
         transposed: stored [in, out].
         group: for experts, the parameter that all of the group become parts of in memory.
         stacked: its last two axes are those of matrices, each of which is packed alone.

@@ -11,6 +11,10 @@ LEAST_AXIS = (
     32  # of a matrix that is no layer's weight: smaller ones are tables of states, decays or offsets, or tokens
 )
 _BIAS = re.compile(r".*bias(_\w+)?")
+_TABLE = re.compile(  # values that are no weights: of positions, masks, states, statistics and scales
+    r"(.*_)?(mask|masks|freqs?|cis|cos|sin|inv|decay|cache|running|avg|average|ema|mean|var|std|scale|scales|zeros?|points?"
+    r"|ids|slopes?|log|state|states)(_.*|\d*)"
+)
 _EXPERTS = re.compile(r"(.*[._])?(experts?|moe)[._].*", re.IGNORECASE)
 _CONVOLUTION_AXES = (3, 4, 5)
 
@@ -19,7 +23,7 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
     """Guess how a tensor of a bare state dict is packed: PyTorch calls layers' matrices `weight`, JAX's libraries `kernel`.
 
     >>> guess_kind("fc.weight", (10, 64)).kind, guess_kind("bn.weight", (64,)).kind, guess_kind("w", (48, 64)).kind
-    ('linear', '', 'matrix')
+    ('linear', '', 'guess')
     """
     leaf = name.rpartition(".")[2]
     if 0 in shape or len(shape) < 2:
@@ -30,7 +34,10 @@ def guess_kind(name: str, shape: tuple[int, ...]) -> Kind:
         return Kind("conv")
     if leaf.rpartition("/")[2] == "kernel" and len(shape) == 2:
         return Kind("linear", transposed=True)
-    return matrix_kind(leaf, shape)
+    if _TABLE.fullmatch(leaf.lower()):
+        return Kind(note="by its name no weight")
+    kind = matrix_kind(leaf, shape)
+    return kind._replace(kind="guess") if kind.kind else kind
 
 
 def matrix_kind(leaf: str, shape: tuple[int, ...]) -> Kind:

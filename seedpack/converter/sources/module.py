@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -13,14 +14,26 @@ from seedpack.errors import ModelError
 from seedpack.loader.layers import PackedModule, is_transposed, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack
 
-_ROUTER = re.compile("router|gate", re.IGNORECASE)
+_NORM = re.compile("norm", re.IGNORECASE)
+_ROUTER_CLASS = re.compile("router|gate", re.IGNORECASE)
+_ROUTER_NAME = re.compile(r"(.*_)?router(_.*)?")
 
 
-def module_kind(module: nn.Module | None, leaf: str) -> Kind:
-    """Tell how the parameter `leaf` of a module is packed."""
+def module_kind(modules: Mapping[str, nn.Module], name: str) -> Kind:
+    """Tell how a parameter of a model is packed.
+
+    Args:
+        modules: of the model, by name.
+        name: of the parameter.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = modules.get(path)
     if module is None or not can_pack(module, leaf):
         return Kind()
-    if packed_class(module) is None:
+    is_layer = packed_class(module) is not None
+    if _is_router(modules, path) or (not is_layer and _ROUTER_CLASS.search(type(module).__name__)):
+        return Kind(note="of a router, which few bits would change the choices of")
+    if not is_layer:
         return _parameter_kind(module, leaf)
     if isinstance(module, nn.Embedding):
         return Kind("embedding")
@@ -29,10 +42,17 @@ def module_kind(module: nn.Module | None, leaf: str) -> Kind:
     return Kind("conv")
 
 
+def _is_router(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Return whether a module chooses experts: by a name on its path, or as the gate beside the experts."""
+    parent, _, own = path.rpartition(".")
+    beside = f"{parent}.experts".lstrip(".")
+    return any(map(_ROUTER_NAME.fullmatch, path.split("."))) or (own == "gate" and beside in modules)
+
+
 def _parameter_kind(module: nn.Module, leaf: str) -> Kind:
     """Tell how a parameter of a module that is no known layer is packed; transformers' experts say that theirs are [in, out]."""
-    if _ROUTER.search(type(module).__name__):
-        return Kind(note="of a router, which few bits would change the choices of")
+    if _NORM.search(type(module).__name__):
+        return Kind(note="of a norm")
     kind = matrix_kind(leaf, tuple(module.get_parameter(leaf).shape))
     return kind._replace(transposed=kind.stacked and bool(getattr(module, "is_transposed", False)))
 
@@ -49,8 +69,7 @@ class ModuleSource(StateDictSource):
             )
 
         def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
-            parent, _, leaf = name.rpartition(".")
-            return module_kind(modules.get(parent), leaf)
+            return module_kind(modules, name)
 
         self._module = module
         super().__init__(type(module).__name__, module.state_dict(), kind_of)

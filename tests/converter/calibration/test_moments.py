@@ -47,7 +47,7 @@ def test_means_over_batches_and_shared_inputs() -> None:
 )
 def test_rows_of_the_matrix_times_what_a_layer_sees_are_its_output(layer: nn.Module, shape: tuple[int, ...]) -> None:
     x, weight = torch.randn(shape), layer.get_parameter("weight")
-    kind = module_kind(layer, "weight")[0]
+    kind = module_kind({"layer": layer}, "layer.weight")[0]
     found = layer_input(layer, x) @ weight.flatten(1).T + layer.get_parameter("bias")
     expected = layer(x) if kind == "linear" else layer(x).flatten(2).mT
     torch.testing.assert_close(found, expected.reshape(-1, len(weight)), rtol=1e-4, atol=1e-5)
