@@ -218,7 +218,7 @@ def _require_parts(manifest: Manifest, keys: set[str], names: CheckpointNames) -
 
     def known_as(key: str) -> str:
         target, merged_by = names.parameter(key)
-        return key if merged_by else target.removeprefix(f"{names.model.base_model_prefix}.")
+        return (key if merged_by else target).removeprefix(f"{names.model.base_model_prefix}.")
 
     lacking = {key for name in manifest.tensors for key in manifest.part_keys(name).values()} - keys
     if lacking:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +127,13 @@ def test_one_projection_of_the_experts_left_dense(tmp_path: Path) -> None:
     torch.testing.assert_close(output(model), output(folders.reference(experts_implementation="eager")))
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(output(folders.cls.from_pretrained(tmp_path / "again")), output(model))
+
+
+def test_the_base_of_a_mixture_is_saved_again(tmp_path: Path) -> None:
+    """Without the prefix that the whole model gives its names."""
+    import transformers
+
+    folders = Folders(ARCHITECTURES["mixtral"](), tmp_path)
+    base: Any = transformers.MixtralModel.from_pretrained(folders.packed)
+    base.save_pretrained(tmp_path / "base")
+    assert torch.equal(output(transformers.MixtralModel.from_pretrained(tmp_path / "base")), output(base))
