@@ -218,7 +218,7 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
 def _nothing_packed(name: str, plan: Plan) -> str:
     """Return why none of a plan's tensors is packed, and what to do."""
     reasons = Counter(tensor.note for tensor in plan.tensors)
-    listed = "; ".join(f"{count} {'are' if count > 1 else 'is'} {note}" for note, count in reasons.most_common(3))
+    listed = "; ".join(f"{count}: {note}" for note, count in reasons.most_common(3))
     return (
         f"{name}: none of its {len(plan.tensors)} tensors can be packed ({listed}): it would only grow. Pass a model with "
         "matrices of float32, float16 or bfloat16, or another codec or number of bits (codec=…, bits=…)"
