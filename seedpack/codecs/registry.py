@@ -86,6 +86,23 @@ def codec_from_spec(spec: CodecSpec) -> Codec:
     return codec.from_config(spec.config)
 
 
+def nested_codec(owner: str, setting: str, value: object) -> Codec:
+    """Return the codec that a setting of another codec names: its id, version and config.
+
+    Args:
+        owner: id of the other codec, for messages.
+        setting: its name, for messages.
+        value: of the setting.
+    """
+    if not isinstance(value, dict) or value.keys() != {"id", "version", "config"}:
+        raise CodecError(f"{owner}: {setting} must be a codec's id, version and config")
+    if not isinstance(value["id"], str) or type(value["version"]) is not int:
+        raise CodecError(f"{owner}: {setting} must name a codec's id and version")
+    if value["id"] == owner:
+        raise CodecError(f"{owner}: {setting} cannot be {owner} again")
+    return codec_from_spec(CodecSpec(value["id"], value["version"], value["config"]))
+
+
 @lru_cache(maxsize=256)
 def codec_from_json(text: str) -> Codec:
     """Return the codec of `codec_to_json`'s text; for operators, whose arguments are strings and tensors."""

@@ -16,9 +16,9 @@ from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.interfaces import Rates
 from seedpack.codecs.raw import RawCodec
-from seedpack.codecs.registry import codec_from_spec
+from seedpack.codecs.registry import nested_codec
 from seedpack.errors import CodecError
-from seedpack.formats import CodecSpec, PartSpec
+from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
 
 CALL = 1 << 13  # what decoding a matrix costs at least: 160 µs, as `Codec.decoding_cost` counts them
@@ -45,14 +45,16 @@ class StackCodec(Codec):
     def __new__(cls, *settings: Any, **named: Any) -> StackCodec:
         """Return a codec that has rates, if the one that it stacks has them."""
         of = named.get("of", settings[2] if len(settings) > 2 else None)
-        return object.__new__(_RatedStack if of is not None and isinstance(_inner(of), Rates) else cls)
+        return object.__new__(
+            _RatedStack if of is not None and isinstance(nested_codec(cls.id, "of", of), Rates) else cls
+        )
 
     def __post_init__(self) -> None:
         require_whole(self.id, "matrix_rows", self.matrix_rows, 1, 2**31)
         require_whole(self.id, "matrix_columns", self.matrix_columns, 1, 2**31)
         if type(self.transposed) is not bool:
             raise CodecError(f"{self.id}: transposed must be true or false, got {self.transposed!r}")
-        if isinstance(self.inner, (StackCodec, RawCodec)):
+        if isinstance(self.inner, RawCodec):
             raise CodecError(f"{self.id}: cannot stack {self.inner.id}")
 
     @classmethod
@@ -63,7 +65,7 @@ class StackCodec(Codec):
     @cached_property
     def inner(self) -> Codec:
         """The codec of each matrix."""
-        return _inner(self.of)
+        return nested_codec(self.id, "of", self.of)
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -157,11 +159,3 @@ class _RatedStack(StackCodec, Rates):
 
     def _with(self, codec: Any) -> StackCodec:
         return replace(self, of=codec.spec().to_json())
-
-
-def _inner(of: object) -> Codec:
-    if not isinstance(of, dict) or of.keys() != {"id", "version", "config"}:
-        raise CodecError(f"{StackCodec.id}: of must be a codec's id, version and config")
-    if not isinstance(of["id"], str) or type(of["version"]) is not int:
-        raise CodecError(f"{StackCodec.id}: of must name a codec's id and version")
-    return codec_from_spec(CodecSpec(of["id"], of["version"], of["config"]))

@@ -15,9 +15,9 @@ from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.coefficients import MAX_LEVELS, level_slices
 from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.interfaces import HessianFitting
-from seedpack.codecs.registry import codec_from_spec
+from seedpack.codecs.registry import nested_codec
 from seedpack.errors import CodecError
-from seedpack.formats import CodecSpec, PartSpec
+from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
 from seedpack.linalg import randomized_svd
 
@@ -66,12 +66,6 @@ class SVDCodec(Codec, HessianFitting):
         require_whole(self.id, "seed", self.seed, 0, 2**64 - 1)
         require_whole(self.id, "levels", self.levels, 1, 1 if self.factors is not None else MAX_LEVELS)
         if self.factors is not None:
-            if not isinstance(self.factors, dict) or self.factors.keys() != {"id", "version", "config"}:
-                raise CodecError(f"{self.id}: factors must be a codec's id, version and config")
-            if not isinstance(self.factors["id"], str) or type(self.factors["version"]) is not int:
-                raise CodecError(f"{self.id}: factors must name a codec's id and version")
-            if self.factors["id"] == self.id:
-                raise CodecError(f"{self.id}: its factors cannot be {self.id} again")
             self._inner()
 
     @classmethod
@@ -80,9 +74,7 @@ class SVDCodec(Codec, HessianFitting):
         return cls(factors=codec.spec().to_json(), **settings)
 
     def _inner(self) -> Codec | None:
-        if self.factors is None:
-            return None
-        return codec_from_spec(CodecSpec(self.factors["id"], self.factors["version"], self.factors["config"]))
+        return None if self.factors is None else nested_codec(self.id, "factors", self.factors)
 
     def with_hessian(self) -> SVDCodec:
         """Return this codec with the codec of the factors ready for a Hessian."""

@@ -22,35 +22,41 @@ from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import CodecError, ModelError, NonfiniteError
 
 WEIGHTS_AT_ONCE = 1 << 20
+NONFINITE, TABLE = "holds NaN or Inf", "by its values no weight (a mask or a table)"
 Parts = dict[str, Tensor]
 
 
-def tables(run: Run, plan: Plan) -> list[str]:
-    """Return the names of tensors that were guessed to be weights, and by their values are none.
+def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
+    """Look at every tensor to be packed before the first is fitted; return those that have to stay raw, with the reason.
 
-    A mask, a table of offsets: a quarter of it or more is zero, or some of it is infinite.
-    """
-    return [t.name for t in plan.tensors if t.packed and t.kind == "guess" and _is_table(run.source.read(t.name))]
-
-
-def _is_table(tensor: Tensor) -> bool:
-    return int((tensor == 0).sum()) * 4 >= tensor.numel() or not _usable(tensor)
-
-
-def nonfinite_tensors(run: Run, plan: Plan) -> list[str]:
-    """Look at every tensor to be packed before the first is fitted; return the names of those with NaN or Inf.
+    Args:
+        run: the run.
+        plan: its plan.
+        guesses: leave raw what was guessed to be a weight, and by its values is none: a quarter of it or more is zero, or
+            some of it is not finite.
 
     Raises:
-        NonfiniteError: there are such tensors, and the options do not allow them.
+        NonfiniteError: others hold NaN or Inf, and the options do not allow them.
     """
-    bad = [t.name for t in plan.tensors if t.packed and not _usable(run.source.read(t.name))]
+    found: dict[str, str] = {}
+    for tensor in (tensor for tensor in plan.tensors if tensor.packed):
+        value = run.source.read(tensor.name)
+        if not _usable(value):
+            found[tensor.name] = NONFINITE
+        if (
+            guesses
+            and tensor.kind == "guess"
+            and (tensor.name in found or 4 * int((value == 0).sum()) >= value.numel())
+        ):
+            found[tensor.name] = TABLE
+    bad = [name for name, note in found.items() if note == NONFINITE]
     if bad and not run.options.allow_nonfinite:
         raise NonfiniteError(
             f"{run.source.name}: {len(bad)} tensors hold NaN or Inf (or more than 1e33): {', '.join(bad[:4])}"
             f"{' …' if len(bad) > 4 else ''}; correct the model, or pass --allow-nonfinite (allow_nonfinite=True) to store "
             "them raw"
         )
-    return bad
+    return found
 
 
 def _usable(weight: Tensor) -> bool:

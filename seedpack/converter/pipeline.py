@@ -18,7 +18,7 @@ from seedpack.converter.calibration.calibrate import (
     measured_sensitivities,
     tune_packed,
 )
-from seedpack.converter.fitting import apply_tuning, fit, nonfinite_tensors, tables
+from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
 from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype, silent
 from seedpack.converter.plan import Plan, codec_for, default_plan
 from seedpack.converter.report import Report
@@ -32,7 +32,6 @@ from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
 from seedpack.formats.writer import file_bytes
 
-TABLE = "by its values no weight (a mask or a table)"
 Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
 
 
@@ -173,10 +172,8 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     to be measured first the layers' inputs before packing are needed too.
     """
     options, calibration = run.options, run.calibration
-    no_weights = [] if given is not None else tables(run, plan)
-    plan = plan.raw(no_weights, TABLE)
-    nonfinite = nonfinite_tensors(run, plan)
-    plan = plan.raw(nonfinite, "holds NaN or Inf")
+    stay_raw = raw_by_value(run, plan, guesses=given is None)
+    plan = plan.raw(stay_raw)
     in_sequence = calibration is not None and calibration.sequential
     has_budget = options.target_size is not None or is_budget(plan, options.bits)
     measures = calibration is not None and has_budget and not isinstance(given, Plan)
@@ -185,7 +182,7 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     if measures:
         sensitivities = measured_sensitivities(run, plan, statistics)
         plan = make_plan(run.source, options, given, sensitivities, statistics.tensors_with_hessian(plan))
-        plan = plan.raw(no_weights, TABLE).raw(nonfinite, "holds NaN or Inf")
+        plan = plan.raw(stay_raw)
     if in_sequence:
         statistics = calibrate_in_sequence(run, plan)
     plan = plan.with_hessians(statistics.tensors_with_hessian(plan))

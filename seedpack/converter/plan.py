@@ -141,9 +141,9 @@ class Plan:
             raise ModelError(f"{path}: is not UTF-8") from None
         return self.edited(loads_strict(text, str(path)), str(path))
 
-    def raw(self, names: Collection[str], note: str) -> Plan:
-        """Return this plan with some tensors left raw."""
-        return replace(self, tensors=tuple(_left_raw(t, note) if t.name in names else t for t in self.tensors))
+    def raw(self, notes: Mapping[str, str]) -> Plan:
+        """Return this plan with some tensors left raw, {name: why}."""
+        return replace(self, tensors=tuple(_left_raw(t, notes[t.name]) if t.name in notes else t for t in self.tensors))
 
     def require_source(self, tensors: Mapping[str, SourceTensor]) -> None:
         """Refuse to be followed for a source of other tensors.

@@ -112,6 +112,10 @@ class CheckpointNames:
         renamings, converters = self._conversions
         return internals.model_name_of(name, renamings, converters, self.model.base_model_prefix, self._state)
 
+    def converter(self, pattern: str | None) -> Any:
+        """Return the conversion of a pattern."""
+        return next(entry for entry in self._conversions[1] if pattern in entry.source_patterns)
+
     def converted_by(self, name: str) -> str | None:
         """Return the pattern by which transformers converts a checkpoint tensor; None if not, or if it merely stacks experts."""
         target, pattern = self.parameter(name)
@@ -156,7 +160,7 @@ class CheckpointNames:
         module, _, parameter = target.rpartition(".")
         if pattern is None or target not in self._state or self._state[target].dim() != 3:
             return None
-        converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
+        converter = self.converter(pattern)
         if internals.operation_names(converter) not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
             return None
         return Expert(module, parameter, match["projection"], int(match["index"]))
@@ -164,7 +168,7 @@ class CheckpointNames:
     def projections(self, name: str) -> list[str]:
         """Return the projections that make up one expert parameter, in order, from one of its tensors' names."""
         _, pattern = self.parameter(name)
-        converter = next(c for c in self._conversions[1] if pattern in c.source_patterns)
+        converter = self.converter(pattern)
         sources = internals.source_patterns(converter)
         return [
             source.removesuffix(".weight").removesuffix("$").rpartition(".")[2].replace("\\", "") for source in sources

@@ -27,9 +27,9 @@ class ConvertedSource(Source):
     """
 
     def __init__(self, source: Source, names: CheckpointNames):
-        self._source, self._model = source, names.model
+        self._source, self._names = source, names
         self._groups: dict[str, tuple[str, list[str]]] = {}  # by the model's name: the first of the group, its tensors
-        stored = source.tensors | {alias: source.tensors[name] for alias, name in source.shared.items()}
+        stored = source.named
         self._patterns = {name: pattern for name in stored if (pattern := names.converted_by(name)) is not None}
         tensors = {name: tensor for name, tensor in source.tensors.items() if name not in self._patterns}
         shared = {
@@ -69,7 +69,13 @@ class ConvertedSource(Source):
         return self._source._read(self._source.shared.get(name, name))
 
     def _convert(self, first: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return convert(self._model, first, {name: (self._patterns[name], value) for name, value in tensors.items()})
+        converter = self._names.converter(self._patterns[next(iter(tensors))])
+        return convert(
+            self._names.model,
+            converter,
+            first,
+            {name: (self._patterns[name], value) for name, value in tensors.items()},
+        )
 
 
 def _on_meta(tensor: SourceTensor) -> Tensor:

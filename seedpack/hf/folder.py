@@ -59,8 +59,7 @@ class FolderSource(Source):
         stale = [] if self._is_dense else [name for name in self._beside if name in QUANTIZATION_FILES]
         for name in stale:
             del self._beside[name]
-        stored = self._weights.tensors
-        stored = stored | {alias: stored[name] for alias, name in self._weights.shared.items()}
+        stored = self._weights.named
         require_complete(self._names, stored, str(path))
         if any(self._names.converted_by(name) is not None for name in stored):
             self._weights = ConvertedSource(self._weights, self._names)

@@ -26,6 +26,7 @@ Nothing heavy is imported before a function is called.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
@@ -78,17 +79,16 @@ def model_name_of(
     return renamed, pattern
 
 
-def convert(model: Any, first: str, tensors: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+def convert(model: Any, converter: Any, first: str, tensors: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
     """Return what a converter of a model makes of some tensors, by the model's names; nothing where it fails.
 
     Args:
         model: on the meta device.
+        converter: of the model, which stays as it is.
         first: the model's name of the first tensor that is made.
         tensors: with the pattern of the converter that each matches, by the checkpoint's names.
     """
-    converters = conversions(model)[1]
-    pattern = next(iter(tensors.values()))[0]
-    converter = next(entry for entry in converters if pattern in entry.source_patterns)
+    converter = copy.deepcopy(converter)
     for name in sorted(tensors, key=dot_natural_key()):
         converter.add_tensor(first, name, *tensors[name])
     try:

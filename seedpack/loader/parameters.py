@@ -190,13 +190,13 @@ def _view(module: PackedParameters, leaf: str) -> Tensor:
     """Return what stands for a packed parameter: the same tensor, as long as its parts are the same."""
     if torch.compiler.is_compiling():
         return module.packed_tensor(leaf).dense_weight()
-    views: dict[str, tuple[tuple[object, ...], PackedWeight, PackedTensor]] = module.__dict__.setdefault("_views", {})
+    views: dict[str, tuple[tuple[object, ...], PackedWeight]] = module.__dict__.setdefault("_views", {})
     names = [name for piece in module.pieces[leaf] for name in piece.names.values()]
     state = (module.compute_dtype, *(module._parameters.get(name) for name in names))
     known = views.get(leaf)
     if known is None or any(a is not b for a, b in zip(known[0], state, strict=True)):
         owner = module.packed_tensor(leaf)
-        known = views[leaf] = state, PackedWeight.of(owner, owner.device), owner
+        known = views[leaf] = state, PackedWeight.of(owner, owner.device, keep=True)
     return known[1]
 
 

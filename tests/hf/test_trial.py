@@ -1,4 +1,4 @@
-"""What a model cannot run with packed stays raw, with the reason."""
+"""A parameter that a model cannot run with packed stays raw, with the reason."""
 
 from __future__ import annotations
 

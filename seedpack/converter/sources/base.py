@@ -156,6 +156,11 @@ class Source(ABC):
                 raise self._changed(f"tensor {name!r}")
         return tensor
 
+    @property
+    def named(self) -> dict[str, SourceTensor]:
+        """The tensors by all their names, further ones of shared tensors too."""
+        return self.tensors | {alias: self.tensors[name] for alias, name in self.shared.items()}
+
     @abstractmethod
     def _read(self, name: str) -> Tensor:
         """Return one tensor on the CPU."""

@@ -94,7 +94,7 @@ def dequantized(
     Raises:
         ModelError: weights of a kind that is not read, or scales that are missing or of another form.
     """
-    stored = source.tensors | {alias: source.tensors[name] for alias, name in source.shared.items()}
+    stored = source.named
     weights = find_few_bits(stored, source.name, block_sizes, is_quantised)
     if not weights and not is_quantised:
         return source
