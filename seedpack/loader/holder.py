@@ -20,6 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from seedpack.errors import ModelError
+from seedpack.loader.part import Part
 
 NO_VALUES = "no_values"
 
@@ -32,6 +33,19 @@ class PartHolder(nn.Module):
     """
 
     compute_dtype: torch.dtype
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as `nn.Module` does when one is assigned; parts are guarded."""
+        super().register_parameter(name, param)
+        Part.guard(param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._guard_parts()
+
+    def _guard_parts(self) -> None:
+        for parameter in self._parameters.values():
+            Part.guard(parameter)
 
     def put_float_first(self) -> None:
         """See to it that the first parameter is a float; once the parts are loaded, that it is where they are."""
@@ -74,7 +88,9 @@ class PartHolder(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype  # .to(dtype), .half() and the like
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._guard_parts()
+        return self
 
 
 def _watch_wrappers(parent: nn.Module, name: str, module: nn.Module | None) -> None:

@@ -179,7 +179,7 @@ class PackedParameters(PartHolder):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        super().__setstate__(state)
         _refresh(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

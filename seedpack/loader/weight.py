@@ -45,7 +45,7 @@ _GETTERS = {
     for name in ("shape", "dtype", "device", "requires_grad", "grad", "ndim", "layout", "is_leaf", "grad_fn", "itemsize",
                  "nbytes", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "_version")
 }  # fmt: skip
-_WRITERS = {"__set__", "__setitem__", "__delitem__"} | {
+IN_PLACE_OPERATORS = {
     f"__i{name}__"
     for name in (
         "add",
@@ -63,6 +63,7 @@ _WRITERS = {"__set__", "__setitem__", "__delitem__"} | {
         "rshift",
     )
 }
+_WRITERS = {"__set__", "__setitem__", "__delitem__"} | IN_PLACE_OPERATORS
 _SET_REQUIRES_GRAD = Tensor.requires_grad.__set__  # type: ignore[attr-defined]
 _SAME = {Tensor.detach, Tensor.data.__get__, Tensor.contiguous}  # type: ignore[attr-defined]
 

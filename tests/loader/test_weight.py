@@ -162,7 +162,7 @@ def test_copies_and_files_of_layers() -> None:
     first = packed.weight
     other = copy.deepcopy(packed)
     assert other.weight is not first and torch.equal(other.weight.clone(), first.clone())
-    other.packed.data.zero_()
+    other.packed.data.copy_(torch.zeros_like(other.packed))
     assert not torch.equal(other.weight.clone(), first.clone())
     buffer = io.BytesIO()
     torch.save(packed, buffer)
