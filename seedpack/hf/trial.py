@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def refused_parameters(make: Callable[[], nn.Module]) -> dict[str, str]:
         make: returns the model, on the meta device.
     """
     dense = make()
-    names = [name for name, parameter in dense.named_parameters() if parameter.dim() > 1 and 0 not in parameter.shape]
+    tensors = chain(dense.named_parameters(), dense.named_buffers())
+    names = [name for name, tensor in tensors if tensor.dim() > 1 and 0 not in tensor.shape]
     error = run_on_meta(dense)
     written, packed_error = _run_packed(make(), names)
     refused = dict.fromkeys(written, WRITTEN_TO)

@@ -141,10 +141,12 @@ class PackedParameters(PartHolder):
 
     Attributes:
         pieces: by the name of the parameter.
+        codebooks: the names of those that are buffers when dense.
         dense_class: the module's class before a parameter was packed.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
+    codebooks: frozenset[str]
     dense_class: type[nn.Module]
 
     def packed_tensor(self, leaf: str) -> PackedTensor:
@@ -226,7 +228,13 @@ def can_pack(module: nn.Module, leaf: str) -> bool:
     if isinstance(module, PackedModule) or (isinstance(module, LAYERS) and leaf == "weight"):
         return False  # a layer that has no packed form
     known = isinstance(module, PackedParameters) and leaf in module.pieces
-    return known or isinstance(module._parameters.get(leaf), nn.Parameter)
+    return known or isinstance(module._parameters.get(leaf), nn.Parameter) or is_codebook(module, leaf)
+
+
+def is_codebook(module: nn.Module, leaf: str) -> bool:
+    """Return whether a buffer of a module is a codebook, which transformers' audio codecs keep so and call `embed` (EnCodec, Mimi)."""
+    held = leaf in module._buffers and leaf not in module._non_persistent_buffers_set
+    return held and leaf.startswith("embed") and "codebook" in type(module).__name__.lower()
 
 
 def pack_parameter_(
@@ -243,18 +251,21 @@ def pack_parameter_(
         pieces: its rows, with their parts; None leaves these unfilled, for a loader.
         dtype: of decoded values; default the parameter's.
     """
-    parameter = module.get_parameter(leaf)
+    parameter: Tensor = getattr(module, leaf)
     for piece, given in pieces:
         if given is not None:
             piece.codec.check(given, piece.matrix)
     dense: Any = module.dense_class if isinstance(module, PackedParameters) else type(module)
     known = module.pieces if isinstance(module, PackedParameters) else {}
+    codebooks = module.codebooks if isinstance(module, PackedParameters) else frozenset()
     for name in (name for piece, _ in pieces for name in piece.names.values()):
         if hasattr(module, name):
             raise ModelError(
                 f"{name!r} is an attribute of a {dense.__name__}, and would be a part of {leaf!r}; leave it raw"
             )
-    del module._parameters[leaf]
+    if is_codebook(module, leaf):
+        codebooks |= {leaf}
+    delattr(module, leaf)
     for piece, given in pieces:
         for part, spec in piece.codec.parts(piece.matrix).items():
             if given is None or part in given:
@@ -262,7 +273,8 @@ def pack_parameter_(
                 module.register_parameter(piece.names[part], as_parameter(value, parameter.device))
     module.__class__ = _with_packed(dense, (*known, leaf))
     packed = cast(PackedParameters, module)
-    packed.pieces, packed.dense_class = {**known, leaf: tuple(piece for piece, _ in pieces)}, dense
+    packed.pieces, packed.codebooks = {**known, leaf: tuple(piece for piece, _ in pieces)}, codebooks
+    packed.dense_class = dense
     packed.compute_dtype = dtype or parameter.dtype
     packed.put_float_first()
     _refresh(module)
@@ -290,7 +302,7 @@ def pack_(
     """
     if packed_class(module) is not None:
         return pack_module_(module, codec, parts, dtype=dtype)
-    piece = Piece(leaf, codec, tuple(module.get_parameter(leaf).shape), transposed)
+    piece = Piece(leaf, codec, tuple(getattr(module, leaf).shape), transposed)
     return pack_parameter_(module, leaf, [(piece, parts)], dtype)
 
 
@@ -341,10 +353,14 @@ def unpack_parameters_(module: PackedParameters, dtype: torch.dtype | None = Non
                 del module._parameters[name]
     module._parameters.pop(NO_VALUES, None)
     module.__class__ = module.__dict__.pop("dense_class")
-    for name in ("pieces", "compute_dtype", "_views"):
+    codebooks = module.codebooks
+    for name in ("pieces", "codebooks", "compute_dtype", "_views"):
         module.__dict__.pop(name, None)
     for leaf, value in dense.items():
-        module.register_parameter(leaf, nn.Parameter(value))
+        if leaf in codebooks:
+            module.register_buffer(leaf, value)
+        else:
+            module.register_parameter(leaf, nn.Parameter(value))
     _refresh(module)
     return module
 

@@ -75,6 +75,20 @@ def gemma3_with_images() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def mimi() -> Any:
+    """Codebooks are buffers here, of zeros before they are trained."""
+    config = transformers.MimiConfig(
+        hidden_size=64, num_filters=32, codebook_size=64, codebook_dim=64, vector_quantization_hidden_dimension=64,
+        upsample_groups=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=16,
+        intermediate_size=64, num_quantizers=4, upsampling_ratios=[4, 2],
+    )  # fmt: skip
+    model = transformers.MimiModel(config)
+    for name, buffer in model.named_buffers():
+        if "embed_sum" in name:
+            buffer.normal_()
+    return model
+
+
 def of(cls: str, config: str, **settings: Any) -> Callable[[], Any]:
     return lambda: getattr(transformers, cls)(getattr(transformers, config)(**settings))
 
@@ -119,6 +133,7 @@ MODELS: dict[str, tuple[Callable[[], Any], dict[str, Tensor]]] = {
     "deepseek-v3": (of("DeepseekV3ForCausalLM", "DeepseekV3Config", **DEEPSEEK), TOKENS),
     "gte": (of("GteForMaskedLM", "GteConfig", **SMALL), TOKENS),
     "xlnet": (of("XLNetLMHeadModel", "XLNetConfig", vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=64), TOKENS),
+    "mimi": (mimi, {"input_values": torch.linspace(-1, 1, 2 * 640).reshape(2, 1, 640).mul(50).sin()}),
     "phimoe": (of("PhimoeForCausalLM", "PhimoeConfig", **TEXT, num_local_experts=4), TOKENS),
 }  # fmt: skip
 

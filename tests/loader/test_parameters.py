@@ -22,7 +22,7 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import ModelError
 from seedpack.loader.layers import PackedModule
-from seedpack.loader.parameters import PackedParameters, can_pack
+from seedpack.loader.parameters import PackedParameters, can_pack, unpack_
 from seedpack.loader.weight import PackedWeight
 
 CODEC = SeedLMCodec(9, 8, 3)
@@ -71,6 +71,16 @@ class Bilinear(nn.Module):
         return self.bilinear(x, x)  # type: ignore[no-any-return]
 
 
+class Codebook(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("embed", torch.randn(64, 40))
+        self.register_buffer("table", torch.randn(64, 40))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.embed.t()  # type: ignore[operator]
+
+
 def weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(40, 64)), nn.Tanh())
 
@@ -83,7 +93,7 @@ def old_weight_norm() -> nn.Module:
 
 NETS: dict[str, Callable[[], nn.Module]] = {
     "experts": Experts, "lstm": Recurrent, "attention": Attention, "bilinear": Bilinear, "weight-norm": weight_norm,
-    "old-weight-norm": old_weight_norm,
+    "old-weight-norm": old_weight_norm, "codebook": Codebook,
 }  # fmt: skip
 
 
@@ -125,6 +135,14 @@ def test_copies(name: str, tmp_path: Path) -> None:
     cast = copy.deepcopy(packed).to(torch.bfloat16)
     assert cast(x.bfloat16()).dtype == torch.bfloat16 and packed_parts(cast).compute_dtype == torch.bfloat16
     torch.testing.assert_close(copy.deepcopy(packed).bfloat16().float()(x), expected, rtol=0.1, atol=0.5)
+
+
+def test_a_codebook_is_a_buffer_again(tmp_path: Path) -> None:
+    packed, dense = packed_and_dense("codebook", tmp_path)
+    assert "embed_packed" in dict(packed.named_parameters()) and list(dict(packed.named_buffers())) == ["table"]
+    unpack_(packed)
+    assert type(packed) is Codebook and not list(packed.parameters())
+    assert torch.equal(packed.get_buffer("embed"), dense.get_buffer("embed"))
 
 
 def test_their_answers(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def _parameter_kind(module: nn.Module, leaf: str) -> Kind:
     """Tell how a parameter of a module that is no known layer is packed; transformers' experts say that theirs are [in, out]."""
     if _NORM.search(type(module).__name__):
         return Kind(note="of a norm")
-    kind = matrix_kind(leaf, tuple(module.get_parameter(leaf).shape))
+    kind = matrix_kind(leaf, tuple(getattr(module, leaf).shape))
     return kind._replace(transposed=kind.stacked and bool(getattr(module, "is_transposed", False)))
 
 
