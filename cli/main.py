@@ -6,9 +6,13 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -16,17 +20,21 @@ import click
 import seedpack
 from seedpack.cli.output import echo, on_one_line, printable, show_warning
 from seedpack.cli.plain import print_anywhere
-from seedpack.errors import SeedpackError
+from seedpack.errors import OptionError, SeedpackError
+
+log = logging.getLogger("seedpack")
 
 COMMANDS = {
     "compress": "Pack a model into a seed + coefficient checkpoint.",
-    "load": "Load a packed model, report layers, memory and time, generate text.",
-    "inspect": "Show the header and tensors of a packed checkpoint.",
+    "run": "Generate text with a packed language model, or talk to it.",
+    "load": "Load a packed model, report its layers, memory and time.",
+    "inspect": "Show the tensors of any checkpoint, packed or not.",
     "verify": "Check every byte of a packed checkpoint against its digests.",
     "unpack": "Rebuild the dense model.",
     "compare": "Compare two models tensor by tensor: error and effective rank.",
     "image": "Compress an image into a neural field, and render it.",
     "eval": "Measure perplexity and KL divergence of a packed model against its original.",
+    "codecs": "List the codecs, with the bits and settings that they take.",
 }
 
 
@@ -59,16 +67,45 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except SeedpackError as error:
-            raise click.ClickException(on_one_line(str(error))) from None
+            if error.__cause__ is not None:
+                log.debug("caused by", exc_info=error.__cause__)
+            kind = click.UsageError if isinstance(error, OptionError) else click.ClickException
+            raise kind(on_one_line(str(error))) from None
         except click.ClickException as error:
             vars(error).update(message=printable(error.message))
             raise
+        except Exception:
+            log.debug("unexpected error", exc_info=True)
+            raise
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Do without those of transformers, its hub, and `output.progress`."""
+    name = "HF_HUB_DISABLE_PROGRESS_BARS"
+    before = os.environ.get(name, "")
+    os.environ[name] = "1"
+    yield
+    os.environ[name] = before
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(seedpack.__version__, prog_name="seedpack")
-def cli() -> None:
+@click.version_option(seedpack.__version__, "-V", "--version", prog_name="seedpack")
+@click.option("-q", "--quiet", is_flag=True, help="Print results and errors alone: no progress, notes or warnings.")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print what the libraries log, and tracebacks of unexpected errors."
+)
+@click.pass_context
+def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
     """Compress pretrained models into seed + coefficient checkpoints, and run them packed."""
+    if quiet and verbose:
+        raise click.UsageError("--quiet and --verbose exclude each other")
+    if quiet:
+        ctx.with_resource(_without_progress_bars())
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s")
+        log.setLevel(logging.DEBUG)
+        ctx.call_on_close(lambda: log.setLevel(logging.NOTSET))
 
 
 def main() -> None:
@@ -89,4 +126,9 @@ def main() -> None:
         sys.exit(1)
     except (OSError, MemoryError) as error:
         echo(f"Error: {type(error).__name__}: {error}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        echo(
+            f"Error: unexpected: {type(error).__name__}: {error} (seedpack -v prints where; please report it)", err=True
+        )
         sys.exit(1)

@@ -73,11 +73,35 @@ def echo(text: str, *, err: bool = False, lines: bool = False) -> None:
     click.echo(printable(text) if lines else on_one_line(text), err=err)
 
 
+def chose(option: str) -> bool:
+    """Return whether an option of the program itself, --quiet or --verbose, is given."""
+    context = click.get_current_context(silent=True)
+    return context is not None and bool(context.find_root().params.get(option))
+
+
+def note(text: str) -> None:
+    """Print a line on standard error, unless --quiet is given."""
+    if not chose("quiet"):
+        echo(text, err=True)
+
+
 def show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
 ) -> None:
     """Print a warning as one line, in place of `warnings.showwarning`."""
-    echo(f"Warning: {message}", err=True)
+    note(f"Warning: {message}")
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[Callable[[], None]]:
+    """Say what is waited for on standard error if it is a terminal, until the end or the call of what is yielded."""
+    with contextlib.ExitStack() as stack:
+        if sys.stderr.isatty() and not chose("quiet"):
+            from rich.console import Console
+            from rich.text import Text
+
+            stack.enter_context(Console(stderr=True).status(Text(on_one_line(text))))
+        yield stack.close
 
 
 def show_table(
@@ -218,9 +242,12 @@ def _count(value: float) -> str:
 
 
 def quiet_transformers() -> None:
-    """Silence the load reports and progress bars of transformers."""
+    """Silence the load reports and progress bars of transformers, unless --verbose is given."""
     import transformers
 
+    if chose("verbose"):
+        transformers.logging.set_verbosity_info()
+        return
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 

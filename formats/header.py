@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seedpack.errors import FormatError
+from seedpack.formats.foreign import foreign_kind
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
@@ -92,9 +93,9 @@ def header_length(prefix: bytes, file_bytes: int, where: str) -> int:
         raise FormatError(f"{where}: {file_bytes} bytes is too short for a safetensors file; was it truncated?")
     length = int.from_bytes(prefix[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise FormatError(
-            f"{where}: not a safetensors file (its header would take {length} bytes, at most {MAX_HEADER_BYTES} allowed)"
-        )
+        kind = foreign_kind(prefix)
+        found = f"is {kind}" if kind else f"its header would take {length} bytes, at most {MAX_HEADER_BYTES} allowed"
+        raise FormatError(f"{where}: not a safetensors file ({found})")
     if 8 + length > file_bytes:
         raise FormatError(
             f"{where}: header of {length} bytes does not fit a file of {file_bytes}; the file is truncated"

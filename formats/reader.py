@@ -10,9 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
-from seedpack.errors import DigestError, FormatError
+from seedpack.errors import DigestError, FormatError, NotPackedError
 from seedpack.formats.digest import part_digest, pieces_digest, verifies
+from seedpack.formats.foreign import first_bytes, foreign_kind, is_compressible
 from seedpack.formats.header import (
+    MAX_HEADER_BYTES,
     Header,
     header_length,
     layout,
@@ -147,7 +149,8 @@ class Checkpoint:
             raise FormatError(f"{path}: fraction must be above 0 and at most 1, got {fraction}")
         self.files: list[SafetensorsFile] = []
         try:
-            for file in _weight_files(self.path):
+            for file in weight_files(self.path):
+                _require_no_foreign(file)
                 self.files.append(SafetensorsFile(file, whole=fraction is None))
             self._file_of = self._index_keys()
             self.manifest = self._find_manifest()
@@ -253,9 +256,9 @@ class Checkpoint:
             return merged
         if of_config is not None:
             return of_config
-        raise FormatError(
-            f"{self.path}: not a seedpack checkpoint (no manifest in the metadata of {self.files[0].path.name}); "
-            "pack it with seedpack compress"
+        raise NotPackedError(
+            f"{self.path} is not packed: {self.files[0].path.name} has no manifest of seedpack in its metadata; "
+            f"run seedpack compress {self.path} first"
         )
 
     def _config_manifest(self) -> Manifest | None:
@@ -303,7 +306,12 @@ def manifest_from_config(config: object, where: str) -> Manifest | None:
     return None
 
 
-def _weight_files(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
+    """Return a file of weights, or those of a folder: its only one, or the shards of its index.
+
+    Raises:
+        FormatError: there are none in safetensors.
+    """
     try:
         if path.is_file():
             return [path]
@@ -315,6 +323,9 @@ def _weight_files(path: Path) -> list[Path]:
     index = path / INDEX_FILE
     if not index.is_file():
         if not (path / SINGLE_FILE).is_file():
+            others = sorted(file.name for file in path.iterdir() if is_compressible(first_bytes(file)))
+            if others:
+                raise NotPackedError(f"{path} is not packed: it holds {others[0]}; run seedpack compress {path} first")
             raise FormatError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         return [path / SINGLE_FILE]
     names = sorted(set(_weight_map(index).values()))
@@ -322,6 +333,14 @@ def _weight_files(path: Path) -> list[Path]:
         if Path(name).name != name or len(name) > 255 or not (path / name).is_file():
             raise FormatError(f"{index}: names the shard {name[:120]!r}, which is not a file in {path}")
     return [path / name for name in names]
+
+
+def _require_no_foreign(path: Path) -> None:
+    """Refuse a file of another kind, whose header would be refused without a remedy."""
+    prefix = first_bytes(path)
+    if int.from_bytes(prefix, "little") > MAX_HEADER_BYTES and (kind := foreign_kind(prefix)):
+        remedy = f"; run seedpack compress {path} first" if is_compressible(prefix) else ""
+        raise NotPackedError(f"{path} is {kind}, not a packed checkpoint{remedy}")
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
     SeedpackError
     ├── FormatError          the bytes of a checkpoint break a rule of docs/format.md
+    │   ├── NotPackedError   there are weights, but seedpack has not packed them
     │   ├── VersionError     written by a newer seedpack
     │   └── DigestError      a part's or the manifest's bytes changed since they were written
     ├── CodecError           a codec's hyperparameters, parts or shapes do not fit
     │   └── UnknownCodecError
     ├── ModelError           a source model or a target module cannot be used as asked
     │   └── NonfiniteError   NaN or Inf weights
+    ├── OptionError          an option's value is not possible, or options exclude each other; both of the two above
     ├── LimitError           decoding would take more than the limit allows
     ├── KeyNeededError       a private key is missing, wrong or malformed
     ├── OutputError          the output cannot be written
@@ -25,6 +27,10 @@ class SeedpackError(Exception):
 
 class FormatError(SeedpackError, ValueError):
     """The bytes of a checkpoint break a rule of `docs/format.md`."""
+
+
+class NotPackedError(FormatError):
+    """There are weights, but seedpack has not packed them."""
 
 
 class VersionError(FormatError):
@@ -49,6 +55,10 @@ class ModelError(SeedpackError, ValueError):
 
 class NonfiniteError(ModelError):
     """A weight to be packed holds NaN or Inf."""
+
+
+class OptionError(CodecError, ModelError):
+    """An option's value is not possible, or options exclude each other; the command line's exit code is 2."""
 
 
 class LimitError(SeedpackError, ValueError):

@@ -19,7 +19,7 @@ import seedpack
 from seedpack.api import unpack
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
-from seedpack.errors import FormatError, ModelError, NonfiniteError, OutputError
+from seedpack.errors import FormatError, ModelError, NonfiniteError, NotPackedError, OutputError
 from seedpack.formats import Checkpoint
 from tests.helpers.nets import OddNet
 
@@ -224,7 +224,7 @@ def test_plain_safetensors_is_no_checkpoint(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(FormatError, match="not a seedpack checkpoint .*; pack it with seedpack compress"):
+    with pytest.raises(NotPackedError, match="a.safetensors is not packed: .*; run seedpack compress .*a.safetensors first"):
         seedpack.load(tmp_path / "a.safetensors", dense=True)
 
 

@@ -23,6 +23,7 @@ import seedpack
 from seedpack.cli.main import cli
 from tests.helpers.layers import LAYERS
 from tests.helpers.models import llama
+from tests.helpers.tokenizers import byte_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -47,18 +48,11 @@ class Net(nn.Sequential):
 @pytest.fixture(scope="module")
 def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a Llama of one small layer with a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     folder = tmp_path_factory.mktemp("docs") / "model"
     torch.manual_seed(0)
-    config = {"vocab_size": len(vocabulary), "num_hidden_layers": 1, "max_position_embeddings": 512}
+    config = {"vocab_size": 258, "num_hidden_layers": 1, "max_position_embeddings": 512}
     llama(**config, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
 
 

@@ -52,6 +52,7 @@ class BasisCodec(Codec, HessianFitting):
 
     id: ClassVar[str] = "basis"
     version: ClassVar[int] = 0
+    summary: ClassVar[str] = "a linear combination of pseudorandom basis vectors, best trained in"
     generator: str = HADAMARD
     count: int | None = None
     bits: float | None = None

@@ -66,6 +66,7 @@ class MaskCodec(Codec, HessianFitting):
 
     id: ClassVar[str] = "mask"
     version: ClassVar[int] = 0
+    summary: ClassVar[str] = "frozen pseudorandom weights of which a mask keeps some, to be trained in"
     kept: float = 0.5
     seed: int = 0
     key: str = ""

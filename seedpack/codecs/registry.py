@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.names import OWN, plugins
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
 from seedpack.formats import CodecSpec
 from seedpack.formats.header import dumps_canonical
 
 _REGISTRY: dict[str, type[Codec]] = {}
-_OWN = {
-    "basis": "seedpack.codecs.basis:BasisCodec",
-    "mask": "seedpack.codecs.mask:MaskCodec",
-    "raw": "seedpack.codecs.raw:RawCodec",
-    "seedlm": "seedpack.codecs.seedlm:SeedLMCodec",
-    "stack": "seedpack.codecs.stack:StackCodec",
-    "svd": "seedpack.codecs.svd:SVDCodec",
-    "trellis": "seedpack.codecs.trellis:TrellisCodec",
-}  # imported when asked for; known without an installation too
 
 
 def register_codec(codec: type[Codec]) -> type[Codec]:
@@ -43,8 +32,8 @@ def get_codec(id: str) -> type[Codec]:
     if isinstance(id, str):
         if (known := _known(id)) is not None:
             return known
-        if id in (plugins := _plugins()):
-            return register_codec(plugins[id].load())
+        if id in (others := plugins()):
+            return register_codec(others[id].load())
     raise UnknownCodecError(
         f"unknown codec {id!r}; known: {', '.join(codec_ids())}; install the package that provides it"
     )
@@ -52,25 +41,15 @@ def get_codec(id: str) -> type[Codec]:
 
 def _known(id: str) -> type[Codec] | None:
     """Return the class that is registered under an id, or seedpack's own of that id."""
-    if id in _OWN and id not in _REGISTRY:
-        module, _, name = _OWN[id].partition(":")
+    if id in OWN and id not in _REGISTRY:
+        module, _, name = OWN[id].partition(":")
         _REGISTRY[id] = getattr(import_module(module), name)
     return _REGISTRY.get(id)
 
 
 def codec_ids() -> list[str]:
     """Return all known ids."""
-    return sorted(_OWN.keys() | _REGISTRY.keys() | _plugins().keys())
-
-
-def _plugins() -> dict[str, EntryPoint]:
-    """Return the entry points by id: packages are scanned once, and again only when a folder of them has changed."""
-    return _scanned(tuple((path, os.stat(path).st_mtime_ns) for path in sys.path if os.path.exists(path)))
-
-
-@lru_cache(maxsize=1)
-def _scanned(folders: tuple[tuple[str, int], ...]) -> dict[str, EntryPoint]:
-    return {entry.name: entry for entry in reversed(tuple(entry_points(group="seedpack.codecs")))}  # the first one wins
+    return sorted(OWN.keys() | _REGISTRY.keys() | plugins().keys())
 
 
 def codec_from_spec(spec: CodecSpec) -> Codec:

@@ -18,6 +18,7 @@ from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.interfaces import HessianFitting
+from seedpack.codecs.names import require_bits
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
@@ -53,6 +54,7 @@ class SeedLMCodec(Codec, HessianFitting):
 
     id: ClassVar[str] = "seedlm"
     version: ClassVar[int] = 0
+    summary: ClassVar[str] = "a seed and 4-bit coefficients per block of weights (SeedLM)"
     seed_bits: int = 16
     block: int = 8
     rank: int = 3
@@ -68,13 +70,8 @@ class SeedLMCodec(Codec, HessianFitting):
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> SeedLMCodec:
         """Return the paper's configuration of 3 or 4 bits (Table 1)."""
-        configurations = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}
-        if bits not in configurations:
-            raise CodecError(
-                f"{cls.id}: {bits} bits: the paper gives configurations for 3 and 4; "
-                "for others set seed_bits, block and rank, at (seed_bits + 4 + 4·rank) / block bits"
-            )
-        seed_bits, block, rank = configurations[bits]
+        require_bits(cls.id, bits)
+        seed_bits, block, rank = {4.0: (16, 8, 3), 3.0: (16, 12, 4)}[bits]
         return cls(**{"seed_bits": seed_bits, "block": block, "rank": rank} | settings)
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:

@@ -37,6 +37,7 @@ class StackCodec(Codec):
 
     id: ClassVar[str] = "stack"
     version: ClassVar[int] = 0
+    summary: ClassVar[str] = "matrices in one tensor, as of experts, each by another codec; chosen by itself"
     matrix_rows: int
     matrix_columns: int
     of: dict[str, Any]

@@ -45,6 +45,7 @@ class SVDCodec(Codec, HessianFitting):
 
     id: ClassVar[str] = "svd"
     version: ClassVar[int] = 0
+    summary: ClassVar[str] = "two low-rank factors by randomized SVD, dense or packed by another codec"
     rank: int | None = None
     bits: float | None = None
     factors: dict[str, Any] | None = None

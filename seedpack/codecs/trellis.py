@@ -20,6 +20,7 @@ from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
 from seedpack.codecs.importance import Importance, ImportanceLike, column_power
 from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
+from seedpack.codecs.names import require_bits
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape
@@ -97,6 +98,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
 
     id: ClassVar[str] = "trellis"
     version: ClassVar[int] = 0
+    summary: ClassVar[str] = "trellis-coded quantisation with overlapping seeds, the default"
     uses_norm_heuristic: ClassVar[bool] = True
     int8_activations: ClassVar[bool] = True
     code_bits: int = 4
@@ -121,8 +123,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
         """Return the codec of the whole bits; a plan spreads the fraction beyond over tensors."""
-        if not 1 <= bits <= 8:
-            raise CodecError(f"{cls.id}: {bits} bits: must be from 1 to 8")
+        require_bits(cls.id, bits)
         return cls(**{"code_bits": int(bits)} | settings)
 
     def variants(self) -> list[TrellisCodec]:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from seedpack.codecs.base import Codec
 from seedpack.codecs.interfaces import Rates
 from seedpack.converter.plan import Plan, TensorPlan
-from seedpack.errors import CodecError, ModelError
+from seedpack.errors import ModelError, OptionError
 
 # How much more a relative error costs in a language model's output head than in as many other weights: measured as KL
 # divergence with one kind of tensor packed at a time (docs/codecs/trellis.md).
@@ -70,7 +70,7 @@ def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
     None are the code bits of the others and `HEAD_EXTRA_BITS`.
 
     Raises:
-        CodecError: no variant has `head_bits`.
+        OptionError: no variant has `head_bits`.
     """
 
     def at_head_bits(tensor: TensorPlan) -> TensorPlan:
@@ -80,7 +80,7 @@ def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
         variants = codec.variants()
         index = variants.index(codec) + HEAD_EXTRA_BITS if head_bits is None else head_bits - 1
         if not 0 <= index < len(variants) and head_bits is not None:
-            raise CodecError(f"head_bits must be from 1 to {len(variants)}, got {head_bits}")
+            raise OptionError(f"head_bits must be from 1 to {len(variants)}, got {head_bits}")
         return replace(tensor, codec=variants[min(index, len(variants) - 1)])
 
     return replace(plan, tensors=tuple(at_head_bits(tensor) for tensor in plan.tensors))
@@ -101,7 +101,7 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
             put in proportion to them for the other tensors.
 
     Raises:
-        CodecError: a packed tensor's codec has no rates.
+        OptionError: a packed tensor's codec has no rates.
         ModelError: even the cheapest variants exceed the budget.
     """
     if head_bits is not None:
@@ -156,7 +156,7 @@ def _options(tensors: list[TensorPlan], head_bits: int | None, costs: Mapping[st
     """Return the variants of tensors that share one, by stored bits; those that no price of a bit favours are left out."""
     codec = tensors[0].codec
     if not isinstance(codec, Rates):
-        raise CodecError(f"codec {codec.id!r} has no variants to meet a budget of bits with; use trellis")
+        raise OptionError(f"codec {codec.id!r} has no variants to meet a budget of bits with; use trellis")
     fixed = tensors[0].kind == "head" and head_bits is not None
     cost = sum(costs[t.name] for t in tensors)
     hull: list[Option] = []

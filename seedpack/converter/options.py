@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 from seedpack.codecs.base import Codec
 from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import PACKABLE, dtype_name, torch_dtype
-from seedpack.errors import FormatError, ModelError
+from seedpack.errors import CodecError, FormatError, OptionError
 from seedpack.kernels.dispatch import Backend
 from seedpack.keys import add_key, default_seed
 
@@ -58,12 +59,12 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.context < 2 or self.tokens < self.context:
-            raise ModelError(
+            raise OptionError(
                 f"calibration on {self.tokens} tokens in sequences of {self.context}: sequences must have at least 2, and "
                 "there must be tokens for one of them"
             )
         if type(self.tune) is not int or self.tune < 0:
-            raise ModelError(f"tune must be a count of epochs, got {self.tune!r}")
+            raise OptionError(f"tune must be a count of epochs, got {self.tune!r}")
 
     @property
     def is_text(self) -> bool:
@@ -121,14 +122,14 @@ class CompressOptions:
 
     def __post_init__(self) -> None:
         if self.target_size is not None and self.bits is not None:
-            raise ModelError("give bits or a target size, not both")
+            raise OptionError("give bits or a target size, not both")
         if self.dtype is not None:
             object.__setattr__(self, "dtype", str(float_dtype(self.dtype)).removeprefix("torch."))
         for name in ("include", "exclude"):
             if isinstance(pattern := getattr(self, name), str):
                 object.__setattr__(self, name, (pattern,))
         if self.key is not None and isinstance(self.codec, Codec):
-            raise ModelError(
+            raise OptionError(
                 "a private key is given, and a codec that is made already; give the codec's id, or its key"
             )
         if self.key is not None:  # a random seed is drawn once
@@ -144,23 +145,23 @@ class CompressOptions:
         """Return options with some of them changed, as keywords of `compress` say.
 
         Raises:
-            ModelError: there is no option of a name.
+            OptionError: there is no option of a name.
         """
         known = [option.name for option in dataclasses.fields(cls)]
         if unknown := sorted(changes.keys() - set(known)):
-            raise ModelError(f"no such option: {unknown[0]!r}; known: {', '.join(known)}")
+            raise OptionError(f"no such option: {unknown[0]!r}; known: {', '.join(known)}")
         return cls(**changes) if options is None else dataclasses.replace(options, **changes)
 
     def require_no_choices(self) -> None:
         """Refuse choices that a plan has made already.
 
         Raises:
-            ModelError: naming one.
+            OptionError: naming one.
         """
         for option in dataclasses.fields(self):
             value = None if option.name == "settings" and self.key is not None else getattr(self, option.name)
             if option.name in PLANNED and value != option.default and (value or option.default):
-                raise ModelError(
+                raise OptionError(
                     f"{option.name} is given, and a plan that has chosen it already; leave one of them out"
                 )
 
@@ -176,21 +177,30 @@ class CompressOptions:
         return self.codec == RawCodec.id or isinstance(self.codec, RawCodec)
 
 
+@contextmanager
+def checking_options() -> Iterator[None]:
+    """Tell a codec's refusal of settings that were asked for from its refusal of those in a file."""
+    try:
+        yield
+    except CodecError as error:
+        raise OptionError(str(error)) from None
+
+
 def fitting_device(device: str | torch.device) -> torch.device:
     """Return the device to fit on: "cpu", "cuda" or "cuda:1".
 
     Raises:
-        ModelError: it is unknown, or not here.
+        OptionError: it is unknown, or not here.
     """
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
         place = torch.device("meta")
     if place.type not in ("cpu", "cuda"):
-        raise ModelError(f"device {str(device)!r}: fitting runs on cpu, cuda, or cuda:N")
+        raise OptionError(f"device {str(device)!r}: fitting runs on cpu, cuda, or cuda:N")
     count = torch.cuda.device_count() if place.type == "cuda" else 1
     if (place.index or 0) >= count:
-        raise ModelError(
+        raise OptionError(
             f"device {str(device)!r}: torch sees {count} CUDA devices here; choose another, leave --device out to "
             "fit on the CPU, or install torch with CUDA"
         )
@@ -201,12 +211,12 @@ def float_dtype(name: str | torch.dtype) -> torch.dtype:
     """Return the float dtype of a name such as float16 or bf16, or the dtype itself.
 
     Raises:
-        ModelError: it is none.
+        OptionError: it is none.
     """
     try:
         dtype = name if isinstance(name, torch.dtype) else torch_dtype(name)
     except FormatError:
         dtype = torch.uint8
     if dtype_name(dtype) not in PACKABLE:
-        raise ModelError(f"dtype {str(name)!r}: choose float32, float16, bfloat16 or float64")
+        raise OptionError(f"dtype {str(name)!r}: choose float32, float16, bfloat16 or float64")
     return dtype

@@ -19,7 +19,14 @@ from seedpack.converter.calibration.calibrate import (
     tune_packed,
 )
 from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
-from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype, silent
+from seedpack.converter.options import (
+    CompressOptions,
+    Progress,
+    checking_options,
+    fitting_device,
+    float_dtype,
+    silent,
+)
 from seedpack.converter.plan import Plan, codec_for, default_plan
 from seedpack.converter.report import Report
 from seedpack.converter.run import Run
@@ -139,7 +146,8 @@ def make_plan(
         return given
     codec = options.codec
     if not isinstance(codec, Codec):
-        codec = codec_for(codec, options.bits, options.settings or {})
+        with checking_options():
+            codec = codec_for(codec, options.bits, options.settings or {})
     dtype = dtype_name(float_dtype(options.dtype)) if options.dtype else None
     result = default_plan(
         source.tensors,

@@ -14,7 +14,7 @@ from seedpack.codecs.registry import codec_from_spec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.converter.sources.open import open_source
 from seedpack.dtypes import to_tensor
-from seedpack.errors import FormatError, ModelError
+from seedpack.errors import FormatError, ModelError, NotPackedError
 from seedpack.formats import Checkpoint
 from seedpack.linalg import captured_energy, effective_rank, singular_values
 from seedpack.loader.dense import stored_dense
@@ -112,7 +112,7 @@ def _open(path: str | Path, max_bytes: int | None) -> _Model:
     try:
         checkpoint = Checkpoint(path, max_bytes=max_bytes)
     except FormatError as error:
-        if "not a seedpack checkpoint" not in str(error) and _claims_to_be_packed(Path(path)):
+        if not isinstance(error, NotPackedError) and _claims_to_be_packed(Path(path)):
             raise
         source = open_source(path)
         return _Model({name: t.shape for name, t in source.tensors.items()}, source.read, {})

@@ -24,6 +24,7 @@ from seedpack.errors import (
     CodecError,
     DigestError,
     FormatError,
+    NotPackedError,
     OutputError,
     SeedpackError,
     UnknownCodecError,
@@ -164,7 +165,7 @@ def test_m06_metadata(file: Path) -> None:
     refused(file, "and nothing else")
     file.write_bytes(data)
     make.edit_header(file, lambda h: h["__metadata__"].pop("seedpack"))
-    refused(file, "not a seedpack checkpoint")
+    refused(file, "is not packed: .* has no manifest", NotPackedError)
 
 
 @pytest.mark.parametrize(

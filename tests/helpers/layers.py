@@ -16,5 +16,5 @@ LAYERS = [
     {"image"},
     {"eval"},
     {"api"},
-    {"cli"},
+    {"cli", "__main__"},
 ]

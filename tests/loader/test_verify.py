@@ -20,7 +20,7 @@ from torch import Tensor
 import seedpack
 from seedpack import keys
 from seedpack.cli.main import cli
-from seedpack.codecs import registry
+from seedpack.codecs import names, registry
 from seedpack.codecs.base import Codec, Shape
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.mask import WEIGHTS_AT_ONCE, MaskCodec
@@ -180,8 +180,8 @@ def test_packages_are_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         scans.append(1)
         return (EntryPoint("raw-too", "seedpack.codecs.raw:RawCodec", "seedpack.codecs"),)
 
-    monkeypatch.setattr(registry, "entry_points", scan)
-    registry._scanned.cache_clear()
+    monkeypatch.setattr(names, "entry_points", scan)
+    names._scanned.cache_clear()
     tensors = {f"t{i}": (Absent(), (4, 6), {"weight": torch.zeros(4, 1, 6, dtype=torch.uint8)}) for i in range(300)}
     path = write_tensors(tmp_path / "a", tensors)
     started = time.process_time()
@@ -190,7 +190,7 @@ def test_packages_are_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "raw-too" in registry.codec_ids() and len(scans) == 1
     monkeypatch.syspath_prepend(str(tmp_path))  # as where a package is installed meanwhile
     assert "raw-too" in registry.codec_ids() and len(scans) == 2
-    registry._scanned.cache_clear()
+    names._scanned.cache_clear()
 
 
 def test_unknown_codecs_are_refused_when_loading(tmp_path: Path) -> None:

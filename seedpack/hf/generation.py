@@ -1,0 +1,238 @@
+"""Text from a language model of a folder, token by token: completions, and answers in a conversation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.generation import BaseStreamer
+
+from seedpack.converter.trust import trusts_remote_code
+from seedpack.errors import ModelError, first_line
+from seedpack.formats import Checkpoint
+from seedpack.formats.reader import manifest_from_config, read_json
+from seedpack.hf.complete import load_complete
+from seedpack.hf.language_model import tokenizer_of
+from seedpack.hf.loading import load_pretrained
+from seedpack.hf.remote_code import model_class
+
+Write = Callable[[str], None]
+Message = dict[str, str]  # role and content
+CONTEXT = 8  # tokens of the prompt that the first ones of the text are decoded with: they tell of a space between
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The choice of each token.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+        top_p: sample from the most probable tokens that have this probability together; default the model's own.
+        top_k: sample from so many of the most probable tokens; default the model's own.
+        max_new_tokens: at most, and no more than the model's context has room for.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    max_new_tokens: int = 256
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of transformers' `generate`."""
+        if not self.temperature:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        limits = {"top_p": self.top_p, "top_k": self.top_k}
+        chosen = {name: value for name, value in limits.items() if value is not None}
+        return {"do_sample": True, "temperature": self.temperature, **chosen}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Text of a model, with the time that it took; tokens/s are those after the first one."""
+
+    text: str
+    new_tokens: int
+    tokens_per_second: float
+    first_token_seconds: float
+
+
+class TextGenerator:
+    """A model and its tokenizer.
+
+    Args:
+        path: a packed Hugging Face folder, or a dense one.
+
+    Raises:
+        ModelError: the folder has no tokenizer, or its model does not go from text to text.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._model = _load(path)
+        if not self._model.can_generate() or self._model.main_input_name != "input_ids":
+            raise ModelError(f"{path}: a {type(self._model).__name__} does not generate text from text")
+        self._tokenizer = tokenizer_of(path)
+        if self._tokenizer is None:
+            raise ModelError(f"{path}: no tokenizer that transformers can load; put the model's own into the folder")
+        self._seen: list[int] = []  # the tokens whose keys and values the cache holds
+        self._cache: Any = None
+
+    @property
+    def has_template(self) -> bool:
+        """True if the tokenizer says how a conversation is written."""
+        return bool(self._tokenizer.chat_template)
+
+    def complete(self, text: str, sampling: Sampling, write: Write) -> Reply:
+        """Go on from a text as it is; `write` gets the new text piece by piece."""
+        return self._generate(self._tokenizer(text, return_tensors="pt"), sampling, write)
+
+    def answer(self, messages: Sequence[Message], sampling: Sampling, write: Write) -> Reply:
+        """Answer the last message of a conversation; `write` gets the answer piece by piece.
+
+        Keys and values of the messages that the last answer was for are not computed again, where the cache allows it.
+
+        Raises:
+            ModelError: the template refuses the messages.
+        """
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # the template's own
+            raise ModelError(
+                f"{self._path}: the chat template refuses the messages ({first_line(error)}); --raw does without it"
+            ) from error
+        return self._generate(inputs, sampling, _without_leading_space(write))
+
+    def _generate(self, inputs: Any, sampling: Sampling, write: Write) -> Reply:
+        ids: Tensor = inputs["input_ids"]
+        count = ids.shape[1]
+        if not count:
+            raise ModelError(f"{self._path}: the prompt has no tokens")
+        stream = _TextStream(self._tokenizer, write)
+        cache, self._cache = self._reusable(ids[0].tolist()), None  # an interrupt leaves none
+        started = time.perf_counter()
+        with torch.inference_mode():
+            output = self._model.generate(
+                input_ids=ids.to(self._model.device),
+                attention_mask=inputs["attention_mask"].to(self._model.device),
+                max_new_tokens=min(sampling.max_new_tokens, self._room(count)),
+                num_beams=1,
+                streamer=stream,
+                return_dict_in_generate=True,
+                **({} if cache is None else {"past_key_values": cache}),
+                **sampling.options(),
+            )
+        seconds = time.perf_counter() - started
+        self._cache, self._seen = getattr(output, "past_key_values", None), output.sequences[0].tolist()
+        first = (stream.first_token_at or started) - started
+        later, rest = stream.new_tokens - 1, seconds - first
+        rate = later / rest if later > 0 else stream.new_tokens / seconds
+        return Reply(stream.text, stream.new_tokens, rate, first)
+
+    def _room(self, count: int) -> int:
+        """Return how many tokens the model's context has room for after a prompt of so many."""
+        config = self._model.config.get_text_config()
+        limit = None if self._model.config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
+        if not limit:
+            return 1 << 31
+        if count >= limit:
+            raise ModelError(f"{self._path}: the prompt has {count} tokens, the model's context {limit}; shorten it")
+        return int(limit) - count
+
+    def _reusable(self, ids: list[int]) -> Any:
+        """Return the cache, cut to what a prompt has in common with the tokens that it holds; None if it cannot be cut."""
+        cache = self._cache
+        if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        held = int(cache.get_seq_length())
+        pairs = zip(self._seen[:held], ids[:-1], strict=False)
+        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if common < held:
+            cache.crop(common - held)
+        return cache if common else None
+
+
+class _TextStream(BaseStreamer):
+    """Decodes tokens as they come and writes whole characters; a token may end in the middle of one."""
+
+    def __init__(self, tokenizer: Any, write: Write):
+        self._tokenizer, self._write = tokenizer, write
+        self._ids: list[int] = []
+        self._start = self._written = 0  # of the tokens that the next ones are decoded with, and of the next ones
+        self._prompt_tokens: int | None = None
+        self._pieces: list[str] = []
+        self.first_token_at: float | None = None
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt first, then each new token."""
+        self._ids += value.flatten().tolist()
+        if self._prompt_tokens is None:
+            self._prompt_tokens = self._written = len(self._ids)
+            self._start = max(0, self._written - CONTEXT)
+            return
+        self.first_token_at = self.first_token_at or time.perf_counter()
+        self._flush()
+
+    def end(self) -> None:
+        """Write what is left, also half a character."""
+        self._flush(last=True)
+
+    @property
+    def text(self) -> str:
+        """All that was written."""
+        return "".join(self._pieces)
+
+    @property
+    def new_tokens(self) -> int:
+        """Count of tokens after the prompt."""
+        return len(self._ids) - (self._prompt_tokens or 0)
+
+    def _flush(self, last: bool = False) -> None:
+        before, after = self._decode(self._ids[self._start : self._written]), self._decode(self._ids[self._start :])
+        if len(after) > len(before) and (last or not after.endswith("\N{REPLACEMENT CHARACTER}")):
+            self._pieces.append(after[len(before) :])
+            self._write(self._pieces[-1])
+            self._start, self._written = self._written, len(self._ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+
+def _load(path: Path) -> Any:
+    """Load a folder's model, whose layers stay packed if they are."""
+    options: dict[str, Any] = {"trust_remote_code": True} if trusts_remote_code() else {}
+    if not (path / "config.json").is_file():
+        Checkpoint(path).close()  # a clear error for what is no checkpoint at all
+        raise ModelError(f"{path}: not a Hugging Face folder, which has a tokenizer beside the weights")
+    config = read_json(path / "config.json")
+    if manifest_from_config(config, str(path)) is not None:
+        return load_pretrained(path, **options)
+    try:
+        return load_complete(model_class(path, config), path, path, dtype="auto", **options)
+    except ModelError:
+        raise
+    except Exception as error:  # transformers' own
+        raise ModelError(f"{path}: transformers cannot load it ({first_line(error)})") from error
+
+
+def _without_leading_space(write: Write) -> Write:
+    """Return a function that writes all but the space before the first word."""
+    begun = False
+
+    def write_from_first_word(piece: str) -> None:
+        nonlocal begun
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        if piece:
+            write(piece)
+
+    return write_from_first_word
