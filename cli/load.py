@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from seedpack.cli import output
+from seedpack.cli.checks import check_packed
 
 
 @click.command("load")
@@ -30,6 +31,7 @@ def command(
 
     A Hugging Face folder becomes a model whose layers stay packed; the tensors of a single file are rebuilt.
     """
+    check_packed(packed, fraction)
     import seedpack
 
     output.quiet_transformers()

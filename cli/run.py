@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seedpack.cli import output
+from seedpack.cli.checks import check_folder
 from seedpack.errors import SeedpackError
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def command(
     _check(chat, raw, system, as_json, sampling)
     if not chat:
         prompt = _read_prompt(prompt)
+    check_folder(packed)
     import torch
 
     from seedpack.converter.trust import trusting_remote_code

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from seedpack.cli import output
+from seedpack.cli.checks import check_packed
 
 
 @click.command("unpack")
@@ -28,6 +29,7 @@ def command(
     packed: Path, out: Path, dtype: str | None, fraction: float | None, max_bytes: int | None, force: bool
 ) -> None:
     """Rebuild the dense model of PACKED: a safetensors file, or a Hugging Face folder that needs no seedpack."""
+    check_packed(packed, fraction)
     from seedpack import api
 
     api.unpack(packed, out, dtype=dtype, fraction=fraction, max_bytes=max_bytes, force=force)

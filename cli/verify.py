@@ -24,10 +24,11 @@ def command(packed: str, max_bytes: int | None, as_json: bool) -> None:
     file, and those of codecs that are not installed are checked by their digests alone.
     """
     from seedpack.formats import Checkpoint
-    from seedpack.loader.limits import enough
-    from seedpack.loader.verify import TOO_MUCH, verify
 
     with Checkpoint(packed, max_bytes=max_bytes) as checkpoint:
+        from seedpack.loader.limits import enough  # behind the first errors, which so take no second
+        from seedpack.loader.verify import TOO_MUCH, verify
+
         results = []
         with output.progress("Verifying", len(checkpoint.manifest.tensors), "tensors") as advance:
             for result in verify(checkpoint):

@@ -1,4 +1,4 @@
-"""Tell by its first bytes which other kind of file one is, for messages: all of them are absurd as a header's length."""
+"""Tell by its first bytes which other kind of file one is; safetensors begins with the length of its header."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ FOREIGN = COMPRESSIBLE | {
 
 
 def foreign_kind(prefix: bytes) -> str:
-    """Return the kind of a file that is not in safetensors, with an article; "" if its first bytes do not tell."""
+    """Return the kind of a file that is not in safetensors, with an article; "" if its first eight bytes do not tell."""
+    if prefix[4:] == bytes(4):  # a header of less than 4 GB
+        return ""
     return next((kind for magic, kind in FOREIGN.items() if prefix.startswith(magic)), "")
 
 
 def is_compressible(prefix: bytes) -> bool:
     """Return whether `seedpack compress` takes files that begin so."""
-    return prefix.startswith(tuple(COMPRESSIBLE))
+    return foreign_kind(prefix) in COMPRESSIBLE.values()
 
 
 def first_bytes(path: Path) -> bytes:

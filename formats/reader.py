@@ -14,7 +14,6 @@ from seedpack.errors import DigestError, FormatError, NotPackedError
 from seedpack.formats.digest import part_digest, pieces_digest, verifies
 from seedpack.formats.foreign import first_bytes, foreign_kind, is_compressible
 from seedpack.formats.header import (
-    MAX_HEADER_BYTES,
     Header,
     header_length,
     layout,
@@ -338,7 +337,7 @@ def weight_files(path: Path) -> list[Path]:
 def _require_no_foreign(path: Path) -> None:
     """Refuse a file of another kind, whose header would be refused without a remedy."""
     prefix = first_bytes(path)
-    if int.from_bytes(prefix, "little") > MAX_HEADER_BYTES and (kind := foreign_kind(prefix)):
+    if kind := foreign_kind(prefix):
         remedy = f"; run seedpack compress {path} first" if is_compressible(prefix) else ""
         raise NotPackedError(f"{path} is {kind}, not a packed checkpoint{remedy}")
 

@@ -53,12 +53,17 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
 
 
+def exists_already(target: Path) -> str:
+    """Return the message that refuses to replace an output unasked."""
+    return f"{target}: exists already; pass --force (force=True) to replace it, or name another output"
+
+
 def _require_replaceable(target: Path, force: bool, directory: bool) -> None:
     """Refuse to replace what exists: without `force` anything, with it what is not an output of the same kind."""
     if not os.path.lexists(target):
         return
     if not force:
-        raise OutputError(f"{target}: exists already; pass --force (force=True) to replace it, or name another output")
+        raise OutputError(exists_already(target))
     if not target.is_dir():
         if directory or not (target.is_file() or target.is_symlink()):
             raise OutputError(f"{target}: not a folder, but the output is one; name another output")

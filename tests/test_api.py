@@ -224,7 +224,9 @@ def test_plain_safetensors_is_no_checkpoint(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
-    with pytest.raises(NotPackedError, match="a.safetensors is not packed: .*; run seedpack compress .*a.safetensors first"):
+    with pytest.raises(
+        NotPackedError, match="a.safetensors is not packed: .*; run seedpack compress .*a.safetensors first"
+    ):
         seedpack.load(tmp_path / "a.safetensors", dense=True)
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from seedpack.errors import CodecError
 
@@ -18,12 +19,18 @@ OWN = {
     "svd": "seedpack.codecs.svd:SVDCodec",
     "trellis": "seedpack.codecs.trellis:TrellisCodec",
 }  # known without an installation too
+REGISTRY: dict[str, Any] = {}  # the classes that are imported
 BITS = {
     "basis": "up to 32",
     "seedlm": "3, 4",
     "svd": "up to 64",
     "trellis": "1 to 8",
 }  # those that `require_bits` lets by
+
+
+def codec_ids() -> list[str]:
+    """Return all known ids."""
+    return sorted(OWN.keys() | REGISTRY.keys() | plugins().keys())
 
 
 def plugins() -> dict[str, EntryPoint]:

@@ -7,19 +7,18 @@ from functools import lru_cache
 from importlib import import_module
 
 from seedpack.codecs.base import Codec
-from seedpack.codecs.names import OWN, plugins
+from seedpack.codecs.names import OWN, REGISTRY, plugins
+from seedpack.codecs.names import codec_ids as codec_ids
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
 from seedpack.formats import CodecSpec
 from seedpack.formats.header import dumps_canonical
-
-_REGISTRY: dict[str, type[Codec]] = {}
 
 
 def register_codec(codec: type[Codec]) -> type[Codec]:
     """Make a codec class known under its `id`; usable as a decorator. Another class of that id is refused."""
     if (known := _known(codec.id) or codec) is not codec:
         raise CodecError(f"codec id {codec.id!r} is taken by {known.__qualname__}; choose another")
-    _REGISTRY[codec.id] = codec
+    REGISTRY[codec.id] = codec
     return codec
 
 
@@ -41,15 +40,10 @@ def get_codec(id: str) -> type[Codec]:
 
 def _known(id: str) -> type[Codec] | None:
     """Return the class that is registered under an id, or seedpack's own of that id."""
-    if id in OWN and id not in _REGISTRY:
+    if id in OWN and id not in REGISTRY:
         module, _, name = OWN[id].partition(":")
-        _REGISTRY[id] = getattr(import_module(module), name)
-    return _REGISTRY.get(id)
-
-
-def codec_ids() -> list[str]:
-    """Return all known ids."""
-    return sorted(OWN.keys() | _REGISTRY.keys() | plugins().keys())
+        REGISTRY[id] = getattr(import_module(module), name)
+    return REGISTRY.get(id)
 
 
 def codec_from_spec(spec: CodecSpec) -> Codec:

@@ -16,9 +16,9 @@ from transformers.generation import BaseStreamer
 
 from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError, first_line
-from seedpack.formats import Checkpoint
 from seedpack.formats.reader import manifest_from_config, read_json
 from seedpack.hf.complete import load_complete
+from seedpack.hf.internals import cache_name
 from seedpack.hf.language_model import tokenizer_of
 from seedpack.hf.loading import load_pretrained
 from seedpack.hf.remote_code import model_class
@@ -109,14 +109,14 @@ class TextGenerator:
             raise ModelError(
                 f"{self._path}: the chat template refuses the messages ({first_line(error)}); --raw does without it"
             ) from error
-        return self._generate(inputs, sampling, _without_leading_space(write))
+        return self._generate(inputs, sampling, write, is_answer=True)
 
-    def _generate(self, inputs: Any, sampling: Sampling, write: Write) -> Reply:
+    def _generate(self, inputs: Any, sampling: Sampling, write: Write, is_answer: bool = False) -> Reply:
         ids: Tensor = inputs["input_ids"]
         count = ids.shape[1]
         if not count:
             raise ModelError(f"{self._path}: the prompt has no tokens")
-        stream = _TextStream(self._tokenizer, write)
+        stream = _TextStream(self._tokenizer, write, is_answer)
         cache, self._cache = self._reusable(ids[0].tolist()), None  # an interrupt leaves none
         started = time.perf_counter()
         with torch.inference_mode():
@@ -127,11 +127,11 @@ class TextGenerator:
                 num_beams=1,
                 streamer=stream,
                 return_dict_in_generate=True,
-                **({} if cache is None else {"past_key_values": cache}),
+                **({} if cache is None else {cache_name(): cache}),
                 **sampling.options(),
             )
         seconds = time.perf_counter() - started
-        self._cache, self._seen = getattr(output, "past_key_values", None), output.sequences[0].tolist()
+        self._cache, self._seen = getattr(output, cache_name(), None), output.sequences[0].tolist()
         first = (stream.first_token_at or started) - started
         later, rest = stream.new_tokens - 1, seconds - first
         rate = later / rest if later > 0 else stream.new_tokens / seconds
@@ -161,10 +161,16 @@ class TextGenerator:
 
 
 class _TextStream(BaseStreamer):
-    """Decodes tokens as they come and writes whole characters; a token may end in the middle of one."""
+    """Decodes tokens as they come and writes whole characters; a token may end in the middle of one.
 
-    def __init__(self, tokenizer: Any, write: Write):
-        self._tokenizer, self._write = tokenizer, write
+    Args:
+        tokenizer: of transformers.
+        write: gets the text.
+        is_answer: leave out the space before the first word.
+    """
+
+    def __init__(self, tokenizer: Any, write: Write, is_answer: bool = False):
+        self._tokenizer, self._write, self._is_answer = tokenizer, write, is_answer
         self._ids: list[int] = []
         self._start = self._written = 0  # of the tokens that the next ones are decoded with, and of the next ones
         self._prompt_tokens: int | None = None
@@ -198,8 +204,11 @@ class _TextStream(BaseStreamer):
     def _flush(self, last: bool = False) -> None:
         before, after = self._decode(self._ids[self._start : self._written]), self._decode(self._ids[self._start :])
         if len(after) > len(before) and (last or not after.endswith("\N{REPLACEMENT CHARACTER}")):
-            self._pieces.append(after[len(before) :])
-            self._write(self._pieces[-1])
+            piece = after[len(before) :]
+            piece = piece.lstrip() if self._is_answer and not self._pieces else piece
+            if piece:
+                self._pieces.append(piece)
+                self._write(piece)
             self._start, self._written = self._written, len(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
@@ -210,9 +219,6 @@ class _TextStream(BaseStreamer):
 def _load(path: Path) -> Any:
     """Load a folder's model, whose layers stay packed if they are."""
     options: dict[str, Any] = {"trust_remote_code": True} if trusts_remote_code() else {}
-    if not (path / "config.json").is_file():
-        Checkpoint(path).close()  # a clear error for what is no checkpoint at all
-        raise ModelError(f"{path}: not a Hugging Face folder, which has a tokenizer beside the weights")
     config = read_json(path / "config.json")
     if manifest_from_config(config, str(path)) is not None:
         return load_pretrained(path, **options)
@@ -222,17 +228,3 @@ def _load(path: Path) -> Any:
         raise
     except Exception as error:  # transformers' own
         raise ModelError(f"{path}: transformers cannot load it ({first_line(error)})") from error
-
-
-def _without_leading_space(write: Write) -> Write:
-    """Return a function that writes all but the space before the first word."""
-    begun = False
-
-    def write_from_first_word(piece: str) -> None:
-        nonlocal begun
-        piece = piece if begun else piece.lstrip()
-        begun = begun or bool(piece)
-        if piece:
-            write(piece)
-
-    return write_from_first_word

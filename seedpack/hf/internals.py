@@ -18,6 +18,8 @@ What is used, and what breaks if it moves:
 - `_is_hf_initialized`: transformers tries to draw random numbers for packed parts, and parts that a checkpoint lacks are
   not noticed.
 - `_keys_to_ignore_on_load_missing`: models are refused for lack of parameters that they can do without.
+- `GenerateDecoderOnlyOutput.cache`, which releases before 5.24 call `past_key_values`: a conversation is read again for
+  every answer.
 - `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
 
 `hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
@@ -279,3 +281,10 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
     return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}
+
+
+def cache_name() -> str:
+    """Return the name that `generate` gives to its cache, as an argument and in its output."""
+    from transformers.generation import GenerateDecoderOnlyOutput
+
+    return "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"

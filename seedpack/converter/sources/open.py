@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.dequantized import dequantized
 from seedpack.converter.sources.module import ModuleSource
+from seedpack.converter.sources.paths import looks_like_hub_id as looks_like_hub_id
 from seedpack.converter.sources.registry import opener_of, registered_suffixes
 from seedpack.converter.sources.safetensors import SafetensorsSource
 from seedpack.converter.sources.state_dict import StateDictSource
@@ -59,9 +60,3 @@ def _open_file(path: Path) -> Source:
         return open_registered(path)  # type: ignore[no-any-return]
     known = ", ".join(sorted(TORCH_SUFFIXES | {".safetensors"} | registered_suffixes()))
     raise ModelError(f"{path}: unknown kind of file {suffix!r}; known: {known}, or a Hugging Face folder")
-
-
-def looks_like_hub_id(text: str) -> bool:
-    """Return whether a text that is no path can be "org/name"."""
-    parts = text.split("/")
-    return len(parts) == 2 and all(part and not part.startswith(".") for part in parts) and not Path(parts[0]).exists()

@@ -1,0 +1,152 @@
+"""List the tensors of a checkpoint, packed or dense, from headers alone."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seedpack.errors import FormatError, NotPackedError
+from seedpack.formats.manifest import CodecSpec, Manifest
+from seedpack.formats.reader import Checkpoint, SafetensorsFile, weight_files
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a name
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as it is stored.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the weight, not of its parts.
+        dtype: of the weight: a safetensors name, or a type of GGUF.
+        nbytes: of all its parts.
+        codec: id, and code bits where it has them; "" for a tensor that seedpack has not packed.
+        parts: of a packed checkpoint, by name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    codec: str = ""
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> int:
+        """Count of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for each weight."""
+        return 8 * self.nbytes / max(1, self.weights)
+
+    @property
+    def kind(self) -> str:
+        """The name with `*` for numbers: layers of a kind have the same.
+
+        >>> StoredTensor("layers.10.fc1.weight", (), "F32", 4).kind
+        'layers.*.fc1.weight'
+        """
+        return _NUMBER.sub("*", self.name)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The tensors of a checkpoint in natural order, layer 2 before layer 10.
+
+    Attributes:
+        tensors: sorted.
+        files: that hold them.
+        shared: further names of some.
+        manifest: of a packed checkpoint.
+        undescribed: names of raw tensors that the manifest of a packed folder does not have.
+    """
+
+    tensors: list[StoredTensor]
+    files: list[Path]
+    shared: dict[str, str] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    undescribed: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tensors.sort(key=lambda tensor: natural_key(tensor.name))
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files, headers included."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def kinds(self) -> dict[str, list[StoredTensor]]:
+        """Return the tensors by kind."""
+        groups: dict[str, list[StoredTensor]] = {}
+        for tensor in self.tensors:
+            groups.setdefault(tensor.kind, []).append(tensor)
+        return groups
+
+
+def natural_key(name: str) -> list[Any]:
+    """Return the key that sorts numbers in names by their size."""
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+
+
+def list_safetensors(path: Path) -> Listing:
+    """List a safetensors file or a folder of them, packed or dense.
+
+    Raises:
+        NotPackedError: there are weights, but none in safetensors.
+    """
+    try:
+        with Checkpoint(path) as checkpoint:
+            return _list_packed(checkpoint)
+    except NotPackedError:
+        return _list_dense(_dense_files(path))
+
+
+def _dense_files(path: Path) -> list[Path]:
+    try:
+        return weight_files(path)
+    except FormatError:  # other names than transformers gives them
+        if files := sorted(path.glob("*.safetensors")):
+            return files
+        raise
+
+
+def _list_dense(paths: Iterable[Path]) -> Listing:
+    tensors, files = [], list(paths)
+    for path in files:
+        file = SafetensorsFile(path)
+        file.close()
+        tensors += [StoredTensor(name, t.shape, t.dtype, t.nbytes) for name, t in file.header.tensors.items()]
+    return Listing(tensors, files)
+
+
+def _list_packed(checkpoint: Checkpoint) -> Listing:
+    manifest = checkpoint.manifest
+
+    def stored(name: str) -> StoredTensor:
+        entry, codec = manifest.tensors[name], codec_label(manifest.codec_of(name))
+        infos = {part: checkpoint.part(name, part, check=False) for part in entry.parts}
+        total = sum(len(info.data) for info in infos.values())
+        parts = {
+            part: {"dtype": info.dtype, "shape": list(info.shape), "digest": entry.parts[part]}
+            for part, info in infos.items()
+        }
+        return StoredTensor(name, entry.shape, entry.dtype, total, "" if codec == "raw" else codec, parts)
+
+    files = [file.path for file in checkpoint.files]
+    return Listing([stored(name) for name in manifest.tensors], files, manifest.shared, manifest, checkpoint.raw_keys())
+
+
+def codec_label(spec: CodecSpec) -> str:
+    """Return a codec's id, with its code bits where tensors may differ in them."""
+    config = spec.config
+    inner = config.get("of")
+    if isinstance(inner, dict) and {"id", "version", "config"} <= inner.keys():
+        return f"{codec_label(CodecSpec(inner['id'], inner['version'], inner['config']))}, stacked"
+    return f"{spec.id} {config['code_bits']}" if "code_bits" in config else spec.id
