@@ -38,7 +38,7 @@ def _row(id: str) -> dict[str, Any]:
     try:
         codec = get_codec(id)
     except Exception as error:  # a plug-in's own
-        nothing = {"version": None, "bits": "", "required": [], "settings": {}, "module": ""}
+        nothing: dict[str, Any] = {"version": None, "bits": "", "required": [], "settings": {}, "module": ""}
         return {"id": id, "summary": f"cannot be imported: {first_line(error)}", **nothing}
     fields = {field.name: field.default for field in dataclasses.fields(codec)}
     return {

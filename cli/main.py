@@ -85,8 +85,10 @@ def _without_progress_bars() -> Iterator[None]:
     name = "HF_HUB_DISABLE_PROGRESS_BARS"
     before = os.environ.get(name, "")
     os.environ[name] = "1"
-    yield
-    os.environ[name] = before
+    try:
+        yield
+    finally:
+        os.environ[name] = before
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seedpack.errors import FormatError, NotPackedError
+from seedpack.errors import NotPackedError
 from seedpack.formats.manifest import CodecSpec, Manifest
 from seedpack.formats.reader import Checkpoint, SafetensorsFile, weight_files
+from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
 
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a whole component of a name
 
@@ -101,24 +101,18 @@ def list_safetensors(path: Path) -> Listing:
     Raises:
         NotPackedError: there are weights, but none in safetensors.
     """
+    named = any((path / name).is_file() for name in (SINGLE_FILE, INDEX_FILE))
+    if not named and (others := sorted(path.glob("*.safetensors"))):  # names that transformers does not give
+        return _list_dense(others)
     try:
         with Checkpoint(path) as checkpoint:
             return _list_packed(checkpoint)
     except NotPackedError:
-        return _list_dense(_dense_files(path))
+        return _list_dense(weight_files(path))
 
 
-def _dense_files(path: Path) -> list[Path]:
-    try:
-        return weight_files(path)
-    except FormatError:  # other names than transformers gives them
-        if files := sorted(path.glob("*.safetensors")):
-            return files
-        raise
-
-
-def _list_dense(paths: Iterable[Path]) -> Listing:
-    tensors, files = [], list(paths)
+def _list_dense(files: list[Path]) -> Listing:
+    tensors = []
     for path in files:
         file = SafetensorsFile(path)
         file.close()

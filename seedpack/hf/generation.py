@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError, first_line

@@ -285,6 +285,6 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def cache_name() -> str:
     """Return the name that `generate` gives to its cache, as an argument and in its output."""
-    from transformers.generation import GenerateDecoderOnlyOutput
+    from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     return "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from seedpack.cli.checks import check_compress
 from seedpack.errors import ModelError, OptionError, OutputError, SeedpackError
 
-DEFAULTS = {"codec": "trellis", "bits": None}
+DEFAULTS: dict[str, Any] = {"codec": "trellis", "bits": None}
 
 
 def test_what_can_work_is_let_by(tmp_path: Path) -> None:
@@ -40,11 +41,11 @@ WRONG: dict[str, tuple[dict[str, object], type[SeedpackError], str]] = {
 @pytest.mark.parametrize("case", WRONG)
 def test_refused(case: str, tmp_path: Path) -> None:
     changes, kind, message = WRONG[case]
-    arguments: dict[str, object] = {"model": str(tmp_path), "output": None, **DEFAULTS, **changes}
+    arguments: dict[str, Any] = {"model": str(tmp_path), "output": None, **DEFAULTS, **changes}
     if arguments["output"]:
         arguments["output"] = tmp_path
     with pytest.raises(kind, match=message):
-        check_compress(**arguments)  # type: ignore[arg-type]
+        check_compress(**arguments)
 
 
 PROGRAM = "import sys; sys.argv[1:] = {arguments}\nfrom seedpack.cli.main import main\ntry: main()\nfinally: print('torch' in sys.modules)"

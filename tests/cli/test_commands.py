@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,12 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import seedpack
+from seedpack.cli import output
 from seedpack.cli.main import COMMANDS, cli
 from seedpack.cli.output import db, duration, parse_size, size
+from seedpack.codecs import names
+from seedpack.codecs.registry import codec_ids
+from seedpack.converter.plan import codec_for
 from tests.helpers.models import CODEC, Folders, llama
 from tests.helpers.nets import OddNet
 
@@ -48,7 +55,7 @@ def test_help(command: str) -> None:
 
 
 def test_version() -> None:
-    assert seedpack.__version__ in run("--version").output
+    assert seedpack.__version__ in run("--version").output == run("-V").output
 
 
 def test_compress_prints_a_summary(model: Path) -> None:
@@ -127,31 +134,36 @@ def test_options_reach_the_library(model: Path) -> None:
     [
         (["compress", "MODEL"], 2, "name an output with -o"),
         (["compress", "MODEL", "-o", "x", "--set", "rank"], 2, "'rank' is not KEY=VALUE"),
-        (["compress", "MODEL", "-o", "x", "--codec", "seedlm", "--bits", "5"], 1, "configurations for 3 and 4"),
-        (["compress", "MODEL", "-o", "x", "--bits", "9"], 1, "9.0 bits: must be from 1 to 8"),
-        (["compress", "MODEL", "-o", "x", "--bits", "nan"], 1, "nan bits: must be from 1 to 8"),
+        (["compress", "MODEL", "-o", "x", "--codec", "seedlm", "--bits", "5"], 2, "configurations for 3 and 4"),
+        (["compress", "MODEL", "-o", "x", "--bits", "9"], 2, "9.0 bits: must be from 1 to 8"),
+        (["compress", "MODEL", "-o", "x", "--bits", "nan"], 2, "nan bits: must be from 1 to 8"),
         (["compress", "MODEL", "-o", "x", "--bits", "1.2"], 1, "the cheapest plan takes"),
-        (["compress", "MODEL", "-o", "x", "--effort", "most"], 1, "effort must be one of fast, default, best"),
-        (["compress", "MODEL", "-o", "x", "--codec", "seedlm", "--effort", "best"], 1, "has no setting 'effort'"),
+        (["compress", "MODEL", "-o", "x", "--effort", "most"], 2, "effort must be one of fast, default, best"),
+        (["compress", "MODEL", "-o", "x", "--codec", "seedlm", "--effort", "best"], 2, "has no setting 'effort'"),
         (
             ["compress", "MODEL", "-o", "x", "--codec", "zip"],
-            1,
+            2,
             "unknown codec 'zip'; known: basis, field, mask, raw, seedlm, stack, svd, trellis",
         ),
         (["compress", "MODEL", "-o", "x", "--exclude", "zzz*"], 1, "pattern 'zzz*' matches no tensor"),
-        (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 1, "dtype 'int3': choose float32, float16"),
+        (["compress", "MODEL", "-o", "x", "--dtype", "int3"], 2, "dtype 'int3': choose float32, float16"),
         (["compress", "MODEL", "-o", "x", "--shard-size", "many"], 2, "not a valid size: 'many'"),
         (["compress", "MODEL", "-o", "x", "--shard-size", "1GB"], 1, "only a Hugging Face folder is split"),
         (["compress", "MODEL", "-o", "x", "--include", "*bias"], 1, "nothing that --include asks for can be packed"),
         (
             ["compress", "MODEL", "-o", "x", "--codec", "svd", "--bits", "4", "--set", "rank=2"],
-            1,
+            2,
             "rank or bits, not both",
         ),
-        (["compress", "MODEL", "-o", "x", "--codec", "svd+"], 1, "unknown codec ''"),
+        (["compress", "MODEL", "-o", "x", "--codec", "svd+"], 2, "unknown codec ''"),
         (["compress", "MODEL", "-o", ".", "--force"], 1, "is the model itself or holds it"),
         (["compress", "nothing.pt", "-o", "x"], 1, "no such file or folder"),
-        (["inspect", "MODEL"], 1, "net.pt: not a safetensors file"),
+        (["compress", "MODEL", "-o", "x", "--bits", "4", "--target-size", "1MB"], 2, "bits or a target size, not both"),
+        (["compress", "MODEL", "-o", "x", "--device", "tpu"], 2, "fitting runs on cpu, cuda, or cuda:N"),
+        (["inspect", "MODEL", "--tensors", "fcc*"], 1, "'fcc*' matches no tensor; names look like 'fc.bias'"),
+        (["verify", "MODEL"], 1, "net.pt is a torch checkpoint, not a packed checkpoint; run seedpack compress"),
+        (["--quiet", "--verbose", "codecs"], 2, "exclude each other"),
+        (["unpack", "MODEL", "-o", "x"], 1, "net.pt is a torch checkpoint"),
         (["verify", "nothing"], 1, "no such file or folder"),
         (["load", "nothing"], 1, "no such file or folder"),
         (["unpack", "nothing", "-o", "x"], 1, "no such file or folder"),
@@ -173,24 +185,17 @@ def test_mistakes_get_one_clear_line(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["inspect", "net.pt"], 1, "net.pt: not a safetensors file"),
+        (["verify", "net.pt"], 1, "net.pt is a torch checkpoint, not a packed checkpoint"),
+        (["compress", "net.pt", "-o", "x", "--bits", "99"], 2, "99.0 bits: must be from 1 to 8"),
         (["comprss"], 2, "Did you mean 'compress'?"),
     ],
 )
 def test_exit_codes_of_the_program(model: Path, arguments: list[str], code: int, message: str) -> None:
-    command = [sys.executable, "-m", "seedpack.cli", *arguments]
+    command = [sys.executable, "-m", "seedpack", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=model.parent)
     assert done.returncode == code, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in model.parent.iterdir()) == ["net.pt"]
-
-
-def test_inspect(packed: Path) -> None:
-    text = run("inspect", packed).output
-    assert "fc.weight" in text and "seedlm" in text and "headers included" in text
-    document = json.loads(run("inspect", packed, "--json", "--tensors", "fc.*").stdout)
-    assert [t["name"] for t in document["tensors"]] == ["fc.bias", "fc.weight"]
-    assert document["file_bytes"] == packed.stat().st_size and document["manifest"]["seedpack"] == 1
 
 
 def test_verify_names_the_damaged_tensor(packed: Path) -> None:
@@ -232,7 +237,6 @@ def test_compare(model: Path, packed: Path) -> None:
 def test_load_of_a_file(packed: Path) -> None:
     assert "10, " in run("load", packed).output
     assert json.loads(run("load", packed, "--json").stdout)["tensors"] == 10
-    assert "needs a Hugging Face folder" in run("load", packed, "--prompt", "x", code=2).output
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +256,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def test_load_of_a_folder(folders: Folders) -> None:
-    text = run("load", folders.packed, "--prompt", "w5 w6", "--max-new-tokens", 4).output
-    assert "LlamaForCausalLM" in text and "15 PackedLinear" in text and "w5 w6" in text
+    text = run("load", folders.packed).output
+    assert "LlamaForCausalLM" in text and "15 PackedLinear" in text
     report = json.loads(run("load", folders.packed, "--json").stdout)
     assert (
         report["layers"] == {"PackedEmbedding": 1, "PackedLinear": 15}
@@ -296,8 +300,6 @@ def test_formats_for_people() -> None:
 def test_progress_lines_where_there_is_no_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from seedpack.cli import output
-
     clock = iter(range(0, 1000, 40))
     monkeypatch.setattr("seedpack.cli.output.time.perf_counter", lambda: float(next(clock)))
     monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
@@ -307,8 +309,6 @@ def test_progress_lines_where_there_is_no_terminal(
 
 
 def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from seedpack.cli import output
-
     class Terminal(__import__("io").StringIO):  # type: ignore[misc]
         def isatty(self) -> bool:
             return True
@@ -343,3 +343,58 @@ def test_levels_and_private_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     run("unpack", "cut.st", "-o", "b.st", "--fraction", "1", "--key-file", "my.key")
     run("unpack", "a.st", "-o", "c.st", "--fraction", "0.75", "--key-file", "my.key")
     assert Path("b.st").read_bytes() == Path("c.st").read_bytes()
+
+
+def test_codecs() -> None:
+    text = run("codecs").output
+    assert (
+        "trellis: trellis-coded quantisation" in text and 'code_bits=4, state_bits=0, seed=0, effort="default"' in text
+    )
+    codecs = {codec["id"]: codec for codec in json.loads(run("codecs", "--json").stdout)}
+    assert list(codecs) == codec_ids()
+    assert codecs["trellis"]["bits"] == "1 to 8" and codecs["mask"]["settings"]["kept"] == 0.5
+    assert codecs["stack"]["required"] == ["matrix_rows", "matrix_columns", "of"] and all(
+        c["summary"] for c in codecs.values()
+    )
+
+
+def test_codecs_of_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = EntryPoint("broken", "nowhere:Codec", "seedpack.codecs")
+    monkeypatch.setattr(names, "plugins", lambda: {"broken": broken})
+    monkeypatch.setattr("seedpack.codecs.registry.plugins", names.plugins)
+    assert "broken: cannot be imported: No module named 'nowhere'" in run("codecs").output
+
+
+def test_bits_of_codecs_are_those_that_they_take() -> None:
+    for id, bits in {"trellis": (1, 8), "seedlm": (3, 4), "svd": (0.1, 64), "basis": (0.1, 32)}.items():
+        assert id in names.BITS
+        for number in bits:
+            names.require_bits(id, float(number))
+            codec_for(id, float(number), {})
+
+
+def test_quiet_and_verbose(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: object, **__: object) -> None:
+        output.show_warning("odd", UserWarning, "", 0)
+        assert logging.getLogger("seedpack").isEnabledFor(logging.DEBUG) == output.chose("verbose")
+        assert os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == "1" or not output.chose("quiet")
+        raise ZeroDivisionError
+
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS")
+    monkeypatch.setattr("seedpack.api.compress", warn)
+    for option, warned in (("-v", True), ("-q", False)):
+        result = CliRunner().invoke(cli, [option, "compress", str(model), "-o", "x"])
+        assert isinstance(result.exception, ZeroDivisionError) and ("Warning: odd" in result.stderr) == warned
+    assert not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
+    assert not logging.getLogger("seedpack").isEnabledFor(logging.DEBUG)
+
+
+@pytest.mark.parametrize("option", ["-v", "-q"])
+def test_unexpected_errors(option: str, tmp_path: Path) -> None:
+    script = (
+        f"import sys, seedpack.codecs.names as names; sys.argv[1:] = [{option!r}, 'codecs']\n"
+        "names.codec_ids = None\nfrom seedpack.cli.main import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "Error: unexpected: TypeError: 'NoneType' object is not callable" in done.stderr
+    assert ("Traceback" in done.stderr) == (option == "-v")

@@ -21,8 +21,14 @@ from seedpack.cli.output import printable
 from tests.helpers.models import ARCHITECTURES, llama
 from tests.helpers.tokenizers import TEMPLATE, byte_tokenizer
 
-FAST = {"settings": {"effort": "fast"}}
-BYTES = {"vocab_size": 258, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+FAST: dict[str, Any] = {"settings": {"effort": "fast"}}
+BYTES: dict[str, Any] = {
+    "vocab_size": 258,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 
 
 def run(*arguments: object, code: int = 0, given: str | None = None) -> Result:
@@ -110,7 +116,7 @@ def test_a_chat_keeps_its_history(chatty: Path) -> None:
 
     text = run(chatty, "--chat", "--max-new-tokens", 6, given="hello\n\nagain\n/reset\nhello\n/exit\nnever\n").stdout
     generator, fresh, sampling = TextGenerator(chatty), TextGenerator(chatty), Sampling(max_new_tokens=6)
-    ignore = [].append
+    ignore = list[str]().append
     messages = [{"role": "user", "content": "hello"}]
     first = generator.answer(messages, sampling, ignore)
     messages += [{"role": "assistant", "content": first.text.strip()}, {"role": "user", "content": "again"}]
@@ -126,7 +132,7 @@ def test_caches_of_other_kinds_are_not_cut(chatty: Path, monkeypatch: pytest.Mon
     from seedpack.hf.generation import Sampling, TextGenerator
 
     generator = TextGenerator(chatty)
-    generator.answer([{"role": "user", "content": "hello"}], Sampling(max_new_tokens=3), [].append)
+    generator.answer([{"role": "user", "content": "hello"}], Sampling(max_new_tokens=3), list[str]().append)
     monkeypatch.setattr("seedpack.hf.generation.DynamicLayer", object)
     assert generator._reusable([1, 2, 3]) is None
 

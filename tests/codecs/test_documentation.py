@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import seedpack
-from seedpack.codecs import registry
+from seedpack.codecs import names, registry
 from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.errors import CodecError
 from tests.helpers.codecs import check_config, check_contract, check_refusals
@@ -21,7 +21,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "adding-a-codec.md"
 
 
 def test_the_codec_of_the_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(registry, "REGISTRY", dict(registry.REGISTRY))
+    for module in (names, registry):
+        monkeypatch.setattr(module, "REGISTRY", names.REGISTRY.copy())
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     page = ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", page)
