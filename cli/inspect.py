@@ -61,7 +61,7 @@ def _list(path: Path) -> Listing:
     kind = foreign_kind(first_bytes(path)) if path.is_file() else ""
     torch_files = [path] if kind == "a torch checkpoint" else []
     if path.is_dir() and not any(path.glob("*.safetensors")):
-        torch_files = sorted(p for p in path.glob("*.bin") if foreign_kind(first_bytes(p)) == "a torch checkpoint")
+        torch_files = sorted(path.glob("pytorch_model*.bin"))
     if not torch_files and kind != "a GGUF file":
         return list_safetensors(path)
     from seedpack.converter.sources.listing import list_gguf, list_torch

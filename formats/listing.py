@@ -133,8 +133,11 @@ def _list_packed(checkpoint: Checkpoint) -> Listing:
         }
         return StoredTensor(name, entry.shape, entry.dtype, total, "" if codec == "raw" else codec, parts)
 
+    undescribed = {key: checkpoint.undescribed(key) for key in checkpoint.raw_keys()}
+    tensors = [stored(name) for name in manifest.tensors]
+    tensors += [StoredTensor(key, part.shape, part.dtype, len(part.data)) for key, part in undescribed.items()]
     files = [file.path for file in checkpoint.files]
-    return Listing([stored(name) for name in manifest.tensors], files, manifest.shared, manifest, checkpoint.raw_keys())
+    return Listing(tensors, files, manifest.shared, manifest, list(undescribed))
 
 
 def codec_label(spec: CodecSpec) -> str:

@@ -322,9 +322,9 @@ def weight_files(path: Path) -> list[Path]:
     index = path / INDEX_FILE
     if not index.is_file():
         if not (path / SINGLE_FILE).is_file():
-            others = sorted(file.name for file in path.iterdir() if is_compressible(first_bytes(file)))
-            if others:
-                raise NotPackedError(f"{path} is not packed: it holds {others[0]}; run seedpack compress {path} first")
+            if others := sorted(path.glob("pytorch_model*.bin")):
+                name = others[0].name
+                raise NotPackedError(f"{path} is not packed: it holds {name}; run seedpack compress {path} first")
             raise FormatError(f"{path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
         return [path / SINGLE_FILE]
     names = sorted(set(_weight_map(index).values()))

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from seedpack.converter.trust import trusts_remote_code
-from seedpack.errors import ModelError, first_line
+from seedpack.errors import ModelError, OptionError, first_line
 from seedpack.formats.reader import manifest_from_config, read_json
 from seedpack.hf.complete import load_complete
 from seedpack.hf.internals import cache_name
@@ -43,6 +43,12 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     max_new_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature <= 100:
+            raise OptionError(f"temperature must be from 0 to 100, got {self.temperature}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise OptionError(f"top_p must be above 0 and at most 1, got {self.top_p}")
 
     def options(self) -> dict[str, Any]:
         """Return the options of transformers' `generate`."""

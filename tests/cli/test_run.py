@@ -204,6 +204,8 @@ def test_mistakes(plain: Path, chatty: Path, tmp_path: Path, monkeypatch: pytest
     assert "--system needs a chat template" in run(plain, "x", "--system", "y", code=2).stderr
     assert "--raw does without the chat template" in run(chatty, "x", "--raw", "--system", "y", code=2).stderr
     assert "add --temperature" in run(plain, "x", "--top-k", 3, code=2).stderr
+    assert "temperature must be from 0 to 100" in run(plain, "x", "--temperature", "nan", code=2).stderr
+    assert "top_p must be above 0" in run(plain, "x", "--temperature", 1, "--top-p", "nan", code=2).stderr
     assert "a chat has many" in run(chatty, "--chat", "--json", code=2).stderr
     refusing = "{{ raise_exception('not today') }}"
     (tmp_path / "refusing").mkdir()
