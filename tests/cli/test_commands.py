@@ -192,7 +192,8 @@ def test_mistakes_get_one_clear_line(
 )
 def test_exit_codes_of_the_program(model: Path, arguments: list[str], code: int, message: str) -> None:
     command = [sys.executable, "-m", "seedpack", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=model.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=model.parent, env=environment)
     assert done.returncode == code, done.stderr
     assert message in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in model.parent.iterdir()) == ["net.pt"]
