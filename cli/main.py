@@ -74,6 +74,8 @@ class _Group(click.Group):
         except click.ClickException as error:
             vars(error).update(message=printable(error.message))
             raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
         except Exception:
             log.debug("unexpected error", exc_info=True)
             raise

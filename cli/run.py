@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     "--max-new-tokens", default=256, show_default=True, type=click.IntRange(1), help="Stop after this many tokens."
 )
 @click.option("--stats", is_flag=True, help="Print tokens/s and the time to the first token on standard error.")
+@output.fraction_option
 @output.key_option
+@output.max_bytes_option
 @output.trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON at the end, instead of text as it comes.")
 def command(
@@ -51,6 +53,8 @@ def command(
     raw: bool,
     seed: int | None,
     stats: bool,
+    fraction: float | None,
+    max_bytes: int | None,
     trust_remote_code: bool,
     as_json: bool,
     **sampling: Any,
@@ -74,7 +78,7 @@ def command(
     output.quiet_transformers()
     torch.seed() if seed is None else torch.manual_seed(seed)
     with trusting_remote_code(trust_remote_code), output.waiting(f"Loading {packed}") as loaded:
-        generator = TextGenerator(packed)
+        generator = TextGenerator(packed, fraction=fraction, max_bytes=max_bytes)
         if (chat or system) and not generator.has_template:
             option = "--chat" if chat else "--system"
             raise click.UsageError(f"{option} needs a chat template, which the tokenizer in {packed} does not have")
@@ -127,6 +131,7 @@ def _whole(text: str) -> str:
 
 
 def _write(piece: str) -> None:
+    """Print a piece of text, which cannot control the terminal."""
     click.echo(output.printable(piece), nl=False)
 
 
@@ -160,6 +165,8 @@ class _Talk:
                 try:
                     reply = self.answer(message, _write)
                 except SeedpackError as error:
+                    if not sys.stdin.isatty():
+                        raise
                     output.echo(f"Error: {error}; /reset begins anew", err=True)
                     continue
                 click.echo()

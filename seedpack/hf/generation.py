@@ -11,17 +11,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from seedpack.converter.trust import trusts_remote_code
-from seedpack.errors import ModelError, OptionError, first_line
+from seedpack.errors import ModelError, OptionError, SeedpackError, first_line
+from seedpack.formats import Checkpoint
 from seedpack.formats.reader import manifest_from_config, read_json
 from seedpack.hf.complete import load_complete
 from seedpack.hf.internals import cache_name
 from seedpack.hf.language_model import tokenizer_of
 from seedpack.hf.loading import load_pretrained
+from seedpack.hf.quantization import strip_quantization
 from seedpack.hf.remote_code import model_class
+from seedpack.loader.fill import fill_
 
 Write = Callable[[str], None]
 Message = dict[str, str]  # role and content
@@ -74,14 +78,15 @@ class TextGenerator:
 
     Args:
         path: a packed Hugging Face folder, or a dense one.
+        reading: `fraction` and `max_bytes`, as `seedpack.formats.Checkpoint` takes them.
 
     Raises:
         ModelError: the folder has no tokenizer, or its model does not go from text to text.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, **reading: Any):
         self._path = path
-        self._model = _load(path)
+        self._model = _load(path, {name: value for name, value in reading.items() if value is not None})
         if not self._model.can_generate() or self._model.main_input_name != "input_ids":
             raise ModelError(f"{path}: a {type(self._model).__name__} does not generate text from text")
         self._tokenizer = tokenizer_of(path)
@@ -147,7 +152,7 @@ class TextGenerator:
         """Return how many tokens the model's context has room for after a prompt of so many."""
         config = self._model.config.get_text_config()
         limit = None if self._model.config.is_encoder_decoder else getattr(config, "max_position_embeddings", None)
-        if not limit:
+        if not limit or limit < 0:
             return 1 << 31
         if count >= limit:
             raise ModelError(f"{self._path}: the prompt has {count} tokens, the model's context {limit}; shorten it")
@@ -222,15 +227,31 @@ class _TextStream(BaseStreamer):
         return text
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, reading: dict[str, Any]) -> Any:
     """Load a folder's model, whose layers stay packed if they are."""
     options: dict[str, Any] = {"trust_remote_code": True} if trusts_remote_code() else {}
     config = read_json(path / "config.json")
-    if manifest_from_config(config, str(path)) is not None:
+    is_packed = manifest_from_config(config, str(path)) is not None
+    if is_packed and not reading:
         return load_pretrained(path, **options)
+    cls = model_class(path, config)
     try:
-        return load_complete(model_class(path, config), path, path, dtype="auto", **options)
-    except ModelError:
+        if reading:
+            return _fill(path, cls, reading, options)
+        return load_complete(cls, path, path, dtype="auto", **options)
+    except (SeedpackError, OSError, MemoryError):
         raise
     except Exception as error:  # transformers' own
         raise ModelError(f"{path}: transformers cannot load it ({first_line(error)})") from error
+
+
+def _fill(path: Path, cls: Any, reading: dict[str, Any], options: dict[str, Any]) -> Any:
+    """Make a packed folder's model and fill it: transformers itself reads files whole, and knows no limit."""
+    with Checkpoint(path, **reading) as checkpoint:
+        config = AutoConfig.from_pretrained(path, **options)
+        strip_quantization(config)
+        model = cls.from_config(config, **options) if hasattr(cls, "from_config") else cls(config)
+        fill_(model, checkpoint)
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model.eval()

@@ -386,6 +386,7 @@ def test_quiet_and_verbose(model: Path, tmp_path: Path, monkeypatch: pytest.Monk
     for option, warned in (("-v", True), ("-q", False)):
         result = CliRunner().invoke(cli, [option, "compress", str(model), "-o", "x"])
         assert isinstance(result.exception, ZeroDivisionError) and ("Warning: odd" in result.stderr) == warned
+    assert "Traceback" not in run("-v", "codecs", "--help").stderr
     assert not os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS")
     assert not logging.getLogger("seedpack").isEnabledFor(logging.DEBUG)
 

@@ -160,6 +160,15 @@ def test_a_chat_at_a_terminal(chatty: Path) -> None:
     assert "Loading" in text and "Ctrl-D ends" in text and sent == 2
 
 
+@pytest.mark.parametrize("when", ["builtins.input", "seedpack.hf.generation.TextGenerator.answer"])
+def test_ctrl_c_ends_a_chat(chatty: Path, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(when, interrupt)
+    assert run(chatty, "--chat", given="hello\n").stdout == "\n"
+
+
 def test_characters_are_whole() -> None:
     from seedpack.hf.generation import _TextStream
 
@@ -175,6 +184,16 @@ def test_characters_are_whole() -> None:
     stream.put(torch.tensor(tokenizer("é")["input_ids"][:1]))
     stream.end()
     assert pieces[-1] == "\ufffd"
+
+
+def test_a_share_of_the_levels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    packed = pack(tmp_path, llama(**BYTES), byte_tokenizer(), codec="svd", settings={"rank": 8, "levels": 4})
+    whole = as_json(packed, "hello", "--max-new-tokens", 12)["text"]
+    assert as_json(packed, "hello", "--max-new-tokens", 12, "--fraction", 1)["text"] == whole
+    assert as_json(packed, "hello", "--max-new-tokens", 12, "--fraction", 0.25)["text"] != whole
+    assert as_json(packed, "hello", "--max-new-tokens", 12, "--max-bytes", "1GB")["text"] == whole
+    assert "is not packed" in run(packed.parent / "dense", "x", "--fraction", 0.5, code=1).stderr
 
 
 def test_encoder_and_decoder(tmp_path: Path) -> None:
@@ -212,7 +231,7 @@ def test_mistakes(plain: Path, chatty: Path, tmp_path: Path, monkeypatch: pytest
     torch.manual_seed(0)
     refused = pack(tmp_path / "refusing", llama(**BYTES), byte_tokenizer(refusing))
     assert "refuses the messages (not today); --raw does without" in run(refused, "x", code=1).stderr
-    assert "not today" in run(refused, "--chat", given="x\n").stderr
+    assert "not today" in run(refused, "--chat", code=1, given="x\n").stderr
     (tmp_path / "bert").mkdir()
     bert = pack(tmp_path / "bert", ARCHITECTURES["bert"](), None)
     assert "a BertForMaskedLM does not generate text" in run(bert, "x", code=1).stderr
