@@ -56,7 +56,7 @@ def _pillow() -> Any:
         import PIL.Image
         import PIL.ImageOps
     except ImportError:
-        raise ModelError("image files are read and written by Pillow; pip install seedpack[image]") from None
+        raise ModelError("image files are read and written by Pillow; pip install pillow") from None
     return PIL
 
 
