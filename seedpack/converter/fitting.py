@@ -40,6 +40,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for tensor in (tensor for tensor in plan.tensors if tensor.packed):
+        run.progress("Checking values", math.prod(tensor.shape), plan.packed_weights, "weights", tensor.name)
         value = run.source.read(tensor.name)
         if not _usable(value):
             found[tensor.name] = NONFINITE

@@ -120,6 +120,10 @@ class CompressOptions:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
+        if self.bits is not None and (isinstance(self.bits, bool) or not isinstance(self.bits, (int, float))):
+            raise ModelError(f"bits: expected a number of bits per weight, got {self.bits!r}")
+        if self.bits is not None:
+            object.__setattr__(self, "bits", float(self.bits))
         if self.target_size is not None and self.bits is not None:
             raise ModelError("give bits or a target size, not both")
         if self.dtype is not None:

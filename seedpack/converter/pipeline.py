@@ -19,8 +19,9 @@ from seedpack.converter.calibration.calibrate import (
     tune_packed,
 )
 from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
-from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype, silent
+from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
+from seedpack.converter.progress import shown
 from seedpack.converter.report import Report
 from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
@@ -41,17 +42,20 @@ def compress(
     options: CompressOptions | None = None,
     *,
     plan: Plan | Edits | None = None,
-    progress: Progress = silent,
+    tokenizer: Any = None,
+    progress: Progress | bool = False,
     **changes: Any,
 ) -> Report:
     """Pack a model into a seed + coefficient checkpoint.
 
     Args:
         model: a file, a Hugging Face folder, a hub id, a module or a state dict (see `open_source`).
-        output: a file; for a Hugging Face model a folder. It appears whole or not at all.
+        output: a file; for a Hugging Face model a folder, with its config (of one in memory, a name that ends in .safetensors
+            makes a file). It appears whole or not at all.
         options: see `CompressOptions`.
         plan: a plan to follow, or a plan document or file (see `Plan.to_json`) whose choices win.
-        progress: called as work is done.
+        tokenizer: of a transformers model in memory, or its processor: it goes along, and calibration reads text with it.
+        progress: True shows bars, with the time that is left; or a function that is called as work is done.
         changes: options by name, as `bits=3`.
 
     Raises:
@@ -59,7 +63,10 @@ def compress(
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
     started = time.perf_counter()
-    with open_run(model, output, CompressOptions.of(options, changes), progress) as run:
+    with (
+        shown(progress) as told,
+        open_run(model, output, CompressOptions.of(options, changes), told, tokenizer) as run,
+    ):
         planned = make_plan(run.source, run.options, plan)
         asked_for = run.options.exclude or plan is not None or run.options.is_raw
         if not planned.packed_weights and not asked_for:
@@ -78,7 +85,7 @@ def plan(
     *,
     output: str | Path | None = None,
     edits: Edits | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = False,
     **changes: Any,
 ) -> Plan:
     """Make the plan that `compress` would follow; without a calibration no weight is read.
@@ -88,7 +95,7 @@ def plan(
         options: see `CompressOptions`. With a calibration a budget is allocated by measured sensitivities.
         output: of the run to come; needed with a calibration, which is kept beside it for that run.
         edits: a plan document or file whose choices win.
-        progress: called as work is done.
+        progress: as for `compress`.
         changes: options by name.
     """
     options = CompressOptions.of(options, changes)
@@ -101,15 +108,20 @@ def plan(
     if output is None:
         raise ModelError("name the output that the plan is for: the calibration is kept beside it, for the run to come")
     options = replace(options, calibration=replace(options.calibrated, sequential=False))  # it would fit every layer
-    with open_run(model, output, options, progress) as run:
+    with shown(progress) as told, open_run(model, output, options, told) as run:
         return calibrate_plan(run, make_plan(run.source, options, edits), edits)[0]
 
 
-def open_run(model: Model, output: str | Path, options: CompressOptions, progress: Progress) -> Run:
+def open_run(
+    model: Model, output: str | Path, options: CompressOptions, progress: Progress, tokenizer: Any = None
+) -> Run:
     """Open the source of a run, and refuse what cannot be done before any work."""
     fitting_device(options.device)
+    progress("Reading the model", 0, 0)
     with trusting_remote_code(options.trust_remote_code):
-        source = open_source(model)
+        source = open_source(model, as_file=Path(output).suffix == ".safetensors")
+    if tokenizer is not None:
+        source.take_tokenizer(tokenizer)
     run = Run(source, options, Path(output), progress)
     run.check()
     return run
@@ -195,6 +207,7 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
     folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
+    run.progress("Fitting", 0, run.weights, "weights")
     with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
         for tensor in plan.tensors:
             parts, report = fit(run if tuned is None else run.quiet(), tensor, statistics)

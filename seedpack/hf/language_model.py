@@ -13,7 +13,6 @@ from torch import Tensor
 
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.sources.base import OpenModel
-from seedpack.converter.sources.module import ModuleSource
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError, SeedpackError, first_line
@@ -24,14 +23,6 @@ from seedpack.hf.remote_code import model_class
 from seedpack.memory import free_bytes
 
 SEQUENCES_AT_ONCE = 64  # written side by side
-
-
-class PretrainedSource(ModuleSource):
-    """A live transformers model."""
-
-    def open_model(self) -> OpenModel:
-        """Return the model itself, ready to be calibrated on text where it is a causal language model."""
-        return open_pretrained(self._module)
 
 
 def open_pretrained(model: Any, tokenizer: Any = None) -> OpenModel:

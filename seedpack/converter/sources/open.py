@@ -20,12 +20,13 @@ TORCH_SUFFIXES = {".pt", ".pth", ".th", ".bin", ".ckpt"}
 Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
 
 
-def open_source(model: Model) -> Source:
+def open_source(model: Model, *, as_file: bool = False) -> Source:
     """Open the source of a model.
 
     Args:
         model: a `.pt/.pth/.th/.bin/.ckpt` state dict, a `.safetensors` or `.gguf` file, a Hugging Face folder, a hub
             id such as "org/name", a live module, a state dict, or a source, which is returned as it is.
+        as_file: a live transformers model becomes a single file, not a folder.
 
     Raises:
         ModelError: nothing of that kind is there, with what was looked for.
@@ -33,8 +34,8 @@ def open_source(model: Model) -> Source:
     if isinstance(model, Source):
         return model
     if isinstance(model, nn.Module):
-        open_pretrained = opener_of("pretrained") if hasattr(model, "save_pretrained") else None
-        return open_pretrained(model) if open_pretrained else ModuleSource(model)
+        open_live = opener_of("pretrained") if hasattr(model, "save_pretrained") else None
+        return open_live(model, as_file) if open_live else ModuleSource(model)
     if isinstance(model, Mapping):
         return dequantized(StateDictSource("state dict", model))
     path = Path(model)
