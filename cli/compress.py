@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,8 @@ import click
 from seedpack.cli import output as screen
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of text
+FEW_BITS = 3.6  # per weight: below, calibration pays
 
 if TYPE_CHECKING:
     from seedpack.converter.options import CompressOptions
@@ -34,7 +38,10 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.command("compress")
 @click.argument("model")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="File to write, or folder for a Hugging Face model."
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="File to write, or folder for a Hugging Face model. Default: the model's name with codec and bits, here.",
 )
 @click.option(
     "--codec",
@@ -104,34 +111,33 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @screen.trust_option
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
+def command(model: str, output: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Pack MODEL into a seed + coefficient checkpoint.
 
     MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, or a hub id.
     """
-    if output is None and not dry_run:
-        raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
-    if output is None and given["calibration"] != "none":
-        raise click.UsageError("name the output with -o: the calibration is kept beside it, for the run that follows")
     if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
-    from seedpack import api
-    from seedpack.converter.sources.open import open_source
-    from seedpack.converter.trust import trusting_remote_code
-
-    screen.quiet_transformers()
-    edits, options = given.pop("plan"), options_of(**given)
-    with trusting_remote_code(options.trust_remote_code):
-        source = open_source(model)
-    if not as_json:
-        for note in source_notes(source):
-            screen.echo(note, err=True)
     with screen.stages() as progress:
+        progress("Starting", 0, 0)
+        from seedpack import api
+        from seedpack.converter.sources.open import open_source
+        from seedpack.converter.trust import trusting_remote_code
+
+        screen.quiet_transformers()
+        edits, options = given.pop("plan"), options_of(**given)
+        progress("Reading the model", 0, 0)
+        with trusting_remote_code(options.trust_remote_code):
+            source = open_source(model)
+        path = output_path(model, output, options, is_folder=source.config is not None)
+        if not as_json:
+            notes = [] if output == str(path) or dry_run else [f"output: {path}"]
+            for note in source_notes(source) + notes:
+                screen.echo(note, err=True)
         if dry_run:
-            plan = api.plan(source, options, output=output, edits=edits, progress=progress)
+            plan = api.plan(source, options, output=path, edits=edits, progress=progress)
         else:
-            assert output is not None
-            report = api.compress(source, output, options, plan=edits, progress=progress)
+            report = api.compress(source, path, options, plan=edits, progress=progress)
     if dry_run:
         screen.show_json(plan.to_json()) if as_json else show_plan(model, plan)
     else:
@@ -159,6 +165,25 @@ def options_of(
         key=None if key_file is None else read_key(key_file),
         **given,
     )
+
+
+def output_path(model: str, output: str | None, options: CompressOptions, *, is_folder: bool) -> Path:
+    """Return where to write: the path that was given, or a name by model, codec and bits, in a folder that was given or here."""
+    into_folder = output is not None and not is_folder and (output.endswith(os.sep) or Path(output).is_dir())
+    if output is not None and not into_folder:
+        return Path(output)
+    codec = options.codec if isinstance(options.codec, str) else options.codec.id
+    bits = f"{4 if options.bits is None else options.bits:g}bit"
+    size = None if options.target_size is None else screen.size(options.target_size).replace(" ", "")
+    name = Path(model.rstrip("/"))
+    stem = name.stem if name.is_file() else name.resolve().name
+    labels = [
+        stem,
+        codec.replace("+", "-"),
+        *([] if codec == "raw" else [size or bits]),
+        *(["calibrated"] if options.calibration else []),
+    ]
+    return Path(output or "") / ("-".join(labels) + ("" if is_folder else ".safetensors"))
 
 
 def source_notes(source: Any) -> list[str]:
@@ -203,32 +228,33 @@ def show_plan(model: str, plan: Any) -> None:
 
 
 def show_report(report: Any) -> None:
-    """Print the summary after packing."""
-    totals = report.plan.totals()
-    worst = max(report.tensors, key=lambda t: t.error_db, default=None)
-    fitting = sum(t.seconds for t in report.tensors)
-    before, ratio = screen.size(totals["source_bytes"]), totals["source_bytes"] / max(1, report.file_bytes)
-    packed_bits = f"{totals['bits_per_packed_weight']:.4f} over packed, " if report.tensors else ""
-    pairs = [
-        ("size", f"{before} → {screen.size(report.file_bytes)} on disk ({ratio:.2f}× smaller)"),
-        ("tensors", f"{totals['packed_tensors']} packed, {totals['tensors'] - totals['packed_tensors']} raw"),
-        ("bits per weight", f"{packed_bits}{totals['bits_per_weight']:.4f} over all"),
-    ]
-    shares = report.plan.raw_shares()
-    if (raw := sum(shares.values())) > 0:
-        listed = ", ".join(f"{share:.1%} {note}" for note, share in list(shares.items())[:3])
-        pairs.append(("left raw", f"{raw:.1%} of the weights: {listed}"))
-    if worst is not None:
-        rate = totals["packed_weights"] / max(1e-9, fitting)
-        error, worst_error = screen.db(report.error_db), screen.db(worst.error_db)
-        pairs += [
-            ("relative error", f"{error} overall, worst {worst_error} ({worst.plan.name})"),
-            ("time", f"{screen.duration(report.seconds)}, {rate:,.0f} weights/s while fitting"),
-        ]
-    screen.show_pairs(f"Packed {report.path}", pairs)
+    """Print the summary after packing, and the commands that one goes on with."""
+    lines = report.summary()
+    screen.show_pairs(f"Packed {report.source} as {report.path}", list(lines.items()))
+    raw = sum(report.plan.raw_shares().values())
     if raw > MUCH_RAW:
         screen.echo(
             f"warning: {raw:.0%} of the weights stay as they were, so the file is that much larger than it could be; "
             "--dry-run lists each tensor with the reason",
             err=True,
         )
+    for line in next_steps(report):
+        screen.echo(line)
+
+
+def next_steps(report: Any) -> list[str]:
+    """Return lines that say how to go on."""
+    packed, original = shlex.quote(str(report.path)), shlex.quote(report.source)
+    if not report.path.is_dir():
+        return [f"next: seedpack verify {packed}", f"      seedpack compare {original} {packed}"]
+    steps = [f"seedpack eval {original} {packed} --text FILE"]
+    if any(name.endswith(WRITERS) for name in architectures(report.path)):
+        steps.insert(0, f'seedpack run {packed} "Once upon a time"')
+        if report.calibration is None and report.plan.totals()["bits_per_packed_weight"] < FEW_BITS:
+            steps.append("(at so few bits, --calibration self about halves what is lost)")
+    return [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(steps)]
+
+
+def architectures(folder: Path) -> list[str]:
+    """Return the names of a packed folder's classes."""
+    return list(json.loads((folder / "config.json").read_text()).get("architectures") or ())

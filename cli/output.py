@@ -14,20 +14,10 @@ from typing import Any
 
 import click
 
+from seedpack.units import duration as duration
+from seedpack.units import size as size
+
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def size(count: float) -> str:
-    """Format a number of bytes, in decimal units.
-
-    >>> size(123_456_789)
-    '123.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def parse_size(text: str) -> int:
@@ -42,21 +32,6 @@ def parse_size(text: str) -> int:
     if not 1 <= value < 2**63:
         raise click.BadParameter("the size must be from one byte to 9 EB")
     return int(value)
-
-
-def duration(seconds: float) -> str:
-    """Format a number of seconds.
-
-    >>> duration(3), duration(75), duration(18_000), duration(100_000)
-    ('3.0s', '1m15s', '5h00m', '1d03h')
-    """
-    if seconds < 60:
-        return f"{seconds:.1f}s"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes_left = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours}h{minutes_left:02d}m" if hours else f"{minutes}m{rest:02d}s"
-    return f"{hours // 24}d{hours % 24:02d}h"
 
 
 def db(value: float) -> str:

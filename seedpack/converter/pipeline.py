@@ -18,6 +18,7 @@ from seedpack.converter.calibration.calibrate import (
     measured_sensitivities,
     tune_packed,
 )
+from seedpack.converter.calibration.store import FOLDER
 from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
 from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
@@ -212,7 +213,7 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
         for tensor in plan.tensors:
             parts, report = fit(run if tuned is None else run.quiet(), tensor, statistics)
             if tuned is not None:
-                parts, report = apply_tuning(run.source, parts, report, tuned.factors, tuned.values)
+                parts, report = apply_tuning(statistics, parts, report, tuned.factors, tuned.values)
             writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
             if tensor.packed:
                 reports.append(report)
@@ -222,7 +223,18 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     run.source.require_unchanged()
     files = partial.glob("*.safetensors") if folder else [partial]
     size = sum(file.stat().st_size for file in files)
-    return Report(run.output, plan, tuple(reports), size, 0.0, tuple(run.source.notes))
+    reads_text = run.calibration is not None and run.calibration.is_text
+    return Report(
+        run.output,
+        plan,
+        tuple(reports),
+        size,
+        0.0,
+        tuple(run.source.notes),
+        run.source.name,
+        run.source.input_bytes,
+        run.output.parent / FOLDER if reads_text else None,
+    )
 
 
 def _nothing_packed(name: str, plan: Plan) -> str:
