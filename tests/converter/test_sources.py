@@ -158,8 +158,8 @@ class Midway:
     def __init__(self, change: Callable[[], object]):
         self._change: Callable[[], object] | None = change
 
-    def __call__(self, *_: object) -> None:
-        if self._change is not None:
+    def __call__(self, stage: str, done: int, *_: object) -> None:
+        if self._change is not None and stage == "Fitting" and done:
             change, self._change = self._change, None
             change()
 
