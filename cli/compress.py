@@ -14,7 +14,9 @@ import click
 from seedpack.cli import output as screen
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less
+MUCH_USED = 0.9  # of a size that was allowed
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of text
+LONG = 4_000_000  # weights: fewer are fitted before one has read an estimate
 FEW_BITS = 3.6  # per weight: below, calibration pays
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     "JSON lines file, or a hub data set.",
 )
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
+@click.option("--calibration-context", type=int, default=512, show_default=True, help="Tokens per sequence of it.")
 @click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of the text that the model writes.")
 @click.option("--sequential", is_flag=True, help="Calibrate each layer on the outputs of the packed layers before it.")
 @click.option(
@@ -108,6 +111,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--state-key", help="Of a .pt file: the key, or keys with dots between them, that the state dict is under."
+)
 @screen.trust_option
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -121,6 +127,8 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
     with screen.stages() as progress:
         progress("Starting", 0, 0)
         from seedpack import api
+        from seedpack.converter.estimate import estimate
+        from seedpack.converter.pipeline import make_plan
         from seedpack.converter.sources.open import open_source
         from seedpack.converter.trust import trusting_remote_code
 
@@ -128,7 +136,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
         edits, options = given.pop("plan"), options_of(**given)
         progress("Reading the model", 0, 0)
         with trusting_remote_code(options.trust_remote_code):
-            source = open_source(model)
+            source = open_source(model, state_key=options.state_key)
         path = output_path(model, output, options, is_folder=source.config is not None)
         if not as_json:
             notes = [] if output == str(path) or dry_run else [f"output: {path}"]
@@ -136,12 +144,17 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
                 screen.echo(note, err=True)
         if dry_run:
             plan = api.plan(source, options, output=path, edits=edits, progress=progress)
+            progress("Estimating", 0, 0)
+            estimated = estimate(plan, options)
         else:
+            if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
+                progress("Estimating", 0, 0)
+                screen.echo(f"estimate: {estimate(planned, options)}", err=True)
             report = api.compress(source, path, options, plan=edits, progress=progress)
     if dry_run:
-        screen.show_json(plan.to_json()) if as_json else show_plan(model, plan)
+        screen.show_json(plan.to_json()) if as_json else show_plan(model, plan, estimated)
     else:
-        screen.show_json(report.to_json()) if as_json else show_report(report)
+        screen.show_json(report.to_json()) if as_json else show_report(report, options.target_size)
 
 
 def options_of(
@@ -151,12 +164,12 @@ def options_of(
     from seedpack.converter.options import Calibration, CompressOptions
     from seedpack.keys import read_key
 
-    tokens, seed = given.pop("calibration_tokens"), given.pop("calibration_seed")
+    tokens, context, seed = (given.pop(f"calibration_{name}") for name in ("tokens", "context", "seed"))
     sequential, tune = given.pop("sequential"), given.pop("tune")
     target_size, shard_size = given.pop("target_size"), given.pop("shard_size")
     text = None
     if calibration != "none":
-        text = Calibration(calibration, tokens, seed=seed, sequential=sequential, tune=int(tune))
+        text = Calibration(calibration, tokens, context, seed, sequential=sequential, tune=int(tune))
     return CompressOptions(
         settings=parse_settings(settings) | ({"effort": effort} if effort else {}),
         target_size=None if target_size is None else screen.parse_size(target_size),
@@ -190,7 +203,7 @@ def source_notes(source: Any) -> list[str]:
     """Return lines on what was done to a model's tensors, and on what was left out."""
     names, count = ", ".join(source.dropped[:6]), len(source.dropped)
     more = f" and {count - 6} more" if count > 6 else ""
-    left_out = [f"note: left out, as no weights: {names}{more}"] if names else []
+    left_out = [f"note: ignored (not tensors): {names}{more}"] if names else []
     return [f"source: {note}" for note in source.notes] + left_out
 
 
@@ -201,7 +214,7 @@ def codec_label(codec: Any) -> str:
     return f"{codec.id} {codec.code_bits}" if hasattr(codec, "code_bits") else str(codec.id)
 
 
-def show_plan(model: str, plan: Any) -> None:
+def show_plan(model: str, plan: Any, estimated: Any) -> None:
     """Print the plan as a table: per tensor codec, bits, bytes before and after."""
 
     def row(tensor: Any) -> tuple[str, ...]:
@@ -217,20 +230,26 @@ def show_plan(model: str, plan: Any) -> None:
         [row(tensor) for tensor in plan.tensors],
         ("total", "", "", f"{totals['bits_per_weight']:.3f}", before, after),
     )
-    notes = Counter(t.note for t in plan.tensors if t.note)
+    notes = Counter(t.note for t in plan.tensors if not t.packed)
     lines = [
-        f"{totals['packed_tensors']} of {totals['tensors']} tensors packed, "
-        f"{totals['bits_per_packed_weight']:.3f} bits for each of their weights",
-        *(f"{n} tensors raw: {note}" for note, n in notes.items()),
+        f"{totals['packed_tensors']} of {screen.count(totals['tensors'], 'tensor')} packed, at "
+        f"{totals['bits_per_packed_weight']:.3f} bits per weight",
+        *(f"{screen.count(n, 'tensor')} raw: {note}" for note, n in notes.items()),
     ]
-    for line in lines:
+    for line in [*lines, f"estimate: {estimated}"]:
         screen.echo(line)
 
 
-def show_report(report: Any) -> None:
+def show_report(report: Any, target_size: int | None = None) -> None:
     """Print the summary after packing, and the commands that one goes on with."""
     lines = report.summary()
     screen.show_pairs(f"Packed {report.source} as {report.path}", list(lines.items()))
+    if target_size is not None and report.file_bytes < MUCH_USED * target_size:
+        screen.echo(
+            f"note: of the {screen.size(target_size)} that were allowed, {screen.size(report.file_bytes)} are used: more bits for "
+            "any tensor would exceed it, or there are none",
+            err=True,
+        )
     raw = sum(report.plan.raw_shares().values())
     if raw > MUCH_RAW:
         screen.echo(

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from seedpack.units import count as count
 from seedpack.units import duration as duration
 from seedpack.units import size as size
 

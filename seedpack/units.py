@@ -29,3 +29,12 @@ def duration(seconds: float) -> str:
     if hours < 24:
         return f"{hours}h{minutes_left:02d}m" if hours else f"{minutes}m{rest:02d}s"
     return f"{hours // 24}d{hours % 24:02d}h"
+
+
+def count(number: int, noun: str) -> str:
+    """Format a number of things.
+
+    >>> count(1, "tensor"), count(1200, "tensor")
+    ('1 tensor', '1,200 tensors')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -18,6 +18,7 @@ from seedpack.converter.sources.base import Source
 from seedpack.converter.statistics import Statistics
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import CodecError, ModelError, NonfiniteError
+from seedpack.units import count
 
 WEIGHTS_AT_ONCE = 1 << 20
 NONFINITE, TABLE = "holds NaN or Inf", "by its values no weight (a mask or a table)"
@@ -51,7 +52,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     bad = [name for name, note in found.items() if note == NONFINITE]
     if bad and not run.options.allow_nonfinite:
         raise NonfiniteError(
-            f"{run.source.name}: {len(bad)} tensors hold NaN or Inf (or more than 1e33): {', '.join(bad[:4])}"
+            f"{run.source.name}: NaN or Inf (or more than 1e33) in {count(len(bad), 'tensor')}: {', '.join(bad[:4])}"
             f"{' …' if len(bad) > 4 else ''}; correct the model, or pass --allow-nonfinite (allow_nonfinite=True) to store "
             "them raw"
         )
@@ -74,8 +75,8 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
             _require_fits(tensor, float(finite.double().abs().max()))
         return tensor.codec.encode(value), TensorReport(tensor, 0.0, 0.0, 0.0)
 
-    def progress(count: int) -> None:
-        run.progress("Fitting", count, run.weights, "weights", tensor.name)
+    def progress(done: int) -> None:
+        run.progress("Fitting", done, run.weights, "weights", tensor.name)
 
     journal = statistics.journal
     if journal is not None and (known := journal.get(tensor)) is not None:

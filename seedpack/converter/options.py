@@ -57,10 +57,12 @@ class Calibration:
     tune: int = 0
 
     def __post_init__(self) -> None:
-        if self.context < 2 or self.tokens < self.context:
+        if self.context < 2:
+            raise ModelError(f"calibration: sequences of {self.context} tokens; they must have at least 2")
+        if self.tokens < self.context:
             raise ModelError(
-                f"calibration on {self.tokens} tokens in sequences of {self.context}: sequences must have at least 2, and "
-                "there must be tokens for one of them"
+                f"calibration: {self.tokens} tokens do not fill a sequence of {self.context}; ask for at least {self.context}, or "
+                "for shorter sequences (--calibration-context, context=…)"
             )
         if type(self.tune) is not int or self.tune < 0:
             raise ModelError(f"tune must be a count of epochs, got {self.tune!r}")
@@ -93,6 +95,7 @@ class CompressOptions:
             another module, or a `Calibration` that says more; "none" or None: do not. Kept in `seedpack-calibration`
             beside the output for other runs.
         key: the 16 bytes of a private key, for weights that are regenerated with one (basis, mask).
+        state_key: of a file that torch saved, the key that the state dict is under, or keys with dots between them.
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
         trust_remote_code: run the Python code that lies in the model's folder, where that defines the model.
         force: replace an existing output.
@@ -112,6 +115,7 @@ class CompressOptions:
     importance: Mapping[str, Tensor] | None = None
     calibration: Calibration | Text | None = None
     key: bytes | None = field(default=None, repr=False)
+    state_key: str | None = None
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
     force: bool = False

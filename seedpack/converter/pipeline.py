@@ -33,6 +33,7 @@ from seedpack.dtypes import dtype_name, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
 from seedpack.formats.writer import file_bytes
+from seedpack.units import count
 
 Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
 
@@ -102,7 +103,7 @@ def plan(
     options = CompressOptions.of(options, changes)
     if options.calibrated is None:
         with trusting_remote_code(options.trust_remote_code):
-            source = open_source(model)
+            source = open_source(model, state_key=options.state_key)
         statistics = Statistics(source, options.importance or {})
         planned = make_plan(source, options, edits)
         return planned.with_hessians(statistics.tensors_with_hessian(planned))
@@ -120,7 +121,7 @@ def open_run(
     fitting_device(options.device)
     progress("Reading the model", 0, 0)
     with trusting_remote_code(options.trust_remote_code):
-        source = open_source(model, as_file=Path(output).suffix == ".safetensors")
+        source = open_source(model, as_file=Path(output).suffix == ".safetensors", state_key=options.state_key)
     if tokenizer is not None:
         source.take_tokenizer(tokenizer)
     run = Run(source, options, Path(output), progress)
@@ -240,9 +241,9 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
 def _nothing_packed(name: str, plan: Plan) -> str:
     """Return why none of a plan's tensors is packed, and what to do."""
     reasons = Counter(tensor.note for tensor in plan.tensors)
-    listed = "; ".join(f"{count}: {note}" for note, count in reasons.most_common(3))
+    listed = "; ".join(f"{number}: {note}" for note, number in reasons.most_common(3))
     return (
-        f"{name}: none of its {len(plan.tensors)} tensors can be packed ({listed}): it would only grow. Pass a model with "
+        f"{name}: none of its {count(len(plan.tensors), 'tensor')} can be packed ({listed}): it would only grow. Pass a model with "
         "matrices of float32, float16 or bfloat16, or another codec or number of bits (codec=…, bits=…)"
     )
 

@@ -125,7 +125,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         (tmp_path / "none.pt", "no such file or folder, and not a hub id"),
         (tmp_path / "x.txt", "unknown kind of file '.txt'; known:"),
         (tmp_path / "folder", "has no config.json"),
-        ("no-such-org/no-such-model", "as a hub id it could not be had"),
+        ("no-such-org/no-such-model", "as a hub id it cannot be fetched"),
     ]
     for path, message in missing:
         with pytest.raises(ModelError, match=message):
