@@ -105,7 +105,7 @@ def _cells(report: Report) -> dict[str, tuple[str, str]]:
             "same nearest": ("", _percent(report.nearest_agreement)),
             f"same {report.neighbours} nearest": ("", _percent(report.neighbours_overlap)),
         }
-    divergence = {"KL, mean": ("", f"{report.kl_mean:.4f}"), "KL, 99%": ("", f"{report.kl_p99:.4f}")}
+    divergence = {"KL, nats": ("", f"{report.kl_mean:.4f}"), "KL, 99%": ("", f"{report.kl_p99:.4f}")}
     if isinstance(report, ClassReport):
         cells = {"same class": ("", _percent(report.agreement)), **divergence}
         if report.accuracy_original is not None and report.accuracy_packed is not None:
