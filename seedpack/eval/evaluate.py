@@ -182,7 +182,7 @@ def _sequences(run: _Run) -> tuple[Sequence[Report], str]:
 def _embeddings(run: _Run) -> tuple[Sequence[Report], str]:
     original, *packed = run.models
     pooling = pooling_of(run.original)
-    texts = dict.fromkeys(" ".join(filter(None, (line.text, line.answer))) for line in read_lines(run.data))
+    texts = dict.fromkeys(line.text for line in read_lines(run.data, answers=False))
     encoded, used = run.encoded(list(texts))
     batches = text_batches(run.processor, original, encoded)
     reports = compare_embeddings(original, packed, batches, pooling, run.advance("Embedding", len(encoded), "lines"))

@@ -26,15 +26,19 @@ class Line:
     answer: str | None
 
 
-def read_lines(path: Path) -> list[Line]:
+def read_lines(path: Path, answers: bool = True) -> list[Line]:
     """Return the lines of a file that are not blank.
 
+    Args:
+        path: of the file.
+        answers: what stands after a tab is an answer, and no part of the text.
+
     Raises:
-        ModelError: there is none, or not all of them have a tab.
+        ModelError: there is none, or some have an answer and others none.
     """
     lines = []
     for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), 1):
-        text, tab, answer = line.strip().partition("\t")
+        text, tab, answer = line.strip().partition("\t" if answers else "\n")
         if text:
             lines.append(Line(number, text.rstrip(), answer.strip() if tab else None))
     if not lines:
@@ -69,7 +73,9 @@ def text_batches(tokenizer: Any, model: Any, encoded: Sequence[Any]) -> Iterator
     pads = tokenizer.pad_token_id is not None and getattr(model.config, "pad_token_id", None) is not None
     step = BATCH if pads else 1
     for start in range(0, len(encoded), step):
-        yield tokenizer.pad(list(encoded[start : start + step]), padding=pads, return_tensors="pt")
+        yield tokenizer.pad(
+            list(encoded[start : start + step]), padding=pads, padding_side="right", return_tensors="pt"
+        )
 
 
 def find_images(folder: Path, classes: Mapping[str, int]) -> tuple[list[Path], list[int] | None]:

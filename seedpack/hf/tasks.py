@@ -42,9 +42,10 @@ def task_of(model: str | Path) -> str:
         return EMBEDDINGS
     if task := _task_of_class(cls):
         return task
+    what = f"a {cls.__name__}" if _is_named(cls) else "an architecture that config.json does not name"
     raise ModelError(
-        f"{model}: a {cls.__name__} is for none of the tasks {', '.join(TASKS)}; "
-        f"if it reads text, --task {EMBEDDINGS} compares the hidden states of its base model"
+        f"{model}: {what} is for none of the tasks {', '.join(TASKS)}; --task chooses one, "
+        f"such as {EMBEDDINGS} of any model that reads text"
     )
 
 
@@ -69,7 +70,7 @@ def load_for_task(model: str | Path, task: str, dtype: Any = None) -> Any:
     where, options = _where(model)
     if not options:
         own = _model_class(model)
-        auto = own if task in (EMBEDDINGS, _task_of_class(own)) else auto
+        auto = own if task == _task_of_class(own) or (task == EMBEDDINGS and _is_named(own)) else auto
     trusted = {"trust_remote_code": trusts_remote_code()}
     try:
         return load_complete(auto, where, model, dtype=dtype or torch.float32, **options, **trusted)
@@ -127,10 +128,15 @@ def _task_of_class(cls: Any) -> str | None:
         task for task, (_, mappings) in TASKS.items() if any(cls.__name__ in auto_class_names(m) for m in mappings)
     )
     task = next(tasks, None)
-    return task if _reads_what_is_given(cls, task) else None
+    return task if task and _reads_what_is_given(cls, task) else None
 
 
-def _reads_what_is_given(cls: Any, task: str | None) -> bool:
+def _is_named(cls: Any) -> bool:
+    """Return whether `_model_class` found a class, instead of falling back on that of all models."""
+    return bool(cls.__name__ != "PreTrainedModel")
+
+
+def _reads_what_is_given(cls: Any, task: str) -> bool:
     """Return whether a model class reads images where the task gives images, and else text alone."""
     config, pixels = cls.config_class, task == IMAGE_CLASSES
     if task == SEQ2SEQ and not config.is_encoder_decoder:  # such as language models that listen
@@ -141,7 +147,9 @@ def _reads_what_is_given(cls: Any, task: str | None) -> bool:
 
 
 def _model_class(model: str | Path) -> Any:
-    """Return the class that a model's config.json names, as `remote_code.model_class` does."""
+    """Return the class that a model's config.json names, as `remote_code.model_class` does; `PreTrainedModel` if none."""
+    import transformers
+
     from seedpack.converter.sources.open import looks_like_hub_id
     from seedpack.hf.remote_code import model_class
 
@@ -152,7 +160,7 @@ def _model_class(model: str | Path) -> Any:
         raise ModelError(
             f"{model}: no config.json to be had; expected a Hugging Face folder, a hub id or, of a language model, a GGUF file"
         )
-    return model_class(Path(model), read_json(file))
+    return model_class(Path(model), read_json(file), transformers.PreTrainedModel)
 
 
 def _find_file(model: str | Path, name: str) -> Path | None:

@@ -165,7 +165,7 @@ def test_pooling_of_a_folder(root: Path) -> None:
         inputs = [tokenizer(line, return_tensors="pt") for line in text.read_text().splitlines()]
         with torch.no_grad():
             embeddings.append(torch.stack([model.bert(**x).last_hidden_state[0, 0] for x in inputs]))
-    distance = 1 - torch.nn.functional.cosine_similarity(*embeddings).mean()
+    distance = 1 - torch.nn.functional.cosine_similarity(embeddings[0], embeddings[1]).mean()
     assert measures(evaluation)[0]["distance_mean"] == pytest.approx(float(distance), abs=1e-5)
 
 

@@ -25,6 +25,7 @@ def test_lines(tmp_path: Path) -> None:
     path.write_text("a\nb")
     assert [line.answer for line in read_lines(path)] == [None, None]
     path.write_text("a\tx\n\nb\n")
+    assert [line.text for line in read_lines(path, answers=False)] == ["a\tx", "b"]
     with pytest.raises(ModelError, match="line 3 has no tab, but line 1 has one; give each line an answer"):
         read_lines(path)
     path.write_text("\n \t\n")

@@ -26,7 +26,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "image-classification": lambda: transformers.ViTForImageClassification(
         transformers.ViTConfig(
             **{key: SMALL[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
-            image_size=16, patch_size=8, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},  # type: ignore[call-arg]
+            image_size=16, patch_size=8, id2label={0: "cat", 1: "dog"}, label2id={"cat": 0, "dog": 1},
         )
     ),
 }  # fmt: skip

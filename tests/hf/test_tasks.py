@@ -35,7 +35,8 @@ def test_tasks(tmp_path: Path, name: str, task: str) -> None:
 @pytest.mark.parametrize("name", NONE)
 def test_models_for_no_task(tmp_path: Path, name: str) -> None:
     with pytest.raises(
-        ModelError, match=f"a {name} is for none of the tasks text-classification, image.*--task embeddings"
+        ModelError,
+        match=f"a {name} is for none of the tasks text-classification, image.*--task chooses one, such as embeddings",
     ):
         task_of(configured(tmp_path, name))
 
@@ -46,6 +47,10 @@ def test_other_paths(tmp_path: Path) -> None:
     for path, message in ((tmp_path, "no config.json"), (tmp_path / "no", "no such file or folder, and not a hub id")):
         with pytest.raises(ModelError, match=message):
             task_of(path)
+    for config in ({"model_type": "llama"}, {"architectures": ["Unheard"]}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ModelError, match="an architecture that config.json does not name is for none of the tasks"):
+            task_of(tmp_path)
     with pytest.raises(ModelError, match="no image processor that transformers can load"):
         load_processor(tmp_path, "image-classification")
 
