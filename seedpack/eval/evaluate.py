@@ -10,17 +10,11 @@ from typing import Any
 
 import torch
 
+from seedpack.converter.options import Progress, silent
 from seedpack.errors import ModelError
 from seedpack.eval.classes import ClassReport, class_of, compare_classifiers
 from seedpack.eval.embeddings import EmbeddingReport, compare_embeddings
-from seedpack.eval.inputs import (
-    encode_lines,
-    find_images,
-    image_batches,
-    read_lines,
-    some_labels,
-    text_batches,
-)
+from seedpack.eval.inputs import encode_lines, find_images, image_batches, read_lines, some_labels, text_batches
 from seedpack.eval.language import LanguageReport, compare_language_models, windows
 from seedpack.eval.models import Advance
 from seedpack.eval.sequences import SequenceReport, compare_sequence_models, write_targets
@@ -89,12 +83,12 @@ class _Run:
     data: Path
     context: int
     tokens: int
-    progress: Callable[..., None]
+    progress: Progress
 
     def limit(self) -> int:
-        """Return the tokens of one text."""
-        limits = getattr(self.models[0].config, "max_position_embeddings", None), self.processor.model_max_length
-        return min(limit for limit in (*limits, self.context) if limit)
+        """Return how many tokens a window or a line may have; some models say -1 where there is no limit."""
+        limit = getattr(self.models[0].config, "max_position_embeddings", None) or self.context
+        return min(self.context, limit) if limit > 0 else self.context
 
     def advance(self, stage: str, total: int, unit: str) -> Advance:
         """Return a function of the units done since the last call."""
@@ -102,7 +96,8 @@ class _Run:
 
     def encoded(self, texts: Sequence[str]) -> tuple[list[Any], str]:
         """Return encoded texts, and a description."""
-        encoded = encode_lines(self.processor, texts, self.limit(), self.tokens)
+        limit = min(self.limit(), self.processor.model_max_length)
+        encoded = encode_lines(self.processor, texts, limit, self.tokens)
         total = sum(len(encoding["input_ids"]) for encoding in encoded)
         return encoded, f"{len(encoded):,} lines, {total:,} tokens"
 
@@ -115,20 +110,20 @@ def evaluate(
     task: str | None = None,
     context: int = 1024,
     tokens: int = 16384,
-    progress: Callable[..., None] = lambda stage, count, total, unit: None,
+    progress: Progress = silent,
 ) -> Evaluation:
     """Score packed models beside their original, which runs once; all are in memory together, in float32.
 
     Args:
         original: a Hugging Face folder, a hub id, or the GGUF file of a language model.
-        packed: folders as `compress` writes them, or any other variants.
+        packed: folders as `compress` writes them, or any other variants; one at least.
         data: a text file, or of image classifiers a folder of images. A language model reads the text whole, others a line at
             a time. A line may hold, after a tab, a classifier's label, or a sequence-to-sequence model's target; without
             targets, what the original writes is the target. Sub-folders of images may be named by labels.
         task: one of `seedpack.hf.tasks.TASKS`; told from the original's configuration by default.
         context: tokens per window, or per line, at most; as many as the model takes, if that is less.
         tokens: of the text to use.
-        progress: called with a stage, the units done since the last call, the units in all, and the unit.
+        progress: called as work is done.
 
     Raises:
         ModelError: a model cannot be loaded or run, or the data is too short or not what the task needs.
@@ -155,9 +150,8 @@ def _size(path: str | Path, weights: int | None) -> Size:
 
 def _language(run: _Run) -> tuple[Sequence[Report], str]:
     original, *packed = run.models
-    limit = getattr(original.config, "max_position_embeddings", None) or run.context
     text = run.data.read_text("utf-8", "replace")
-    ids = windows(run.processor, text, min(run.context, run.tokens, limit), run.tokens)
+    ids = windows(run.processor, text, min(run.limit(), run.tokens), run.tokens)
     reports = compare_language_models(original, packed, ids, run.advance("Scoring", ids[:, 1:].numel(), "tokens"))
     return reports, f"{reports[0].tokens:,} tokens scored, context {reports[0].context}, windows without overlap"
 

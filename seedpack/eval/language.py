@@ -109,8 +109,8 @@ def compare_next_tokens(
     scores = [_Scores([], [], []) for _ in packed]
     for sample, targets in samples:
         reference = logits(original, sample).cpu().float().log_softmax(-1)
-        require_finite(original, reference)
         nll.append(-reference.gather(1, targets[:, None])[:, 0])
+        require_finite(original, nll[-1])
         for model, score in zip(packed, scores, strict=True):
             values = logits(model, sample).cpu()
             require_same_size(original, model, reference, values, "tokens in its vocabulary")

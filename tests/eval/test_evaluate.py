@@ -15,7 +15,7 @@ from seedpack.errors import ModelError
 from seedpack.eval.evaluate import Evaluation, evaluate
 from seedpack.hf.tasks import TASKS
 from tests.helpers.task_folders import packed, pictures, task_folder
-from tests.helpers.tokenizers import words
+from tests.helpers.tokenizers import word_tokenizer, words
 
 ANSWERS = {"text-classification": ["good", "0"], "seq2seq": ["w9 w8", "w7"]}
 
@@ -167,6 +167,14 @@ def test_pooling_of_a_folder(root: Path) -> None:
             embeddings.append(torch.stack([model.bert(**x).last_hidden_state[0, 0] for x in inputs]))
     distance = 1 - torch.nn.functional.cosine_similarity(embeddings[0], embeddings[1]).mean()
     assert measures(evaluation)[0]["distance_mean"] == pytest.approx(float(distance), abs=1e-5)
+
+
+def test_a_model_without_limit(root: Path) -> None:
+    config = transformers.XLNetConfig(vocab_size=96, d_model=32, n_layer=1, n_head=4, d_inner=64)  # says -1 positions
+    transformers.XLNetLMHeadModel(config).save_pretrained(root / "xlnet")
+    word_tokenizer().save_pretrained(root / "xlnet")
+    evaluation = evaluate(root / "xlnet", [root / "xlnet"], words(root / "long", 20), context=50)
+    assert evaluation.inputs == "98 tokens scored, context 50, windows without overlap"
 
 
 def test_other_tasks_and_wrong_data(root: Path) -> None:

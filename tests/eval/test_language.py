@@ -49,6 +49,8 @@ def test_bad_models(ids: torch.Tensor, tmp_path: Path) -> None:
     with torch.no_grad():
         broken.model.norm.weight.fill_(math.nan)
     with pytest.raises(ModelError, match="not finite"):
+        compare_language_models(broken, [llama()], ids)
+    with pytest.raises(ModelError, match="not finite"):
         compare_language_models(llama(), [broken], ids)
     with pytest.raises(ModelError, match="no config.json to be had; expected a Hugging Face folder"):
         load_language_model(tmp_path)
