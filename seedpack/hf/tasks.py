@@ -106,12 +106,11 @@ def pooling_of(model: str | Path) -> str:
     file = _find_file(model, POOLING_FILE)
     if file is None:
         return "mean"
-    config = read_json(file)
-    assert isinstance(config, dict)
-    modes = [
-        key.removeprefix("pooling_mode_") for key, value in config.items() if key.startswith("pooling_mode_") and value
-    ]
-    names = [str(config["pooling_mode"])] if "pooling_mode" in config else [POOLINGS.get(mode, mode) for mode in modes]
+    content = read_json(file)
+    config = content if isinstance(content, dict) else {}
+    modes = (key.partition("pooling_mode_")[2] for key, value in config.items() if value)
+    names = [POOLINGS.get(mode, mode) for mode in modes if mode]
+    names = [str(config["pooling_mode"])] if "pooling_mode" in config else names
     if len(names) != 1 or names[0] not in POOLINGS.values():
         raise ModelError(
             f"{file}: pooling {'+'.join(names) or 'missing'}; expected one of {', '.join(POOLINGS.values())}"
@@ -124,11 +123,10 @@ def _task_of_class(cls: Any) -> str | None:
     if not hasattr(cls, "main_input_name"):
         autos = {auto: task for task, (auto, _) in TASKS.items()} | {"AutoModelForMaskedLM": EMBEDDINGS}
         return autos.get(cls.__name__)
-    tasks = (
-        task for task, (_, mappings) in TASKS.items() if any(cls.__name__ in auto_class_names(m) for m in mappings)
-    )
-    task = next(tasks, None)
-    return task if task and _reads_what_is_given(cls, task) else None
+    for task, (_, mappings) in TASKS.items():
+        if any(cls.__name__ in auto_class_names(mapping) for mapping in mappings):
+            return task if _reads_what_is_given(cls, task) else None
+    return None
 
 
 def _is_named(cls: Any) -> bool:
