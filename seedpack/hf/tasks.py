@@ -107,9 +107,9 @@ def pooling_of(model: str | Path) -> str:
     if file is None:
         return "mean"
     content = read_json(file)
-    config = content if isinstance(content, dict) else {}
+    config: dict[str, Any] = content if isinstance(content, dict) else {}
     modes = (key.partition("pooling_mode_")[2] for key, value in config.items() if value)
-    names = [POOLINGS.get(mode, mode) for mode in modes if mode]
+    names: list[str] = [POOLINGS.get(mode, mode) for mode in modes if mode]
     names = [str(config["pooling_mode"])] if "pooling_mode" in config else names
     if len(names) != 1 or names[0] not in POOLINGS.values():
         raise ModelError(
