@@ -21,6 +21,7 @@ What is used, and what breaks if it moves:
   not noticed.
 - `_keys_to_ignore_on_load_missing`: models are refused for lack of parameters that they can do without.
 - `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
+- `models.auto.modeling_auto`, its `MODEL_…_MAPPING_NAMES`: `eval` does not know what a model is for.
 
 `hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
 Nothing heavy is imported before a function is called.
@@ -307,3 +308,11 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, GradientCheckpointingLayer)}
     return {name: layer for name, layer in layers.items() if not any(name.startswith(f"{outer}.") for outer in layers)}
+
+
+def auto_class_names(mapping: str) -> set[str]:
+    """Return the names of the model classes that an Auto class chooses from; `mapping` is such as "FOR_CAUSAL_LM_", or empty."""
+    from transformers.models.auto import modeling_auto
+
+    entries = getattr(modeling_auto, f"MODEL_{mapping}MAPPING_NAMES").values()
+    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}

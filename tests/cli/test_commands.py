@@ -268,32 +268,6 @@ def test_load_of_a_folder(folders: Folders) -> None:
     )
 
 
-def test_eval(folders: Folders, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(" ".join(f"w{3 + i * i % 90}" for i in range(200)))
-    arguments = [
-        "eval",
-        folders.dense,
-        folders.packed,
-        "--text",
-        tmp_path / "text.txt",
-        "--context",
-        16,
-        "--tokens",
-        64,
-    ]
-    text = " ".join(run(*arguments).output.split())  # a long path wraps
-    assert "60 tokens scored, context 16" in text and "KL divergence" in text
-    report = json.loads(run(*arguments, "--json").stdout)
-    assert report["kl_mean"] > 0 and 0 <= report["top1_agreement"] <= 1 and report["perplexity_original"] > 1
-    whole = " ".join(run(*arguments[:-3], 4096, "--tokens", 8192).output.split())
-    assert "189 tokens scored, context 64" in whole  # the model takes 64
-    (tmp_path / "short.txt").write_text("w5")
-    assert (
-        "at least two are needed"
-        in run("eval", folders.dense, folders.packed, "--text", tmp_path / "short.txt", code=1).output
-    )
-
-
 def test_formats_for_people() -> None:
     assert [size(n) for n in (12, 1234, 5.5e7, 2e9)] == ["12 B", "1.2 kB", "55.0 MB", "2.0 GB"]
     assert [parse_size(t) for t in ("5GB", "200 mb", "77", "1.5kB")] == [5 * 10**9, 2 * 10**8, 77, 1500]

@@ -326,7 +326,7 @@ def test_tuning_brings_predictions_nearer(name: str, tmp_path: Path) -> None:
         report = seedpack.compress(
             tmp_path / "dense", out, codec=codec, calibration=Calibration(text, context=64, tune=tune)
         )
-        kl.append(compare_language_models(model, seedpack.load(out), text[:32]).kl_mean)
+        kl.append(compare_language_models(model, [seedpack.load(out)], text[:32])[0].kl_mean)
         state = seedpack.load(out, dense=True)
         error = sum(float((state[t.plan.name] - open_source(tmp_path / "dense").read(t.plan.name)).square().sum()) for t in report.tensors)  # fmt: skip
         assert sum(t.error for t in report.tensors) == pytest.approx(error, rel=1e-4)
