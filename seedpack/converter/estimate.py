@@ -52,11 +52,11 @@ def estimate(plan: Plan, options: CompressOptions) -> Estimate:
     packed = [tensor for tensor in plan.tensors if tensor.packed]
     known = options.calibrated is None and all(_inner(tensor.codec).id in BY_WEIGHT for tensor in packed)
     seconds = sum(_seconds(group, options) for group in _by_codec(packed)) if known else None
-    memory = resident_bytes() + WORKSPACE + max(map(_bytes_to_fit, packed), default=0)
+    memory = resident_bytes() + WORKSPACE + max(map(bytes_to_fit, packed), default=0)
     return Estimate(seconds, memory, int(plan.totals()["stored_bytes"]))
 
 
-def _bytes_to_fit(tensor: TensorPlan) -> int:
+def bytes_to_fit(tensor: TensorPlan) -> int:
     """Return the bytes of a tensor as it is read, in float32, and packed."""
     element: int = DTYPE_BYTES[tensor.dtype]
     return math.prod(tensor.shape) * (element + (0 if element == 4 else 4)) + tensor.stored_bytes
