@@ -37,8 +37,8 @@ def main() -> None:
     columns: dict[str, list[str]] = {}
     for codec, report in packed.items():
         model = seedpack.load(report.path, dtype=torch.float32)
-        with progress(f"Scoring {CODECS[codec]}", ids.numel(), "tokens") as advance:
-            found = compare_language_models(original, model, ids, lambda count: advance("", count))
+        with progress(f"Scoring {CODECS[codec]}", ids[:, 1:].numel(), "tokens") as advance:
+            (found,) = compare_language_models(original, [model], ids, lambda count: advance("", count))
         sentences[CODECS[codec]] = generate(model, tokenizer)
         columns.setdefault("original", unpacked(folder, original, found))
         columns[CODECS[codec]] = figures(report, model, found)

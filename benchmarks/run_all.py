@@ -14,6 +14,7 @@ MODULES = (
     "language.footprint",
     "language.damage",
     "language.packed_weights",
+    "language.first_minutes",
     "language.table",
     "language.calibration",
     "language.ingredients",

@@ -14,7 +14,7 @@ from seedpack.formats.staging import exists_already
 
 def check_compress(
     model: str,
-    output: Path | None,
+    output: str | None,
     *,
     codec: str,
     bits: float | None,
@@ -36,8 +36,10 @@ def check_compress(
     if head_bits is not None and not 1 <= head_bits <= 8:
         raise OptionError(f"head_bits must be from 1 to 8, got {head_bits}")
     require_path_or_id(model)
-    if output is not None and not force and output.exists():
-        raise OutputError(exists_already(output))
+    if output is not None and not force:
+        path = Path(output)
+        if path.is_file() or (path.is_dir() and not Path(model).is_file()):  # a file's output may go into a folder
+            raise OutputError(exists_already(path))
 
 
 def check_codec(codec: str, bits: float | None) -> None:

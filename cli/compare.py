@@ -61,7 +61,7 @@ def command(a: str, b: str, ranks: bool, max_bytes: int | None, as_json: bool) -
         [total[i] for i in used],
     )
     if lone:
-        output.echo(f"{len(lone)} tensors are in one of the two models only, such as {lone[0]!r}")
+        output.echo(f"in one of the two models only: {output.count(len(lone), 'tensor')}, such as {lone[0]!r}")
 
 
 def _number(value: float | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,10 @@ import click
 from seedpack.cli import output as screen
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less
+MUCH_USED = 0.9  # of a size that was allowed
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # of text
+LONG = 4_000_000  # weights: fewer are fitted before one has read an estimate
+FEW_BITS = 3.6  # per weight: below, calibration pays
 
 if TYPE_CHECKING:
     from seedpack.converter.options import CompressOptions
@@ -34,7 +40,10 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.command("compress")
 @click.argument("model")
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="File to write, or folder for a Hugging Face model."
+    "-o",
+    "--output",
+    type=click.Path(),
+    help="File to write, or folder for a Hugging Face model. Default: the model's name with codec and bits, here.",
 )
 @click.option(
     "--codec",
@@ -85,6 +94,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     "JSON lines file, or a hub data set.",
 )
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
+@click.option("--calibration-context", type=int, default=512, show_default=True, help="Tokens per sequence of it.")
 @click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of the text that the model writes.")
 @click.option("--sequential", is_flag=True, help="Calibrate each layer on the outputs of the packed layers before it.")
 @click.option(
@@ -101,41 +111,50 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option(
+    "--state-key", help="Of a .pt file: the key, or keys with dots between them, that the state dict is under."
+)
 @screen.trust_option
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, output: Path | None, dry_run: bool, as_json: bool, **given: Any) -> None:
+def command(model: str, output: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
     """Pack MODEL into a seed + coefficient checkpoint.
 
     MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, or a hub id.
     """
-    if output is None and not dry_run:
-        raise click.UsageError("name an output with -o, or look at the plan with --dry-run")
-    if output is None and given["calibration"] != "none":
-        raise click.UsageError("name the output with -o: the calibration is kept beside it, for the run that follows")
     if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
-    from seedpack import api
-    from seedpack.converter.sources.open import open_source
-    from seedpack.converter.trust import trusting_remote_code
-
-    screen.quiet_transformers()
-    edits, options = given.pop("plan"), options_of(**given)
-    with trusting_remote_code(options.trust_remote_code):
-        source = open_source(model)
-    if not as_json:
-        for note in source_notes(source):
-            screen.echo(note, err=True)
     with screen.stages() as progress:
+        progress("Starting", 0, 0)
+        from seedpack import api
+        from seedpack.converter.estimate import estimate
+        from seedpack.converter.pipeline import make_plan
+        from seedpack.converter.sources.open import open_source
+        from seedpack.converter.trust import trusting_remote_code
+
+        screen.quiet_transformers()
+        edits, options = given.pop("plan"), options_of(**given)
+        progress("Reading the model", 0, 0)
+        with trusting_remote_code(options.trust_remote_code):
+            source = open_source(model, state_key=options.state_key)
+        path = output_path(model, output, options, is_folder=source.config is not None)
+        if not as_json:
+            notes = [] if output == str(path) or dry_run else [f"output: {path}"]
+            for note in source_notes(source) + notes:
+                screen.echo(note, err=True)
         if dry_run:
-            plan = api.plan(source, options, output=output, edits=edits, progress=progress)
+            plan = api.plan(source, options, output=path, edits=edits, progress=progress)
+            progress("Estimating", 0, 0)
+            estimated = estimate(plan, options)
         else:
-            assert output is not None
-            report = api.compress(source, output, options, plan=edits, progress=progress)
+            if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
+                progress("Estimating", 0, 0)
+                screen.echo(f"estimate: {estimate(planned, options)}", err=True)
+            report = api.compress(source, path, options, plan=edits, progress=progress)
     if dry_run:
-        screen.show_json(plan.to_json()) if as_json else show_plan(model, plan)
+        screen.show_json(plan.to_json()) if as_json else show_plan(model, plan, estimated)
     else:
-        screen.show_json(report.to_json()) if as_json else show_report(report)
+        screen.show_json(report.to_json()) if as_json else show_report(report, options.target_size)
 
 
 def options_of(
@@ -145,12 +164,12 @@ def options_of(
     from seedpack.converter.options import Calibration, CompressOptions
     from seedpack.keys import read_key
 
-    tokens, seed = given.pop("calibration_tokens"), given.pop("calibration_seed")
+    tokens, context, seed = (given.pop(f"calibration_{name}") for name in ("tokens", "context", "seed"))
     sequential, tune = given.pop("sequential"), given.pop("tune")
     target_size, shard_size = given.pop("target_size"), given.pop("shard_size")
     text = None
     if calibration != "none":
-        text = Calibration(calibration, tokens, seed=seed, sequential=sequential, tune=int(tune))
+        text = Calibration(calibration, tokens, context, seed, sequential=sequential, tune=int(tune))
     return CompressOptions(
         settings=parse_settings(settings) | ({"effort": effort} if effort else {}),
         target_size=None if target_size is None else screen.parse_size(target_size),
@@ -161,11 +180,30 @@ def options_of(
     )
 
 
+def output_path(model: str, output: str | None, options: CompressOptions, *, is_folder: bool) -> Path:
+    """Return where to write: the path that was given, or a name by model, codec and bits, in a folder that was given or here."""
+    into_folder = output is not None and not is_folder and (output.endswith(os.sep) or Path(output).is_dir())
+    if output is not None and not into_folder:
+        return Path(output)
+    codec = options.codec if isinstance(options.codec, str) else options.codec.id
+    bits = f"{4 if options.bits is None else options.bits:g}bit"
+    size = None if options.target_size is None else screen.size(options.target_size).replace(" ", "")
+    name = Path(model.rstrip("/"))
+    stem = name.stem if name.is_file() else name.resolve().name
+    labels = [
+        stem,
+        codec.replace("+", "-"),
+        *([] if codec == "raw" else [size or bits]),
+        *(["calibrated"] if options.calibration else []),
+    ]
+    return Path(output or "") / ("-".join(labels) + ("" if is_folder else ".safetensors"))
+
+
 def source_notes(source: Any) -> list[str]:
     """Return lines on what was done to a model's tensors, and on what was left out."""
     names, count = ", ".join(source.dropped[:6]), len(source.dropped)
     more = f" and {count - 6} more" if count > 6 else ""
-    left_out = [f"note: left out, as no weights: {names}{more}"] if names else []
+    left_out = [f"note: ignored (not tensors): {names}{more}"] if names else []
     return [f"source: {note}" for note in source.notes] + left_out
 
 
@@ -176,7 +214,7 @@ def codec_label(codec: Any) -> str:
     return f"{codec.id} {codec.code_bits}" if hasattr(codec, "code_bits") else str(codec.id)
 
 
-def show_plan(model: str, plan: Any) -> None:
+def show_plan(model: str, plan: Any, estimated: Any) -> None:
     """Print the plan as a table: per tensor codec, bits, bytes before and after."""
 
     def row(tensor: Any) -> tuple[str, ...]:
@@ -192,43 +230,50 @@ def show_plan(model: str, plan: Any) -> None:
         [row(tensor) for tensor in plan.tensors],
         ("total", "", "", f"{totals['bits_per_weight']:.3f}", before, after),
     )
-    notes = Counter(t.note for t in plan.tensors if t.note)
+    notes = Counter(t.note for t in plan.tensors if not t.packed)
     lines = [
-        f"{totals['packed_tensors']} of {totals['tensors']} tensors packed, "
-        f"{totals['bits_per_packed_weight']:.3f} bits for each of their weights",
-        *(f"{n} tensors raw: {note}" for note, n in notes.items()),
+        f"{totals['packed_tensors']} of {screen.count(totals['tensors'], 'tensor')} packed, at "
+        f"{totals['bits_per_packed_weight']:.3f} bits per weight",
+        *(f"{screen.count(n, 'tensor')} raw: {note}" for note, n in notes.items()),
     ]
-    for line in lines:
+    for line in [*lines, f"estimate: {estimated}"]:
         screen.echo(line)
 
 
-def show_report(report: Any) -> None:
-    """Print the summary after packing."""
-    totals = report.plan.totals()
-    worst = max(report.tensors, key=lambda t: t.error_db, default=None)
-    fitting = sum(t.seconds for t in report.tensors)
-    before, ratio = screen.size(totals["source_bytes"]), totals["source_bytes"] / max(1, report.file_bytes)
-    packed_bits = f"{totals['bits_per_packed_weight']:.4f} over packed, " if report.tensors else ""
-    pairs = [
-        ("size", f"{before} → {screen.size(report.file_bytes)} on disk ({ratio:.2f}× smaller)"),
-        ("tensors", f"{totals['packed_tensors']} packed, {totals['tensors'] - totals['packed_tensors']} raw"),
-        ("bits per weight", f"{packed_bits}{totals['bits_per_weight']:.4f} over all"),
-    ]
-    shares = report.plan.raw_shares()
-    if (raw := sum(shares.values())) > 0:
-        listed = ", ".join(f"{share:.1%} {note}" for note, share in list(shares.items())[:3])
-        pairs.append(("left raw", f"{raw:.1%} of the weights: {listed}"))
-    if worst is not None:
-        rate = totals["packed_weights"] / max(1e-9, fitting)
-        error, worst_error = screen.db(report.error_db), screen.db(worst.error_db)
-        pairs += [
-            ("relative error", f"{error} overall, worst {worst_error} ({worst.plan.name})"),
-            ("time", f"{screen.duration(report.seconds)}, {rate:,.0f} weights/s while fitting"),
-        ]
-    screen.show_pairs(f"Packed {report.path}", pairs)
+def show_report(report: Any, target_size: int | None = None) -> None:
+    """Print the summary after packing, and the commands that one goes on with."""
+    lines = report.summary()
+    screen.show_pairs(f"Packed {report.source} as {report.path}", list(lines.items()))
+    if target_size is not None and report.file_bytes < MUCH_USED * target_size:
+        screen.echo(
+            f"note: of the {screen.size(target_size)} that were allowed, {screen.size(report.file_bytes)} are used: more bits for "
+            "any tensor would exceed it, or there are none",
+            err=True,
+        )
+    raw = sum(report.plan.raw_shares().values())
     if raw > MUCH_RAW:
         screen.echo(
             f"warning: {raw:.0%} of the weights stay as they were, so the file is that much larger than it could be; "
             "--dry-run lists each tensor with the reason",
             err=True,
         )
+    for line in next_steps(report):
+        screen.echo(line)
+
+
+def next_steps(report: Any) -> list[str]:
+    """Return lines that say how to go on."""
+    packed, original = shlex.quote(str(report.path)), shlex.quote(report.source)
+    if not report.path.is_dir():
+        return [f"next: seedpack verify {packed}", f"      seedpack compare {original} {packed}"]
+    steps = [f"seedpack eval {original} {packed} --text FILE"]
+    if any(name.endswith(WRITERS) for name in architectures(report.path)):
+        steps.insert(0, f'seedpack run {packed} "Once upon a time"')
+        if report.calibration is None and report.plan.totals()["bits_per_packed_weight"] < FEW_BITS:
+            steps.append("(at so few bits, --calibration self about halves what is lost)")
+    return [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(steps)]
+
+
+def architectures(folder: Path) -> list[str]:
+    """Return the names of a packed folder's classes."""
+    return list(json.loads((folder / "config.json").read_text()).get("architectures") or ())

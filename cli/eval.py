@@ -3,63 +3,120 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from seedpack.cli import output
+from seedpack.hf.tasks import IMAGE_CLASSES, TASKS
+
+if TYPE_CHECKING:
+    from seedpack.eval.evaluate import Evaluation, Report, Size
 
 
 @click.command("eval")
 @click.argument("original")
-@click.argument("packed")
+@click.argument("packed", nargs=-1, required=True)
 @click.option(
     "--text",
-    required=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text file to score.",
+    help="Text file; for all but language models, each line is an input, or an input, a tab, and its label or target.",
+)
+@click.option(
+    "--images",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of images, for image classifiers; sub-folders may be named by labels.",
+)
+@click.option(
+    "--task", type=click.Choice(list(TASKS)), help="What the models are for. Default: told from the configuration."
 )
 @click.option(
     "--context",
     default=1024,
     show_default=True,
     type=click.IntRange(2),
-    help="Tokens per window, at most as many as the model takes.",
+    help="Tokens per window or line, at most as many as the model takes.",
 )
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
 @output.key_option
 @output.trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
-    original: str, packed: str, text: Path, context: int, tokens: int, trust_remote_code: bool, as_json: bool
+    original: str,
+    packed: tuple[str, ...],
+    text: Path | None,
+    images: Path | None,
+    task: str | None,
+    context: int,
+    tokens: int,
+    trust_remote_code: bool,
+    as_json: bool,
 ) -> None:
-    """Score the language models ORIGINAL and PACKED on a text: perplexity, KL divergence, top-1 agreement.
+    """Score the models PACKED beside ORIGINAL, by what they are for.
 
-    ORIGINAL may be a Hugging Face folder, a GGUF file or a hub id. Windows do not overlap.
+    Language models: perplexity, KL divergence, top-1 agreement. Sequence-to-sequence models: the same, of targets. Encoders:
+    cosine distance of embeddings, nearest neighbours. Classifiers: agreement, KL divergence, accuracy.
+
+    ORIGINAL may be a Hugging Face folder, a hub id, or the GGUF file of a language model.
     """
     from seedpack.converter.trust import trusting_remote_code
-    from seedpack.eval.language import compare_language_models, windows
-    from seedpack.hf.language_model import load_language_model
+    from seedpack.eval.evaluate import evaluate
+    from seedpack.hf.tasks import task_of
 
     output.quiet_transformers()
     with trusting_remote_code(trust_remote_code):
-        model, tokenizer = load_language_model(original)
-        other, _ = load_language_model(packed)
-    limit = getattr(model.config, "max_position_embeddings", None) or context
-    ids = windows(tokenizer, text.read_text("utf-8", "replace"), min(context, tokens, limit), tokens)
-    with output.progress("Scoring", ids.numel(), "tokens") as advance:
-        report = compare_language_models(model, other, ids, lambda count: advance("", count))
+        task = task or task_of(original)
+        data, other = (images, text) if task == IMAGE_CLASSES else (text, images)
+        if data is None or other is not None:
+            option, what = ("--images", "a folder") if task == IMAGE_CLASSES else ("--text", "a file")
+            raise click.UsageError(f"{original}: {task} is measured on {what}: give {option}, and no other data")
+        with output.stages() as advance:
+            evaluation = evaluate(original, packed, data, task=task, context=context, tokens=tokens, progress=advance)
     if as_json:
-        output.show_json({"original": original, "packed": packed, "text": str(text), **report.to_json()})
-        return
-    output.show_pairs(
-        f"{packed} against {original}",
-        [
-            (
-                "text",
-                f"{text}, {report.tokens:,} tokens scored, context {report.context}, windows without overlap",
-            ),
-            ("perplexity", f"{report.perplexity_original:.3f} → {report.perplexity_packed:.3f}"),
-            ("KL divergence", f"mean {report.kl_mean:.4f}, 99th percentile {report.kl_p99:.4f} nats"),
-            ("top-1 agreement", f"{100 * report.top1_agreement:.2f}%"),
-        ],
-    )
+        output.show_json(evaluation.to_json())
+    else:
+        _show(evaluation)
+
+
+def _show(evaluation: Evaluation) -> None:
+    """Print a row for the original, and one for each packed model."""
+    cells = [_cells(report) for _, report in evaluation.packed]
+    columns = ["model", "on disk", "bits per weight", *cells[0]]
+    rows = [[*_size(evaluation.original), *(of_original for of_original, _ in cells[0].values())]]
+    for (size, _), measures in zip(evaluation.packed, cells, strict=True):
+        rows.append([*_size(size), *(of_packed for _, of_packed in measures.values())])
+    output.show_table(f"{evaluation.task} on {evaluation.data}: {evaluation.inputs}", columns, rows)
+
+
+def _size(size: Size) -> list[str]:
+    disk = "" if size.file_bytes is None else output.size(size.file_bytes)
+    return [size.path, disk, "" if size.bits_per_weight is None else f"{size.bits_per_weight:.3f}"]
+
+
+def _cells(report: Report) -> dict[str, tuple[str, str]]:
+    """Return each measure's name and how it is printed, of the original and of the packed model."""
+    from seedpack.eval.classes import ClassReport
+    from seedpack.eval.embeddings import EmbeddingReport
+
+    if isinstance(report, EmbeddingReport):
+        return {
+            "1 - cosine, mean": ("", f"{report.distance_mean:.5f}"),
+            "largest": ("", f"{report.distance_max:.5f}"),
+            "same nearest": ("", _percent(report.nearest_agreement)),
+            f"same {report.neighbours} nearest": ("", _percent(report.neighbours_overlap)),
+        }
+    divergence = {"KL, nats": ("", f"{report.kl_mean:.4f}"), "KL, 99%": ("", f"{report.kl_p99:.4f}")}
+    if isinstance(report, ClassReport):
+        cells = {"same class": ("", _percent(report.agreement)), **divergence}
+        if report.accuracy_original is not None and report.accuracy_packed is not None:
+            cells["accuracy"] = (_percent(report.accuracy_original), _percent(report.accuracy_packed))
+        return cells
+    return {
+        "perplexity": (f"{report.perplexity_original:.3f}", f"{report.perplexity_packed:.3f}"),
+        **divergence,
+        "top-1 agreement": ("", _percent(report.top1_agreement)),
+    }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f}%"

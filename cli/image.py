@@ -36,8 +36,10 @@ def compress(
     as_json: bool,
 ) -> None:
     """Fit a neural field to IMAGE, grey or RGB, and write it."""
-    if (size is None) == (psnr is None):
-        raise click.UsageError("give either a size (--bytes 20KB) or a quality (--psnr 30)")
+    if size is None and psnr is None:
+        raise click.UsageError("give a size (--bytes 20KB) or a quality (--psnr 30)")
+    if size is not None and psnr is not None:
+        raise click.UsageError("--bytes and --psnr are both given; leave one of them out")
     from seedpack import image as images
 
     steps = steps or images.STEPS
@@ -81,6 +83,7 @@ def decompress(
     """Render the image of PACKED."""
     from seedpack import image as images
 
+    images.format_of(out)
     pixels = images.decompress(packed, fraction=fraction, max_bytes=max_bytes)
     images.write(pixels, out, force=force)
     height, width, channels = pixels.shape

@@ -33,7 +33,7 @@ COMMANDS = {
     "unpack": "Rebuild the dense model.",
     "compare": "Compare two models tensor by tensor: error and effective rank.",
     "image": "Compress an image into a neural field, and render it.",
-    "eval": "Measure perplexity and KL divergence of a packed model against its original.",
+    "eval": "Compare what packed models answer with their original: perplexity, embeddings, classes.",
     "codecs": "List the codecs, with the bits and settings that they take.",
 }
 

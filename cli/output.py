@@ -14,20 +14,11 @@ from typing import Any
 
 import click
 
+from seedpack.units import count as count
+from seedpack.units import duration as duration
+from seedpack.units import size as size
+
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def size(count: float) -> str:
-    """Format a number of bytes, in decimal units.
-
-    >>> size(123_456_789)
-    '123.5 MB'
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def parse_size(text: str) -> int:
@@ -42,15 +33,6 @@ def parse_size(text: str) -> int:
     if not 1 <= value < 2**63:
         raise click.BadParameter("the size must be from one byte to 9 EB")
     return int(value)
-
-
-def duration(seconds: float) -> str:
-    """Format a number of seconds.
-
-    >>> duration(75), duration(3)
-    ('1m15s', '3.0s')
-    """
-    return f"{seconds:.1f}s" if seconds < 60 else f"{int(seconds) // 60}m{int(seconds) % 60:02d}s"
 
 
 def db(value: float) -> str:
@@ -161,6 +143,39 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class _Work:
+    """The units that are done of a stage, their rate, and the time that is left.
+
+    The clock starts with the first of them: what comes before is compiling, or reading.
+    """
+
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.done = total, unit, 0
+        self._started = self._since = time.perf_counter()
+        self._before = 0
+
+    def advance(self, count: int) -> None:
+        if count and not self.done:
+            self._since, self._before = time.perf_counter(), count
+        self.done += count
+
+    def _rate(self) -> float:
+        start, before = (self._since, self._before) if self.done > self._before else (self._started, 0)
+        return (self.done - before) / max(1e-9, time.perf_counter() - start)
+
+    def texts(self) -> tuple[str, str, str]:
+        """Return the share that is done, the rate, and the time left, where they are known."""
+        if not self.total:
+            return "", "", ""
+        rate = self._rate()
+        left = f"{duration((self.total - self.done) / rate)} left" if rate else ""
+        return (
+            f"{100 * self.done / self.total:.0f}%",
+            f"{_count(rate)} {self.unit}/s" if rate else "",
+            left,
+        )
+
+
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
     """Show a progress bar with rate and time left on standard error, or a line every 30 s if it is not a terminal.
@@ -170,17 +185,17 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int],
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}:
         yield lambda item, count: None
     elif sys.stderr.isatty():
-        with _bar(label, total, unit) as advance:
+        with _bar(label, _Work(total, unit)) as advance:
             yield advance
     else:
-        yield _lines(label, total, unit)
+        yield _lines(label, _Work(total, unit))
 
 
 @contextlib.contextmanager
 def stages() -> Iterator[Callable[..., None]]:
     """Show the progress of work in stages, one after the other.
 
-    Yields a function of (stage, units done since the last call, units in all, unit, current item).
+    Yields a function of (stage, units done since the last call, units in all or 0, unit, current item).
     """
     with contextlib.ExitStack() as stack:
         current: dict[str, Callable[[str, int], None]] = {}
@@ -196,49 +211,48 @@ def stages() -> Iterator[Callable[..., None]]:
 
 
 @contextlib.contextmanager
-def _bar(label: str, total: int, unit: str) -> Iterator[Callable[[str, int], None]]:
+def _bar(label: str, work: _Work) -> Iterator[Callable[[str, int], None]]:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn
+    from rich.table import Column
 
+    names = ("share", "rate", "left")
+    rest = Column(no_wrap=True, overflow="ellipsis", ratio=1)  # the item gets what is left of the line
     columns = (
-        TextColumn(label),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(compact=True),
-        TextColumn("{task.fields[item]}", style="dim", markup=False),
+        TextColumn(label, table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=16),
+        *(TextColumn(f"{{task.fields[{name}]}}", table_column=Column(no_wrap=True)) for name in names),
+        TextColumn("{task.fields[item]}", style="dim", markup=False, table_column=rest),
     )
-    started = time.perf_counter()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total, rate="", item="(kernels are compiled on the first run)")
+    with Progress(*columns, console=Console(stderr=True), transient=True, expand=True) as bar:
+        task = bar.add_task(label, total=work.total or None, item="", share="", rate="", left="")
 
         def advance(item: str, count: int) -> None:
-            done = bar.tasks[0].completed + count
-            rate = done / max(1e-9, time.perf_counter() - started)
-            bar.update(task, advance=count, item=f"{on_one_line(item)[-40:]:40}", rate=f"{_count(rate)} {unit}/s")
+            work.advance(count)
+            texts: dict[str, Any] = dict(zip(names, work.texts(), strict=True))
+            bar.update(task, advance=count, item=on_one_line(item), **texts)
 
         yield advance
 
 
-def _lines(label: str, total: int, unit: str) -> Callable[[str, int], None]:
-    started = last = time.perf_counter()
-    done = 0
+def _lines(label: str, work: _Work) -> Callable[[str, int], None]:
+    last = time.perf_counter()
 
     def advance(item: str, count: int) -> None:
-        nonlocal done, last
-        done += count
+        nonlocal last
+        work.advance(count)
         now = time.perf_counter()
-        if now - last >= 30 and done:
+        if now - last >= 30 and work.done:
             last = now
-            rate = done / (now - started)
-            left = duration((total - done) / rate)
-            click.echo(f"{label}: {100 * done / max(1, total):.0f}%, {_count(rate)} {unit}/s, {left} left", err=True)
+            click.echo(f"{label}: {', '.join(filter(None, work.texts()))}", err=True)
 
     return advance
 
 
 def _count(value: float) -> str:
-    return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.0f}k" if value >= 1e3 else f"{value:.0f}"
+    if value >= 1000:
+        return f"{value / 1e6:.2f}M" if value >= 1e6 else f"{value / 1e3:.0f}k"
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def quiet_transformers() -> None:

@@ -55,9 +55,9 @@ def command(packed: str, max_bytes: int | None, as_json: bool) -> None:
         for result in damaged:
             output.echo(str(result.error), err=True)
         for reason, names in digest_only.items():
-            output.echo(f"{len(names)} tensors were checked by their digests alone, such as {names[0]!r}: {reason}")
+            output.echo(f"{output.count(len(names), 'tensor')} checked by digest alone, such as {names[0]!r}: {reason}")
         note = f"; {undescribed} raw tensors have no digest (saved again by transformers)" if undescribed else ""
-        checked = f"{count} tensors and {files} other files" if files else f"{count} tensors"
+        checked = " and ".join([output.count(count, "tensor")] + [output.count(files, "other file")] * bool(files))
         verdict = f"{len(damaged)} of {checked} are damaged" if damaged else f"all {checked} match their digests"
         output.echo(f"{packed}: {verdict} ({output.size(stored)}){note}")
     if damaged:

@@ -197,7 +197,7 @@ def manifest_from_json(document: object, where: str) -> Manifest:
     if version > FORMAT_VERSION:
         raise VersionError(
             f"{at}: format version {version}, this seedpack reads up to {FORMAT_VERSION}; "
-            "upgrade with pip install -U seedpack"
+            "install a newer seedpack-torch"
         )
     _require_keys(document, {"seedpack", "writer", "codecs", "tensors", "shared", "digest"}, {"views"}, at)
     body = {key: value for key, value in document.items() if key != "digest"}

@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from seedpack.converter.options import Calibration as Calibration
     from seedpack.converter.options import CompressOptions as CompressOptions
     from seedpack.converter.plan import Plan as Plan
+    from seedpack.hf.config import SeedpackConfig as SeedpackConfig
 
 _HOME = {
     "Calibration": "seedpack.converter.options",
     "Codec": "seedpack.codecs.base",
     "CompressOptions": "seedpack.converter.options",
     "Plan": "seedpack.converter.plan",
+    "SeedpackConfig": "seedpack.hf.config",
     "compress": "seedpack.api",
     "get_codec": "seedpack.codecs.registry",
     "load": "seedpack.api",
@@ -45,6 +47,7 @@ __all__ = [
     "Codec",
     "CompressOptions",
     "Plan",
+    "SeedpackConfig",
     "SeedpackError",
     "__version__",
     "compress",

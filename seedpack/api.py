@@ -93,6 +93,8 @@ def _check_load(
     path: Path, model: nn.Module | None, dense: bool, int8: bool, reading: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Refuse arguments of `load` that do not go together, and files that it cannot load so."""
+    if model is not None and not isinstance(model, nn.Module):
+        raise ModelError(f"model: expected a module to fill, got {model!r}; make one first (net = Net())")
     if model is not None or dense:
         if dense and int8:
             raise ModelError("dense tensors have no activations to round; leave int8_activations out")

@@ -20,6 +20,8 @@ Each message says what, where, found and expected, and a remedy.
 
 from __future__ import annotations
 
+import textwrap
+
 
 class SeedpackError(Exception):
     """The root of the tree; `except SeedpackError` catches all that seedpack raises on purpose."""
@@ -79,4 +81,5 @@ class BackendError(SeedpackError, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of a foreign exception's message, for one line of ours."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return textwrap.shorten(line, 200, placeholder=" …") if len(line) > 200 else line

@@ -117,7 +117,7 @@ def keystream_words(check: str, seed: int, count: int, offset: int = 0) -> Tenso
         from cryptography.hazmat.primitives.hashes import SHA256
         from cryptography.hazmat.primitives.kdf.hkdf import HKDF
     except ImportError:
-        raise KeyNeededError("private keys need `pip install seedpack[private]`") from None
+        raise KeyNeededError("private keys need cryptography; pip install cryptography") from None
     derived = HKDF(SHA256(), 32, salt=None, info=b"seedpack ChaCha20").derive(_keys[check])
     block = (offset // 16).to_bytes(4, "little")
     nonce = block + bytes(4) + seed.to_bytes(8, "little")

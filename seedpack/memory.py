@@ -1,4 +1,4 @@
-"""The memory that this process can still have."""
+"""The memory that this process has, and can still have."""
 
 from __future__ import annotations
 
@@ -20,6 +20,13 @@ def free_bytes(root: Path = Path("/")) -> int:
         root: of the file system that is asked.
     """
     return min([_machine(root), *_control_groups(root)])
+
+
+def resident_bytes() -> int:
+    """Return the memory that this process has now; 0 where the system does not say."""
+    with suppress(OSError, ValueError, AttributeError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def _machine(root: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -41,3 +43,14 @@ def test_codec_entry_points() -> None:
     for id, target in config["project"]["entry-points"]["seedpack.codecs"].items():
         cls = get_codec(id)
         assert f"{cls.__module__}:{cls.__qualname__}" == target
+
+
+def test_nobody_is_told_to_install_another_package() -> None:
+    """The name `seedpack` is another's on PyPI."""
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "seedpack-torch"
+    wrong = re.compile(r"pip install[^\n|;]*?\bseedpack\b(?!-torch)", re.IGNORECASE)
+    found = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    for name in found:
+        path = ROOT / name
+        if name and path.is_file() and path.suffix in {".py", ".md", ".toml", ".yml", ".yaml", ".txt", ".ipynb", ""}:
+            assert not wrong.search(path.read_text("utf-8")), name

@@ -12,7 +12,7 @@ import seedpack
 
 def test_exported_names() -> None:
     names = (
-        "Calibration Codec CompressOptions Plan SeedpackError __version__ compress get_codec load plan register_codec save "
+        "Calibration Codec CompressOptions Plan SeedpackConfig SeedpackError __version__ compress get_codec load plan register_codec save "
         "unpack"
     )
     assert seedpack.__all__ == names.split()

@@ -53,7 +53,7 @@ class Subject:
         return Recorded(model, windows(tokenizer, models.text()[1], CONTEXT, TOKENS), half=large)
 
     def scored(self, model: Any) -> LanguageReport:
-        return compare_language_models(self.original, model, self.original.ids)
+        return compare_language_models(self.original, [model], self.original.ids)[0]
 
     def text(self, text: str) -> torch.Tensor:
         """Return as many token ids of a text as self-written ones."""

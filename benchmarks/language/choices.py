@@ -93,7 +93,7 @@ def measure(result: report.Result) -> None:
     original, small_source = embed(encoder), open_source(small)
     rows: list[tuple[object, ...]] = []
     for label, importance in BALANCES.items():
-        kl = compare_language_models(model, packed(model, source, 3, importance)[0], ids).kl_mean
+        kl = compare_language_models(model, [packed(model, source, 3, importance)[0]], ids)[0].kl_mean
         found = embed(packed(encoder, small_source, 3, importance)[0])
         rows.append((label, f"{kl:.3f}", f"{1 - float((found * original).sum(1).mean()):.4f}"))
         print(rows[-1], flush=True)
@@ -109,7 +109,7 @@ def measure(result: report.Result) -> None:
         ("layers.", 3),
     ]:
         other, error, weights = packed(model, source, code_bits, None, only)
-        kl = compare_language_models(model, other, ids).kl_mean
+        kl = compare_language_models(model, [other], ids)[0].kl_mean
         rows.append(
             (
                 only,

@@ -135,7 +135,7 @@ def measure(result: report.Result) -> None:
         with torch.no_grad(), contextlib.nullcontext() if rotates else unrotated():
             for name, layer in linears(other).items():
                 layer.weight.copy_(fit(name, layer.weight.detach()))
-        return asdict(compare_language_models(original, other, ids))
+        return asdict(compare_language_models(original, [other], ids)[0])
 
     wanted = [(label, how) for label, how in methods.items() if result.wanted(label)]
     rows = result.joined([report.kept("ingredients", label, functools.partial(scored, *how)) for label, how in wanted])

@@ -112,14 +112,18 @@ def packed(folder: Path, codec: str, bits: float, original: Any, ids: Tensor) ->
     shutil.rmtree(out, ignore_errors=True)
     done = seedpack.compress(folder, out, codec=codec, bits=bits)
     other, _ = load_language_model(out)
-    return done.plan.totals()["bits_per_packed_weight"], done.error_db, compare_language_models(original, other, ids)
+    return (
+        done.plan.totals()["bits_per_packed_weight"],
+        done.error_db,
+        compare_language_models(original, [other], ids)[0],
+    )
 
 
 def rounded(folder: Path, quantise: peers.Quantiser, original: Any, ids: Tensor) -> Found:
     """Every matrix replaced by what the peer would rebuild."""
     other, _ = load_language_model(folder)
     bits, error_db = peers.replace_weights(other, quantise)
-    return bits, error_db, compare_language_models(original, other, ids)
+    return bits, error_db, compare_language_models(original, [other], ids)[0]
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ class MaskCodec(Codec, HessianFitting):
         """Return the parts of a mask, bool [out, in], that keeps exactly the share that it should."""
         if int(mask.sum()) != (kept := kept_of(self.kept, mask.numel())):
             raise CodecError(f"{self.id}: a mask of {mask.numel()} weights keeps {int(mask.sum())}, expected {kept}")
-        coder = stream("mask", "mask")
+        coder = stream("mask")
         encoder = coder.queue.RangeEncoder()
         encoder.encode(mask.flatten().cpu().numpy().astype(np.int32), self._model(coder, mask.numel()))
         words = encoder.get_compressed()
@@ -136,7 +136,7 @@ class MaskCodec(Codec, HessianFitting):
 
     def _pieces(self, parts: Parts, shape: Shape) -> Iterator[NDArray[np.int32]]:
         """Decode the mask's bits in row-major order, some at a time."""
-        coder, weights = stream("mask", "mask"), math.prod(shape)
+        coder, weights = stream("mask"), math.prod(shape)
         words = parts["weight"].flatten().cpu().numpy().view("<u4").astype(np.uint32)
         decoder, model = coder.queue.RangeDecoder(words), self._model(coder, weights)
         for first in range(0, weights, WEIGHTS_AT_ONCE):

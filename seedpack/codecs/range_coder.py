@@ -7,12 +7,11 @@ from typing import Any
 from seedpack.errors import BackendError
 
 
-def stream(codec: str, extra: str) -> Any:
+def stream(codec: str) -> Any:
     """Return Constriction's module of stream codes.
 
     Args:
         codec: that needs it, for the message.
-        extra: of seedpack, which installs it.
 
     Raises:
         BackendError: it is not installed.
@@ -20,6 +19,6 @@ def stream(codec: str, extra: str) -> Any:
     try:
         import constriction
     except ImportError:
-        raise BackendError(f"{codec}: needs Constriction's range coder; pip install seedpack[{extra}]") from None
+        raise BackendError(f"{codec}: needs Constriction's range coder; pip install constriction") from None
     module: Any = constriction.stream
     return module

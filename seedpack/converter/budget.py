@@ -53,7 +53,7 @@ def with_size(
     """
     cheapest = replace(plan, tensors=tuple(replace(t, codec=_cheapest(t)) for t in plan.tensors))
     if (least := measure(cheapest)) > size:
-        raise ModelError(f"{size} bytes: the cheapest plan takes {least}; allow more")
+        raise ModelError(f"{size} bytes: the smallest plan takes {least}; ask for that many or more")
     overhead = measure(plan) - sum(tensor.stored_bytes for tensor in plan.tensors if tensor.packed)
     for _ in range(8):  # headers grow by some bytes with the variants allocated
         bits = 8 * (size - overhead) / max(1, plan.packed_weights)
@@ -72,6 +72,9 @@ def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
     Raises:
         OptionError: no variant has `head_bits`.
     """
+
+    if head_bits is not None and not any(tensor.packed and tensor.kind == "head" for tensor in plan.tensors):
+        raise ModelError("head_bits: no output head of a language model is packed here; leave it out")
 
     def at_head_bits(tensor: TensorPlan) -> TensorPlan:
         codec = tensor.codec

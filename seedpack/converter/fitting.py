@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -10,7 +9,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from seedpack.codecs.base import Codec
 from seedpack.codecs.importance import Importance
 from seedpack.codecs.interfaces import HessianFitting, RowScaling
 from seedpack.converter.plan import Plan, TensorPlan
@@ -20,6 +18,7 @@ from seedpack.converter.sources.base import Source
 from seedpack.converter.statistics import Statistics
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.errors import CodecError, ModelError, NonfiniteError
+from seedpack.units import count
 
 WEIGHTS_AT_ONCE = 1 << 20
 NONFINITE, TABLE = "holds NaN or Inf", "by its values no weight (a mask or a table)"
@@ -40,6 +39,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for tensor in (tensor for tensor in plan.tensors if tensor.packed):
+        run.progress("Checking values", math.prod(tensor.shape), plan.packed_weights, "weights", tensor.name)
         value = run.source.read(tensor.name)
         if not _usable(value):
             found[tensor.name] = NONFINITE
@@ -52,7 +52,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     bad = [name for name, note in found.items() if note == NONFINITE]
     if bad and not run.options.allow_nonfinite:
         raise NonfiniteError(
-            f"{run.source.name}: {len(bad)} tensors hold NaN or Inf (or more than 1e33): {', '.join(bad[:4])}"
+            f"{run.source.name}: NaN or Inf (or more than 1e33) in {count(len(bad), 'tensor')}: {', '.join(bad[:4])}"
             f"{' …' if len(bad) > 4 else ''}; correct the model, or pass --allow-nonfinite (allow_nonfinite=True) to store "
             "them raw"
         )
@@ -75,32 +75,31 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
             _require_fits(tensor, float(finite.double().abs().max()))
         return tensor.codec.encode(value), TensorReport(tensor, 0.0, 0.0, 0.0)
 
-    def progress(count: int) -> None:
-        run.progress("Fitting", count, run.weights, "weights", tensor.name)
+    def progress(done: int) -> None:
+        run.progress("Fitting", done, run.weights, "weights", tensor.name)
 
     journal = statistics.journal
     if journal is not None and (known := journal.get(tensor)) is not None:
         progress(math.prod(tensor.shape))
         return known
     matrix = matrix_of(run.source, tensor).to(run.device).float()
-    importance = _importance(run.source, tensor, matrix, statistics)
+    measured = statistics.importance(tensor.name)
+    importance = _importance(run.source, tensor, matrix, measured)
     try:
         parts = tensor.codec.encode(matrix, importance, progress=progress, backend=run.options.backend)
     except CodecError as refused:
         raise CodecError(f"{tensor.name}: {refused}") from None
     except torch.linalg.LinAlgError as failed:  # type: ignore[attr-defined]
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
-    error, energy, largest = _error(tensor.codec, parts, matrix)
-    _require_fits(tensor, largest)
-    report = TensorReport(tensor, error, energy, time.perf_counter() - started)
+    report = _measured(tensor, parts, matrix, measured, time.perf_counter() - started)
     if journal is not None:
         journal.put(parts, report)
     return parts, report
 
 
-def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: Statistics) -> Importance:
-    """Return the importance that a tensor's codec has use for."""
-    importance, codec = statistics.importance(tensor.name), tensor.codec
+def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, importance: Importance) -> Importance:
+    """Return the importance that a tensor's codec has use for, of what is known."""
+    codec = tensor.codec
     if importance.is_none and codec.uses_norm_heuristic:
         power = source.norm_power(tensor.name)
         if power is not None and len(power) == matrix.shape[1]:  # a convolution's columns are its kernel's places too
@@ -109,24 +108,27 @@ def _importance(source: Source, tensor: TensorPlan, matrix: Tensor, statistics: 
 
 
 def apply_tuning(
-    source: Source, parts: Parts, report: TensorReport, factors: Mapping[str, Tensor], values: Mapping[str, Tensor]
+    statistics: Statistics,
+    parts: Parts,
+    report: TensorReport,
+    factors: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
 ) -> tuple[Parts, TensorReport]:
     """Return a tensor's parts and report after tuning.
 
     Args:
-        source: the model.
+        statistics: that it was fitted with.
         parts: of the fitted tensor.
         report: of the fitted tensor.
         factors: of the rows of packed tensors [out], by tensor name.
         values: of raw tensors, by the model's parameter.
     """
-    tensor, device = report.plan, parts["weight"].device
+    source, tensor, device = statistics.source, report.plan, parts["weight"].device
     if tensor.name in factors:
         assert isinstance(tensor.codec, RowScaling)
         rescaled = tensor.codec.rescaled(parts, factors[tensor.name].to(device))
-        error, energy, largest = _error(tensor.codec, rescaled, matrix_of(source, tensor).to(device).float())
-        _require_fits(tensor, largest)
-        return rescaled, dataclasses.replace(report, error=error, energy=energy)
+        matrix = matrix_of(source, tensor).to(device).float()
+        return rescaled, _measured(tensor, rescaled, matrix, statistics.importance(tensor.name), report.seconds)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
     if value is None:
         return parts, report
@@ -155,14 +157,23 @@ def _require_fits(tensor: TensorPlan, largest: float) -> None:
         )
 
 
-def _error(codec: Codec, parts: dict[str, Tensor], matrix: Tensor) -> tuple[float, float, float]:
-    """Return ‖W - Ŵ‖², ‖W‖² and the largest |Ŵ|, some rows at a time."""
-    error = energy = largest = 0.0
-    step = max(1, WEIGHTS_AT_ONCE // matrix.shape[1])
-    for index in torch.arange(len(matrix)).split(step):
-        rows = matrix[index].double()
-        decoded = codec.decode_rows(parts, index, tuple(matrix.shape), torch.float32)
-        error += float((rows - decoded).square().sum())
-        energy += float(rows.square().sum())
+def _measured(tensor: TensorPlan, parts: Parts, matrix: Tensor, importance: Importance, seconds: float) -> TensorReport:
+    """Return the report of a tensor's parts, some rows at a time: errors of weights, and of outputs where a Hessian is known.
+
+    Raises:
+        NonfiniteError: decoded, it does not fit its dtype.
+    """
+    hessian, largest = None, 0.0
+    if importance.values is not None and importance.has_hessian:
+        hessian = importance.values.to(matrix.device, torch.float32)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for index in torch.arange(len(matrix)).split(max(1, WEIGHTS_AT_ONCE // matrix.shape[1])):
+        rows = matrix[index]
+        decoded = tensor.codec.decode_rows(parts, index, tuple(matrix.shape), torch.float32)
         largest = max(largest, float(decoded.abs().max()))
-    return error, energy, largest
+        for i, values in enumerate((rows.double() - decoded, rows.double())):
+            sums[i] += values.square().sum().cpu()
+            if hessian is not None:
+                sums[2 + i] += ((values.float() @ hessian).double() * values).sum().cpu()
+    _require_fits(tensor, largest)
+    return TensorReport(tensor, float(sums[0]), float(sums[1]), seconds, float(sums[2]), float(sums[3]))

@@ -58,10 +58,12 @@ class Calibration:
     tune: int = 0
 
     def __post_init__(self) -> None:
-        if self.context < 2 or self.tokens < self.context:
+        if self.context < 2:
+            raise OptionError(f"calibration: sequences of {self.context} tokens; they must have at least 2")
+        if self.tokens < self.context:
             raise OptionError(
-                f"calibration on {self.tokens} tokens in sequences of {self.context}: sequences must have at least 2, and "
-                "there must be tokens for one of them"
+                f"calibration: {self.tokens} tokens do not fill a sequence of {self.context}; ask for at least {self.context}, or "
+                "for shorter sequences (--calibration-context, context=…)"
             )
         if type(self.tune) is not int or self.tune < 0:
             raise OptionError(f"tune must be a count of epochs, got {self.tune!r}")
@@ -94,6 +96,7 @@ class CompressOptions:
             another module, or a `Calibration` that says more; "none" or None: do not. Kept in `seedpack-calibration`
             beside the output for other runs.
         key: the 16 bytes of a private key, for weights that are regenerated with one (basis, mask).
+        state_key: of a file that torch saved, the key that the state dict is under, or keys with dots between them.
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
         trust_remote_code: run the Python code that lies in the model's folder, where that defines the model.
         force: replace an existing output.
@@ -113,6 +116,7 @@ class CompressOptions:
     importance: Mapping[str, Tensor] | None = None
     calibration: Calibration | Text | None = None
     key: bytes | None = field(default=None, repr=False)
+    state_key: str | None = None
     allow_nonfinite: bool = False
     trust_remote_code: bool = False
     force: bool = False
@@ -121,6 +125,10 @@ class CompressOptions:
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
+        if self.bits is not None and (isinstance(self.bits, bool) or not isinstance(self.bits, (int, float))):
+            raise OptionError(f"bits: expected a number of bits per weight, got {self.bits!r}")
+        if self.bits is not None:
+            object.__setattr__(self, "bits", float(self.bits))
         if self.target_size is not None and self.bits is not None:
             raise OptionError("give bits or a target size, not both")
         if self.dtype is not None:

@@ -18,16 +18,11 @@ from seedpack.converter.calibration.calibrate import (
     measured_sensitivities,
     tune_packed,
 )
+from seedpack.converter.calibration.store import FOLDER
 from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
-from seedpack.converter.options import (
-    CompressOptions,
-    Progress,
-    checking_options,
-    fitting_device,
-    float_dtype,
-    silent,
-)
+from seedpack.converter.options import CompressOptions, Progress, checking_options, fitting_device, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
+from seedpack.converter.progress import shown
 from seedpack.converter.report import Report
 from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
@@ -38,6 +33,7 @@ from seedpack.dtypes import dtype_name, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
 from seedpack.formats.writer import file_bytes
+from seedpack.units import count
 
 Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
 
@@ -48,17 +44,20 @@ def compress(
     options: CompressOptions | None = None,
     *,
     plan: Plan | Edits | None = None,
-    progress: Progress = silent,
+    tokenizer: Any = None,
+    progress: Progress | bool = False,
     **changes: Any,
 ) -> Report:
     """Pack a model into a seed + coefficient checkpoint.
 
     Args:
         model: a file, a Hugging Face folder, a hub id, a module or a state dict (see `open_source`).
-        output: a file; for a Hugging Face model a folder. It appears whole or not at all.
+        output: a file; for a Hugging Face model a folder, with its config (of one in memory, a name that ends in .safetensors
+            makes a file). It appears whole or not at all.
         options: see `CompressOptions`.
         plan: a plan to follow, or a plan document or file (see `Plan.to_json`) whose choices win.
-        progress: called as work is done.
+        tokenizer: of a transformers model in memory, or its processor: it goes along, and calibration reads text with it.
+        progress: True shows bars, with the time that is left; or a function that is called as work is done.
         changes: options by name, as `bits=3`.
 
     Raises:
@@ -66,7 +65,10 @@ def compress(
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
     started = time.perf_counter()
-    with open_run(model, output, CompressOptions.of(options, changes), progress) as run:
+    with (
+        shown(progress) as told,
+        open_run(model, output, CompressOptions.of(options, changes), told, tokenizer) as run,
+    ):
         planned = make_plan(run.source, run.options, plan)
         asked_for = run.options.exclude or plan is not None or run.options.is_raw
         if not planned.packed_weights and not asked_for:
@@ -85,7 +87,7 @@ def plan(
     *,
     output: str | Path | None = None,
     edits: Edits | None = None,
-    progress: Progress = silent,
+    progress: Progress | bool = False,
     **changes: Any,
 ) -> Plan:
     """Make the plan that `compress` would follow; without a calibration no weight is read.
@@ -95,28 +97,33 @@ def plan(
         options: see `CompressOptions`. With a calibration a budget is allocated by measured sensitivities.
         output: of the run to come; needed with a calibration, which is kept beside it for that run.
         edits: a plan document or file whose choices win.
-        progress: called as work is done.
+        progress: as for `compress`.
         changes: options by name.
     """
     options = CompressOptions.of(options, changes)
     if options.calibrated is None:
         with trusting_remote_code(options.trust_remote_code):
-            source = open_source(model)
+            source = open_source(model, state_key=options.state_key)
         statistics = Statistics(source, options.importance or {})
         planned = make_plan(source, options, edits)
         return planned.with_hessians(statistics.tensors_with_hessian(planned))
     if output is None:
         raise ModelError("name the output that the plan is for: the calibration is kept beside it, for the run to come")
     options = replace(options, calibration=replace(options.calibrated, sequential=False))  # it would fit every layer
-    with open_run(model, output, options, progress) as run:
+    with shown(progress) as told, open_run(model, output, options, told) as run:
         return calibrate_plan(run, make_plan(run.source, options, edits), edits)[0]
 
 
-def open_run(model: Model, output: str | Path, options: CompressOptions, progress: Progress) -> Run:
+def open_run(
+    model: Model, output: str | Path, options: CompressOptions, progress: Progress, tokenizer: Any = None
+) -> Run:
     """Open the source of a run, and refuse what cannot be done before any work."""
     fitting_device(options.device)
+    progress("Reading the model", 0, 0)
     with trusting_remote_code(options.trust_remote_code):
-        source = open_source(model)
+        source = open_source(model, as_file=Path(output).suffix == ".safetensors", state_key=options.state_key)
+    if tokenizer is not None:
+        source.take_tokenizer(tokenizer)
     run = Run(source, options, Path(output), progress)
     run.check()
     return run
@@ -203,11 +210,12 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
     folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
+    run.progress("Fitting", 0, run.weights, "weights")
     with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
         for tensor in plan.tensors:
             parts, report = fit(run if tuned is None else run.quiet(), tensor, statistics)
             if tuned is not None:
-                parts, report = apply_tuning(run.source, parts, report, tuned.factors, tuned.values)
+                parts, report = apply_tuning(statistics, parts, report, tuned.factors, tuned.values)
             writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
             if tensor.packed:
                 reports.append(report)
@@ -217,15 +225,26 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     run.source.require_unchanged()
     files = partial.glob("*.safetensors") if folder else [partial]
     size = sum(file.stat().st_size for file in files)
-    return Report(run.output, plan, tuple(reports), size, 0.0, tuple(run.source.notes))
+    reads_text = run.calibration is not None and run.calibration.is_text
+    return Report(
+        run.output,
+        plan,
+        tuple(reports),
+        size,
+        0.0,
+        tuple(run.source.notes),
+        run.source.name,
+        run.source.input_bytes,
+        run.output.parent / FOLDER if reads_text else None,
+    )
 
 
 def _nothing_packed(name: str, plan: Plan) -> str:
     """Return why none of a plan's tensors is packed, and what to do."""
     reasons = Counter(tensor.note for tensor in plan.tensors)
-    listed = "; ".join(f"{count}: {note}" for note, count in reasons.most_common(3))
+    listed = "; ".join(f"{number}: {note}" for note, number in reasons.most_common(3))
     return (
-        f"{name}: none of its {len(plan.tensors)} tensors can be packed ({listed}): it would only grow. Pass a model with "
+        f"{name}: none of its {count(len(plan.tensors), 'tensor')} can be packed ({listed}): it would only grow. Pass a model with "
         "matrices of float32, float16 or bfloat16, or another codec or number of bits (codec=…, bits=…)"
     )
 

@@ -24,6 +24,7 @@ from seedpack.formats import PlannedTensor
 from seedpack.formats.header import DTYPE_BYTES, loads_strict
 from seedpack.formats.manifest import part_key
 from seedpack.loader.layers import codec_matrix
+from seedpack.units import count
 
 PLAN_VERSION = 1
 
@@ -128,7 +129,9 @@ class Plan:
         if not isinstance(choices, dict):
             raise ModelError(f"{where}: 'tensors' must be an object")
         if unknown := sorted(choices.keys() - {t.name for t in self.tensors}):
-            raise ModelError(f"{where}: {len(unknown)} tensors are not in the model, such as {unknown[0]!r}")
+            raise ModelError(
+                f"{where}: names {count(len(unknown), 'tensor')} that the model does not have, such as {unknown[0]!r}"
+            )
         return replace(self, tensors=tuple(_edit(t, choices.get(t.name), where) for t in self.tensors))
 
     def edited_by_file(self, path: str | Path) -> Plan:
@@ -309,7 +312,9 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
         elif bits is not None or not config.keys() - {"seed", "key"}:  # which choose no rate
             builder: Callable[..., Codec] | None = getattr(cls, "from_bits", None)
             if bits is not None and builder is None:
-                raise CodecError(f"codec {outer!r} has no bits to choose")
+                raise CodecError(
+                    f"codec {outer!r} does not take bits; set its own settings (seedpack codecs lists them)"
+                )
             if builder is not None:
                 return builder(4.0 if bits is None else bits, **config)
         return cls(**config)  # type: ignore[no-any-return]
@@ -320,8 +325,10 @@ def codec_for(name: str, bits: float | None, settings: Mapping[str, Any]) -> Cod
 def _edit(tensor: TensorPlan, choice: object, where: str) -> TensorPlan:
     if choice is None:
         return tensor
+    if choice == {"codec": RawCodec.id}:
+        choice = {"codec": RawCodec.id, "config": {"dtype": tensor.dtype}}
     if not isinstance(choice, dict) or choice.keys() != {"codec", "config"}:
-        raise ModelError(f"{where}: tensor {tensor.name!r}: expected exactly codec and config")
+        raise ModelError(f"{where}: tensor {tensor.name!r}: expected codec and config, or raw alone")
     try:
         codec = get_codec(str(choice["codec"])).from_config(choice["config"])
     except CodecError as error:

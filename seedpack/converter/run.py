@@ -14,6 +14,8 @@ from seedpack.errors import ModelError
 from seedpack.formats.lock import locked
 from seedpack.formats.staging import require_apart
 
+OTHER_FORMATS = {".pt", ".pth", ".th", ".bin", ".ckpt", ".gguf", ".onnx", ".pkl", ".npz", ".h5"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -79,6 +81,13 @@ class Run:
             ModelError: the output cannot be what the model becomes, or an option does not fit the model.
         """
         require_apart(self.output, Path(self.source.name))
+        if self.output.suffix.lower() in OTHER_FORMATS:
+            kind = (
+                "a folder"
+                if self.writes_folder
+                else f"safetensors; name it {self.output.with_suffix('.safetensors').name}"
+            )
+            raise ModelError(f"{self.output}: what is written is {kind}")
         if self.writes_folder and self.output.suffix == ".safetensors":
             raise ModelError(f"{self.output}: a Hugging Face model becomes a folder; name one without .safetensors")
         if self.options.shard_bytes and not self.writes_folder:

@@ -1,1 +1,1 @@
-"""Measure the loss of quality: perplexity, KL divergence, relative error, effective rank."""
+"""Measure the loss of quality: perplexity, KL divergence, embeddings, classes, relative error, effective rank."""

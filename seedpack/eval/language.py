@@ -1,26 +1,27 @@
-"""Compare two causal language models on one text: perplexity of both, KL divergence, top-1 agreement."""
+"""Compare causal language models on one text: perplexity, KL divergence, top-1 agreement."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from seedpack.converter.calibration.tokens import sequences
 from seedpack.errors import ModelError
+from seedpack.eval.models import Advance, require_finite, require_same_size
 
 POSITIONS_PER_STEP = 256
+Sample = TypeVar("Sample")
 
 
 @dataclass(frozen=True)
-class LanguageReport:
+class NextTokenReport:
     """Means over all scored positions.
 
     Attributes:
-        context: tokens per window; windows do not overlap, and the first token of each is not scored.
         tokens: positions scored.
         perplexity_original: exp of the mean negative log-likelihood (natural logarithm).
         perplexity_packed: the same of the packed model.
@@ -29,7 +30,6 @@ class LanguageReport:
         top1_agreement: share of positions where both models' likeliest token is the same.
     """
 
-    context: int
     tokens: int
     perplexity_original: float
     perplexity_packed: float
@@ -42,6 +42,17 @@ class LanguageReport:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class LanguageReport(NextTokenReport):
+    """Means over all scored positions of windows.
+
+    Attributes:
+        context: tokens per window; windows do not overlap, and the first token of each is not scored.
+    """
+
+    context: int
+
+
 def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
     """Return the first `tokens` tokens of a text as windows, int64 [n, context]; of a short text, one short window."""
     characters = 8 * tokens + 1000  # tokenizers are slow on what will not be used
@@ -51,45 +62,95 @@ def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
     return sequences(ids[:tokens], tokenizer, context)[: max(1, tokens // context)]
 
 
-@torch.inference_mode()
 def compare_language_models(
-    original: Any, packed: Any, ids: Tensor, progress: Callable[[int], None] | None = None
-) -> LanguageReport:
-    """Score both models on windows of tokens.
+    original: Any, packed: Sequence[Any], ids: Tensor, progress: Advance | None = None
+) -> list[LanguageReport]:
+    """Score models on windows of tokens, a window on all of them before the next.
 
     Args:
         original: a causal language model of transformers, the reference of the divergence.
-        packed: another one with the same vocabulary.
+        packed: others with the same vocabulary.
         ids: int64 [windows, context].
         progress: called with the tokens scored since the last call.
+
+    Returns:
+        A report for each packed model.
     """
-    nll_original, nll_packed, divergences, agreements = [], [], [], []
-    for window in ids:
-        logits = [model.eval()(window[None].to(model.device)).logits[0, :-1].cpu() for model in (original, packed)]
-        sizes = [values.shape[-1] for values in logits]
-        if sizes[0] != sizes[1]:
-            raise ModelError(
-                f"the models have vocabularies of {sizes[0]} and {sizes[1]} tokens; compare models of the same vocabulary"
-            )
-        for first in range(0, len(window) - 1, POSITIONS_PER_STEP):
-            a, b = (values[first : first + POSITIONS_PER_STEP].float().log_softmax(-1) for values in logits)
-            target = window[1 + first : 1 + first + len(a), None]
-            nll_original.append(-a.gather(1, target)[:, 0])
-            nll_packed.append(-b.gather(1, target)[:, 0])
-            divergences.append((a.exp() * (a - b)).sum(-1))
-            agreements.append(a.argmax(-1) == b.argmax(-1))
-        del logits, a, b  # gigabytes for a large vocabulary: free them before the next window
+
+    def logits(model: Any, window: Tensor) -> Tensor:
+        return model.eval()(window[None].to(model.device)).logits[0, :-1]  # type: ignore[no-any-return]
+
+    samples = ((window, window[1:]) for window in ids)
+    scores = compare_next_tokens(original, packed, samples, logits, progress)
+    return [LanguageReport(**score, context=ids.shape[1]) for score in scores]
+
+
+@torch.inference_mode()
+def compare_next_tokens(
+    original: Any,
+    packed: Sequence[Any],
+    samples: Iterable[tuple[Sample, Tensor]],
+    logits: Callable[[Any, Sample], Tensor],
+    progress: Advance | None = None,
+) -> list[dict[str, Any]]:
+    """Return the fields of `NextTokenReport` for each packed model.
+
+    Args:
+        original: the reference.
+        packed: others with the same vocabulary.
+        samples: what a model reads, and the tokens that it should give, int64 [n].
+        logits: runs a model on a sample, [n, vocabulary].
+        progress: called with the tokens of a sample.
+
+    Raises:
+        ModelError: vocabularies differ, or logits are not finite.
+    """
+    nll: list[Tensor] = []
+    scores = [_Scores([], [], []) for _ in packed]
+    for sample, targets in samples:
+        reference = logits(original, sample).cpu().float().log_softmax(-1)
+        nll.append(-reference.gather(1, targets[:, None])[:, 0])
+        require_finite(original, nll[-1])
+        for model, score in zip(packed, scores, strict=True):
+            values = logits(model, sample).cpu()
+            require_same_size(original, model, reference, values, "tokens in its vocabulary")
+            score.add(reference, values, targets)
+            require_finite(model, score.kl[-1])
+            del values  # gigabytes for a large vocabulary: free them before the next model runs
+        del reference
         if progress:
-            progress(len(window))
-    kl = torch.cat(divergences).double()
-    if not torch.isfinite(kl).all():
-        raise ModelError("a model gives logits that are not finite on this text")
-    return LanguageReport(
-        context=ids.shape[1],
-        tokens=len(kl),
-        perplexity_original=float(torch.cat(nll_original).double().mean().exp()),
-        perplexity_packed=float(torch.cat(nll_packed).double().mean().exp()),
-        kl_mean=float(kl.mean()),
-        kl_p99=float(kl.quantile(0.99)),
-        top1_agreement=float(torch.cat(agreements).double().mean()),
-    )
+            progress(len(targets))
+    return [{"perplexity_original": _perplexity(nll), **score.means()} for score in scores]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """A packed model's negative log-likelihoods, divergences and agreements, [n] for each sample."""
+
+    nll: list[Tensor]
+    kl: list[Tensor]
+    agrees: list[Tensor]
+
+    def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Take in a sample: log-probabilities of the original [n, vocabulary], logits, and tokens [n]."""
+        parts = []
+        for a, b, target in zip(*(x.split(POSITIONS_PER_STEP) for x in (reference, logits, targets)), strict=True):
+            b = b.float().log_softmax(-1)
+            nll = -b.gather(1, target[:, None])[:, 0]
+            parts.append((nll, (a.exp() * (a - b)).sum(-1), a.argmax(-1) == b.argmax(-1)))
+        for found, values in zip((self.nll, self.kl, self.agrees), zip(*parts, strict=True), strict=True):
+            found.append(torch.cat(values))
+
+    def means(self) -> dict[str, Any]:
+        kl = torch.cat(self.kl).double()
+        return {
+            "tokens": len(kl),
+            "perplexity_packed": _perplexity(self.nll),
+            "kl_mean": float(kl.mean()),
+            "kl_p99": float(kl.quantile(0.99)),
+            "top1_agreement": float(torch.cat(self.agrees).double().mean()),
+        }
+
+
+def _perplexity(nll: list[Tensor]) -> float:
+    return float(torch.cat(nll).double().mean().exp())

@@ -1,38 +1,66 @@
-"""The `quantization_config` of a packed model: the manifest of its packed tensors."""
+"""The `quantization_config` of a packed model: the manifest of its packed tensors; or what a dense one is to be packed by."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from seedpack.converter.options import CompressOptions
 from seedpack.errors import ModelError
 from seedpack.formats.manifest import Manifest, manifest_from_json
 from seedpack.formats.reader import QUANT_METHOD
 
 
 class SeedpackConfig(QuantizationConfigMixin):
-    """The manifest of config.json, checked."""
+    """Pack a dense model while transformers loads it, as `compress` does with the same options.
 
-    def __init__(self, /, **document: Any):
-        document.pop("quant_method", None)
+    >>> AutoModelForCausalLM.from_pretrained(name, quantization_config=SeedpackConfig(bits=4))  # doctest: +SKIP
+
+    What is packed already has its own: the manifest that is in its config.json.
+
+    Args:
+        options: of `CompressOptions`, as bits=4 or calibration="self".
+    """
+
+    manifest: Manifest
+    options: CompressOptions | None
+
+    def __init__(self, /, **options: Any):
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]
-        self.manifest: Manifest = manifest_from_json(document, "config.json: quantization_config")
-        if self.manifest.views:
+        self.options = CompressOptions.of(None, options)
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> SeedpackConfig:
+        """Return the config of a packed model.
+
+        Raises:
+            ModelError: transformers could not load it.
+        """
+        if manifest.views:
             raise ModelError(
                 "config.json: quantization_config: tensors that are pieces of stored ones are not loaded by transformers; "
                 "build the model and fill it with seedpack.load(path, model=model)"
             )
+        config = cls()
+        config.manifest, config.options = manifest, None
+        return config
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Make one from the JSON object, for transformers; unknown keys are refused, never dropped."""
-        config = cls(**config_dict)
+        document = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        config = cls.of(manifest_from_json(document, "config.json: quantization_config"))
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object."""
-        return {"quant_method": self.quant_method, **self.manifest.to_json()}
+        if self.options is None:
+            return {"quant_method": self.quant_method, **self.manifest.to_json()}
+        chosen = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        defaults = vars(CompressOptions())
+        return {"quant_method": self.quant_method} | {k: str(v) for k, v in chosen.items() if v != defaults[k]}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the whole JSON object: there are no defaults to leave out."""
@@ -40,4 +68,5 @@ class SeedpackConfig(QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         """Return a short text: the document can have thousands of lines."""
-        return f"SeedpackConfig({len(self.manifest.tensors)} packed tensors)"
+        what = f"{len(self.manifest.tensors)} packed tensors" if self.options is None else str(self.options)
+        return f"SeedpackConfig({what})"

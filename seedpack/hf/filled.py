@@ -56,7 +56,7 @@ def _attach(model: Any, parts: dict[str, dict[str, str]], stored: Mapping[str, s
     run_experts_one_at_a_time(model)
     tie_parts(model, {name.rpartition(".")[0] for name in own})
     on_disk = {part_key(name, part): held for name in own for part, held in parts[name].items()}
-    attach_quantizer(model, SeedpackQuantizer(SeedpackConfig(**packed.to_json())), on_disk)
+    attach_quantizer(model, SeedpackQuantizer(SeedpackConfig.of(packed)), on_disk)
 
 
 def _pretrained_models(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:

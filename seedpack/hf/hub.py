@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seedpack.converter.trust import trusts_remote_code
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, first_line
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 OLD_WEIGHTS = ["pytorch_model*.bin"]
@@ -25,6 +25,6 @@ def download(repo: str) -> Path:
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"{repo}: no such file or folder here, and as a hub id it could not be had "
-            f"({type(error).__name__}: {str(error).splitlines()[0][:160]}); check the name and the network"
+            f"{repo}: no such file or folder here, and as a hub id it cannot be fetched "
+            f"({type(error).__name__}: {first_line(error)}); check the name and the network"
         ) from None

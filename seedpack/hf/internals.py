@@ -6,6 +6,8 @@ bounds of `transformers` in pyproject.toml are these; raise the upper one when t
 What is used, and what breaks if it moves:
 
 - `quantizers.auto`, its two mappings by method: transformers does not know packed models.
+- the list `checkpoint_files` that quantisers are given, and `tie_weights`, which is replaced meanwhile: dense models are
+  not packed on the fly.
 - `conversion_mapping.get_model_conversion_mapping`, `core_model_loading.rename_source_key`: names of a checkpoint are
   not matched to the model's.
 - `core_model_loading.WeightConverter`, `MergeModulelist`, `SplitModulelist`, `_original_source_patterns`: mixtures of
@@ -21,6 +23,7 @@ What is used, and what breaks if it moves:
 - `GenerateDecoderOnlyOutput.cache`, which releases before 5.24 call `past_key_values`: a conversation is read again for
   every answer.
 - `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
+- `models.auto.modeling_auto`, its `MODEL_…_MAPPING_NAMES`: `eval` does not know what a model is for.
 
 `hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
 Nothing heavy is imported before a function is called.
@@ -30,7 +33,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -39,6 +43,31 @@ if TYPE_CHECKING:
     from torch import nn
 
 QUANTIZERS_MODULE = "transformers.quantizers.auto"
+
+
+def outside_of_loading() -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which models are built as they are now, to be entered while transformers loads another one.
+
+    transformers ties nothing meanwhile, and torch makes tensors on the meta device, in the model's dtype.
+    """
+    import torch
+    from transformers import PreTrainedModel
+
+    tie_weights = PreTrainedModel.tie_weights
+
+    @contextmanager
+    def outside() -> Iterator[None]:
+        inside, dtype = PreTrainedModel.tie_weights, torch.get_default_dtype()
+        try:
+            PreTrainedModel.tie_weights = tie_weights  # type: ignore[method-assign]
+            torch.set_default_dtype(torch.float32)
+            with torch.device("cpu"):
+                yield
+        finally:
+            PreTrainedModel.tie_weights = inside  # type: ignore[method-assign]
+            torch.set_default_dtype(dtype)
+
+    return outside
 
 
 def register_quantizer(quantizers: ModuleType, method: str, quantizer: Any, config: Any) -> None:
@@ -288,3 +317,11 @@ def cache_name() -> str:
     from transformers.generation.utils import GenerateDecoderOnlyOutput
 
     return "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+
+def auto_class_names(mapping: str) -> set[str]:
+    """Return the names of the model classes that an Auto class chooses from; `mapping` is such as "FOR_CAUSAL_LM_", or empty."""
+    from transformers.models.auto import modeling_auto
+
+    entries = getattr(modeling_auto, f"MODEL_{mapping}MAPPING_NAMES").values()
+    return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}

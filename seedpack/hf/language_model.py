@@ -13,25 +13,16 @@ from torch import Tensor
 
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.sources.base import OpenModel
-from seedpack.converter.sources.module import ModuleSource
-from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.trust import trusts_remote_code
-from seedpack.errors import ModelError, SeedpackError, first_line
+from seedpack.errors import ModelError, first_line
 from seedpack.formats.reader import read_json
 from seedpack.hf.complete import load_complete
 from seedpack.hf.internals import decoder_layers
 from seedpack.hf.remote_code import model_class
+from seedpack.hf.tasks import LANGUAGE, load_for_task, load_processor
 from seedpack.memory import free_bytes
 
 SEQUENCES_AT_ONCE = 64  # written side by side
-
-
-class PretrainedSource(ModuleSource):
-    """A live transformers model."""
-
-    def open_model(self) -> OpenModel:
-        """Return the model itself, ready to be calibrated on text where it is a causal language model."""
-        return open_pretrained(self._module)
 
 
 def open_pretrained(model: Any, tokenizer: Any = None) -> OpenModel:
@@ -72,25 +63,7 @@ def open_folder_model(path: Path, where: Path | None = None) -> OpenModel:
 
 def load_language_model(path: str | Path, dtype: torch.dtype | str = torch.float32) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer from a folder (dense or packed), a GGUF file or a hub id."""
-    import transformers
-
-    import seedpack  # noqa: F401 (registers the quantizer)
-
-    where, options = str(path), dict[str, Any]()
-    if not Path(where).exists() and not looks_like_hub_id(where):
-        raise ModelError(f"{where}: no such file or folder, and not a hub id (org/name)")
-    if where.lower().endswith(".gguf"):
-        where, options = str(Path(path).parent), {"gguf_file": Path(path).name}
-    elif (Path(where) / "config.json").is_file():
-        model_class(Path(where), read_json(Path(where) / "config.json"))
-    options["trust_remote_code"] = trusts_remote_code()
-    try:
-        model = load_complete(transformers.AutoModelForCausalLM, where, path, dtype=dtype, **options)
-        return model, transformers.AutoTokenizer.from_pretrained(where, **options)
-    except SeedpackError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{path}: not a causal language model with its tokenizer ({first_line(error)})") from error
+    return load_for_task(path, LANGUAGE, dtype), load_processor(path, LANGUAGE)
 
 
 def tokenizer_of(path: Path) -> Any:

@@ -6,6 +6,7 @@ transformers loads the parts like any other parameters.
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -27,12 +28,14 @@ from seedpack.hf.internals import (
     is_converter,
     mark_initialised,
     needed,
+    outside_of_loading,
     replace_ties,
     stacking_converter,
     tied_parameters,
     unfilled_tensors,
     with_whole_names,
 )
+from seedpack.hf.on_the_fly import pack_on_the_fly
 from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.layers import PRINCIPAL, PackedModule, is_transposed, memory_name, pack_module_, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack, check_, memory_names, pack_, unpack_
@@ -45,7 +48,7 @@ mark_initialised(PackedWeight)  # which transformers finds in the place of weigh
 class SeedpackQuantizer(HfQuantizer):
     """The quantiser that transformers calls; one for each `from_pretrained`."""
 
-    requires_calibration = True  # from_pretrained(dense, quantization_config=…) is refused: seedpack compress packs
+    requires_calibration = False  # a dense model is packed on the fly
     quantization_config: SeedpackConfig
 
     def __init__(self, quantization_config: SeedpackConfig, **kwargs: Any):
@@ -56,8 +59,13 @@ class SeedpackQuantizer(HfQuantizer):
         self._converters: set[str] = set()  # the patterns of those conversions that the checkpoint needs
         self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
+        self._outside = outside_of_loading()
+        self._packed_here: Path | None = None  # the folder of what was packed on the fly
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.quantization_config.options is not None:
+            with self._outside():
+                self._packed_here = pack_on_the_fly(self.quantization_config, model, **kwargs)
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
         checkpoint_names = CheckpointNames(model)
         keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
@@ -141,6 +149,12 @@ class SeedpackQuantizer(HfQuantizer):
                 check_(module)
             except CodecError as error:
                 raise ModelError(f"{name}: {error}") from None
+        if self._packed_here is not None:
+            shutil.rmtree(self._packed_here)
+            if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+                raise ModelError(
+                    "a model that is packed while it is loaded cannot stay on the disk; pack it first (seedpack compress)"
+                )
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -22,7 +22,7 @@ METHOD = "seedpack"
 SOURCES = {
     "folder": "seedpack.hf.folder:FolderSource",
     ".gguf": "seedpack.hf.gguf:GGUFSource",
-    "pretrained": "seedpack.hf.language_model:PretrainedSource",
+    "pretrained": "seedpack.hf.pretrained:open_live",
     "hub": "seedpack.hf.hub:download",
 }
 

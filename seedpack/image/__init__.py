@@ -6,7 +6,7 @@ COOL-CHIC (arXiv 2212.05458) do; see `docs/images.md`.
 """
 
 from seedpack.image.checkpoint import Report, compress, decompress
-from seedpack.image.files import read, write
+from seedpack.image.files import format_of, read, write
 from seedpack.image.fit import STEPS
 
-__all__ = ["STEPS", "Report", "compress", "decompress", "read", "write"]
+__all__ = ["STEPS", "Report", "compress", "decompress", "format_of", "read", "write"]

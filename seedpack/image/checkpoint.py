@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seedpack._version import WRITER
 from seedpack.codecs.base import matrix_shape
+from seedpack.codecs.range_coder import stream
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, CheckpointWriter, PlannedTensor, staged
 from seedpack.formats.writer import file_bytes
@@ -81,6 +82,7 @@ def compress(
         raise ModelError(f"psnr must be from 10 to 50 dB, got {psnr}")
     if type(steps) is not int or steps < 1:
         raise ModelError(f"steps must be a whole number from 1, got {steps!r}")
+    stream("field")  # before the training, not after it
     pixels, output = usable(image if isinstance(image, Tensor) else read(image)), Path(output)
     height, width, channels = pixels.shape
     codec = FieldCodec(channels=channels, seed=seed, sizes=(0,) * PARTS)

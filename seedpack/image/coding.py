@@ -171,7 +171,7 @@ def _waves(height: int, width: int) -> list[tuple[NDArray[Any], NDArray[Any]]]:
 
 def _categorical(*shares: Any) -> Any:
     """Return the coder's model of shares that are passed here, or with each call."""
-    return stream("field", "image").model.Categorical(*shares, perfect=False)
+    return stream("field").model.Categorical(*shares, perfect=False)
 
 
 def write_band(encoder: Any, sizes: Sizes, band: Band, numbers: Ints, parent: Ints | None, before: Ints | None) -> None:
@@ -219,7 +219,7 @@ def best_size(codes: Ints) -> int:
 
 def encoder() -> Any:
     """Return a range encoder."""
-    return stream("field", "image").queue.RangeEncoder()
+    return stream("field").queue.RangeEncoder()
 
 
 def coded(encoder: Any) -> bytes:
@@ -230,4 +230,4 @@ def coded(encoder: Any) -> bytes:
 
 def decoder(data: bytes) -> Any:
     """Return a range decoder."""
-    return stream("field", "image").queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))
+    return stream("field").queue.RangeDecoder(np.frombuffer(data, "<u4").astype(np.uint32))

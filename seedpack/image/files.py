@@ -42,13 +42,23 @@ def write(image: Tensor, path: str | Path, *, force: bool = False) -> None:
         ModelError: Pillow knows no such format.
         OutputError: the output exists or cannot be written.
     """
+    pillow, kind = _pillow(), format_of(path)
+    pixels = usable(image).numpy()
+    with staged(Path(path), force=force) as partial, partial.open("wb") as file:
+        pillow.Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
+
+
+def format_of(path: str | Path) -> str:
+    """Return Pillow's name of the format that a file's name ends with.
+
+    Raises:
+        ModelError: Pillow writes no such format.
+    """
     pillow = _pillow()
     kind = pillow.Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in pillow.Image.SAVE:
         raise ModelError(f"{path}: end the name with an image format, as in photo.png")
-    pixels = usable(image).numpy()
-    with staged(Path(path), force=force) as partial, partial.open("wb") as file:
-        pillow.Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, kind)
+    return str(kind)
 
 
 def _pillow() -> Any:
@@ -56,7 +66,7 @@ def _pillow() -> Any:
         import PIL.Image
         import PIL.ImageOps
     except ImportError:
-        raise ModelError("image files are read and written by Pillow; pip install seedpack[image]") from None
+        raise ModelError("image files are read and written by Pillow; pip install pillow") from None
     return PIL
 
 

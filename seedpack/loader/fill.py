@@ -16,6 +16,7 @@ from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, pa
 from seedpack.loader.parameters import PackedParameters, can_pack, is_packed, pack_
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
 from seedpack.loader.wrapped import is_optional, names_in_module
+from seedpack.units import count
 
 
 def fill_(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
@@ -190,9 +191,9 @@ def _require_same(
     if missing or surplus:
         problems = []
         if missing:
-            problems.append(f"{len(missing)} of the model's tensors are not in the file, such as {missing[0]!r}")
+            problems.append(f"the file lacks {count(len(missing), 'tensor')} of the model, such as {missing[0]!r}")
         if surplus:
-            problems.append(f"{len(surplus)} of the file's tensors are not in the model, such as {surplus[0]!r}")
+            problems.append(f"the model lacks {count(len(surplus), 'tensor')} of the file, such as {surplus[0]!r}")
         remedy = "build the model that the file was made from"
         if (checkpoint.path / "config.json").is_file():
             remedy = f"load the folder by its own architecture, seedpack.load({str(checkpoint.path)!r}), or {remedy}"

@@ -18,9 +18,13 @@ DEFAULTS: dict[str, Any] = {"codec": "trellis", "bits": None}
 
 def test_what_can_work_is_let_by(tmp_path: Path) -> None:
     for codec, bits in (("trellis", 3.5), ("svd+trellis", 12.0), ("seedlm", 3.0), ("mask", None), ("field", None)):
-        check_compress(str(tmp_path), tmp_path / "out", codec=codec, bits=bits, effort="best")
+        check_compress(str(tmp_path), str(tmp_path / "out"), codec=codec, bits=bits, effort="best")
     check_compress("org/name", None, **DEFAULTS)
-    check_compress(str(tmp_path), tmp_path, **DEFAULTS, force=True)
+    check_compress(str(tmp_path), str(tmp_path), **DEFAULTS, force=True)
+    (tmp_path / "net.pt").touch()
+    check_compress(str(tmp_path / "net.pt"), str(tmp_path), **DEFAULTS)
+    with pytest.raises(OutputError):
+        check_compress(str(tmp_path / "net.pt"), str(tmp_path / "net.pt"), **DEFAULTS)
 
 
 WRONG: dict[str, tuple[dict[str, object], type[SeedpackError], str]] = {
@@ -43,7 +47,7 @@ def test_refused(case: str, tmp_path: Path) -> None:
     changes, kind, message = WRONG[case]
     arguments: dict[str, Any] = {"model": str(tmp_path), "output": None, **DEFAULTS, **changes}
     if arguments["output"]:
-        arguments["output"] = tmp_path
+        arguments["output"] = str(tmp_path)
     with pytest.raises(kind, match=message):
         check_compress(**arguments)
 

@@ -19,7 +19,7 @@ import seedpack
 from seedpack.cli.main import cli
 from seedpack.cli.output import printable
 from tests.helpers.models import ARCHITECTURES, llama
-from tests.helpers.tokenizers import TEMPLATE, byte_tokenizer
+from tests.helpers.tokenizers import CHAT_TEMPLATE, byte_tokenizer
 
 FAST: dict[str, Any] = {"settings": {"effort": "fast"}}
 BYTES: dict[str, Any] = {
@@ -59,7 +59,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    return pack(tmp_path_factory.mktemp("chatty"), llama(**BYTES), byte_tokenizer(TEMPLATE))
+    return pack(tmp_path_factory.mktemp("chatty"), llama(**BYTES), byte_tokenizer(CHAT_TEMPLATE))
 
 
 def expected(folder: Path, text: str, count: int) -> str:

@@ -150,11 +150,19 @@ def test_modules_that_only_look_like_transformers_models(tmp_path: Path) -> None
 def test_progress_counts_every_weight_once(tmp_path: Path) -> None:
     done: list[tuple[str, int, int, str, str]] = []
     seedpack.compress(state(), tmp_path / "out", progress=lambda *told: done.append(told), **FAST)
-    assert {entry[0] for entry in done} == {"Fitting"} and {entry[3:] for entry in done} == {
-        ("weights", "a.weight"),
-        ("weights", "b.weight"),
-    }
-    assert sum(entry[1] for entry in done) == 32 * 24 + 16 * 32 == done[0][2]
+    assert list(dict.fromkeys(entry[0] for entry in done)) == ["Reading the model", "Checking values", "Fitting"]
+    for stage in ("Checking values", "Fitting"):
+        told = [entry for entry in done if entry[0] == stage and entry[1]]
+        assert {entry[3:] for entry in told} == {("weights", "a.weight"), ("weights", "b.weight")}
+        assert sum(entry[1] for entry in told) == 32 * 24 + 16 * 32 == told[0][2]
+
+
+def test_bars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seedpack.compress(state(), tmp_path / "out", progress=True, **FAST)
+    shown = capsys.readouterr().err
+    assert "Reading the model" in shown and "Fitting:" in shown and "weights/s" in shown
+    seedpack.compress(state(), tmp_path / "again", **FAST)
+    assert not capsys.readouterr().err
 
 
 def test_a_source_of_ones_own(tmp_path: Path) -> None:

@@ -63,16 +63,22 @@ def test_plan_files(tmp_path: Path) -> None:
     assert codecs["fc.weight"] == SVDCodec(rank=3) and codecs["conv1d.weight"] == RawCodec("BF16")
 
 
+def test_raw_needs_no_settings() -> None:
+    plan = default_plan(TENSORS, {}, SeedLMCodec())
+    edited = plan.edited({"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "raw"}}})
+    assert [tensor.packed for tensor in edited.tensors if tensor.name == "fc.weight"] == [False]
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
         ([], "expected a plan of version 1"),
         ({"seedpack_plan": 2}, "expected a plan of version 1"),
         ({"seedpack_plan": 1, "tensors": []}, "'tensors' must be an object"),
-        ({"seedpack_plan": 1, "tensors": {"x": {}}}, "1 tensors are not in the model, such as 'x'"),
+        ({"seedpack_plan": 1, "tensors": {"x": {}}}, "names 1 tensor that the model does not have, such as 'x'"),
         (
-            {"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "raw"}}},
-            "expected exactly codec and config",
+            {"seedpack_plan": 1, "tensors": {"fc.weight": {"codec": "svd"}}},
+            "expected codec and config, or raw alone",
         ),
         (
             {
@@ -106,7 +112,7 @@ def test_codec_of_the_command_line() -> None:
     assert codec_for("svd+seedlm", 6.0, {"seed": 3}) == SVDCodec.over(SeedLMCodec(), bits=6.0, seed=3)
     for name, bits, settings, message in [
         ("seedlm+svd", None, {}, "only svd takes another codec"),
-        ("raw", 4.0, {}, "codec 'raw' has no bits to choose"),
+        ("raw", 4.0, {}, "codec 'raw' does not take bits"),
         ("seedlm", None, {"colour": 1}, "has no setting 'colour'; it has: seed_bits, block"),
     ]:
         with pytest.raises(CodecError, match=message):

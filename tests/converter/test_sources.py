@@ -125,7 +125,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         (tmp_path / "none.pt", "no such file or folder, and not a hub id"),
         (tmp_path / "x.txt", "unknown kind of file '.txt'; known:"),
         (tmp_path / "folder", "has no config.json"),
-        ("no-such-org/no-such-model", "as a hub id it could not be had"),
+        ("no-such-org/no-such-model", "as a hub id it cannot be fetched"),
     ]
     for path, message in missing:
         with pytest.raises(ModelError, match=message):
@@ -158,8 +158,8 @@ class Midway:
     def __init__(self, change: Callable[[], object]):
         self._change: Callable[[], object] | None = change
 
-    def __call__(self, *_: object) -> None:
-        if self._change is not None:
+    def __call__(self, stage: str, done: int, *_: object) -> None:
+        if self._change is not None and stage == "Fitting" and done:
             change, self._change = self._change, None
             change()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 LAYERS = [
-    {"errors", "_version"},
+    {"errors", "_version", "units"},
     {"formats"},
     {"_shapes", "dtypes", "keys", "memory", "prng", "linalg"},
     {"kernels"},

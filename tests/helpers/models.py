@@ -71,3 +71,15 @@ def output(model: Any) -> torch.Tensor:
     result = model.eval()(IDS, **more)
     found: torch.Tensor = result.logits if hasattr(result, "logits") else result.last_hidden_state
     return found
+
+
+def tokenizer(words: str = "the quick brown fox jumps over a lazy dog and b") -> Any:
+    """A tokenizer of words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    names = ["<unk>", "<s>", "</s>", *words.split()]
+    made = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")

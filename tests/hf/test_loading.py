@@ -15,7 +15,6 @@ import transformers
 
 import seedpack
 from seedpack.errors import FormatError, ModelError
-from seedpack.hf.config import SeedpackConfig
 from seedpack.loader.layers import PackedLinear
 from tests.helpers.models import ARCHITECTURES, IDS, Folders, llama, output
 
@@ -119,12 +118,6 @@ def test_without_seedpack_loading_fails_loudly(folders: Folders) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "RuntimeError", done.stderr
-
-
-def test_dense_model_with_our_config_is_refused(folders: Folders) -> None:
-    document = json.loads((folders.packed / "config.json").read_text())["quantization_config"]
-    with pytest.raises(ValueError, match="require the model to be pre-quantized"):
-        transformers.AutoModelForCausalLM.from_pretrained(folders.dense, quantization_config=SeedpackConfig(**document))
 
 
 def copy_with_config(folders: Folders, tmp_path: Path, change: Any) -> Path:

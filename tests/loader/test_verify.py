@@ -82,7 +82,7 @@ def test_it_costs_no_more_than_the_file_is_large(tmp_path: Path) -> None:
 def test_what_was_not_decoded_is_said(tmp_path: Path) -> None:
     path = images(tmp_path / "a", 7, 480, 480)
     text = run(path).output
-    assert "6 tensors were checked by their digests alone, such as 'i1': to decode them takes too long" in text
+    assert "6 tensors checked by digest alone, such as 'i1': to decode them takes too long" in text
     assert "all 7 tensors match their digests" in text
     allowed = re.findall(r"--max-bytes (\d+MB) allows it", text)
     document = json.loads(run(path, "--json").stdout)
@@ -149,7 +149,7 @@ def test_a_codec_that_is_not_installed(tmp_path: Path) -> None:
     }
     path = write_tensors(tmp_path / "a", {"raw": raw, **tensors})
     text = run(path).output
-    assert text.count("5 tensors were checked by their digests alone, such as 't0': unknown codec 'absent'; known") == 1
+    assert text.count("5 tensors checked by digest alone, such as 't0': unknown codec 'absent'; known") == 1
     assert "all 6 tensors match their digests" in text
     newer = replace(TrellisCodec())
     parts = parts_of(newer, (8, 64))
@@ -170,7 +170,7 @@ def test_a_coder_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.Monke
     path = write_tensors(tmp_path / "a", {n: (MaskCodec(), (8, 8), parts_of(MaskCodec(), (8, 8))) for n in "ab"})
     monkeypatch.setitem(__import__("sys").modules, "constriction", None)
     text = run(path).output
-    assert "2 tensors were checked by their digests alone, such as 'a': mask: needs Constriction's range coder" in text
+    assert "2 tensors checked by digest alone, such as 'a': mask: needs Constriction's range coder" in text
 
 
 def test_packages_are_scanned_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,7 @@ def reason(why: str) -> tuple[str, str]:
     >>> reason("ImportError: DinatModel requires the natten library but it was not found")
     ('a package is not installed', 'natten')
     """
+    why = re.sub(r"/\S*/architectures-\w+/", "", why)
     for heading, pattern in REASONS:
         if found := re.search(pattern, why):
             return heading, cell(found[1]) if found[1] != "attribute" else ""

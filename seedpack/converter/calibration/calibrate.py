@@ -81,14 +81,14 @@ def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict
         ids = _tokens(run, opened, store)
         total = min(ids.numel(), sensitivity.ENOUGH_TOKENS)
         outputs = sensitivity.output_sensitivities(
-            opened, ids, lambda count: run.progress("Measuring sensitivities, tokens", count, total)
+            opened, ids, lambda count: run.progress("Measuring sensitivities", count, total, "tokens")
         )
         store.save_sensitivities(outputs)
         del opened
     packed = [tensor for tensor in plan.tensors if isinstance(tensor.codec, Rates)]
     measured = {}
     for count, tensor in enumerate(packed):
-        run.progress("Weighing tensors", 1 if count else 0, len(packed))
+        run.progress("Weighing tensors", 1 if count else 0, len(packed), "tensors")
         if cost := _tensor_sensitivity(run, tensor, outputs, statistics):
             measured[tensor.name] = cost
     return measured
@@ -182,7 +182,7 @@ def _statistics(run: Run, store: Store) -> Statistics:
 
 def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = None) -> Store:
     """Have a language model read its text, layer by layer, from where the store ends."""
-    run.progress("Reading the model", 0, 1)
+    run.progress("Loading the model to calibrate", 0, 0)
     if store.complete:
         return store
     opened = run.source.open_model()
@@ -198,7 +198,7 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
 
     def layer_done(layer: str, values: dict[str, Tensor], output: Tensor | None) -> None:
         store.add(layer, values, output)
-        run.progress("Calibrating, layers", 1 if layer else 0, len(opened.layer_names))
+        run.progress("Calibrating", 1 if layer else 0, len(opened.layer_names), "layers")
 
     change = None if packed_weights is None else lambda values: packed_weights(model, store, values)
     layerwise.run(opened, ids, layer_done, store.skip, change)
@@ -254,7 +254,7 @@ def _tokens(run: Run, opened: OpenModel, store: Store) -> Tensor:
                 count,
                 context,
                 calibration.seed,
-                lambda done: run.progress("Writing text, tokens", done, count),
+                lambda done: run.progress("Writing text", done, count, "tokens"),
             )
             store.save_tokens(ids)
         return ids

@@ -24,6 +24,9 @@ FOLDER = "seedpack-calibration"
 VERSION = 2  # 1: texts without the token that a tokenizer puts first
 
 
+NUMBERS = ("error", "energy", "seconds", "output_error", "output_energy")  # of a report
+
+
 class Store:
     """A folder of input second moments.
 
@@ -150,16 +153,14 @@ class FittedTensors:
                 numbers = file.metadata()
                 parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             tensor.codec.check(parts, tensor.codec_shape)
-            return parts, TensorReport(
-                tensor, float(numbers["error"]), float(numbers["energy"]), float(numbers["seconds"])
-            )
+            return parts, TensorReport(tensor, **{name: float(numbers[name]) for name in NUMBERS})
         except Exception:  # half of a file, or another's: it is fitted again
             return None
 
     def put(self, parts: Mapping[str, Tensor], report: TensorReport) -> None:
         """Keep a tensor's parts."""
         path = self._path(report.plan)
-        numbers = {name: repr(getattr(report, name)) for name in ("error", "energy", "seconds")}
+        numbers = {name: repr(getattr(report, name)) for name in NUMBERS}
         tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
         write_file(path, lambda partial: save_file(tensors, partial, numbers))
 

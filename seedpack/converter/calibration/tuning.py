@@ -131,7 +131,7 @@ def tune_layers(
                 error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
                 optimiser.learn(error.mean(), share)
         hidden = torch.cat([hidden_in(inputs.run_batch(layers[name], batch, hidden[batch])) for batch in batches])
-        progress("Tuning, layers", 1, len(layers))
+        progress("Tuning layers", 1, len(layers), "layers")
         return joined(outputs)
 
     with layer_by_layer(teacher, student.layer_names, call), torch.no_grad():
@@ -160,7 +160,7 @@ def distil(
                 output.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean"
             )
             optimiser.learn(loss, share)
-            progress("Tuning, tokens", ids.numel(), tokens.numel() * epochs)
+            progress("Tuning", ids.numel(), tokens.numel() * epochs, "tokens")
 
 
 class _Adam(torch.optim.Adam):

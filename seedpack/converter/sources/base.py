@@ -120,6 +120,7 @@ class Source(ABC):
         config: of a Hugging Face model, whose output is a folder; None for anything else.
         dropped: what the input held beside tensors, for a note.
         files: that the tensors are read from, as they were when they were opened.
+        input_bytes: of what was given: the files, or the tensors in memory.
         notes: on what was done to the tensors, a line each.
     """
 
@@ -138,6 +139,7 @@ class Source(ABC):
             raise ModelError(f"{name}: holds no tensors; is it a state dict?")
         self.name, self.tensors, self.shared, self.config = name, tensors, shared or {}, config
         self.dropped, self.files, self.notes = list(dropped), files, list(notes)
+        self.input_bytes = sum(state.size for state in files.values()) or sum(t.source_bytes for t in tensors.values())
         self._digests: dict[str, str] = {}
 
     def read(self, name: str) -> Tensor:
@@ -197,6 +199,14 @@ class Source(ABC):
             f"{self.name}: calibration runs the model, and a bare state dict has none to run; pass a Hugging Face folder, "
             "or from Python the module itself and batches"
         )
+
+    def take_tokenizer(self, tokenizer: Any) -> None:
+        """Take a tokenizer along, which only models in memory need.
+
+        Raises:
+            ModelError: this is none.
+        """
+        raise ModelError(f"{self.name}: tokenizer is for a transformers model in memory; leave it out")
 
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Write what a folder needs beside the packed weights; only a source with a `config` makes a folder.

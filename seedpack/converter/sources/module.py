@@ -57,16 +57,26 @@ def _parameter_kind(module: nn.Module, leaf: str) -> Kind:
     return kind._replace(transposed=kind.stacked and bool(getattr(module, "is_transposed", False)))
 
 
+def require_dense(module: nn.Module) -> None:
+    """Refuse a module that is packed already.
+
+    Raises:
+        ModelError: naming a packed layer.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, (PackedModule, PackedParameters)):
+            raise ModelError(
+                f"{type(module).__name__}: its layer {name!r} is packed already; seedpack.save saves it, and what is to be "
+                "packed otherwise starts from the dense model"
+            )
+
+
 class ModuleSource(StateDictSource):
     """A module in memory: its own classes say what each weight is."""
 
     def __init__(self, module: nn.Module):
+        require_dense(module)
         modules = dict(module.named_modules())
-        if packed := [name for name, part in modules.items() if isinstance(part, (PackedModule, PackedParameters))]:
-            raise ModelError(
-                f"{type(module).__name__}: its layer {packed[0]!r} is packed already; seedpack.save saves it, and what is to be "
-                "packed otherwise starts from the dense model"
-            )
 
         def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
             return module_kind(modules, name)

@@ -21,12 +21,14 @@ TORCH_SUFFIXES = {".pt", ".pth", ".th", ".bin", ".ckpt"}
 Model = str | Path | nn.Module | Mapping[str, Tensor] | Source
 
 
-def open_source(model: Model) -> Source:
+def open_source(model: Model, *, as_file: bool = False, state_key: str | None = None) -> Source:
     """Open the source of a model.
 
     Args:
         model: a `.pt/.pth/.th/.bin/.ckpt` state dict, a `.safetensors` or `.gguf` file, a Hugging Face folder, a hub
             id such as "org/name", a live module, a state dict, or a source, which is returned as it is.
+        as_file: a live transformers model becomes a single file, not a folder.
+        state_key: of a file that torch saved, the key of the state dict in it.
 
     Raises:
         ModelError: nothing of that kind is there, with what was looked for.
@@ -34,26 +36,36 @@ def open_source(model: Model) -> Source:
     if isinstance(model, Source):
         return model
     if isinstance(model, nn.Module):
-        open_pretrained = opener_of("pretrained") if hasattr(model, "save_pretrained") else None
-        return open_pretrained(model) if open_pretrained else ModuleSource(model)
+        open_live = opener_of("pretrained") if hasattr(model, "save_pretrained") else None
+        return open_live(model, as_file) if open_live else ModuleSource(model)
     if isinstance(model, Mapping):
         return dequantized(StateDictSource("state dict", model))
+    if not isinstance(model, (str, Path)):
+        raise ModelError(f"a model is a path, a hub id, a module or a state dict, got {_kind(model)}")
     path = Path(model)
     if len(path.name) > 255 or "\0" in str(path):
         raise ModelError(f"{str(path)[:80]!r}: not a valid path")
     if path.is_dir() and (open_folder := opener_of("folder")):
         return open_folder(path)  # type: ignore[no-any-return]
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, state_key)
     if looks_like_hub_id(str(model)) and (download := opener_of("hub")):
         return open_source(download(str(model)))
     raise ModelError(f"{model}: no such file or folder, and not a hub id (org/name)")
 
 
-def _open_file(path: Path) -> Source:
+def _kind(model: object) -> str:
+    return (
+        f"the class {model.__name__}; make an object of it" if isinstance(model, type) else f"a {type(model).__name__}"
+    )
+
+
+def _open_file(path: Path, state_key: str | None) -> Source:
     suffix = path.suffix.lower()
     if suffix in TORCH_SUFFIXES:
-        return dequantized(open_torch_file(path))
+        return dequantized(open_torch_file(path, state_key))
+    if state_key is not None:
+        raise ModelError(f"{path}: a state key is for files that torch saved ({', '.join(sorted(TORCH_SUFFIXES))})")
     if suffix == ".safetensors":
         return dequantized(SafetensorsSource([path]))
     if open_registered := opener_of(suffix):

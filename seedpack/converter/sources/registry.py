@@ -14,13 +14,13 @@ def register_source(kind: str, opener: str) -> None:
 
     Args:
         kind: "folder", "hub", "pretrained" (a live module that can save itself), or a file's suffix such as ".gguf".
-        opener: "module:function"; the function takes the path or module and returns a `Source`; that of "hub" takes
-            a name and returns the path to open.
+        opener: "module:function"; the function takes the path and returns a `Source`; that of "pretrained" takes the module,
+            and whether it becomes a file; that of "hub" takes a name and returns the path to open.
     """
     _OPENERS[kind] = opener
 
 
-def opener_of(kind: str) -> Callable[[Any], Any] | None:
+def opener_of(kind: str) -> Callable[..., Any] | None:
     """Return the function that opens a kind, or None where no room knows it."""
     if kind not in _OPENERS:
         return None

@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,38 +19,54 @@ from seedpack.errors import ModelError, first_line
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 
 
-def load_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Read the state dict of a file (also nested under `state_dict` or `model`), and the names of what else it held."""
+def load_state_dict(path: Path, key: str | None = None) -> tuple[dict[str, Tensor], list[str]]:
+    """Read the state dict of a file, and the names of what else it held.
+
+    Args:
+        path: the file.
+        key: that it is under, or keys with dots between them; by default it is sought under `state_dict`, `model` and the like.
+    """
     loaded = _load(path)
     if not isinstance(loaded, Mapping):
         raise ModelError(
             f"{path}: holds a {type(loaded).__name__}, not a state dict; save it with torch.save(model.state_dict(), …)"
         )
     outer = loaded
-    for key in NESTED:
-        if isinstance(outer.get(key), Mapping):
-            loaded = outer[key]
-            break
+    if key is not None:
+        outer = loaded = _under(loaded, key, path)
+    else:
+        loaded = next((outer[name] for name in NESTED if isinstance(outer.get(name), Mapping)), loaded)
     tensors = {key: value for key, value in loaded.items() if isinstance(value, Tensor)}
     if odd := [key for key in tensors if not isinstance(key, str)]:
         raise ModelError(
             f"{path}: a tensor has the key {odd[0]!r}, which is no name; save the state dict with strings for keys"
         )
     if not tensors:
+        places = f"under {key!r}" if key else f"under {', '.join(NESTED)} or at its top"
         raise ModelError(
-            f"{path}: holds no tensors under {', '.join(NESTED)} or at its top, where it has {[str(k)[:40] for k in outer][:6]}; "
-            "save the state dict itself"
+            f"{path}: holds no tensors {places}, where it has {[str(name)[:40] for name in outer][:6]}; say which of them is "
+            "the state dict (--state-key, state_key=…)"
         )
-    dropped = [str(key) for key in outer if outer[key] is not loaded and not isinstance(outer[key], Tensor)]
+    dropped = [str(name) for name in outer if outer[name] is not loaded and not isinstance(outer[name], Tensor)]
     if loaded is not outer:
-        dropped += [str(key) for key, value in loaded.items() if not isinstance(value, Tensor)]
+        dropped += [str(name) for name, value in loaded.items() if not isinstance(value, Tensor)]
     return tensors, dropped
 
 
-def open_torch_file(path: Path) -> Source:
-    """Open the state dict of one file."""
+def _under(loaded: Mapping[Any, object], key: str, path: Path) -> Mapping[Any, Any]:
+    """Return what is under a key, or keys with dots between them."""
+    for name in [key] if key in loaded else key.split("."):
+        found = loaded.get(name)
+        if not isinstance(found, Mapping):
+            raise ModelError(f"{path}: has no state dict under {name!r}; it has {[str(k)[:40] for k in loaded][:6]}")
+        loaded = found
+    return loaded
+
+
+def open_torch_file(path: Path, key: str | None = None) -> Source:
+    """Open the state dict of one file, which may be under a key."""
     files = FileState.of_all([path])
-    tensors, dropped = load_state_dict(path)
+    tensors, dropped = load_state_dict(path, key)
     return StateDictSource(str(path), tensors, dropped=dropped, files=files)
 
 

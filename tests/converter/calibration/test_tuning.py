@@ -33,16 +33,16 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
     tokens = torch.randint(3, 96, (64, 16))
     monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 32)
     monkeypatch.setattr(tuning, "RATE", 0.02)
-    watched: list[tuple[str, int, int]] = []
+    watched: list[tuple[str, int, int, str]] = []
 
     learnt = tuning.tune(
         tuning.Student(student, list(layers), rows, values), teacher, tokens, epochs=0,
-        progress=lambda stage, done, total, unit="", item="", /: watched.append((stage, done, total)),
+        progress=lambda stage, done, total, unit="", item="", /: watched.append((stage, done, total, unit)),
     )  # fmt: skip
     for key, value in student.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
     assert not any("forward" in vars(layer) or layer._forward_hooks for layer in layers.values())
-    assert watched == [("Tuning, layers", 1, 2)] * 2
+    assert watched == [("Tuning layers", 1, 2, "layers")] * 2
     assert learnt.factors.keys() == rows.keys() and learnt.values.keys() == set(values)
 
     def distance() -> float:

@@ -1,0 +1,95 @@
+"""What a run says beforehand and afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import seedpack
+from seedpack.codecs.importance import Importance
+from seedpack.converter import estimate as estimates
+from seedpack.converter.estimate import bytes_to_fit, estimate
+from seedpack.converter.options import CompressOptions
+from seedpack.units import count, duration, size
+from tests.helpers.models import llama
+
+
+def state() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return {"a.weight": torch.randn(96, 128), "b.weight": torch.randn(64, 256), "b.bias": torch.randn(64)}
+
+
+def test_the_report_in_words(tmp_path: Path) -> None:
+    report = seedpack.compress(state(), tmp_path / "out", bits=3)
+    lines = report.summary()
+    dense, written = 4 * (96 * 128 + 64 * 256 + 64), (tmp_path / "out").stat().st_size
+    assert lines["size"] == f"{size(dense)} → {size(written)} ({dense / written:.2f}× smaller)"
+    assert "3.000" not in lines["bits per weight"] and "over all (2 of 3 tensors packed)" in lines["bits per weight"]
+    assert lines["left raw"] == "0.2% of the weights: 0.2% no matrix"
+    error = sum(t.error for t in report.tensors) / sum(t.energy for t in report.tensors)
+    assert lines["error"].startswith(f"{100 * error:.2g}% of the weights' energy, usual for 3.")
+    text = str(report)
+    assert text.splitlines()[0] == f"Packed {tmp_path / 'out'}" and len(text.splitlines()) < 11 and repr(report) == text
+    assert report._repr_html_().startswith("<table><caption>Packed") and "<td>size</td>" in report._repr_html_()
+
+
+def test_errors_that_bits_do_not_explain(tmp_path: Path) -> None:
+    report = seedpack.compress({"a.weight": state()["a.weight"]}, tmp_path / "out", bits=2)
+    worse = replace(report, tensors=(replace(report.tensors[0], error=2 * report.tensors[0].error),))
+    assert "usual for 2." in report.summary()["error"] and "more than usual for 2." in worse.summary()["error"]
+    exact = seedpack.compress({"a.weight": torch.zeros(64, 64)}, tmp_path / "zero", bits=2)
+    assert exact.summary()["error"].startswith("none of the weights' energy")
+
+
+def test_sizes_are_those_of_what_was_given(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save({**state(), "step": 3}, path)
+    report = seedpack.compress(path, tmp_path / "out", bits=3)
+    assert report.input_bytes == path.stat().st_size and report.summary()["size"].startswith(size(path.stat().st_size))
+    few = seedpack.compress({"a.weight": torch.randint(9, (64, 64)), "b.weight": torch.randn(64, 64)}, tmp_path / "x")
+    assert "smaller" in few.summary()["size"]
+
+
+def test_errors_of_outputs(tmp_path: Path) -> None:
+    weights, x = state()["a.weight"], torch.randn(500, 128) * torch.linspace(0.1, 3, 128)
+    hessian = x.T @ x / len(x)
+    options = {"bits": 3.0, "settings": {"effort": "fast"}}
+    report = seedpack.compress({"a.weight": weights}, tmp_path / "out", importance={"a.weight": hessian}, **options)  # type: ignore[arg-type]
+    error = weights - seedpack.load(tmp_path / "out", dense=True)["a.weight"]
+    (tensor,) = report.tensors
+    assert tensor.output_error == pytest.approx(float((error @ hessian * error).sum()), rel=1e-4)
+    assert tensor.output_energy == pytest.approx(float((weights @ hessian * weights).sum()), rel=1e-4)
+    assert "which calibration minimises" in report.summary()["output error"]
+    assert report.output_error_db == report.to_json()["output_error_db"] < report.error_db
+    plain = seedpack.compress({"a.weight": weights}, tmp_path / "plain", **options)  # type: ignore[arg-type]
+    assert plain.output_error_db is None and Importance(hessian).has_hessian
+
+
+def test_the_head_and_the_calibration_are_named(tmp_path: Path) -> None:
+    llama(tie_word_embeddings=False).save_pretrained(tmp_path / "dense")
+    ids = torch.arange(64).reshape(2, 32) % 96
+    report = seedpack.compress(tmp_path / "dense", tmp_path / "out", bits=3, calibration=ids)
+    lines = report.summary()
+    assert "the output head 4 bits" in lines["bits per weight"]
+    assert lines["calibration"].startswith(f"{tmp_path / 'seedpack-calibration'} (")
+
+
+def test_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = seedpack.plan(state(), bits=3, settings={"effort": "fast"})
+    found = estimate(plan, CompressOptions())
+    assert found.seconds is not None and 0 < found.seconds < 30
+    assert found.output_bytes == plan.totals()["stored_bytes"] and found.memory_bytes > 10**8
+    assert "of fitting" in str(found) and "of memory" in str(found)
+    packed = [tensor for tensor in plan.tensors if tensor.packed]
+    assert bytes_to_fit(packed[0]) == 4 * 96 * 128 + packed[0].stored_bytes
+    assert estimate(seedpack.plan(state(), codec="svd"), CompressOptions(codec="svd")).seconds is None
+    monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, columns, options: 1.0)
+    assert estimate(plan, CompressOptions()).seconds == pytest.approx((96 * 128 + 64 * 256) / (32 * 128))
+
+
+def test_numbers() -> None:
+    assert (count(1, "file"), count(0, "file"), duration(86_400), size(999)) == ("1 file", "0 files", "1d00h", "999 B")
