@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seedpack.cli import output as screen
+from seedpack.cli.checks import check_compress
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less
 MUCH_USED = 0.9  # of a size that was allowed
@@ -124,6 +125,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
     """
     if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
+    check_compress(model, None if dry_run else output, **given)
     with screen.stages() as progress:
         progress("Starting", 0, 0)
         from seedpack import api
@@ -141,7 +143,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
         if not as_json:
             notes = [] if output == str(path) or dry_run else [f"output: {path}"]
             for note in source_notes(source) + notes:
-                screen.echo(note, err=True)
+                screen.note(note)
         if dry_run:
             plan = api.plan(source, options, output=path, edits=edits, progress=progress)
             progress("Estimating", 0, 0)
@@ -149,7 +151,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
         else:
             if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
                 progress("Estimating", 0, 0)
-                screen.echo(f"estimate: {estimate(planned, options)}", err=True)
+                screen.note(f"estimate: {estimate(planned, options)}")
             report = api.compress(source, path, options, plan=edits, progress=progress)
     if dry_run:
         screen.show_json(plan.to_json()) if as_json else show_plan(model, plan, estimated)
@@ -245,17 +247,15 @@ def show_report(report: Any, target_size: int | None = None) -> None:
     lines = report.summary()
     screen.show_pairs(f"Packed {report.source} as {report.path}", list(lines.items()))
     if target_size is not None and report.file_bytes < MUCH_USED * target_size:
-        screen.echo(
+        screen.note(
             f"note: of the {screen.size(target_size)} that were allowed, {screen.size(report.file_bytes)} are used: more bits for "
-            "any tensor would exceed it, or there are none",
-            err=True,
+            "any tensor would exceed it, or there are none"
         )
     raw = sum(report.plan.raw_shares().values())
     if raw > MUCH_RAW:
-        screen.echo(
+        screen.note(
             f"warning: {raw:.0%} of the weights stay as they were, so the file is that much larger than it could be; "
-            "--dry-run lists each tensor with the reason",
-            err=True,
+            "--dry-run lists each tensor with the reason"
         )
     for line in next_steps(report):
         screen.echo(line)

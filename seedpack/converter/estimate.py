@@ -25,7 +25,7 @@ BY_WEIGHT = ("trellis", "seedlm")  # codecs whose time goes by the count of weig
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run will take.
+    """The time, memory and disk that a run takes.
 
     Attributes:
         seconds: of fitting; None where a codec's time cannot be told by a sample, or the layers' outputs are fitted.
