@@ -13,6 +13,19 @@ from seedpack.errors import ModelError, OutputError
 from seedpack.formats.lock import locked
 from seedpack.formats.record import foreign_files, write_record
 
+OTHER_FORMATS = {".pt", ".pth", ".th", ".bin", ".ckpt", ".gguf", ".onnx", ".pkl", ".npz", ".h5"}
+
+
+def require_name(target: Path, *, is_folder: bool = False) -> None:
+    """Refuse a name that says another format than the one that is written.
+
+    Raises:
+        OutputError: with a better name.
+    """
+    if target.suffix.lower() in OTHER_FORMATS:
+        kind = "a folder" if is_folder else f"safetensors; name it {target.with_suffix('.safetensors').name}"
+        raise OutputError(f"{target}: what is written is {kind}")
+
 
 @contextlib.contextmanager
 def staged(target: Path, *, force: bool = False, directory: bool = False) -> Iterator[Path]:

@@ -14,7 +14,7 @@ from seedpack.converter.pipeline import compress as compress
 from seedpack.converter.pipeline import plan as plan
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, staged
-from seedpack.formats.staging import require_apart
+from seedpack.formats.staging import require_apart, require_name
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.filled import attach_manifest_
 from seedpack.hf.folder import complete_dense_folder
@@ -148,6 +148,7 @@ def unpack(
     path, output = Path(path), Path(output)
     target, folder = float_dtype(dtype) if dtype else None, path.is_dir()
     require_apart(output, path)
+    require_name(output, is_folder=folder)
     with ExitStack() as stack:
         if key is not None:
             stack.enter_context(use_key(key))

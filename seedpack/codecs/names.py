@@ -53,8 +53,8 @@ def require_bits(codec: str, bits: float) -> None:
         raise CodecError(f"{codec}: {bits} bits: must be from 1 to 8")
     if codec == "seedlm" and bits not in (3, 4):
         raise CodecError(
-            f"{codec}: {bits} bits: the paper gives configurations for 3 and 4; "
-            "for others set seed_bits, block and rank, at (seed_bits + 4 + 4·rank) / block bits"
+            f"{codec}: {bits:g} bits: the paper gives configurations for 3 and 4; other rates are set as --set seed_bits=16 "
+            "--set rank=3 --set block=6, which makes (16 + 4 + 4·3) / 6 = 5.33 bits per weight"
         )
     if not 0 < bits <= 64:
         raise CodecError(f"{codec}: {bits} bits: must be above 0 and at most 64")

@@ -12,9 +12,7 @@ from seedpack.converter.options import Calibration, CompressOptions, Progress, f
 from seedpack.converter.sources.base import Source
 from seedpack.errors import ModelError
 from seedpack.formats.lock import locked
-from seedpack.formats.staging import require_apart
-
-OTHER_FORMATS = {".pt", ".pth", ".th", ".bin", ".ckpt", ".gguf", ".onnx", ".pkl", ".npz", ".h5"}
+from seedpack.formats.staging import require_apart, require_name
 
 
 @dataclass(frozen=True)
@@ -81,13 +79,7 @@ class Run:
             ModelError: the output cannot be what the model becomes, or an option does not fit the model.
         """
         require_apart(self.output, Path(self.source.name))
-        if self.output.suffix.lower() in OTHER_FORMATS:
-            kind = (
-                "a folder"
-                if self.writes_folder
-                else f"safetensors; name it {self.output.with_suffix('.safetensors').name}"
-            )
-            raise ModelError(f"{self.output}: what is written is {kind}")
+        require_name(self.output, is_folder=self.writes_folder)
         if self.writes_folder and self.output.suffix == ".safetensors":
             raise ModelError(f"{self.output}: a Hugging Face model becomes a folder; name one without .safetensors")
         if self.options.shard_bytes and not self.writes_folder:

@@ -238,7 +238,7 @@ def _further_files(path: Path) -> list[str]:
 
     Subfolders come along: of processors, chat templates, and of sentence-transformers' modules, with the weights of these.
     """
-    modules = _sentence_modules(path)
+    modules = sentence_modules(path)
 
     def is_kept(name: PurePath) -> bool:
         if len(name.parts) == 1 and (name.name in ("config.json", RECORD_FILE) or name.name.endswith(".index.json")):
@@ -252,7 +252,7 @@ def _further_files(path: Path) -> list[str]:
     return sorted(name.as_posix() for name in names if is_kept(name))
 
 
-def _sentence_modules(path: Path) -> list[str]:
+def sentence_modules(path: Path) -> list[str]:
     """Return the subfolders of the modules that follow a model of sentence-transformers."""
     with suppress(FormatError):
         modules = read_json(path / "modules.json")

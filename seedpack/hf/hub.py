@@ -6,10 +6,11 @@ from pathlib import Path
 
 from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError, first_line
+from seedpack.hf.folder import sentence_modules
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "LICENSE*"]
 OLD_WEIGHTS = ["pytorch_model*.bin"]
-SUBFOLDERS = ["*/*"]
+SUBFOLDERS = ["*/*.safetensors", "*/*.bin"]  # other forms of the weights, and the modules of sentence-transformers
 
 
 def download(repo: str) -> Path:
@@ -22,6 +23,8 @@ def download(repo: str) -> Path:
         folder = Path(snapshot_download(repo, allow_patterns=wanted, ignore_patterns=SUBFOLDERS))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(repo, allow_patterns=wanted + OLD_WEIGHTS, ignore_patterns=SUBFOLDERS))
+        if modules := sentence_modules(folder):
+            folder = Path(snapshot_download(repo, allow_patterns=[f"{module}/*" for module in modules]))
         return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

@@ -15,6 +15,7 @@ from seedpack.codecs.raw import RawCodec
 from seedpack.dtypes import dtype_name, find_shared, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, PlannedTensor, View, staged
+from seedpack.formats.staging import require_name
 from seedpack.loader.layers import PackedModule, codec_matrix, memory_name
 from seedpack.loader.parameters import PackedParameters
 from seedpack.loader.trained import Coefficients, Piece, SeededModule, StoredTensor, bases_of, joined, tensor_name
@@ -122,6 +123,7 @@ def save_module(model: nn.Module, path: Path, *, force: bool = False) -> None:
         with staged(path, force=force, directory=True) as partial:
             save_pretrained(partial)
         return
+    require_name(path)
     shared = find_shared((name, parts["weight"]) for name, parts in stored.parts.items())
     with staged(path, force=force) as partial:
         planned = [tensor for tensor in stored.planned if tensor.name not in shared]

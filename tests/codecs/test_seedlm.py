@@ -87,7 +87,7 @@ def test_settings_out_of_range() -> None:
     ]:
         with pytest.raises(CodecError, match=message):
             SeedLMCodec(**settings)
-    with pytest.raises(CodecError, match="5.0 bits: the paper gives configurations for 3 and 4"):
+    with pytest.raises(CodecError, match="5 bits: the paper gives configurations for 3 and 4"):
         SeedLMCodec.from_bits(5.0)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from seedpack.converter.sources.base import FileState, Source
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.errors import ModelError, first_line
+from seedpack.formats.foreign import COMPRESSIBLE, first_bytes, foreign_kind
 
 NESTED = ("state_dict", "model", "model_state_dict", "module")
 
@@ -86,4 +87,15 @@ def _load(path: Path) -> object:
             "load it where you trust it and save the weights alone with torch.save(model.state_dict(), …)"
         ) from None
     except Exception as error:  # the reader meets foreign bytes: whatever it raises, they are no state dict
-        raise ModelError(f"{path}: not a file written by torch.save ({first_line(error)})") from None
+        raise _not_torch(path, error) from None
+
+
+def _not_torch(path: Path, error: Exception) -> ModelError:
+    if "TorchScript" in str(error):
+        remedy = "save the weights alone with torch.save(torch.jit.load(…).state_dict(), …)"
+        return ModelError(f"{path}: is a TorchScript archive, which holds code; {remedy}")
+    kind = foreign_kind(first_bytes(path))
+    if kind and kind not in COMPRESSIBLE.values():
+        return ModelError(f"{path}: is {kind}, not a file written by torch.save")
+    why = first_line(error)
+    return ModelError(f"{path}: not a file written by torch.save{f' ({why})' if re.search('[a-z]{3}', why) else ''}")
