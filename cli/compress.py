@@ -205,7 +205,7 @@ def source_notes(source: Any) -> list[str]:
     """Return lines on what was done to a model's tensors, and on what was left out."""
     names, count = ", ".join(source.dropped[:6]), len(source.dropped)
     more = f" and {count - 6} more" if count > 6 else ""
-    left_out = [f"note: ignored (not tensors): {names}{more}"] if names else []
+    left_out = [f"note: ignored, as no weights: {names}{more}"] if names else []
     return [f"source: {note}" for note in source.notes] + left_out
 
 

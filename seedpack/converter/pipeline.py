@@ -244,7 +244,7 @@ def _nothing_packed(name: str, plan: Plan) -> str:
     reasons = Counter(tensor.note for tensor in plan.tensors)
     listed = "; ".join(f"{number}: {note}" for note, number in reasons.most_common(3))
     return (
-        f"{name}: none of its {count(len(plan.tensors), 'tensor')} can be packed ({listed}): it would only grow. Pass a model with "
+        f"{name}: nothing can be packed of {count(len(plan.tensors), 'tensor')} ({listed}): it would only grow. Pass a model with "
         "matrices of float32, float16 or bfloat16, or another codec or number of bits (codec=…, bits=…)"
     )
 

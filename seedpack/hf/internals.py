@@ -33,8 +33,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -45,29 +45,32 @@ if TYPE_CHECKING:
 QUANTIZERS_MODULE = "transformers.quantizers.auto"
 
 
-def outside_of_loading() -> Callable[[], AbstractContextManager[None]]:
-    """Return a context in which models are built as they are now, to be entered while transformers loads another one.
+class OutsideOfLoading:
+    """A context in which models are built as when it was made, to be entered while transformers loads another one.
 
     transformers ties nothing meanwhile, and torch makes tensors on the meta device, in the model's dtype.
     """
-    import torch
-    from transformers import PreTrainedModel
 
-    tie_weights = PreTrainedModel.tie_weights
+    def __init__(self) -> None:
+        from transformers import PreTrainedModel
+
+        self._tie_weights = PreTrainedModel.tie_weights
 
     @contextmanager
-    def outside() -> Iterator[None]:
+    def __call__(self) -> Iterator[None]:
+        """Enter it."""
+        import torch
+        from transformers import PreTrainedModel
+
         inside, dtype = PreTrainedModel.tie_weights, torch.get_default_dtype()
         try:
-            PreTrainedModel.tie_weights = tie_weights  # type: ignore[method-assign]
+            PreTrainedModel.tie_weights = self._tie_weights  # type: ignore[method-assign]
             torch.set_default_dtype(torch.float32)
             with torch.device("cpu"):
                 yield
         finally:
             PreTrainedModel.tie_weights = inside  # type: ignore[method-assign]
             torch.set_default_dtype(dtype)
-
-    return outside
 
 
 def register_quantizer(quantizers: ModuleType, method: str, quantizer: Any, config: Any) -> None:

@@ -25,10 +25,10 @@ from seedpack.hf.checkpoint_names import CheckpointNames, architecture
 from seedpack.hf.config import SeedpackConfig
 from seedpack.hf.experts import ExpertGroup, pack_experts_
 from seedpack.hf.internals import (
+    OutsideOfLoading,
     is_converter,
     mark_initialised,
     needed,
-    outside_of_loading,
     replace_ties,
     stacking_converter,
     tied_parameters,
@@ -59,7 +59,7 @@ class SeedpackQuantizer(HfQuantizer):
         self._converters: set[str] = set()  # the patterns of those conversions that the checkpoint needs
         self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
-        self._outside = outside_of_loading()
+        self._outside = OutsideOfLoading()
         self._packed_here: Path | None = None  # the folder of what was packed on the fly
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -185,7 +185,7 @@ def test_m07_exact_keys(file: Path, change: Any) -> None:
 
 def test_m08_newer_version(file: Path) -> None:
     make.edit_manifest(file, lambda m: m.update(seedpack=2, something="new"))
-    refused(file, "format version 2, this seedpack reads up to 1; upgrade", VersionError)
+    refused(file, "format version 2, this seedpack reads up to 1; install a newer seedpack-torch", VersionError)
 
 
 def test_m09_manifest_digest(file: Path) -> None:

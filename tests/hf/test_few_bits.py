@@ -244,7 +244,7 @@ def test_the_command_line_tells(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["compress", str(pair.few), "--dry-run"])
     assert done.exit_code == 0, done.output
     assert "source: float8 (one scale per tensor), dequantised to F32\n" in done.output
-    assert "left out, as no weights: model.layers.0.mlp.down_proj.input_scale" in done.output
+    assert "ignored, as no weights: model.layers.0.mlp.down_proj.input_scale" in done.output
     assert "and 8 more" in done.output
 
 

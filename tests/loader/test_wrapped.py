@@ -87,5 +87,5 @@ def test_the_message_names_what_the_file_has(tmp_path: Path) -> None:
     seedpack.compress(
         {"net.fc.weight": torch.randn(32, 32), "loss.weight": torch.randn(4)}, tmp_path / "a", codec=CODEC
     )
-    with pytest.raises(ModelError, match="not in the model, such as 'loss.weight'"):
+    with pytest.raises(ModelError, match="the model lacks 2 tensors of the file, such as 'loss.weight'"):
         seedpack.load(tmp_path / "a", model=nn.ModuleDict({"fc": nn.Linear(32, 32)}))
