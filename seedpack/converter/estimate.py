@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from seedpack.codecs.base import Codec
+from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.stack import StackCodec
 from seedpack.converter.options import CompressOptions, fitting_device
 from seedpack.converter.plan import Plan, TensorPlan
@@ -20,7 +21,9 @@ from seedpack.units import duration, size
 
 SAMPLE_SECONDS, MOST_SAMPLED, FIRST_SAMPLED = 0.3, 1 << 22, 1 << 12
 WORKSPACE = 40_000_000  # bytes that fitting takes, however small a tensor is
+MOST_FORMS = 6  # that are sampled, of codecs and counts of columns
 BY_WEIGHT = ("trellis", "seedlm")  # codecs whose time goes by the count of weights
+Form = tuple[Codec, int]
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,21 @@ class Estimate:
     """The time, memory and disk that a run takes.
 
     Attributes:
-        seconds: of fitting; None where a codec's time cannot be told by a sample, or the layers' outputs are fitted.
+        seconds: of fitting; None where a codec's time cannot be told by a sample.
         memory_bytes: of the process at its largest, without a calibration's.
         output_bytes: of the tensors as they are stored.
+        is_calibrated: whether a calibration comes before, which takes time and memory of its own.
     """
 
     seconds: float | None
     memory_bytes: int
     output_bytes: int
+    is_calibrated: bool = False
 
     def __str__(self) -> str:
-        time_text = "" if self.seconds is None else f"{duration(self.seconds)} of fitting, "
-        return f"{time_text}{size(self.memory_bytes)} of memory, {size(self.output_bytes)} of output"
+        fitting = "" if self.seconds is None else f"{duration(self.seconds)} of fitting, "
+        text = f"{fitting}{size(self.memory_bytes)} of memory, {size(self.output_bytes)} of output"
+        return f"after the calibration {text}" if self.is_calibrated else text
 
 
 def estimate(plan: Plan, options: CompressOptions) -> Estimate:
@@ -50,10 +56,10 @@ def estimate(plan: Plan, options: CompressOptions) -> Estimate:
         options: of the run.
     """
     packed = [tensor for tensor in plan.tensors if tensor.packed]
-    known = options.calibrated is None and all(_inner(tensor.codec).id in BY_WEIGHT for tensor in packed)
-    seconds = sum(_seconds(group, options) for group in _by_codec(packed)) if known else None
+    known = all(codec.id in BY_WEIGHT for codec, _ in _by_form(packed))
+    seconds = _seconds(packed, options) if known else None
     memory = resident_bytes() + WORKSPACE + max(map(bytes_to_fit, packed), default=0)
-    return Estimate(seconds, memory, int(plan.totals()["stored_bytes"]))
+    return Estimate(seconds, memory, int(plan.totals()["stored_bytes"]), options.calibrated is not None)
 
 
 def bytes_to_fit(tensor: TensorPlan) -> int:
@@ -62,36 +68,53 @@ def bytes_to_fit(tensor: TensorPlan) -> int:
     return math.prod(tensor.shape) * (element + (0 if element == 4 else 4)) + tensor.stored_bytes
 
 
-def _inner(codec: Codec) -> Codec:
-    return codec.inner if isinstance(codec, StackCodec) else codec
-
-
-def _by_codec(tensors: Iterable[TensorPlan]) -> list[list[TensorPlan]]:
-    groups: dict[Codec, list[TensorPlan]] = defaultdict(list)
+def _by_form(tensors: Iterable[TensorPlan]) -> dict[Form, list[int]]:
+    """Return the rows of the matrices of each codec and count of columns, most weights first."""
+    found: dict[Form, list[int]] = defaultdict(list)
     for tensor in tensors:
-        groups[_inner(tensor.codec)].append(tensor)
-    return list(groups.values())
+        if isinstance(tensor.codec, StackCodec):
+            shape = tensor.shape[-2:]
+            rows, columns = shape[::-1] if tensor.codec.transposed else shape
+            found[tensor.codec.inner, columns] += [rows] * (math.prod(tensor.shape) // (rows * columns))
+        else:
+            rows, columns = tensor.codec_shape
+            found[tensor.codec, columns].append(rows)
+    return dict(sorted(found.items(), key=lambda item: -item[0][1] * sum(item[1])))
 
 
-def _seconds(tensors: list[TensorPlan], options: CompressOptions) -> float:
-    """Return the seconds that tensors of one codec take: as many weights as a sample of the largest of them, in its time."""
-    largest = max(tensors, key=lambda tensor: math.prod(tensor.shape))
-    codec, weights = _inner(largest.codec), sum(math.prod(tensor.shape) for tensor in tensors)
-    rows, columns = largest.codec_shape if not isinstance(largest.codec, StackCodec) else largest.shape[-2:]
-    count, elapsed = min(rows, max(1, FIRST_SAMPLED // columns)), 0.0
+def _seconds(tensors: Iterable[TensorPlan], options: CompressOptions) -> float:
+    """Return the seconds that tensors take; those of rare forms as long for each weight as the others."""
+    seconds, sampled, rest = 0.0, 0, 0
+    for index, ((codec, columns), rows) in enumerate(_by_form(tensors).items()):
+        if index >= MOST_FORMS:
+            rest += columns * sum(rows)
+            continue
+        once, each_row = _costs(codec, columns, max(rows), options)
+        seconds += once * len(rows) + each_row * sum(rows)
+        sampled += columns * sum(rows)
+    return seconds * (1 + rest / max(1, sampled))
+
+
+def _costs(codec: Codec, columns: int, rows: int, options: CompressOptions) -> tuple[float, float]:
+    """Return the seconds that a matrix takes once and for each of its rows, by samples of more and more rows."""
+    count = min(rows, max(1, FIRST_SAMPLED // columns))
     _sampled(codec, count, columns, options)  # compiles
-    while (elapsed := _sampled(codec, count, columns, options)) < SAMPLE_SECONDS:
-        if count == rows or 2 * count * columns > MOST_SAMPLED:
-            break
-        count = min(rows, 2 * count)
-    return elapsed * weights / (count * columns)
+    before, elapsed = 0.0, _sampled(codec, count, columns, options)
+    while elapsed < SAMPLE_SECONDS and 2 * count <= rows and 2 * count * columns <= MOST_SAMPLED:
+        count, before = 2 * count, elapsed
+        elapsed = _sampled(codec, count, columns, options)
+    once = max(0.0, 2 * before - elapsed) if options.calibrated is not None else 0.0
+    return once, (elapsed - once) / count
 
 
 def _sampled(codec: Codec, rows: int, columns: int, options: CompressOptions) -> float:
-    """Return the seconds that a matrix of noise takes."""
-    generator = torch.Generator().manual_seed(0)
-    matrix = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(fitting_device(options.device))
+    """Return the seconds that a matrix of noise takes; with a calibration, by a Hessian."""
+    generator, device = torch.Generator().manual_seed(0), fitting_device(options.device)
+    matrix = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
+    importance = None
+    if options.calibrated is not None and isinstance(codec, HessianFitting):
+        codec, importance = codec.with_hessian(), torch.eye(columns, dtype=torch.float32, device=device)
     started = time.perf_counter()
-    parts = codec.encode(matrix, backend=options.backend)
+    parts = codec.encode(matrix, importance, backend=options.backend)
     codec.decode(parts, (rows, columns), torch.float32).sum().item()
     return time.perf_counter() - started

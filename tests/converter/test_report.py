@@ -88,7 +88,10 @@ def test_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bytes_to_fit(packed[0]) == 4 * 96 * 128 + packed[0].stored_bytes
     assert estimate(seedpack.plan(state(), codec="svd"), CompressOptions(codec="svd")).seconds is None
     monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, columns, options: 1.0)
-    assert estimate(plan, CompressOptions()).seconds == pytest.approx((96 * 128 + 64 * 256) / (32 * 128))
+    assert estimate(plan, CompressOptions()).seconds == pytest.approx(96 / 32 + 64 / 16)
+    monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, columns, options: (5 + rows) / 1000)
+    calibrated = estimate(plan, CompressOptions(calibration="self"))
+    assert calibrated.seconds == pytest.approx((5 + 96 + 5 + 64) / 1000) and "after the calibration" in str(calibrated)
 
 
 def test_numbers() -> None:
