@@ -14,10 +14,13 @@ from seedpack.cli import output
 @click.argument("a")
 @click.argument("b")
 @click.option("--ranks/--no-ranks", default=True, help="Compute effective ranks (one eigendecomposition per tensor).")
+@click.option(
+    "--state-key", help="Of .pt files: the key, or keys with dots between them, that the state dict is under."
+)
 @output.key_option
 @output.max_bytes_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(a: str, b: str, ranks: bool, max_bytes: int | None, as_json: bool) -> None:
+def command(a: str, b: str, ranks: bool, state_key: str | None, max_bytes: int | None, as_json: bool) -> None:
     """Compare the tensors of model B with those of model A, the reference; each may be dense or packed.
 
     Relative error is ‖A-B‖²/‖A‖². The effective rank is the exponential of the entropy of the normalised singular
@@ -27,7 +30,7 @@ def command(a: str, b: str, ranks: bool, max_bytes: int | None, as_json: bool) -
     from seedpack.eval.tensors import compare_tensors
 
     output.quiet_transformers()
-    lone, count, comparisons = compare_tensors(a, b, ranks=ranks, max_bytes=max_bytes)
+    lone, count, comparisons = compare_tensors(a, b, ranks=ranks, max_bytes=max_bytes, state_key=state_key)
     compared = []
     with output.progress("Comparing", count, "tensors") as advance:
         for comparison in comparisons:

@@ -156,7 +156,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
     if dry_run:
         screen.show_json(plan.to_json()) if as_json else show_plan(model, plan, estimated)
     else:
-        screen.show_json(report.to_json()) if as_json else show_report(report, options.target_size)
+        screen.show_json(report.to_json()) if as_json else show_report(report, options)
 
 
 def options_of(
@@ -188,14 +188,19 @@ def output_path(model: str, output: str | None, options: CompressOptions, *, is_
     if output is not None and not into_folder:
         return Path(output)
     codec = options.codec if isinstance(options.codec, str) else options.codec.id
-    bits = f"{4 if options.bits is None else options.bits:g}bit"
-    size = None if options.target_size is None else screen.size(options.target_size).replace(" ", "")
+    chosen = {key: value for key, value in (options.settings or {}).items() if key not in ("effort", "seed", "key")}
+    if options.target_size is not None:
+        rate = [screen.size(options.target_size).replace(" ", "")]
+    elif options.bits is None and (chosen or codec == "raw"):  # which say the rate
+        rate = [f"{key}{value}" for key, value in chosen.items()]
+    else:
+        rate = [f"{4 if options.bits is None else options.bits:g}bit"]
     name = Path(model.rstrip("/"))
     stem = name.stem if name.is_file() else name.resolve().name
     labels = [
         stem,
         codec.replace("+", "-"),
-        *([] if codec == "raw" else [size or bits]),
+        *rate,
         *(["calibrated"] if options.calibration else []),
     ]
     return Path(output or "") / ("-".join(labels) + ("" if is_folder else ".safetensors"))
@@ -242,30 +247,36 @@ def show_plan(model: str, plan: Any, estimated: Any) -> None:
         screen.echo(line)
 
 
-def show_report(report: Any, target_size: int | None = None) -> None:
+def show_report(report: Any, options: CompressOptions) -> None:
     """Print the summary after packing, and the commands that one goes on with."""
     lines = report.summary()
     screen.show_pairs(f"Packed {report.source} as {report.path}", list(lines.items()))
+    target_size = options.target_size
     if target_size is not None and report.file_bytes < MUCH_USED * target_size:
         screen.note(
-            f"note: of the {screen.size(target_size)} that were allowed, {screen.size(report.file_bytes)} are used: more bits for "
-            "any tensor would exceed it, or there are none"
+            f"note: of the {screen.size(target_size)} that were allowed, {screen.size(report.file_bytes)} are used: "
+            + (
+                "all tensors have the most bits"
+                if report.plan.has_most_bits()
+                else "more bits for any tensor would exceed it"
+            )
         )
     raw = sum(report.plan.raw_shares().values())
-    if raw > MUCH_RAW:
+    if report.tensors and raw > MUCH_RAW:
         screen.note(
             f"warning: {raw:.0%} of the weights stay as they were, so the file is that much larger than it could be; "
             "--dry-run lists each tensor with the reason"
         )
-    for line in next_steps(report):
+    for line in next_steps(report, options.state_key):
         screen.echo(line)
 
 
-def next_steps(report: Any) -> list[str]:
+def next_steps(report: Any, state_key: str | None) -> list[str]:
     """Return lines that say how to go on."""
     packed, original = shlex.quote(str(report.path)), shlex.quote(report.source)
     if not report.path.is_dir():
-        return [f"next: seedpack verify {packed}", f"      seedpack compare {original} {packed}"]
+        key = f" --state-key {shlex.quote(state_key)}" if state_key else ""
+        return [f"next: seedpack verify {packed}", f"      seedpack compare {original} {packed}{key}"]
     steps = [f"seedpack eval {original} {packed} --text FILE"]
     if any(name.endswith(WRITERS) for name in architectures(report.path)):
         steps.insert(0, f'seedpack run {packed} "Once upon a time"')

@@ -174,6 +174,6 @@ def _measured(tensor: TensorPlan, parts: Parts, matrix: Tensor, importance: Impo
         for i, values in enumerate((rows.double() - decoded, rows.double())):
             sums[i] += values.square().sum().cpu()
             if hessian is not None:
-                sums[2 + i] += ((values.float() @ hessian).double() * values).sum().cpu()
+                sums[2 + i] += ((values.float() @ hessian).double() * values).sum().clamp_min(0).cpu()
     _require_fits(tensor, largest)
     return TensorReport(tensor, float(sums[0]), float(sums[1]), seconds, float(sums[2]), float(sums[3]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seedpack.codecs.base import Codec
-from seedpack.codecs.interfaces import HessianFitting
+from seedpack.codecs.interfaces import HessianFitting, Rates
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_to_json, get_codec
 from seedpack.codecs.stack import StackCodec
@@ -103,6 +103,11 @@ class Plan:
             "bits_per_packed_weight": 8 * sum(t.stored_bytes for t in packed) / max(1, self.packed_weights),
             "bits_per_weight": 8 * stored / max(1, weights),
         }
+
+    def has_most_bits(self) -> bool:
+        """Return whether no packed tensor's codec has a variant of more bits."""
+        codecs = {tensor.codec for tensor in self.tensors if tensor.packed and isinstance(tensor.codec, Rates)}
+        return all(codec == codec.variants()[-1] for codec in codecs)
 
     def raw_shares(self) -> dict[str, float]:
         """Return the share of the weights that stays raw for each reason, largest first."""

@@ -84,7 +84,7 @@ class Report:
         """Return the report in words, by what each line is of."""
         totals = self.plan.totals()
         lines = {"size": self._size(totals["source_bytes"]), "bits per weight": self._bits(totals)}
-        if shares := self.plan.raw_shares():
+        if self.tensors and (shares := self.plan.raw_shares()):
             listed = ", ".join(f"{share:.1%} {note}" for note, share in list(shares.items())[:3])
             lines["left raw"] = f"{sum(shares.values()):.1%} of the weights: {listed}"
         if self.tensors:
@@ -121,7 +121,7 @@ class Report:
             return {"error": text}
         outputs = _share(*self._sums("output_error", "output_energy"))
         return {
-            "output error": f"{outputs} of the layers' output energy, which calibration minimises",
+            "output error": f"{outputs} of the layers' output energy, which the fit minimises",
             "weight error": text,
         }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from seedpack.codecs.base import matrix_shape
 from seedpack.codecs.registry import codec_from_spec
 from seedpack.codecs.svd import SVDCodec
-from seedpack.converter.sources.open import open_source
+from seedpack.converter.sources.open import TORCH_SUFFIXES, open_source
 from seedpack.dtypes import to_tensor
 from seedpack.errors import FormatError, ModelError, NotPackedError
 from seedpack.formats import Checkpoint
@@ -55,7 +55,7 @@ class _Model:
 
 
 def compare_tensors(
-    a: str | Path, b: str | Path, *, ranks: bool = True, max_bytes: int | None = None
+    a: str | Path, b: str | Path, *, ranks: bool = True, max_bytes: int | None = None, state_key: str | None = None
 ) -> tuple[list[str], int, Iterator[TensorComparison]]:
     """Compare the float tensors that two models share.
 
@@ -64,11 +64,12 @@ def compare_tensors(
         b: another one.
         ranks: also compute effective ranks (one eigendecomposition per tensor and model).
         max_bytes: that decoding a tensor may take, as `seedpack.load` takes it.
+        state_key: of files that torch saved, the key of the state dict.
 
     Returns:
         The names that only one model has, the number of common ones, and their comparisons, one at a time.
     """
-    left, right = _open(a, max_bytes), _open(b, max_bytes)
+    left, right = _open(a, max_bytes, state_key), _open(b, max_bytes, state_key)
     common = [name for name in left.shapes if name in right.shapes]
     if not common:
         raise ModelError(f"{a} and {b} have no tensor name in common; the first has {next(iter(left.shapes))!r}")
@@ -108,13 +109,13 @@ def _compare(left: _Model, right: _Model, names: list[str], ranks: bool) -> Iter
         )
 
 
-def _open(path: str | Path, max_bytes: int | None) -> _Model:
+def _open(path: str | Path, max_bytes: int | None, state_key: str | None) -> _Model:
     try:
         checkpoint = Checkpoint(path, max_bytes=max_bytes)
     except FormatError as error:
         if not isinstance(error, NotPackedError) and _claims_to_be_packed(Path(path)):
             raise
-        source = open_source(path)
+        source = open_source(path, state_key=state_key if Path(path).suffix in TORCH_SUFFIXES else None)
         return _Model({name: t.shape for name, t in source.tensors.items()}, source.read, {})
     checkpoint.close()  # its mapping lives on
     manifest = checkpoint.manifest

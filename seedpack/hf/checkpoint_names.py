@@ -138,6 +138,11 @@ class CheckpointNames:
         """Return whether a name is one of the model's, but for the prefix of the base model."""
         return internals.model_name_of(name, [], [], self.model.base_model_prefix, self._state)[0] in self._state
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the model's tensors."""
+        return list(self._state)
+
     def shape(self, name: str) -> tuple[int, ...] | None:
         """Return the shape of one of the model's tensors, or None if it has none of that name."""
         return tuple(self._state[name].shape) if name in self._state else None

@@ -12,6 +12,13 @@ from seedpack.errors import ModelError
 from seedpack.formats.manifest import Manifest, manifest_from_json
 from seedpack.formats.reader import QUANT_METHOD
 
+MEANINGLESS = {
+    "dtype": "say dtype=… to from_pretrained",
+    "force": "nothing is replaced",
+    "shard_bytes": "nothing is kept",
+    "state_key": "it is for files of torch alone",
+}
+
 
 class SeedpackConfig(QuantizationConfigMixin):
     """Pack a dense model while transformers loads it, as `compress` does with the same options.
@@ -29,6 +36,8 @@ class SeedpackConfig(QuantizationConfigMixin):
 
     def __init__(self, /, **options: Any):
         self.quant_method: str = QUANT_METHOD  # type: ignore[assignment]
+        if unused := sorted(options.keys() & MEANINGLESS.keys()):
+            raise ModelError(f"SeedpackConfig: {unused[0]} has no effect here; {MEANINGLESS[unused[0]]}")
         self.options = CompressOptions.of(None, options)
 
     @classmethod
@@ -58,9 +67,14 @@ class SeedpackConfig(QuantizationConfigMixin):
         """Return the JSON object."""
         if self.options is None:
             return {"quant_method": self.quant_method, **self.manifest.to_json()}
-        chosen = {field.name: getattr(self.options, field.name) for field in fields(self.options)}
+        chosen = {field.name: getattr(self.options, field.name) for field in fields(self.options) if field.repr}
+        if isinstance(settings := chosen["settings"], dict):
+            chosen["settings"] = {name: value for name, value in settings.items() if name != "key"}
         defaults = vars(CompressOptions())
-        return {"quant_method": self.quant_method} | {k: str(v) for k, v in chosen.items() if v != defaults[k]}
+        plain = {
+            name: value for name, value in chosen.items() if isinstance(value, (str, float, bool, list, tuple, dict))
+        }
+        return {"quant_method": self.quant_method} | {k: v for k, v in plain.items() if v != defaults[k]}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return the whole JSON object: there are no defaults to leave out."""

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path, PurePath
@@ -41,17 +41,24 @@ WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".th", ".gguf", ".h5",
 
 
 class FolderSource(Source):
-    """A folder with config.json and weights, sharded or not."""
+    """A folder with config.json and weights, sharded or not.
 
-    def __init__(self, path: Path):
+    Args:
+        path: the folder.
+        files: the files of weights to read; default those that transformers reads unasked.
+        names: of the model that these are for, where it is another one than config.json says: it may lack some of their tensors,
+            and they some of its own.
+    """
+
+    def __init__(self, path: Path, files: Sequence[Path] = (), names: CheckpointNames | None = None):
         config = read_config(path)
         documents = quantizations(config)
         require_read(documents, path)
         config = without_quantization(config)
         self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
-        self._path, self._names = path, names_of_folder(path, config)
+        self._path, self._names = path, names or names_of_folder(path, config)
         self._trust = trusts_remote_code()
-        weights = _open_weights(path, self._names)
+        weights = _open_weights(path, self._names, files)
         self._weights = dequantized(
             weights, self._names.kind, dense_dtype(config), block_sizes(documents), is_quantised=bool(documents)
         )
@@ -60,7 +67,8 @@ class FolderSource(Source):
         for name in stale:
             del self._beside[name]
         stored = self._weights.named
-        require_complete(self._names, stored, str(path))
+        if names is None:
+            require_complete(self._names, stored, str(path))
         if any(self._names.converted_by(name) is not None for name in stored):
             self._weights = ConvertedSource(self._weights, self._names)
             self._names = self._names.restricted(self._weights.tensors)
@@ -176,12 +184,13 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _open_weights(path: Path, names: CheckpointNames) -> Source:
+def _open_weights(path: Path, names: CheckpointNames, files: Sequence[Path]) -> Source:
     """Open the weights of a folder by their own names."""
-    if files := _weight_files(path, "model.safetensors"):
-        return SafetensorsSource(files, str(path), names.kind)
-    if not (files := _weight_files(path, "pytorch_model.bin")):
+    files = files or _weight_files(path, "model.safetensors") or _weight_files(path, "pytorch_model.bin")
+    if not files:
         raise ModelError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+    if all(file.suffix == ".safetensors" for file in files):
+        return SafetensorsSource(files, str(path), names.kind)
     states, state = FileState.of_all(files), dict[str, Tensor]()
     for file in files:
         state |= load_state_dict(file)[0]

@@ -6,6 +6,7 @@ import copy
 import json
 import tempfile
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.module import ModuleSource, require_dense
 from seedpack.converter.sources.state_dict import StateDictSource
+from seedpack.dtypes import find_shared
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
 from seedpack.hf.checkpoint_names import CheckpointNames
@@ -40,7 +42,8 @@ class PretrainedSource(StateDictSource):
         names = CheckpointNames(model)
         with torch.device("meta"):
             self._names = CheckpointNames(type(model)(model.config))
-        state = {key: tensor for key, tensor in model.state_dict().items() if key not in names.tied}
+        state = _stored_once(model, names.tied)
+        self._require_own_form(state)
         super().__init__(name or type(model).__name__, state, names.restricted(state).kind)
         config: dict[str, Any] = json.loads((self._beside / "config.json").read_text())
         self.config = {**config, "architectures": [type(model).__name__]}
@@ -52,9 +55,22 @@ class PretrainedSource(StateDictSource):
     def _save_beside(self) -> None:
         config = copy.deepcopy(self._model.config)
         strip_quantization(config)
+        config.dtype = self._model.dtype
         config.save_pretrained(self._beside)
-        if self._model.can_generate():
-            self._model.generation_config.save_pretrained(self._beside)
+        if self._model.can_generate():  # as it is: saving it by its own method refuses some that models come with
+            self._model.generation_config.to_json_file(self._beside / "generation_config.json")
+
+    def _require_own_form(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse a model that has other tensors than its config makes: a folder of it could not be loaded."""
+        cls, own = type(self._model).__name__, {name: self._names.shape(name) for name in self._names.names}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        own = {name: shape for name, shape in own.items() if name in found or name not in self._names.tied}
+        if wrong := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
+            raise ModelError(
+                f"{cls}: {wrong[0]!r} is {_form(found, wrong[0])}, and by its config {_form(own, wrong[0])}; a folder of it could not "
+                "be loaded: merge adapters first (merge_and_unload()), correct the config, or name a file to fill this model with "
+                "(packed.safetensors)"
+            )
 
     def take_tokenizer(self, tokenizer: Any) -> None:
         """Put a tokenizer, or a processor, beside the packed weights, and calibrate with it."""
@@ -82,6 +98,28 @@ class PretrainedSource(StateDictSource):
         copy_files(self._beside, (file.name for file in self._beside.iterdir() if file.name != "config.json"), folder)
 
 
+def _form(shapes: Mapping[str, tuple[int, ...] | None], name: str) -> str:
+    return f"a tensor {list(shapes[name] or ())}" if name in shapes else "not there"
+
+
+def _stored_once(model: Any, tied: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the state of a model without what its config ties; what it shares beyond that is written twice.
+
+    Raises:
+        ModelError: the config ties tensors that differ.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for name, origin in tied.items():
+        if name in state and origin in state:
+            a, b = state.pop(name), state[origin]
+            if a.data_ptr() != b.data_ptr() and not torch.equal(a, b):
+                raise ModelError(
+                    f"{type(model).__name__}: its config ties {name!r} to {origin!r}, but their values differ; set "
+                    "model.config.tie_word_embeddings = False"
+                )
+    return state | {name: state[name].clone() for name in find_shared(state.items())}
+
+
 class _PretrainedModule(ModuleSource):
     """A transformers model that becomes a single file, to fill the same model with."""
 
@@ -98,6 +136,9 @@ def open_live(model: nn.Module, as_file: bool) -> StateDictSource:
     """
     from transformers import PreTrainedModel
 
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's
+    if isinstance(inner, PreTrainedModel):
+        model = inner
     if not isinstance(model, PreTrainedModel):
         return ModuleSource(model)
     return _PretrainedModule(model) if as_file else PretrainedSource(model)

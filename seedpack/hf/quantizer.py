@@ -7,6 +7,8 @@ transformers loads the parts like any other parameters.
 from __future__ import annotations
 
 import shutil
+import tempfile
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -35,7 +37,7 @@ from seedpack.hf.internals import (
     unfilled_tensors,
     with_whole_names,
 )
-from seedpack.hf.on_the_fly import pack_on_the_fly
+from seedpack.hf.on_the_fly import pack_on_the_fly, stays_on_disk
 from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.layers import PRINCIPAL, PackedModule, is_transposed, memory_name, pack_module_, packed_class
 from seedpack.loader.parameters import PackedParameters, can_pack, check_, memory_names, pack_, unpack_
@@ -60,12 +62,14 @@ class SeedpackQuantizer(HfQuantizer):
         self._uncovered: set[str] = set()  # names of the model's tensors that the files have nothing for
         self._wait_for_digests: Callable[[], None] | None = None  # of files that are being read
         self._outside = OutsideOfLoading()
-        self._packed_here: Path | None = None  # the folder of what was packed on the fly
+        self._remove_packed: Callable[[], object] | None = None  # what was packed on the fly
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.quantization_config.options is not None:
+            packed = tempfile.mkdtemp(prefix="seedpack-packed-")
+            self._remove_packed = weakref.finalize(self, shutil.rmtree, packed, ignore_errors=True)
             with self._outside():
-                self._packed_here = pack_on_the_fly(self.quantization_config, model, **kwargs)
+                pack_on_the_fly(self.quantization_config, Path(packed) / "packed", model, **kwargs)
         manifest, dtype = self.quantization_config.manifest, model.config.dtype
         checkpoint_names = CheckpointNames(model)
         keys, self._wait_for_digests = check_files([Path(file) for file in kwargs["checkpoint_files"]], manifest)
@@ -149,12 +153,11 @@ class SeedpackQuantizer(HfQuantizer):
                 check_(module)
             except CodecError as error:
                 raise ModelError(f"{name}: {error}") from None
-        if self._packed_here is not None:
-            shutil.rmtree(self._packed_here)
+        if self._remove_packed is not None:
+            self._remove_packed()
+            self._remove_packed = None
             if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
-                raise ModelError(
-                    "a model that is packed while it is loaded cannot stay on the disk; pack it first (seedpack compress)"
-                )
+                raise stays_on_disk()
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -20,7 +20,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from seedpack.errors import ModelError
-from seedpack.loader.part import Part
+from seedpack.loader.part import Part, no_arithmetic
 
 NO_VALUES = "no_values"
 
@@ -35,7 +35,9 @@ class PartHolder(nn.Module):
     compute_dtype: torch.dtype
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter, as `nn.Module` does when one is assigned; parts are guarded."""
+        """Register a parameter, as `nn.Module` does when one is assigned; parts are guarded, and no floats take their place."""
+        if param is not None and param.is_floating_point() and isinstance(self._parameters.get(name), Part):
+            raise no_arithmetic()
         super().register_parameter(name, param)
         Part.guard(param)
 

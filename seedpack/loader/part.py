@@ -1,8 +1,11 @@
-"""Parts of packed parameters as parameters: integers that no arithmetic may be written into.
+"""Parts of packed parameters as parameters: integers whose methods write no arithmetic into them.
 
 Averages of parameters (EMA, SWA, model soups) and initialisers go over everything that a model has, and torch turns floats
 that are written into integers to integers without a word: other codes, and another weight. An average of equal parts is
-these parts, however it was rounded, so it changes nothing; all else is refused.
+these parts, but for the rounding of its dtype, so it changes nothing; all else is refused.
+
+Methods of parts are guarded, of their `data`, and of what `detach` and a state dict give. Torch's functions, and views of parts,
+are beyond it: a check of each call would cost more than the call.
 """
 
 from __future__ import annotations
@@ -68,7 +71,10 @@ class Part(nn.Parameter):
         for some, part in zip(
             floats.expand_as(self).flatten().split(_AT_ONCE), self.flatten().split(_AT_ONCE), strict=True
         ):
-            if not torch.allclose(some.to(self.device, torch.float64), part.to(torch.float64), rtol=1e-6, atol=1e-2):
+            rounding = 4 * torch.finfo(floats.dtype).eps
+            if not torch.allclose(
+                some.to(self.device, torch.float64), part.to(torch.float64), rtol=rounding, atol=1e-2
+            ):
                 raise no_arithmetic()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -63,7 +63,7 @@ def test_errors_of_outputs(tmp_path: Path) -> None:
     (tensor,) = report.tensors
     assert tensor.output_error == pytest.approx(float((error @ hessian * error).sum()), rel=1e-4)
     assert tensor.output_energy == pytest.approx(float((weights @ hessian * weights).sum()), rel=1e-4)
-    assert "which calibration minimises" in report.summary()["output error"]
+    assert "which the fit minimises" in report.summary()["output error"]
     assert report.output_error_db == report.to_json()["output_error_db"] < report.error_db
     plain = seedpack.compress({"a.weight": weights}, tmp_path / "plain", **options)  # type: ignore[arg-type]
     assert plain.output_error_db is None and Importance(hessian).has_hessian

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import pickle  # noqa: TID251 (of what was made here)
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ def nothing_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     yield
+    gc.collect()  # a failure keeps its frames
     assert not list((tmp_path / "tmp").glob("seedpack-packed-*"))
 
 
@@ -51,6 +54,46 @@ def test_the_same_parts_as_compress(name: str, dtype: torch.dtype, tmp_path: Pat
     same_parts(cls.from_pretrained(tmp_path / "again"), expected)
 
 
+def test_the_files_that_transformers_reads(tmp_path: Path) -> None:
+    """A variant, and torch's own format, beside other weights."""
+    model, other = llama(), llama()
+    other.save_pretrained(tmp_path / "dense")
+    model.save_pretrained(tmp_path / "dense", variant="own")
+    model.save_pretrained(tmp_path / "alone")
+    torch.save(model.state_dict(), tmp_path / "dense" / "pytorch_model.bin")
+    seedpack.compress(tmp_path / "alone", tmp_path / "packed", **BITS)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    for how in ({"variant": "own"}, {"use_safetensors": False}):
+        found = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=SeedpackConfig(**BITS), **how
+        )
+        same_parts(found, expected)
+
+
+def test_another_model_than_the_folder_says(tmp_path: Path) -> None:
+    """Fewer layers, the base model, and a new head: as dense ones load them."""
+    llama().save_pretrained(tmp_path / "dense")
+    seedpack.compress(tmp_path / "dense", tmp_path / "packed", **BITS)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+
+    def load(cls: Any, **more: Any) -> Any:
+        return cls.from_pretrained(tmp_path / "dense", quantization_config=SeedpackConfig(**BITS), **more)
+
+    same_parts(load(AutoModelForCausalLM, num_hidden_layers=1).model.layers[0], expected.model.layers[0])
+    same_parts(load(transformers.AutoModel), expected.model)
+    classifier = load(transformers.AutoModelForSequenceClassification, num_labels=3)
+    same_parts(classifier.model, expected.model)
+    assert classifier.score.weight.shape == (3, 32)
+    with pytest.raises(ModelError, match="lacks 9 of the model's tensors"):
+        load(AutoModelForCausalLM, num_hidden_layers=3)
+
+
+def test_models_can_be_pickled(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=SeedpackConfig(**BITS))
+    assert torch.equal(output(pickle.loads(pickle.dumps(found))), output(found))
+
+
 def test_calibrated(tmp_path: Path) -> None:
     ids = torch.arange(64).reshape(2, 32) % 96
     options: dict[str, Any] = {**BITS, "calibration": ids}
@@ -74,7 +117,19 @@ def test_what_cannot_be_packed(tmp_path: Path) -> None:
             nowhere, config=config, state_dict=state, quantization_config=SeedpackConfig(bits=3)
         )
     assert repr(SeedpackConfig(bits=3)).startswith("SeedpackConfig(CompressOptions(codec='trellis', bits=3.0")
-    assert SeedpackConfig(bits=3).to_dict() == {"quant_method": "seedpack", "bits": "3.0"}
+    keyed = SeedpackConfig(codec="mask", key=bytes(range(16)), exclude="*x*")
+    assert keyed.to_dict().keys() == {"quant_method", "codec", "settings", "exclude"}
+    assert "key" not in keyed.to_dict()["settings"] and "000102" not in repr(keyed)
+    assert SeedpackConfig(bits=3).to_dict() == {"quant_method": "seedpack", "bits": 3.0}
+    with pytest.raises(ModelError, match="dtype has no effect here; say dtype=… to from_pretrained"):
+        SeedpackConfig(dtype="float16")
+    with pytest.raises(ModelError, match="cannot stay on the disk"):
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path / "dense",
+            quantization_config=SeedpackConfig(bits=3),
+            device_map={"": "disk"},
+            offload_folder=tmp_path,
+        )
 
 
 def test_a_packed_folder_keeps_its_own_config(tmp_path: Path) -> None:
@@ -109,6 +164,48 @@ class TestModelsInMemory:
         seedpack.compress(model, tmp_path / "live", bits=8)
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "live")
         torch.testing.assert_close(output(found), output(model), rtol=0.1, atol=0.1)
+
+    def test_their_dtype_and_generation_config_are_those_of_now(self, tmp_path: Path) -> None:
+        llama().half().save_pretrained(tmp_path / "dense")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").float()
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1e5)
+        model.generation_config.temperature = 0.5  # which transformers warns of, and refuses to save
+        seedpack.compress(model, tmp_path / "live", **BITS)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "live")
+        assert found.dtype == torch.float32 and torch.isfinite(output(found)).all()
+        assert found.generation_config.temperature == 0.5
+
+    def test_ties_are_those_of_the_values(self, tmp_path: Path) -> None:
+        tied = llama(tie_word_embeddings=True)
+        tied.lm_head.weight = torch.nn.Parameter(torch.randn(96, 32))
+        with pytest.raises(
+            ModelError, match="config ties 'lm_head.weight' to 'model.embed_tokens.weight', but their values"
+        ):
+            seedpack.compress(tied, tmp_path / "live", **BITS)
+        untied = llama(tie_word_embeddings=False)
+        untied.lm_head.weight = untied.model.embed_tokens.weight
+        seedpack.compress(untied, tmp_path / "live", bits=8)
+        torch.testing.assert_close(
+            output(AutoModelForCausalLM.from_pretrained(tmp_path / "live")), output(untied), rtol=0.1, atol=0.01
+        )
+
+    def test_what_no_folder_of_theirs_could_hold(self, tmp_path: Path) -> None:
+        extra, fewer = llama(), llama()
+        extra.extra = torch.nn.Linear(64, 64)
+        del fewer.model.layers[1]
+        for model, message in (
+            (extra, r"'extra.bias' is a tensor \[64\], and by its config not there"),
+            (fewer, "is not there"),
+        ):
+            with pytest.raises(ModelError, match=message):
+                seedpack.compress(model, tmp_path / "live", **BITS)
+        seedpack.compress(extra, tmp_path / "live.safetensors", **BITS)
+        compiled: Any = torch.compile(llama())
+        seedpack.compress(compiled, tmp_path / "compiled", **BITS)
+        assert (tmp_path / "compiled" / "config.json").is_file()
+        with pytest.raises(ModelError, match="without data .on the meta device, or offloaded.; load the model whole"):
+            seedpack.compress(llama().to("meta"), tmp_path / "live", **BITS)
 
     def test_a_file(self, tmp_path: Path) -> None:
         model = llama()

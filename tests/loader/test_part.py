@@ -38,6 +38,7 @@ AVERAGES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "of data": lambda a, b: a.data.copy_(0.9 * a.data + 0.1 * b.data),
     "detached": lambda a, b: a.detach().copy_(0.9 * a + 0.1 * b),
     "data": lambda a, b: set_data(a, 0.9 * a + 0.1 * b),
+    "in half": lambda a, b: a.copy_((0.9 * a.bfloat16() + 0.1 * b.bfloat16()) if not a.is_floating_point() else b),
     "items": lambda a, b: a.__setitem__(slice(None), 0.9 * a + 0.1 * b),
 }
 
@@ -89,6 +90,8 @@ def test_a_soup_of_state_dicts() -> None:
     assert torch.equal(other[0].packed, model[0].packed)
     with pytest.raises(RuntimeError, match=READ_ONLY):
         other.load_state_dict({name: value + 1.0 for name, value in soup.items()})
+    with pytest.raises(RuntimeError, match=READ_ONLY):
+        other.load_state_dict(soup, assign=True)
     assert torch.equal(other[0].packed, model[0].packed)
 
 

@@ -56,7 +56,11 @@ class StateDictSource(Source):
 
 def _require_plain(label: str, tensor: Tensor) -> None:
     """Refuse tensors that are no plain array of bytes in memory."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_nested or tensor.is_quantized:
-        raise ModelError(f"{label}: is sparse, nested, quantised or without data; make it a plain dense tensor")
+    if tensor.is_meta:
+        raise ModelError(
+            f"{label}: is without data (on the meta device, or offloaded); load the model whole, or pack its folder"
+        )
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+        raise ModelError(f"{label}: is sparse, nested or quantised; make it a plain dense tensor")
     if tensor.nbytes > max(1 << 30, tensor.untyped_storage().nbytes()):
         raise ModelError(f"{label}: is a view of {tensor.nbytes} bytes into far fewer; save it as a tensor of its own")
