@@ -9,7 +9,7 @@ from seedpack.codecs.names import codec_ids, require_bits
 from seedpack.converter.sources.paths import require_path_or_id
 from seedpack.errors import CodecError, ModelError, OptionError, OutputError
 from seedpack.formats import Checkpoint
-from seedpack.formats.staging import exists_already
+from seedpack.formats.staging import exists_already, require_name
 
 
 def check_compress(
@@ -36,10 +36,16 @@ def check_compress(
     if head_bits is not None and not 1 <= head_bits <= 8:
         raise OptionError(f"head_bits must be from 1 to 8, got {head_bits}")
     require_path_or_id(model)
-    if output is not None and not force:
-        path = Path(output)
-        if path.is_file() or (path.is_dir() and not Path(model).is_file()):  # a file's output may go into a folder
-            raise OutputError(exists_already(path))
+    is_file = Path(model).is_file()
+    if output is not None and not (Path(output).is_dir() and is_file):  # a file's output may go into a folder
+        check_output(Path(output), force, is_folder=not is_file or model.endswith(".gguf"))
+
+
+def check_output(path: Path, force: bool, *, is_folder: bool) -> None:
+    """Refuse an output that exists, or whose name says another format."""
+    require_name(path, is_folder=is_folder)
+    if path.exists() and not force:
+        raise OutputError(exists_already(path))
 
 
 def check_codec(codec: str, bits: float | None) -> None:

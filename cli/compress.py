@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from seedpack.cli import output as screen
-from seedpack.cli.checks import check_compress
+from seedpack.cli.checks import check_compress, check_output
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less
 MUCH_USED = 0.9  # of a size that was allowed
@@ -147,8 +147,9 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
         if dry_run:
             plan = api.plan(source, options, output=path, edits=edits, progress=progress)
             progress("Estimating", 0, 0)
-            estimated = estimate(plan, options)
+            estimated = None if as_json else estimate(plan, options)
         else:
+            check_output(path, options.force, is_folder=source.config is not None)
             if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
                 progress("Estimating", 0, 0)
                 screen.note(f"estimate: {estimate(planned, options)}")
