@@ -163,7 +163,7 @@ def test_options_reach_the_library(model: Path) -> None:
             "rank or bits, not both",
         ),
         (["compress", "MODEL", "-o", "x", "--codec", "svd+"], 2, "unknown codec ''"),
-        (["compress", "MODEL", "-o", "MODEL", "--force"], 1, "is the model itself or holds it"),
+        (["compress", "MODEL", "-o", "MODEL", "--force"], 1, "what is written is safetensors"),
         (["compress", "nothing.pt", "-o", "x"], 1, "no such file or folder"),
         (["compress", "MODEL", "-o", "x", "--bits", "4", "--target-size", "1MB"], 2, "bits or a target size, not both"),
         (["compress", "MODEL", "-o", "x", "--device", "tpu"], 2, "fitting runs on cpu, cuda, or cuda:N"),
