@@ -38,8 +38,15 @@ def same_parts(found: Any, expected: Any) -> None:
         assert torch.equal(a[name], b[name]), name
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gpt2", "bert", "t5", "mixtral"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in ("llama", "llama-tied", "gpt2", "bert", "t5", "mixtral")),
+        ("llama-tied", torch.bfloat16),
+        pytest.param("mixtral", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_the_same_parts_as_compress(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = ARCHITECTURES[name]().to(dtype)
     cls = type(model)
