@@ -37,7 +37,10 @@ def check_compress(
         raise OptionError(f"head_bits must be from 1 to 8, got {head_bits}")
     require_path_or_id(model)
     is_file = Path(model).is_file()
-    if output is not None and not (Path(output).is_dir() and is_file):  # a file's output may go into a folder
+    into_folder = (
+        is_file and output is not None and Path(output).is_dir() and not (Path(output) / "config.json").exists()
+    )
+    if output is not None and not into_folder:
         check_output(Path(output), force, is_folder=not is_file or model.endswith(".gguf"))
 
 
@@ -72,4 +75,4 @@ def check_folder(path: Path) -> None:
     """Refuse what is not a Hugging Face folder, packed or dense."""
     if not (path / "config.json").is_file():
         check_packed(path)
-        raise ModelError(f"{path}: not a Hugging Face folder, which has a tokenizer beside the weights")
+        raise ModelError(f"{path}: not a Hugging Face folder, which has a config.json")

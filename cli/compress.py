@@ -185,7 +185,7 @@ def options_of(
 
 def output_path(model: str, output: str | None, options: CompressOptions, *, is_folder: bool) -> Path:
     """Return where to write: the path that was given, or a name by model, codec and bits, in a folder that was given or here."""
-    into_folder = output is not None and not is_folder and (output.endswith(os.sep) or Path(output).is_dir())
+    into_folder = output is not None and not is_folder and goes_into(output)
     if output is not None and not into_folder:
         return Path(output)
     codec = options.codec if isinstance(options.codec, str) else options.codec.id
@@ -205,6 +205,12 @@ def output_path(model: str, output: str | None, options: CompressOptions, *, is_
         *(["calibrated"] if options.calibration else []),
     ]
     return Path(output or "") / ("-".join(labels) + ("" if is_folder else ".safetensors"))
+
+
+def goes_into(output: str) -> bool:
+    """Return whether an output is a folder to put a file in: no model lies there, which it would become a part of."""
+    folder = Path(output)
+    return output.endswith(os.sep) or (folder.is_dir() and not (folder / "config.json").exists())
 
 
 def source_notes(source: Any) -> list[str]:

@@ -86,14 +86,28 @@ def waiting(text: str) -> Iterator[Callable[[], None]]:
         yield stack.close
 
 
+FEW_ROWS = 6  # that fit beside each other
+
+
 def show_table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], total: Sequence[str] | None = None
 ) -> None:
-    """Print a table; the first column is text, the others are numbers."""
+    """Print a table; the first column is text, the others are numbers, which are never cut.
+
+    Where a terminal is too narrow for it, a table of few rows is turned round, and the lines of others run on.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows, total or columns, strict=True)]
+    least = 18 + sum(widths[1:]) + 3 * len(columns)
+    if _console().width < least and len(rows) <= FEW_ROWS and total is None and len(columns) > len(rows) + 1:
+        turned = list(zip(*rows, strict=True))
+        show_table(
+            title, (columns[0], *turned[0]), [(name, *row) for name, row in zip(columns[1:], turned[1:], strict=True)]
+        )
+        return
     table = Table(box=box.SIMPLE_HEAD, show_footer=total is not None, pad_edge=False)
     for i, name in enumerate(columns):
         footer = Text("" if total is None else on_one_line(total[i]))
@@ -102,7 +116,7 @@ def show_table(
         )
     for row in rows:
         table.add_row(*(Text(on_one_line(cell)) for cell in row))
-    _print_below(title, table)
+    _print_below(title, table, least)
 
 
 def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
@@ -118,14 +132,20 @@ def show_pairs(title: str, pairs: Sequence[tuple[str, str]]) -> None:
     _print_below(title, table)
 
 
-def _print_below(title: str, table: Any) -> None:
-    """Print a table below its title, in 160 columns where there is no terminal."""
+def _console(least: int = 0) -> Any:
+    """Return the terminal, or a page of 160 columns, and no fewer than are needed."""
     from rich.console import Console
-    from rich.text import Text
 
     console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
+    width = console.width if console.is_terminal else 160
+    return Console(width=max(width, least))
+
+
+def _print_below(title: str, table: Any, least: int = 0) -> None:
+    """Print a table below its title."""
+    from rich.text import Text
+
+    console = _console(least)
     console.print(Text(on_one_line(title), style="bold"), soft_wrap=True)
     console.print(table)
 

@@ -53,7 +53,7 @@ def with_size(
     """
     cheapest = replace(plan, tensors=tuple(replace(t, codec=_cheapest(t)) for t in plan.tensors))
     if (least := measure(cheapest)) > size:
-        raise ModelError(f"{size} bytes: the smallest plan takes {least}; ask for that many or more")
+        raise ModelError(f"{size:,} bytes: the smallest plan takes {least:,} bytes; allow that many or more")
     overhead = measure(plan) - sum(tensor.stored_bytes for tensor in plan.tensors if tensor.packed)
     for _ in range(8):  # headers grow by some bytes with the variants allocated
         bits = 8 * (size - overhead) / max(1, plan.packed_weights)

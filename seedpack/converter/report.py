@@ -13,7 +13,7 @@ from seedpack.codecs.interfaces import Rates
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.units import duration, size
 
-USUAL = 1.25  # times the error of Gaussian weights at the same bits
+USUAL = 1.5  # times the error of Gaussian weights at the same bits
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ def fill_(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         ModelError: names are missing or too many, or shapes differ.
         LimitError: a tensor that cannot stay packed takes too much decoded.
     """
+    if any(isinstance(module, (PackedModule, PackedParameters)) for module in model.modules()):
+        raise ModelError(f"{type(model).__name__}: is packed already; make a new one to fill")
     bases = bases_of(model)
     state, trained = _tensors_of(model, bases)
     targets = _targets(checkpoint, state, trained)

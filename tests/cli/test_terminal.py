@@ -130,3 +130,21 @@ def test_warnings(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monkey
         monkeypatch.setattr(warnings, "showwarning", output.show_warning)
         warnings.warn(f"odd: {NAMES[1]}", UserWarning, stacklevel=1)
     assert capsys.readouterr().err == "Warning: odd: \N{REPLACEMENT CHARACTER}]0;PWNED\N{REPLACEMENT CHARACTER}\n"
+
+
+def test_tables_lose_nothing_on_narrow_terminals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+
+    columns = ("model", "on disk", "bits per weight", "1 - cosine, mean", "largest", "same nearest", "same 10 nearest")
+    rows = [
+        ("dense", "98.7 kB", "33.519", "", "", "", ""),
+        ("packed-4", "35.6 kB", "12.107", "0.00581", "0.00745", "94.74%", "92.89%"),
+    ]
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as at a terminal
+    for count in (1, 9):  # turned round, and too many rows for that
+        output.show_table("of a kind", columns, [rows[0], *[rows[1]] * count])
+        shown = capsys.readouterr().out
+        for cell in (*columns[1:], *rows[1]):
+            assert cell in shown, (count, cell)

@@ -210,11 +210,16 @@ def _require_readable(name: str, model: Any, ids: Tensor) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= vocabulary or int(ids.min()) < 0:
         raise ModelError(f"{name}: has {vocabulary} tokens, the text has others; use the model's own tokenizer")
+    _require_context(name, model, ids.shape[1])
+
+
+def _require_context(name: str, model: Any, context: int) -> None:
+    """Refuse sequences longer than a model takes."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and ids.shape[1] > longest:
+    if isinstance(longest, int) and context > longest:
         raise ModelError(
-            f"{name}: takes {longest} tokens at most, the text has sequences of {ids.shape[1]}; from "
-            "Python, give Calibration a smaller context"
+            f"{name}: takes {longest} tokens at most, the text has sequences of {context}; ask for shorter ones "
+            "(--calibration-context, Calibration(context=…))"
         )
 
 
@@ -249,6 +254,7 @@ def _tokens(run: Run, opened: OpenModel, store: Store) -> Tensor:
         ids = store.tokens()
         if ids is None:
             assert opened.generate is not None
+            _require_context(run.source.name, opened.module, context)
             ids = opened.generate(
                 opened.module,
                 count,

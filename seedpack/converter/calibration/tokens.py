@@ -36,6 +36,8 @@ def sequences(ids: list[int], tokenizer: Any, context: int) -> Tensor:
 
     Where a tokenizer puts a token before a text, each begins with it: models that were trained so are lost without.
     """
+    if not ids:
+        return torch.empty(0, context, dtype=torch.int64)
     first, bos = tokenizer("a")["input_ids"][:1], getattr(tokenizer, "bos_token_id", None)
     start = [bos] if bos is not None and first == [bos] else []
     step = min(context - len(start), len(ids))

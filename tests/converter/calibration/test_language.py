@@ -253,7 +253,7 @@ def test_budgets_from_costs(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "plain" / "model.safetensors").stat().st_size <= size
     bits = [[t.codec.spec().config["code_bits"] for t in r.plan.tensors if t.packed] for r in (plain, report)]
     assert bits[0] != bits[1]
-    with pytest.raises(ModelError, match="2000 bytes: the smallest plan takes"):
+    with pytest.raises(ModelError, match="2,000 bytes: the smallest plan takes"):
         seedpack.compress(folder, tmp_path / "small", target_size=2000, **options)
     with pytest.raises(ModelError, match="bits or a target size, not both"):
         seedpack.compress(folder, tmp_path / "both", target_size=size, bits=3, **options)
