@@ -85,8 +85,8 @@ class Report:
         totals = self.plan.totals()
         lines = {"size": self._size(totals["source_bytes"]), "bits per weight": self._bits(totals)}
         if self.tensors and (shares := self.plan.raw_shares()):
-            listed = ", ".join(f"{share:.1%} {note}" for note, share in list(shares.items())[:3])
-            lines["left raw"] = f"{sum(shares.values()):.1%} of the weights: {listed}"
+            listed = ", ".join(f"{note} {share:.1%}" for note, share in list(shares.items())[:3])
+            lines["left raw"] = f"{sum(shares.values()):.1%} of the weights ({listed})"
         if self.tensors:
             lines |= self._errors()
             lines["time"] = (

@@ -29,7 +29,7 @@ def test_the_report_in_words(tmp_path: Path) -> None:
     dense, written = 4 * (96 * 128 + 64 * 256 + 64), (tmp_path / "out").stat().st_size
     assert lines["size"] == f"{size(dense)} → {size(written)} ({dense / written:.2f}× smaller)"
     assert "3.000" not in lines["bits per weight"] and "over all (2 of 3 tensors packed)" in lines["bits per weight"]
-    assert lines["left raw"] == "0.2% of the weights: 0.2% no matrix"
+    assert lines["left raw"] == "0.2% of the weights (no matrix 0.2%)"
     error = sum(t.error for t in report.tensors) / sum(t.energy for t in report.tensors)
     assert lines["error"].startswith(f"{100 * error:.2g}% of the weights' energy, usual for 3.")
     text = str(report)
