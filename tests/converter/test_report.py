@@ -1,4 +1,4 @@
-"""What a run says beforehand and afterwards."""
+"""A run tells what it will take, and afterwards what it made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is fetched of a hub model: its own weights and small files, and the modules of sentence-transformers."""
+"""A hub model is fetched with its own weights and small files, and the modules of sentence-transformers."""
 
 from __future__ import annotations
 
