@@ -168,10 +168,10 @@ def _measured(tensor: TensorPlan, parts: Parts, matrix: Tensor, importance: Impo
         hessian = importance.values.to(matrix.device, torch.float32)
     sums = torch.zeros(4, dtype=torch.float64)
     for index in torch.arange(len(matrix)).split(max(1, WEIGHTS_AT_ONCE // matrix.shape[1])):
-        rows = matrix[index]
+        rows = matrix[index].double()
         decoded = tensor.codec.decode_rows(parts, index, tuple(matrix.shape), torch.float32)
         largest = max(largest, float(decoded.abs().max()))
-        for i, values in enumerate((rows.double() - decoded, rows.double())):
+        for i, values in enumerate((rows - decoded, rows)):
             sums[i] += values.square().sum().cpu()
             if hessian is not None:
                 sums[2 + i] += ((values.float() @ hessian).double() * values).sum().clamp_min(0).cpu()

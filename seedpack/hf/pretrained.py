@@ -62,9 +62,9 @@ class PretrainedSource(StateDictSource):
 
     def _require_own_form(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a model that has other tensors than its config makes: a folder of it could not be loaded."""
-        cls, own = type(self._model).__name__, {name: self._names.shape(name) for name in self._names.names}
+        cls, names = type(self._model).__name__, self._names
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        own = {name: shape for name, shape in own.items() if name in found or name not in self._names.tied}
+        own = {name: names.shape(name) for name in names.names if name in found or name not in names.tied}
         if wrong := sorted(name for name in own.keys() | found.keys() if own.get(name) != found.get(name)):
             raise ModelError(
                 f"{cls}: {wrong[0]!r} is {_form(found, wrong[0])}, and by its config {_form(own, wrong[0])}; a folder of it could not "
