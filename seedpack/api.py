@@ -32,7 +32,7 @@ def load(
     *,
     dense: bool = False,
     dtype: str | torch.dtype | None = None,
-    int8_activations: bool = False,
+    int8_activations: bool | None = None,
     fraction: float | None = None,
     key: bytes | None = None,
     copy: bool = False,
@@ -47,8 +47,8 @@ def load(
             Face folder.
         dense: return a state dict of dense tensors instead.
         dtype: of dense tensors, or of a Hugging Face model's computation.
-        int8_activations: round the input of packed linear layers to 8 bits where their codec can: faster on GPUs, for
-            about 1% more error at 4 bits per weight.
+        int8_activations: round the input of packed linear layers to 8 bits where their codec can: faster, for about 1%
+            more error at 4 bits per weight. By default for up to 8 tokens on the CPU, and up to 4 bits; False: never.
         fraction: use no more than this share of the levels of tensors that have levels (`reparam.basis_`, codec svd); the
             file may be cut off behind them. For a module, or dense.
         key: the 16 bytes of a private key, for weights that are regenerated with one; known to the process from then on.
@@ -84,19 +84,19 @@ def load(
                 attach_manifest_(model, checkpoint.manifest, stored)
         if copy:
             copy_(model)
-        if int8_activations:
-            use_int8_activations_(model)
+        if int8_activations is not None:
+            use_int8_activations_(model, int8_activations)
         return model
 
 
 def _check_load(
-    path: Path, model: nn.Module | None, dense: bool, int8: bool, reading: dict[str, Any], options: dict[str, Any]
+    path: Path, model: nn.Module | None, dense: bool, int8: bool | None, reading: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Refuse arguments of `load` that do not go together, and files that it cannot load so."""
     if model is not None and not isinstance(model, nn.Module):
         raise ModelError(f"model: expected a module to fill, got {model!r}; make one first (net = Net())")
     if model is not None or dense:
-        if dense and int8:
+        if dense and int8 is not None:
             raise ModelError("dense tensors have no activations to round; leave int8_activations out")
         if options:
             raise ModelError(f"option {min(options)!r} is for Hugging Face folders loaded by transformers")

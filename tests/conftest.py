@@ -28,6 +28,13 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed layers multiply floats, so that results can be compared closely; a test marked `rounds` takes the default."""
+    if "rounds" not in request.keywords:
+        monkeypatch.setattr("seedpack.loader.layers.PackedModule.int8_activations", False)
+
+
 @pytest.fixture
 def data() -> Callable[[str], Path]:
     """Path of real test material; skips with the reason where it is not at hand."""

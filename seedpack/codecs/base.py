@@ -63,6 +63,11 @@ class Codec:
     uses_norm_heuristic: ClassVar[bool] = False  # whether `Importance.from_norms` serves it, where there is no data
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
+    @property
+    def int8_by_default(self) -> bool:
+        """Whether that adds at most about 1% to the error of the weight, so that it is done where it is faster."""
+        return False
+
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Return (dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
         raise NotImplementedError
@@ -102,6 +107,16 @@ class Codec:
         if type(self).rows is Codec.rows:
             return self.decode(parts, shape, dtype, backend)[index]
         return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
+
+    def prepare(
+        self, parts: Parts, shape: Shape, bias: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """Return the product of few tokens with activations of 8 bits as a function, or None where there is no faster one.
+
+        It takes x [..., in], contiguous float32 or bfloat16 on the CPU, and returns x @ weight.T + bias [out] in its dtype, or
+        None once the parts have other bytes.
+        """
+        return None
 
     def matmul(
         self,

@@ -7,7 +7,7 @@ al., arXiv 2406.11235, NeurIPS 2024) has it, after a random rotation of the inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import mix, rotate, signs, unrotate
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode, trellis_dense
-from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul_transposed
+from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul_transposed, trellis_prepare
 from seedpack.kernels.trellis.scales import trellis_scales
 from seedpack.kernels.trellis.scales_reference import BALANCE_BITS, VALUE_UNIT, input_scales, row_scales
 from seedpack.kernels.trellis.search import trellis_search
@@ -150,6 +150,11 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         energy = float(power @ balance.square()) / columns
         return scale * energy * float(self._factor(importance.damped().to(device), balance).diagonal().square().sum())
 
+    @property
+    def int8_by_default(self) -> bool:
+        """Whether a weight has at most 4 bits: at 4 it adds 0.9% to the error, at 5 four times as much."""
+        return self.code_bits <= 4
+
     def with_hessian(self) -> TrellisCodec:
         """Return this codec with streams that are not tail-biting."""
         return replace(self, circular=False)
@@ -237,6 +242,14 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         weight = trellis_dense(parts["weight"], self._scale(parts), self.code, columns=shape[1], backend=backend)
         weight = unrotate(weight, self.seed)
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
+
+    def prepare(
+        self, parts: Parts, shape: Shape, bias: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor | None] | None:
+        """Prepare the product of few tokens on the CPU: activations are rotated, rounded to 8 bits, and multiplied as bytes."""
+        scale, factor = self._prepared_scales(parts, shape[1])
+        kept = [parts[name] for name in ("scales", "exponent", "balance") if name in parts]
+        return trellis_prepare(parts["weight"], scale, factor, self.code, columns=shape[1], bias=bias, kept=kept)
 
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend, int8: bool = False) -> Tensor:
         """Rotate the activations instead of the weight, round them to 8 bits if asked, and multiply by the stream."""

@@ -61,6 +61,11 @@ def _obstacle(backend: str, device: torch.device) -> str | None:
     return None
 
 
+def can_run(backend: str, device: torch.device) -> bool:
+    """Return whether a backend can run for tensors on a device."""
+    return _obstacle(backend, device) is None
+
+
 @cache
 def _warn_fallback(op: str, backend: str, reason: str) -> None:
     """Say once that auto passed over the backend that the device's user expects."""

@@ -58,19 +58,20 @@ def copy_(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def use_int8_activations_(model: nn.Module) -> None:
-    """Have packed linear layers round their input to 8 bits in groups of 256, where their codec can.
+def use_int8_activations_(model: nn.Module, use: bool = True) -> None:
+    """Have packed linear layers round their input to 8 bits in groups of 256 where their codec can, for any count of tokens;
+    or never.
 
     Raises:
-        ModelError: no layer can.
+        ModelError: they shall, and no layer can.
     """
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     able = [layer for layer in layers if layer.codec.int8_activations]
-    if not able:
+    if use and not able:
         codecs = ", ".join(sorted({layer.codec.id for layer in layers})) or "none"
         raise ModelError(f"activations of 8 bits: no packed linear layer's codec takes them (found: {codecs})")
     for layer in able:
-        layer.int8_activations = True
+        layer.int8_activations = use
 
 
 class _Filler:

@@ -41,7 +41,7 @@ class PackedModule(PartHolder):
 
     Attributes:
         codec: decodes the parts; `codec_text`: the same, as operators take it.
-        part_names: parameters of the module that are the codec's parts.
+        part_names: parameters of the module that are the codec's parts; `held_names`: how they are called there.
         weight_shape: of the dense weight.
         matrix: its shape [out, in] as the codec sees it.
         transposed: the dense weight is [in, out].
@@ -52,16 +52,18 @@ class PackedModule(PartHolder):
     codec: Codec
     codec_text: str
     part_names: tuple[str, ...]
+    held_names: tuple[str, ...]
     weight_shape: tuple[int, ...]
     matrix: tuple[int, int]
     transposed: bool
     compute_dtype: torch.dtype
     dense_class: type[nn.Module]
-    int8_activations: bool = False  # of linear layers: set by `fill.use_int8_activations_`
+    int8_activations: bool | None = None  # of linear layers, see `ops.linear`: set by `fill.use_int8_activations_`
 
     def packed_parts(self) -> dict[str, Tensor]:
         """Return the parts, by name."""
-        return {name: cast(Tensor, self._parameters[memory_name(name)]) for name in self.part_names}
+        held = self._parameters
+        return {name: cast(Tensor, held[key]) for name, key in zip(self.part_names, self.held_names, strict=True)}
 
     @property
     def weight(self) -> Tensor:
@@ -95,7 +97,11 @@ class PackedModule(PartHolder):
         """Return input [..., in] times the transposed weight [out, in], plus bias [out]."""
         self._require_float(input)
         require_columns("a packed Linear", input, self.matrix[1])
-        return ops.linear(input, self.packed_parts(), self.codec_text, self.matrix, bias, self.int8_activations)
+        int8, held = self.int8_activations, self._parameters
+        if input.is_cpu and ops.is_plain(input, bias):
+            parts = [held[name] for name in self.held_names]
+            return ops.product(input, parts, self.part_names, self.codec, self.matrix, bias, int8)  # type: ignore[arg-type]
+        return ops.linear(input, self.packed_parts(), self.codec_text, self.matrix, bias, int8)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the rows [..., in] of the weight that an index [...] names; no others are decoded."""
@@ -126,7 +132,7 @@ class PackedLinear(PackedModule, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map [..., in_features] to [..., out_features]."""
-        return self.product(input, self.bias)
+        return self.product(input, self._parameters["bias"])
 
 
 class PackedEmbedding(PackedModule, nn.Embedding):
@@ -236,6 +242,7 @@ def pack_module_(
     packed = cast(PackedModule, module)
     specs = {name: spec for name, spec in codec.parts(matrix).items() if parts is None or name in parts}
     packed.codec, packed.codec_text, packed.part_names = codec, codec_to_json(codec), tuple(specs)
+    packed.held_names = tuple(map(memory_name, specs))
     packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
@@ -250,12 +257,12 @@ def pack_module_(
 def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn.Module:
     """Turn a packed module back into its dense class, in place, with the weight rebuilt."""
     weight = module.dense_weight(dtype)
-    for name in module.part_names:
-        del module._parameters[memory_name(name)]
+    for name in module.held_names:
+        del module._parameters[name]
     module._parameters.pop(NO_VALUES, None)
     dense = cast(nn.Module, module)
     module.__dict__.pop("int8_activations", None)
-    for name in ("codec", "codec_text", "part_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
+    for name in ("codec", "codec_text", "part_names", "held_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
         delattr(module, name)
     module.__dict__.pop("_weight", None)
     dense.__class__ = module.__dict__.pop("dense_class")

@@ -6,15 +6,18 @@ its parts as a list with their names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
+from seedpack.codecs.base import Codec
+from seedpack.codecs.prepared import few_tokens
 from seedpack.codecs.registry import codec_from_json
 from seedpack.errors import ModelError
 
@@ -49,18 +52,33 @@ def _(parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[in
     return torch.empty(index.shape[0], shape[1], dtype=dtype, device=parts[0].device)
 
 
+def product(
+    x: Tensor,
+    parts: Sequence[Tensor],
+    names: Sequence[str],
+    codec: Codec,
+    shape: tuple[int, int],
+    bias: Tensor | None,
+    int8: bool | None,
+) -> Tensor:
+    """Return x [..., in] times the packed weight, plus bias, without a gradient; `int8` is `linear`'s."""
+    rounds = codec.int8_by_default if int8 is None else int8
+    if rounds and (y := few_tokens(codec, x, parts, names, shape, bias)) is not None:
+        return y
+    options: dict[str, Any] = {"int8": True} if int8 else {}
+    return codec.matmul(x, dict(zip(names, parts, strict=True)), shape, bias, **options).contiguous()
+
+
 @torch.library.custom_op("seedpack::linear", mutates_args=())
 def _linear(
-    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool
+    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool | None
 ) -> Tensor:
-    decoder = codec_from_json(codec)
-    options: dict[str, Any] = {"int8": True} if int8 else {}
-    return decoder.matmul(x, _named(parts, names), (shape[0], shape[1]), bias, **options).contiguous()
+    return product(x, parts, names.split(","), codec_from_json(codec), (shape[0], shape[1]), bias, int8)
 
 
 @_linear.register_fake
 def _(
-    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool
+    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool | None
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
@@ -139,7 +157,7 @@ class _Product(torch.autograd.Function):
         x: Tensor,
         bias: Tensor | None,
         transposed: bool,
-        int8: bool,
+        int8: bool | None,
         names: str,
         codec: str,
         shape: list[int],
@@ -188,6 +206,19 @@ class _Product(torch.autograd.Function):
 _apply: Callable[..., Any] = _Product.apply
 
 
+def is_plain(x: Tensor, bias: Tensor | None) -> bool:
+    """Return whether a product needs nothing of an operator: no gradient, compiler, transform, mode or subclass is at hand."""
+    return (
+        type(x) is Tensor
+        and not is_compiling()
+        and not (is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)))
+        and not (torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state())
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+        and not _are_functorch_transforms_active()
+    )
+
+
 def decode(parts: Mapping[str, Tensor], codec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Decode the dense weight [out, in]."""
     return _decode(list(parts.values()), ",".join(parts), codec, list(shape), dtype)  # type: ignore[no-any-return]
@@ -206,11 +237,12 @@ def linear(
     codec: str,
     shape: tuple[int, int],
     bias: Tensor | None,
-    int8: bool = False,
+    int8: bool | None = False,
 ) -> Tensor:
     """Multiply x [..., in] by the packed weight [out, in], transposed, and add bias [out]; differentiable in both.
 
-    With `int8` x is rounded to 8 bits, which the gradient ignores. Under autocast x has its dtype, as in nn.Linear.
+    With `int8` x is rounded to 8 bits, which the gradient ignores; None: where that is faster and costs little, for few tokens
+    on the CPU. Under autocast x has its dtype, as in nn.Linear.
     """
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -18,7 +18,9 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any, BinaryIO
 
+from numba import types
 from numba.core import config
+from numba.core.ccallback import CFunc
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
 
 KERNELS = Path(__file__).parents[1]
@@ -32,7 +34,24 @@ def keep_on_disk(dispatcher: Any, variant: str) -> None:
     try:
         dispatcher._cache = _Cache(function, variant)
     except (OSError, RuntimeError) as error:  # no folder can be written
-        _warn(getattr(config, "CACHE_DIR", "") or Path(function.__code__.co_filename).parent / "__pycache__", error)
+        _warn(_folder(function), error)
+
+
+def compile_at(function: Callable[..., int], words: int, variant: str) -> Any:
+    """Compile a function of so many whole numbers, which returns one, to be called at its `address`; kept on disk."""
+    whole = types.int64
+    compiled: Any = CFunc(function, (tuple([whole] * words), whole), {}, {"nopython": True, "error_model": "numpy"})
+    try:
+        compiled._cache = _Cache(function, variant)
+    except (OSError, RuntimeError) as error:
+        _warn(_folder(function), error)
+    compiled.compile()
+    return compiled
+
+
+def _folder(function: Callable[..., Any]) -> str | Path:
+    """Return where the code of a function would be kept."""
+    return getattr(config, "CACHE_DIR", "") or Path(function.__code__.co_filename).parent / "__pycache__"
 
 
 def _warn(folder: str | Path, error: Exception) -> None:

@@ -58,6 +58,11 @@ def thread_count() -> int:
     return 1 if _mode is Mode.SERIAL else int(numba.get_num_threads())
 
 
+def alone() -> bool:
+    """Return whether this process computes on one thread: a forked child."""
+    return _mode is Mode.SERIAL
+
+
 def _dispatcher(function: Callable[..., Any], variant: str, options: dict[str, Any]) -> Any:
     dispatcher = numba.njit(nogil=True, parallel=variant == "parallel", **options)(function)
     keep_on_disk(dispatcher, variant)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from seedpack.kernels.dispatch import Backend, kernels_for
+from seedpack.kernels.dispatch import Backend, can_run, kernels_for
 from seedpack.kernels.trellis.code import TrellisCode
 
 
@@ -46,6 +49,27 @@ def trellis_linear(
     """Multiply `mix(x, factor)` by the weight transposed, in the dtype of x: the whole product of a trellis layer."""
     kernels = kernels_for("trellis.matmul", backend, x.device)
     return kernels.linear(x, factor, stream, scale, code, int8, backend)
+
+
+def trellis_prepare(
+    stream: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    code: TrellisCode,
+    *,
+    columns: int,
+    bias: Tensor | None,
+    kept: Sequence[Tensor],
+) -> Callable[[Tensor], Tensor | None] | None:
+    """Return `trellis_linear` for few tokens and 8-bit activations, plus bias [rows], as a function to be called again and again.
+
+    It takes contiguous x [..., columns], float32 or bfloat16, and returns None once `kept`, the parts that all but the stream
+    come from, have other bytes. None where these tensors are not on the CPU, or nothing is compiled there.
+    """
+    if not can_run("cpu", stream.device):
+        return None
+    prepare: Any = kernels_for("trellis.few_tokens", "cpu", stream.device).prepare
+    return prepare(stream, scale, factor, code, columns, bias, kept)  # type: ignore[no-any-return]
 
 
 def trellis_matmul_transposed(

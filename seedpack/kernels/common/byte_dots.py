@@ -1,0 +1,100 @@
+"""The product of bytes with 8-bit activations, in LLVM IR: the processor's own instruction where it has one.
+
+A word of four bytes times its activation is the sum of the bytes times it. Activations lie as words of 32 bits, each in the
+pattern that the instruction takes (`pattern`). All ways give the same integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from seedpack.kernels.common.vectors import I8, I16, I32, INTS, byte_sums, splat, target_has
+
+_BYTES = ir.VectorType(I8, 64)
+# What an activation of 8 bits is multiplied by once it is cut to some bits: it then stands in each byte, or in each half.
+IN_BYTES, IN_HALVES, AS_IT_IS = (0xFF, 0x01010101), (0xFFFF, 0x00010001), (0xFFFFFFFF, 1)
+
+
+def way() -> str:
+    """Return how words are multiplied on the processor that Numba compiles for."""
+    if target_has("avx512vbmi") and target_has("avx512vnni"):
+        return "vnni512"
+    if target_has("avx512vnni") and target_has("avx512vl") or target_has("avxvnni"):
+        return "vnni256"
+    if target_has("avx2"):
+        return "avx2"
+    return "any"
+
+
+def pattern(way: str) -> tuple[int, int]:
+    """Return the mask and the factor that make an activation's word."""
+    return {"vnni512": IN_BYTES, "vnni256": IN_BYTES, "avx2": IN_HALVES}.get(way, AS_IT_IS)
+
+
+def _halves(builder: Any, vector: Any) -> list[Any]:
+    count = vector.type.count // 2
+    index = ir.VectorType(I32, count)
+    return [
+        builder.shuffle_vector(vector, vector, ir.Constant(index, list(range(first, first + count))))
+        for first in (0, count)
+    ]
+
+
+def _joined(builder: Any, low: Any, high: Any) -> Any:
+    count = 2 * low.type.count
+    return builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(I32, count), list(range(count))))
+
+
+def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def dot(builder: Any, way: str, sums: Any, words: Any, activations: Any) -> Any:
+    """Emit IR for sums + (the sum of a word's bytes)·(its activation), 16 words."""
+    if way == "vnni512":
+        return _call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS, sums, words, activations)
+    if way == "vnni256":
+        parts = zip(*(_halves(builder, vector) for vector in (sums, words, activations)), strict=True)
+        return _joined(
+            builder, *(_call(builder, "llvm.x86.avx512.vpdpbusd.256", part[0].type, *part) for part in parts)
+        )
+    if way == "avx2":
+        products = []
+        for half, times in zip(_halves(builder, words), _halves(builder, activations), strict=True):
+            octets, pairs = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+            by_two = _call(
+                builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, builder.bitcast(half, octets), splat(octets, 1)
+            )
+            products.append(
+                _call(builder, "llvm.x86.avx2.pmadd.wd", times.type, by_two, builder.bitcast(times, pairs))
+            )
+        return builder.add(sums, _joined(builder, *products))
+    return builder.add(sums, builder.mul(byte_sums(builder, words, 0), activations))
+
+
+def opaque(builder: Any, vector: Any) -> Any:
+    """Emit IR that keeps LLVM from seeing how a vector of 512 bits was made."""
+    return builder.asm(ir.FunctionType(vector.type, [vector.type]), "", "=v,0", [vector], False)
+
+
+def windows(builder: Any, octets: Any, first: int, stride: int, bits: int, mask: Any) -> Any:
+    """Emit IR for 16 windows of up to 20 bits of a vector of 64 bytes, lane i from bit stride·i of byte `first` on, where the
+    machine has byte permutes and shifts across bytes (`vnni512`). The last byte of the vector is zero.
+
+    Each lane of 64 bits gets the bytes of its two windows, and zeros; then each byte of it the eight bits that belong there.
+    """
+    places, cuts = [], []
+    for lane in range(8):
+        byte = 2 * stride * lane // 8
+        places += [min(first + byte + i, 63) if i < 5 else 63 for i in range(8)]
+        for window in range(2):
+            bit = stride * (2 * lane + window) - 8 * byte
+            cuts += [bit, bit + 8, bit + 16 if bits > 16 else 40, 40]
+    moved = _call(builder, "llvm.x86.avx512.permvar.qi.512", _BYTES, octets, ir.Constant(_BYTES, places))
+    cut = _call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, ir.Constant(_BYTES, cuts), moved)
+    cut = builder.bitcast(cut, INTS)
+    return cut if bits == 16 else builder.and_(cut, mask)

@@ -1,0 +1,201 @@
+"""The trellis's product of few tokens with 8-bit activations on the CPU: windows are multiplied as bytes, never made weights.
+
+For 16 weights with AVX-512: a permute and a shift that cut their windows out of 64 bytes, a multiplication, an addition, and for
+each token one instruction that multiplies the four bytes of a word with the activation and sums. A row's last bytes, and those
+that it runs on at, are copied behind each other first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from torch import Tensor
+
+from seedpack.kernels.common import few_tokens
+from seedpack.kernels.common.byte_dots import dot, opaque, way, windows
+from seedpack.kernels.common.few_tokens import CHUNK, CODE, Prepared, array, store
+from seedpack.kernels.common.memory import atomic_add, copy_line
+from seedpack.kernels.common.native import Native
+from seedpack.kernels.common.vectors import (
+    FLOATS,
+    I8,
+    I32,
+    I64,
+    INTS,
+    intrinsic,
+    load,
+    multiply_add,
+    splat,
+    spread,
+    total,
+    words_at,
+)
+from seedpack.kernels.rotation import mix
+from seedpack.kernels.rotation.cpu import plan
+from seedpack.kernels.rotation.reference import LARGEST_FACTOR
+from seedpack.kernels.trellis.code import TrellisCode
+
+# The codec's own words.
+STREAM, SIZE, MASK, FACTOR, KEY, TAIL_BITING = range(6)
+_OCTETS = ir.VectorType(I8, 64)
+
+
+def _reach(code_bits: int) -> int:
+    """Return the bytes, from its first on, that a step of 64 weights may load."""
+    return 64 if code_bits <= 6 else 128
+
+
+def _accumulators(tokens: int) -> int:
+    """Return how many sums a token has, so that one addition does not wait for the last."""
+    return {1: 4, 2: 2}.get(tokens, 1)
+
+
+def _four_groups(builder: Any, way: str, at: Any, code_bits: int, state_bits: int, mask: Any) -> list[Any]:
+    """Emit IR for the windows of 64 weights of the bytes at a pointer, 16 in a vector."""
+    if way != "vnni512":
+        starts = [builder.gep(at, [ir.Constant(I64, 2 * code_bits * i)]) for i in range(4)]
+        return [builder.and_(words_at(builder, start, code_bits, 20), mask) for start in starts]
+    keep = ir.Constant(_OCTETS, [255] * 63 + [0])
+    loads = [(0, 2 * code_bits * i) for i in range(4)]
+    if 8 * code_bits + 3 > 63:
+        loads = [(byte, 0) for _, byte in loads]
+    octets = {
+        start: opaque(builder, builder.and_(load(builder, builder.gep(at, [ir.Constant(I64, start)]), _OCTETS), keep))
+        for start in dict(loads)
+    }
+    return [windows(builder, octets[start], byte, code_bits, state_bits, mask) for start, byte in loads]
+
+
+@intrinsic
+def _dots(
+    context: Any, bits: Any, wide: Any, tokens: Any, row: Any, tail: Any, last: Any, chunks: Any, mask: Any, factor: Any,
+    key: Any, codes: Any, starts: Any, steps: Any,
+) -> Any:  # fmt: skip
+    """Return the products of a row with each token, not yet times its scale.
+
+    Args:
+        bits, wide, tokens: tuples of k elements, of one where windows have more than 16 bits, of the count of tokens.
+        row, tail: addresses of the row's bytes, and of a copy of its last ones, less where they stand in the row.
+        last: the last byte of the row from which a step can load.
+        chunks: steps of 64 weights.
+        mask, factor, key: of the code.
+        codes, starts, steps: addresses, see `common.few_tokens`.
+    """
+    code_bits, state_bits, count = bits.count, 20 if wide.count else 16, tokens.count
+    words = (types.int64,) * 10
+    signature = types.UniTuple(types.float32, count)(bits, wide, tokens, *words)
+
+    def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row, tail, inside, chunks, mask, factor, key, codes, starts, steps = args[3:]
+        name, sides = way(), _accumulators(count)
+        mask, factor, key = (spread(builder, builder.trunc(word, I32), INTS) for word in (mask, factor, key))
+        groups = builder.sdiv(builder.add(chunks, ir.Constant(I64, 3)), ir.Constant(I64, 4))
+        sums = [cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)]
+        whole = [[cgutils.alloca_once(builder, INTS) for _ in range(sides)] for _ in range(count)]
+
+        def vector_at(first: Any, index: Any, kind: Any) -> Any:
+            place = builder.add(first, builder.mul(index, ir.Constant(I64, 64)))
+            return load(builder, builder.inttoptr(place, I8.as_pointer()), kind)
+
+        with cgutils.for_range(builder, groups, intp=I64) as loop:
+            group = loop.index
+            for t in range(count):
+                of_token = builder.add(builder.mul(groups, ir.Constant(I64, t)), group)
+                builder.store(vector_at(starts, of_token, INTS), whole[t][0])
+                for side in range(1, sides):
+                    builder.store(splat(INTS, 0), whole[t][side])
+            first = builder.mul(group, ir.Constant(I64, 4))
+            last = builder.add(first, ir.Constant(I64, 4))
+            last = builder.select(builder.icmp_signed("<", last, chunks), last, chunks)
+            with cgutils.for_range_slice(builder, first, last, ir.Constant(I64, 1), I64) as (chunk, _):
+                byte = builder.mul(chunk, ir.Constant(I64, 8 * code_bits))
+                start = builder.select(builder.icmp_signed("<=", byte, inside), row, tail)
+                at = builder.inttoptr(builder.add(start, byte), I8.as_pointer())
+                for i, window in enumerate(_four_groups(builder, name, at, code_bits, state_bits, mask)):
+                    mixed = builder.add(builder.mul(window, factor), key)
+                    for t in range(count):
+                        line = builder.mul(builder.add(builder.mul(chunks, ir.Constant(I64, t)), chunk), ir.Constant(I64, 4))
+                        activations = vector_at(codes, builder.add(line, ir.Constant(I64, i)), INTS)
+                        to = whole[t][i % sides]
+                        builder.store(dot(builder, name, builder.load(to), mixed, activations), to)
+            for t in range(count):
+                products = builder.load(whole[t][0])
+                for side in whole[t][1:]:
+                    products = builder.add(products, builder.load(side))
+                of_token = builder.add(builder.mul(groups, ir.Constant(I64, t)), group)
+                place = builder.add(steps, builder.mul(of_token, ir.Constant(I64, 4)))
+                step = builder.load(builder.inttoptr(place, ir.FloatType().as_pointer()))
+                floats = builder.sitofp(products, FLOATS)
+                builder.store(multiply_add(builder, floats, spread(builder, step, FLOATS), builder.load(sums[t])), sums[t])
+        return ctx.make_tuple(builder, signature.return_type, [total(builder, builder.load(s)) for s in sums])
+
+    return signature, codegen
+
+
+@cache
+def _share(code_bits: int, wide: bool, tokens: int) -> Native:
+    """Return the function that multiplies rows until none is left."""
+    bits, more, count, reach = (0,) * code_bits, (0,) * wide, (0,) * tokens, _reach(code_bits)
+
+    def share(at: int) -> int:
+        call = array(at, np.int64, few_tokens.WORDS)
+        layer = array(call[few_tokens.LAYER], np.int64, few_tokens.KEPT_FIRST)
+        code = array(layer[CODE], np.int64, 6)
+        size, rows = code[SIZE], layer[few_tokens.ROWS]
+        chunks = layer[few_tokens.PADDED] // CHUNK
+        tail = np.zeros(2 * reach + 64, np.uint8)
+        tail_at, last = tail.ctypes.data, size - reach
+        step = call[few_tokens.STEP]
+        products = np.empty((step, tokens), np.float32)
+        while True:
+            first = atomic_add(at + 8 * few_tokens.NEXT, step)
+            if first >= rows:
+                return 0
+            end = min(rows, first + step)
+            for r in range(first, end):
+                row = code[STREAM] + r * size
+                if last >= 0:
+                    for line in range(0, reach, 64):
+                        copy_line(tail_at + line, row + last + line)
+                    if code[TAIL_BITING]:
+                        copy_line(tail_at + reach, row)
+                else:
+                    octets = array(row, np.uint8, size)
+                    for i in range(size + 8 if code[TAIL_BITING] else size):
+                        tail[i] = octets[i % size]
+                dots = _dots(
+                    bits, more, count, row, tail_at - max(0, last), last, chunks, code[MASK], code[FACTOR], code[KEY],
+                    call[few_tokens.CODES], call[few_tokens.STARTS], call[few_tokens.STEPS],
+                )  # fmt: skip
+                for t in range(tokens):
+                    products[r - first, t] = dots[t]
+            store(call, layer, first, end, products)
+
+    return Native(share, 1, f"{code_bits}-{wide}-{tokens}")
+
+
+def prepare(
+    stream: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    code: TrellisCode,
+    columns: int,
+    bias: Tensor | None,
+    kept: Sequence[Tensor],
+) -> Callable[[Tensor], Tensor | None] | None:
+    """Do as `matmul.trellis_prepare`."""
+    if not stream.is_contiguous():
+        return None
+    norm, odd, small, left = plan(columns, LARGEST_FACTOR)
+    words = [stream.data_ptr(), stream[0].numel(), (1 << code.state_bits) - 1, code.multiplier, code.key, code.tail_biting]
+    share = partial(_share, code.code_bits, code.state_bits != 16)
+    times, mixing = (factor * norm, (odd, small)) if not left else (None, (1, plan(1)[2]))
+    own = np.array(words, np.int64)
+    product = Prepared((len(scale), columns), times, mixing, scale, bias, own, kept, stream.detach(), share)
+    return product if not left else lambda x: product(mix(x.view(-1, columns), factor).view(x.shape))
