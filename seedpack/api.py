@@ -90,7 +90,12 @@ def load(
 
 
 def _check_load(
-    path: Path, model: nn.Module | None, dense: bool, int8: bool | None, reading: dict[str, Any], options: dict[str, Any]
+    path: Path,
+    model: nn.Module | None,
+    dense: bool,
+    int8: bool | None,
+    reading: dict[str, Any],
+    options: dict[str, Any],
 ) -> None:
     """Refuse arguments of `load` that do not go together, and files that it cannot load so."""
     if model is not None and not isinstance(model, nn.Module):

@@ -34,6 +34,7 @@ from seedpack.dtypes import TORCH_DTYPES, dtype_name
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
 from seedpack.formats.header import level_of, nbytes
+from seedpack.kernels.common.row_tiles import Product
 from seedpack.kernels.dispatch import Backend
 from seedpack.keys import CHECK
 
@@ -65,7 +66,7 @@ class Codec:
 
     @property
     def int8_by_default(self) -> bool:
-        """Whether that adds at most about 1% to the error of the weight, so that it is done where it is faster."""
+        """Whether that adds at most about 1% to the error of the weight, so that it is done where it is faster; else 16 bits are."""
         return False
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
@@ -108,13 +109,11 @@ class Codec:
             return self.decode(parts, shape, dtype, backend)[index]
         return self.decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
 
-    def prepare(
-        self, parts: Parts, shape: Shape, bias: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor | None] | None:
-        """Return the product of few tokens with activations of 8 bits as a function, or None where there is no faster one.
+    def prepare(self, parts: Parts, shape: Shape, bias: Tensor | None, planes: int) -> Product | None:
+        """Return the product of few tokens as a function, or None where there is no faster one than `matmul`.
 
-        It takes x [..., in], contiguous float32 or bfloat16 on the CPU, and returns x @ weight.T + bias [out] in its dtype, or
-        None once the parts have other bytes.
+        It takes x [..., in], contiguous float32 or bfloat16 on the CPU, rounds it to 8 bits (one plane) or to 16 (two), and
+        returns x @ weight.T + bias [out] in its dtype.
         """
         return None
 

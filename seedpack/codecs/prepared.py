@@ -7,23 +7,22 @@ are; their content is compared by the product itself.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Codec, Shape
-from seedpack.kernels.common.row_tiles import FEW_TOKENS
+from seedpack.kernels.common.row_tiles import FEW_TOKENS, Product
 
-Product = Callable[[Tensor], Tensor | None]
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     codec: Codec
-    places: list[int]
+    places: list[int]  # the planes, and where the parts are
     product: Product | None
     owner: weakref.ref[Tensor]  # forgets the entry when the part is gone
 
@@ -32,28 +31,34 @@ _entries: dict[int, _Entry] = {}  # by id of the first part; that an id is taken
 
 
 def few_tokens(
-    codec: Codec, x: Tensor, parts: Sequence[Tensor], names: Sequence[str], shape: Shape, bias: Tensor | None
+    codec: Codec,
+    x: Tensor,
+    parts: Sequence[Tensor],
+    names: Sequence[str],
+    shape: Shape,
+    bias: Tensor | None,
+    planes: int,
 ) -> Tensor | None:
-    """Return the product of few tokens x [..., in] with activations of 8 bits, plus bias [out], in the dtype of x.
+    """Return the product of few tokens x [..., in], plus bias [out], in the dtype of x, rounded to 8 bits, or in two planes to 16.
 
     None where this machine, or the codec, has none: then `Codec.matmul` serves.
     """
     if not x.is_cpu or not 0 < x.numel() <= FEW_TOKENS * shape[1]:
         return None
-    places = [part.data_ptr() for part in parts]
+    places = [planes, *[part.data_ptr() for part in parts]]
     if bias is not None:
         places.append(bias.data_ptr())
     key = id(parts[0])
     for _ in range(2):
         entry = _entries.get(key)
         if entry is None or entry.places != places or (entry.codec is not codec and entry.codec != codec):
-            product = codec.prepare(dict(zip(names, parts, strict=True)), shape, bias)
+            product = codec.prepare(dict(zip(names, parts, strict=True)), shape, bias, planes)
             owner = weakref.ref(parts[0], lambda _: _entries.pop(key, None))
             entry = _entries[key] = _Entry(codec, places, product, owner)
-        if entry.product is None:
+        if (product := entry.product) is None or x.numel() > product.most_tokens * shape[1]:
             return None
         given = x if x.dtype in _DTYPES else x.to(torch.float32)
-        if (y := entry.product(given.contiguous())) is not None:
+        if (y := product(given.contiguous())) is not None:
             return y if y.dtype == x.dtype else y.to(x.dtype)
-        del _entries[key]  # the parts have other bytes now
+        _entries.pop(key, None)  # the parts have other bytes now
     return None

@@ -7,7 +7,7 @@ al., arXiv 2406.11235, NeurIPS 2024) has it, after a random rotation of the inpu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from seedpack.codecs.names import require_bits
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape
+from seedpack.kernels.common.row_tiles import Product
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.rotation import mix, rotate, signs, unrotate
 from seedpack.kernels.trellis.code import TrellisCode
@@ -243,13 +244,13 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         weight = unrotate(weight, self.seed)
         return (weight / self._input_scales(parts, shape[1], weight.device)).to(dtype)
 
-    def prepare(
-        self, parts: Parts, shape: Shape, bias: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor | None] | None:
-        """Prepare the product of few tokens on the CPU: activations are rotated, rounded to 8 bits, and multiplied as bytes."""
+    def prepare(self, parts: Parts, shape: Shape, bias: Tensor | None, planes: int) -> Product | None:
+        """Prepare the product of few tokens on the CPU: activations are rotated, rounded, and multiplied as bytes."""
         scale, factor = self._prepared_scales(parts, shape[1])
         kept = [parts[name] for name in ("scales", "exponent", "balance") if name in parts]
-        return trellis_prepare(parts["weight"], scale, factor, self.code, columns=shape[1], bias=bias, kept=kept)
+        return trellis_prepare(
+            parts["weight"], scale, factor, self.code, columns=shape[1], bias=bias, planes=planes, kept=kept
+        )
 
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend, int8: bool = False) -> Tensor:
         """Rotate the activations instead of the weight, round them to 8 bits if asked, and multiply by the stream."""

@@ -262,7 +262,16 @@ def unpack_module_(module: PackedModule, dtype: torch.dtype | None = None) -> nn
     module._parameters.pop(NO_VALUES, None)
     dense = cast(nn.Module, module)
     module.__dict__.pop("int8_activations", None)
-    for name in ("codec", "codec_text", "part_names", "held_names", "weight_shape", "matrix", "transposed", "compute_dtype"):
+    for name in (
+        "codec",
+        "codec_text",
+        "part_names",
+        "held_names",
+        "weight_shape",
+        "matrix",
+        "transposed",
+        "compute_dtype",
+    ):
         delattr(module, name)
     module.__dict__.pop("_weight", None)
     dense.__class__ = module.__dict__.pop("dense_class")

@@ -62,9 +62,10 @@ def product(
     int8: bool | None,
 ) -> Tensor:
     """Return x [..., in] times the packed weight, plus bias, without a gradient; `int8` is `linear`'s."""
-    rounds = codec.int8_by_default if int8 is None else int8
-    if rounds and (y := few_tokens(codec, x, parts, names, shape, bias)) is not None:
-        return y
+    if int8 is not False:
+        planes = 1 if int8 or codec.int8_by_default else 2
+        if (y := few_tokens(codec, x, parts, names, shape, bias, planes)) is not None:
+            return y
     options: dict[str, Any] = {"int8": True} if int8 else {}
     return codec.matmul(x, dict(zip(names, parts, strict=True)), shape, bias, **options).contiguous()
 
@@ -241,8 +242,8 @@ def linear(
 ) -> Tensor:
     """Multiply x [..., in] by the packed weight [out, in], transposed, and add bias [out]; differentiable in both.
 
-    With `int8` x is rounded to 8 bits, which the gradient ignores; None: where that is faster and costs little, for few tokens
-    on the CPU. Under autocast x has its dtype, as in nn.Linear.
+    With `int8` x is rounded to 8 bits, which the gradient ignores; None: for few tokens on the CPU, to 8 bits where that costs
+    little, else to 16. Under autocast x has its dtype, as in nn.Linear.
     """
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

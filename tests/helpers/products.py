@@ -8,13 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.dtypes import TORCH_DTYPES
 from seedpack.kernels.common.bits import pack, packed_shape
+from seedpack.kernels.common.row_tiles import Product
+from seedpack.kernels.rotation import mix
 from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
 from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_dense
 from seedpack.kernels.trellis.matmul import trellis_matmul, trellis_matmul_transposed
+from seedpack.kernels.trellis.matmul_reference import rounded
 
 LIMIT = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}  # ‖found - exact‖ / ‖exact‖
 
@@ -65,3 +70,38 @@ def seedlm(seed_bits: int, block: int, rank: int, rows: int, columns: int, devic
 
 def error(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact).norm() / exact.norm())
+
+
+@dataclass(frozen=True)
+class FewTokens:
+    """A packed layer's prepared product, with all that it comes from."""
+
+    codec: TrellisCodec
+    parts: dict[str, Tensor]
+    shape: tuple[int, int]
+    bias: Tensor | None
+    product: Product
+
+    def expected(self, x: Tensor, bits: int | None = None) -> Tensor:
+        """Return the product in float64, of activations rounded to 8 bits, or of those as they are."""
+        columns = self.shape[1]
+        scale, factor = self.codec._prepared_scales(self.parts, columns)
+        mixed = mix(x.float(), factor)
+        mixed = rounded(mixed) if bits == 8 else mixed
+        dense = trellis_dense(self.parts["weight"], scale, self.codec.code, columns=columns, backend="reference")
+        y = mixed.double() @ dense.double().T
+        return y if self.bias is None else y + self.bias.double()
+
+
+def few_tokens(
+    code_bits: int, state_bits: int, rows: int, columns: int, tail_biting: bool = True, bias: bool = True, planes: int = 1
+) -> FewTokens:  # fmt: skip
+    codec, shape = TrellisCodec(code_bits, state_bits=state_bits, circular=tail_biting), (rows, columns)
+    parts = {}
+    for name, (dtype, part_shape) in codec.parts(shape).items():
+        parts[name] = torch.randint(0, 100, part_shape).to(TORCH_DTYPES[dtype])
+    parts["scales"] = (torch.rand(rows) + 0.5).half().view(torch.int16)
+    added = torch.randn(rows) if bias else None
+    product = codec.prepare(parts, shape, added, planes)
+    assert product is not None
+    return FewTokens(codec, parts, shape, added, product)

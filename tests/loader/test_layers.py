@@ -168,3 +168,59 @@ def test_activations_of_8_bits_are_an_option() -> None:
     pack_module_(other, CODEC)
     with pytest.raises(ModelError, match=r"no packed linear layer's codec takes them \(found: seedlm\)"):
         use_int8_activations_(other)
+
+
+@pytest.mark.rounds
+@pytest.mark.parametrize("code_bits", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_few_tokens_are_rounded_where_that_costs_little(code_bits: int, dtype: torch.dtype) -> None:
+    """To 8 bits for 4 bits per weight, to 16 for more; and not at all for many tokens, with gradients as before."""
+    layer = nn.Linear(576, 64).to(dtype)
+    codec = TrellisCodec(code_bits, effort="fast")
+    packed = pack_module_(layer, codec, codec.encode(layer.weight.detach().float()))
+    x = torch.randn(2, 3, 576).to(dtype)
+    dense = packed.dense_weight(torch.float32)
+    exact = x.float() @ dense.T + layer.bias.detach().float()
+    with torch.no_grad():
+        few, many = packed(x), packed(x.repeat(2, 3, 1))[:2, :3]
+    least, most = (1e-3, 1.5e-2) if code_bits == 4 else (0, {torch.float32: 1e-4}.get(dtype, 5e-3))
+    assert few.dtype == dtype and least < float((few.float() - exact).norm() / exact.norm()) < most
+    assert float((many.float() - exact).norm() / exact.norm()) < {torch.float32: 1e-5}.get(dtype, 5e-3)
+    given = x.clone().requires_grad_()
+    packed(given).sum().backward()
+    assert torch.equal(packed(given).detach(), few)
+    assert given.grad is not None and torch.allclose(
+        given.grad.float(), dense.sum(0).expand_as(x), rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.rounds
+def test_a_compiled_layer_gives_the_same_tokens() -> None:
+    linears, codec = [nn.Linear(96, 64), nn.Linear(64, 8)], TrellisCodec(4, effort="fast")
+    for linear in linears:
+        pack_module_(linear, codec, codec.encode(linear.weight.detach()))
+    layer = nn.Sequential(*linears)
+    x = torch.randn(1, 96)
+    with torch.no_grad():
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.rounds
+def test_parts_that_move_or_change_are_seen() -> None:
+    layer = nn.Linear(576, 160)
+    codec = TrellisCodec(4, effort="fast")
+    packed = pack_module_(layer, codec, codec.encode(layer.weight.detach()))
+    other = codec.encode(torch.randn(160, 576))
+    x = torch.randn(1, 576)
+    with torch.no_grad():
+        packed(x)
+        packed.load_state_dict(
+            {"packed": other["weight"], **{name: other[name] for name in other if name != "weight"}}, strict=False
+        )
+        exact = x @ packed.dense_weight().T + layer.bias
+        assert float((packed(x) - exact).norm() / exact.norm()) < 1.5e-2
+        with torch.inference_mode():
+            packed.packed_parts()["scales"].copy_(codec.encode(packed.dense_weight() * 3)["scales"])
+        exact = x @ packed.dense_weight().T + layer.bias
+        assert float((packed(x) - exact).norm() / exact.norm()) < 1.5e-2

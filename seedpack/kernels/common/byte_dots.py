@@ -1,7 +1,7 @@
 """The product of bytes with 8-bit activations, in LLVM IR: the processor's own instruction where it has one.
 
 A word of four bytes times its activation is the sum of the bytes times it. Activations lie as words of 32 bits, each in the
-pattern that the instruction takes (`pattern`). All ways give the same integers.
+pattern that the instruction takes (`pattern`). All ways give the same integers, but for a known multiple of the activation.
 """
 
 from __future__ import annotations
@@ -22,16 +22,21 @@ def way() -> str:
     """Return how words are multiplied on the processor that Numba compiles for."""
     if target_has("avx512vbmi") and target_has("avx512vnni"):
         return "vnni512"
-    if target_has("avx512vnni") and target_has("avx512vl") or target_has("avxvnni"):
+    if target_has("avxvnni") or (target_has("avx512vnni") and target_has("avx512vl")):
         return "vnni256"
     if target_has("avx2"):
         return "avx2"
-    return "any"
+    return "neon" if target_has("dotprod") else "any"
 
 
 def pattern(way: str) -> tuple[int, int]:
     """Return the mask and the factor that make an activation's word."""
-    return {"vnni512": IN_BYTES, "vnni256": IN_BYTES, "avx2": IN_HALVES}.get(way, AS_IT_IS)
+    return {"any": AS_IT_IS, "avx2": IN_HALVES}.get(way, IN_BYTES)
+
+
+def shortfall(way: str) -> int:
+    """Return how much too little the sum of a word's bytes counts: where they have signs, 128 is taken from each."""
+    return 512 if way == "neon" else 0
 
 
 def _halves(builder: Any, vector: Any) -> list[Any]:
@@ -66,14 +71,34 @@ def dot(builder: Any, way: str, sums: Any, words: Any, activations: Any) -> Any:
         products = []
         for half, times in zip(_halves(builder, words), _halves(builder, activations), strict=True):
             octets, pairs = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
-            by_two = _call(
-                builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, builder.bitcast(half, octets), splat(octets, 1)
-            )
-            products.append(
-                _call(builder, "llvm.x86.avx2.pmadd.wd", times.type, by_two, builder.bitcast(times, pairs))
-            )
+            by_two = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, builder.bitcast(half, octets), splat(octets, 1))
+            products.append(_call(builder, "llvm.x86.avx2.pmadd.wd", times.type, by_two, builder.bitcast(times, pairs)))
         return builder.add(sums, _joined(builder, *products))
+    if way == "neon":
+        return _signed_dot(builder, sums, builder.xor(words, splat(INTS, 0x80808080)), activations)
     return builder.add(sums, builder.mul(byte_sums(builder, words, 0), activations))
+
+
+def _signed_dot(builder: Any, sums: Any, words: Any, activations: Any) -> Any:
+    """Emit IR for sums + the product of four signed bytes with four others, as ARM has it; on other machines by hand."""
+    if "aarch64" in builder.module.triple or "arm64" in builder.module.triple:
+        octets, name = ir.VectorType(I8, 16), "llvm.aarch64.neon.sdot.v4i32.v16i8"
+        quarters = [
+            [part for half in _halves(builder, vector) for part in _halves(builder, half)]
+            for vector in (sums, words, activations)
+        ]
+        dots = [
+            _call(builder, name, own.type, own, builder.bitcast(w, octets), builder.bitcast(a, octets))
+            for own, w, a in zip(*quarters, strict=True)
+        ]
+        return _joined(builder, _joined(builder, *dots[:2]), _joined(builder, *dots[2:]))
+    for byte in range(4):
+        left, right = (
+            builder.ashr(builder.shl(vector, splat(INTS, 24 - 8 * byte)), splat(INTS, 24))
+            for vector in (words, activations)
+        )
+        sums = builder.add(sums, builder.mul(left, right))
+    return sums
 
 
 def opaque(builder: Any, vector: Any) -> Any:

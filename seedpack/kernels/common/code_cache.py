@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 
 from numba import types
 from numba.core import config
-from numba.core.ccallback import CFunc
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 
 KERNELS = Path(__file__).parents[1]
 DIGEST_BYTES = 32
@@ -37,10 +37,10 @@ def keep_on_disk(dispatcher: Any, variant: str) -> None:
         _warn(_folder(function), error)
 
 
-def compile_at(function: Callable[..., int], words: int, variant: str) -> Any:
-    """Compile a function of so many whole numbers, which returns one, to be called at its `address`; kept on disk."""
-    whole = types.int64
-    compiled: Any = CFunc(function, (tuple([whole] * words), whole), {}, {"nopython": True, "error_model": "numpy"})
+def compile_at(function: Callable[[int], int], variant: str) -> Any:
+    """Compile a function of a whole number, which returns one, to be called at its `address`; kept on disk."""
+    signature = (types.int64,), types.int64
+    compiled: Any = CFunc(function, signature, {}, {"nopython": True, "error_model": "numpy"})
     try:
         compiled._cache = _Cache(function, variant)
     except (OSError, RuntimeError) as error:

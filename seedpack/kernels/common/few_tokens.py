@@ -1,138 +1,66 @@
-"""The product of few tokens on CPUs, all of a layer in one call: mix, round to 8 bits, multiply by the packed rows.
+"""The product of few tokens on CPUs, in one call: mix, round to 8 or 16 bits, multiply by the packed rows.
 
 What does not change from call to call is prepared once, as words in memory. The product itself is the codec's: a function that
-takes rows until none is left, run by all threads that are free. Integers are exact; each group of 256 is scaled in float32.
+takes rows until none is left, run by several threads. Integers are exact; each group of 256 is scaled in float32.
+
+Layers that get the same activations one after the other (query, key and value) become companions: the first of them computes
+for all, and the others return what waits for them, if their activations are the same to the byte.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
+from array import array as words_of
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import carray, types
-from numba.core import cgutils
+from numba import carray, prange  # type: ignore[attr-defined]
 from torch import Tensor
 
+from seedpack.kernels.common.activations import GROUP, KINDS, array, read_floats, round_token, write_floats
 from seedpack.kernels.common.byte_dots import pattern, way
-from seedpack.kernels.common.jit import jit
-from seedpack.kernels.common.memory import pointer
+from seedpack.kernels.common.jit import jit, thread_count
+from seedpack.kernels.common.memory import call_at, call_together, pointer
 from seedpack.kernels.common.native import Native
-from seedpack.kernels.common.row_tiles import padded_token_count
+from seedpack.kernels.common.openmp import parallel_region
+from seedpack.kernels.common.row_tiles import FEW_TOKENS, Product, padded_token_count
+from seedpack.kernels.common.vectors import LANES
 from seedpack.kernels.rotation.cpu import mix_row
-from seedpack.kernels.common.team import LINE, ready, share_out
-from seedpack.kernels.common.vectors import FLOATS, I8, I32, INTS, intrinsic, load, splat, spread
-from seedpack.kernels.common.vectors import store as store_vector
 
-GROUP = 256  # activations that share a scale
-LANES = 16
+LINE = 64  # bytes
 CHUNK = 64  # weights that a step of the inner loop takes
-OFFSET = 510  # by which the sum of a word's bytes exceeds the weight
 ALONE = 1 << 16  # weights, times tokens, up to which one thread is faster than two
-PIECES = 16  # of the rows of a layer, which threads take one at a time
+PIECES = 16  # of a layer's rows for each thread, which take one at a time
 
 # Words of a layer; the codec's own are at CODE. Behind them, for each part that it was prepared from: its address, that of a
 # copy, and their bytes.
-ROWS, COLUMNS, PADDED, FACTOR, ODD, SMALL, ORDER, SCALE, BIAS, CODE, COPIES, KEPT_FIRST = range(12)
-# Words of a call. NEXT, the row that is taken next, is written to by all threads.
+ROWS, COLUMNS, PADDED, PLANES, FACTOR, ODD, SMALL, ORDER, SCALE, BIAS, CODE, OFFSET, COPIES, KEPT_FIRST = range(14)
+# Words of a call. NEXT, the row that is taken next, is written to by all threads and has a line of its own.
 NEXT, LAYER, CODES, STARTS, STEPS, OUT, TOKENS, KIND, STEP, WORDS = 0, 8, 9, 10, 11, 12, 13, 14, 15, 16
-FLOAT32, BFLOAT16 = 0, 1
-KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
+MEMBER = 3  # words of a member of a call: its layer, its product, its result
 
 
 @jit()
-def array(address: int, kind: Any, size: int) -> Any:
-    """Return the array of `size` numbers at an address."""
-    return carray(pointer(address, kind), (size,))
-
-
-@jit()
-def read_bits(bits: int) -> float:
-    """Return the float32 of a bfloat16's bits."""
-    return np.uint32(bits << 16).view(np.float32)
-
-
-@jit()
-def write_bits(value: float) -> int:
-    """Return the bits of the bfloat16 nearest to a float32, ties to even."""
-    bits = np.float32(value).view(np.uint32)
-    if (bits & 0x7FFFFFFF) > 0x7F800000:
-        return (bits >> 16) | 0x40
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-
-
-@jit()
-def store(call: Any, layer: Any, first: int, end: int, products: Any) -> None:
-    """Store the products [end - first, tokens] of some rows, times their scales and with their biases, in the result's dtype."""
-    rows, tokens = layer[ROWS], call[TOKENS]
+def store_rows(call: Any, layer: Any, first: int, end: int, products: Any) -> None:
+    """Store the products [end - first, tokens·planes] of some rows, times their scales and with their biases, as the result."""
+    rows, planes = layer[ROWS], layer[PLANES]
     scale = array(layer[SCALE], np.float32, rows)
-    for r in range(first, end):
-        for t in range(tokens):
-            products[r - first, t] *= scale[r]
-    if layer[BIAS]:
-        bias = array(layer[BIAS], np.float32, rows)
-        for r in range(first, end):
-            for t in range(tokens):
-                products[r - first, t] += bias[r]
-    if call[KIND] == FLOAT32:
-        out = array(call[OUT], np.float32, tokens * rows)
-        for t in range(tokens):
-            for r in range(first, end):
-                out[t * rows + r] = products[r - first, t]
-    else:
-        halves = array(call[OUT], np.uint16, tokens * rows)
-        for t in range(tokens):
-            for r in range(first, end):
-                halves[t * rows + r] = write_bits(products[r - first, t])
-
-
-@intrinsic
-def _round16(
-    context: Any, values: Any, step: Any, codes: Any, start: Any, mask: Any, factor: Any
-) -> Any:
-    """Round the 16 floats at an address: store their codes' words, and take the codes times 510 from the 16 numbers at `start`."""
-
-    def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values, codes, start = (builder.inttoptr(args[i], I8.as_pointer()) for i in (0, 2, 3))
-        mask, factor = (spread(builder, builder.trunc(args[i], I32), INTS) for i in (4, 5))
-        whole = builder.fdiv(load(builder, values, FLOATS), spread(builder, args[1], FLOATS))
-        nearest = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS]), "llvm.rint.v16f32")
-        code = builder.fptosi(builder.call(nearest, [whole]), INTS)
-        sums = builder.sub(load(builder, start, INTS), builder.mul(code, splat(INTS, OFFSET)))
-        store_vector(builder, sums, start)
-        store_vector(builder, builder.mul(builder.and_(code, mask), factor), codes)
-        return ctx.get_dummy_value()
-
-    words = types.int64
-    return types.void(words, types.float32, words, words, words, words), codegen
-
-
-@jit()
-def _round(y: Any, codes: int, starts: int, steps: Any, mask: int, factor: int) -> None:
-    """Round a token's activations to 8 bits in groups of 256: store codes, each group's step, and what its sums start from.
-
-    A group with a number that is not finite gets a step that is not a number. `y` ends in zeros that fill its last chunk.
-    """
-    for group in range(steps.shape[0]):
-        first, last = group * GROUP, min(y.shape[0], (group + 1) * GROUP)
-        largest = np.int32(0)
-        for bits in y[first:last].view(np.int32):
-            largest = max(largest, bits & np.int32(0x7FFFFFFF))  # magnitudes of floats are ordered as their bits
-        step = max(np.int32(largest).view(np.float32), np.float32(1e-30)) / np.float32(127)
-        if largest >= 0x7F800000:
-            step = np.float32(np.nan)
-        steps[group] = step
-        for i in range(first, last, LANES):
-            _round16(y.ctypes.data + 4 * i, step, codes + 4 * i, starts + 4 * LANES * group, mask, factor)
-
-
-@jit()
-def keep(lines: Any, steps: Any, call: Any) -> int:
-    """Return 0; Numba frees an array once its last use is past, and knows nothing of addresses."""
-    return 0 * (len(lines) + len(steps) + len(call))
+    values = np.empty(end - first, np.float32)
+    for t in range(call[TOKENS]):
+        for i in range(end - first):
+            value = products[i, planes * t]
+            if planes == 2:
+                value += products[i, 2 * t + 1]
+            values[i] = value * scale[first + i]
+        if layer[BIAS]:
+            bias = array(layer[BIAS], np.float32, rows)
+            for i in range(end - first):
+                values[i] += bias[first + i]
+        write_floats(values, call[OUT], call[KIND], t * rows + first)
 
 
 @jit()
@@ -149,78 +77,184 @@ def _stale(layer: Any) -> bool:
     return False
 
 
-def _make_run() -> Native:
-    mask, factor = pattern(way())
+@jit()
+def _scratch(layer: Any, tokens: int) -> tuple[int, int, int]:
+    """Return how many numbers the codes of a layer's call take, the starts of its sums, and the steps: for a power of two of
+    tokens and planes."""
+    all_tokens = 1
+    while all_tokens < tokens * layer[PLANES]:
+        all_tokens *= 2
+    groups = -(-layer[PADDED] // GROUP)
+    return all_tokens * layer[PADDED], all_tokens * groups * LANES, -(-all_tokens * groups // LANES) * LANES
 
-    def run(at: int, share: int, x: int, out: int, tokens: int, kind: int, board: int, helpers: int) -> int:
-        """Multiply `tokens` activations at x by the layer at an address; returns 1 if it has to be prepared anew."""
-        layer = array(at, np.int64, KEPT_FIRST)
-        if _stale(array(at, np.int64, KEPT_FIRST + 3 * layer[COPIES])):
-            return 1
-        columns, padded = layer[COLUMNS], layer[PADDED]
-        groups = -(-padded // GROUP)
-        all_tokens = 1
-        while all_tokens < tokens:
-            all_tokens *= 2
-        lines = np.zeros(all_tokens * (padded + groups * LANES) + LANES, np.int32)
-        codes = lines.ctypes.data + -lines.ctypes.data % LINE
-        starts = codes + 4 * all_tokens * padded
-        steps = np.zeros(all_tokens * groups, np.float32)
-        padded_y = np.zeros(padded, np.float32)
-        y = padded_y[:columns]
+
+@jit()
+def _begin(members: int, count: int, x: int, tokens: int, kind: int, pieces: int, mask: int, factor: int) -> Any:
+    """Mix and round `tokens` activations at x for each member; returns the words of the calls [count, words], and the memory
+    that they point into.
+
+    No calls are returned if parts of a member have changed.
+    """
+    member = array(members, np.int64, MEMBER * count)
+    size = LANES
+    for m in range(count):
+        codes, starts, steps = _scratch(array(member[MEMBER * m], np.int64, KEPT_FIRST), tokens)
+        size += codes + starts + steps
+    memory = np.zeros(size, np.int32)
+    at = memory.ctypes.data + -memory.ctypes.data % LINE
+    calls = np.zeros((count, WORDS), np.int64)
+    for m in range(count):
+        layer = array(member[MEMBER * m], np.int64, KEPT_FIRST)
+        if _stale(array(member[MEMBER * m], np.int64, KEPT_FIRST + 3 * layer[COPIES])):
+            return calls[:0], memory
+        columns, padded, planes, call = layer[COLUMNS], layer[PADDED], layer[PLANES], calls[m]
+        codes, starts, steps = _scratch(layer, tokens)
+        call[LAYER], call[OUT], call[TOKENS], call[KIND] = member[MEMBER * m], member[MEMBER * m + 2], tokens, kind
+        call[CODES], call[STARTS], call[STEPS] = at, at + 4 * codes, at + 4 * (codes + starts)
+        call[STEP] = max(1, layer[ROWS] // pieces)
+        at += 4 * (codes + starts + steps)
+        groups = planes * -(-padded // GROUP)
+        y = np.zeros(padded, np.float32)
         small = carray(pointer(layer[SMALL], np.float32), (layer[ORDER], layer[ORDER]))
         for t in range(tokens):
-            if kind == FLOAT32:
-                y[:] = array(x + 4 * t * columns, np.float32, columns)
-            else:
-                bits = array(x + 2 * t * columns, np.uint16, columns)
-                for i in range(columns):
-                    y[i] = read_bits(bits[i])
+            y[columns:] = 0
+            read_floats(x, kind, t * columns, y[:columns])
             if layer[FACTOR]:
                 times = array(layer[FACTOR], np.float32, columns)
                 for i in range(columns):
                     y[i] *= times[i]
-                mix_row(y, layer[ODD], small)
-            _round(
-                padded_y, codes + 4 * t * padded, starts + 4 * LANES * t * groups, steps[t * groups : (t + 1) * groups],
-                mask, factor,
+                mix_row(y[:columns], layer[ODD], small)
+            round_token(
+                y, planes, padded, call[CODES] + 4 * t * planes * padded, call[STARTS] + 4 * LANES * t * groups,
+                array(call[STEPS] + 4 * t * groups, np.float32, groups), layer[OFFSET], mask, factor,
             )  # fmt: skip
-        call = np.zeros(WORDS, np.int64)
-        call[LAYER], call[OUT], call[TOKENS], call[KIND] = at, out, tokens, kind
-        call[CODES], call[STARTS], call[STEPS] = codes, starts, steps.ctypes.data
-        rows = layer[ROWS]
-        few = rows * columns * all_tokens <= ALONE
-        call[STEP] = rows if few else max(1, rows // PIECES)
-        share_out(0 if few else board, helpers, share, call.ctypes.data)
-        return keep(lines, steps, call)
-
-    return Native(run, 8)
+    return calls, memory
 
 
-_run = cache(_make_run)
+@jit()
+def _multiply(members: int, calls: Any) -> None:
+    """Take rows of each member's layer in turn, until none is left."""
+    member = array(members, np.int64, MEMBER * len(calls))
+    for m in range(len(calls)):
+        call_at(member[MEMBER * m + 1], calls[m].ctypes.data)
 
 
-class Prepared:
+@cache
+def _take() -> Native:
+    def take(at: int) -> int:
+        """Multiply by the rows that are left of the calls whose members, count and words are named at an address."""
+        words = array(at, np.int64, 3)
+        _multiply(words[0], carray(pointer(words[2], np.int64), (words[1], WORDS)))
+        return 0
+
+    return Native(take, "take")
+
+
+@jit()
+def _run(
+    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int, region: int, take: int
+) -> bool:  # fmt: skip
+    """Multiply `tokens` activations at x by the layers of some members, on one thread or on torch's; returns whether their
+    parts were still the same."""
+    calls, memory = _begin(members, count, x, tokens, kind, PIECES * threads, mask, factor)
+    words = np.empty(3, np.int64)
+    words[0], words[1], words[2] = members, len(calls), calls.ctypes.data
+    if threads == 1:
+        _multiply(members, calls)
+    elif len(calls):
+        call_together(region, take, words.ctypes.data, threads)
+    return len(calls) > 0 and len(memory) > 0 and len(words) > 0  # kept until here: Numba knows nothing of addresses
+
+
+@jit(parallel=True)
+def _run_by_numba(
+    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int
+) -> bool:
+    """Do as `_run`, on Numba's threads."""
+    calls, memory = _begin(members, count, x, tokens, kind, PIECES * threads, mask, factor)
+    if len(calls):
+        for _ in prange(threads):
+            _multiply(members, calls)
+    return len(calls) > 0 and len(memory) > 0
+
+
+@jit()
+def _same(one: int, other: int, size: int) -> bool:
+    """Return whether the bytes at two addresses are the same."""
+    a, b, different = array(one, np.uint8, size), array(other, np.uint8, size), np.uint8(0)
+    for i in range(size):
+        different |= a[i] ^ b[i]
+    return bool(different == 0)
+
+
+class _Companions(threading.local):
+    """Which layer of this thread computed last, on what, and what it has computed for others.
+
+    That two layers were given activations at one place makes them companions. Whether these are the same is seen by their bytes
+    when the second asks for its result; if it does not ask, or they differ, the two are none any more.
+    """
+
+    def __init__(self) -> None:
+        self.leader: Callable[[], Prepared | None] = lambda: None
+        self.place: tuple[int, object, object] | None = None  # of the activations: address, shape, dtype
+        self.copy: Tensor | None = None
+        self.waiting: dict[int, Tensor] = {}  # by the address of the layer
+
+    def take(self, layer: Prepared, x: Tensor) -> Tensor | None:
+        """Return the result that waits for a layer, if it is that of x."""
+        ready = self.waiting.pop(layer.at, None) if self.waiting else None
+        if ready is None or self.copy is None:
+            return None
+        if self.place == (x.data_ptr(), x.shape, x.dtype) and _same(x.data_ptr(), self.copy.data_ptr(), x.nbytes):
+            return ready
+        if (leader := self.leader()) is not None:
+            leader.part_with(layer)
+        return None
+
+    def put(self, layer: Prepared, x: Tensor, results: Sequence[Tensor]) -> None:
+        """Keep the results of a layer's companions, or make it the companion of the one before."""
+        if self.waiting and (leader := self.leader()) is not None:
+            for member in list(leader.companions):
+                if member.at in self.waiting:
+                    leader.part_with(member)
+        self.waiting = {}
+        place = x.data_ptr(), x.shape, x.dtype
+        if layer.companions:
+            self.copy = x.clone()
+            self.waiting = {member.at: result for member, result in zip(layer.companions, results[1:], strict=True)}
+        elif place == self.place and (leader := self.leader()) is not None and leader.join(layer):
+            return
+        self.leader, self.place = layer.reference, place
+
+
+_companions = _Companions()
+
+
+class Prepared(Product):
     """A layer's product for few tokens, ready to be called.
 
     Args:
         shape: of the weight, [rows, columns].
+        planes: 1 for activations of 8 bits, 2 for 16.
         factor: what activations are multiplied by before they are mixed, float32 [columns]; None: they are not mixed.
         mixing: the odd order of the mixing and the matrix of it, see `rotation.cpu.plan`.
         scale: float32 [rows], of the integers.
+        offset: by which the sum of a word's bytes exceeds the weight's integer.
         bias: [rows], or None.
         code: the codec's own words.
         kept: the parts that all of this comes from; if their bytes change, the layer is prepared anew.
         alive: what else must stay in memory.
-        share: makes the function that takes rows, for a count of tokens.
+        share: makes the function that takes rows, for a count of tokens and planes.
     """
 
     def __init__(
         self,
         shape: tuple[int, int],
+        planes: int,
         factor: Tensor | None,
         mixing: tuple[int, Any],
         scale: Tensor,
+        offset: int,
         bias: Tensor | None,
         code: Any,
         kept: Sequence[Tensor],
@@ -233,26 +267,70 @@ class Prepared:
         tensors = [tensor.detach() for tensor in (*kept, *([] if bias is None else [bias]))]
         copies = [tensor.clone() for tensor in tensors]
         self._alive = factor, small, scale, single, code, tensors, copies, alive
-        words = [rows, columns, -(-columns // CHUNK) * CHUNK, address(factor), odd, small.ctypes.data, len(small)]
-        words += [address(scale), address(single), code.ctypes.data, len(copies)]
+        words = [
+            rows,
+            columns,
+            -(-columns // CHUNK) * CHUNK,
+            planes,
+            address(factor),
+            odd,
+            small.ctypes.data,
+            len(small),
+        ]
+        words += [address(scale), address(single), code.ctypes.data, offset, len(copies)]
         for tensor, copy in zip(tensors, copies, strict=True):
             words += [tensor.data_ptr(), copy.data_ptr(), copy.nbytes]
         self._words = np.array(words, np.int64)
-        self._at, self._rows = self._words.ctypes.data, rows
-        self._share = share
-        self._shares: dict[int, int] = {}
-        self._call = _run().call
+        self.at, self.rows, self.columns, self.planes = self._words.ctypes.data, rows, columns, planes
+        self._share, self._shares = share, dict[int, int]()
+        self._pattern = pattern(way())
+        self.most_tokens = FEW_TOKENS // planes
+        self.companions: list[Prepared] = []
+        self._strangers: set[int] = set()  # former companions
+        self.reference = weakref.ref(self)
+
+    def join(self, other: Prepared) -> bool:
+        """Make a layer a companion, unless it has been one, or has other activations."""
+        if other is self or other.columns != self.columns or other.planes != self.planes or other.at in self._strangers:
+            return False
+        if other not in self.companions:
+            self.companions.append(other)
+        return True
+
+    def part_with(self, other: Prepared) -> None:
+        """Make a layer a companion no more."""
+        self._strangers.add(other.at)
+        self.companions = [member for member in self.companions if member is not other]
+
+    def share(self, tokens: int) -> int:
+        """Return the address of the function that takes rows."""
+        known = self._shares.get(tokens)
+        if known is None:
+            known = self._shares[tokens] = self._share(padded_token_count(tokens * self.planes)).address
+        return known
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return the product of x [..., columns], contiguous float32 or bfloat16, of few tokens, in its dtype; None if the
         parts have changed."""
-        tokens = x.numel() // x.shape[-1]
-        out = x.new_empty((*x.shape[:-1], self._rows))
-        share = self._shares.get(tokens)
-        if share is None:
-            share = self._shares[tokens] = self._share(padded_token_count(tokens)).address
-        stale = self._call(self._at, share, x.data_ptr(), out.data_ptr(), tokens, KINDS[x.dtype], *ready())
-        return None if stale else out
+        if (ready := _companions.take(self, x)) is not None:
+            return ready
+        tokens = x.numel() // self.columns
+        shape = x.shape[:-1]
+        results = [torch.empty((*shape, member.rows), dtype=x.dtype) for member in (self, *self.companions)]
+        words = [self.at, self.share(tokens), results[0].data_ptr()]
+        weights = self.rows
+        for member, result in zip(self.companions, results[1:], strict=True):
+            words += [member.at, member.share(tokens), result.data_ptr()]
+            weights += member.rows
+        members = words_of("q", words)
+        threads = 1 if weights * self.columns * tokens <= ALONE else thread_count()
+        given = members.buffer_info()[0], len(results), x.data_ptr(), tokens, KINDS[x.dtype], *self._pattern, threads
+        region = parallel_region()
+        if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
+            self.companions = []
+            return None
+        _companions.put(self, x, results)
+        return results[0]
 
 
 def address(tensor: Tensor | None) -> int:

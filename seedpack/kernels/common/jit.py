@@ -55,12 +55,7 @@ def jit(*, parallel: bool = False, **options: Any) -> Callable[[Function], Funct
 
 def thread_count() -> int:
     """Return how many threads a parallel kernel runs on."""
-    return 1 if _mode is Mode.SERIAL else int(numba.get_num_threads())
-
-
-def alone() -> bool:
-    """Return whether this process computes on one thread: a forked child."""
-    return _mode is Mode.SERIAL
+    return 1 if _mode is Mode.SERIAL else min(int(numba.get_num_threads()), torch.get_num_threads())
 
 
 def _dispatcher(function: Callable[..., Any], variant: str, options: dict[str, Any]) -> Any:

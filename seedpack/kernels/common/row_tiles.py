@@ -11,6 +11,18 @@ from torch import Tensor
 TILE_WEIGHTS = 1 << 21  # float32 of a tile: 8 MB, measured best; smaller ones change between thread pools too often
 FEW_TOKENS = 8  # up to so many the weights are regenerated inside the product, beyond it tile by tile
 TOKEN_COUNTS = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled for each
+
+
+class Product:
+    """A prepared product of few tokens, at most `most_tokens`."""
+
+    most_tokens: int
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Return the product of x [..., columns]; None once the parts have other bytes."""
+        raise NotImplementedError
+
+
 Tile = Callable[[slice], Tensor]  # from a slice of rows to the weight there, float32 [rows, columns]
 
 

@@ -52,6 +52,13 @@ def load(builder: Any, pointer: Any, vector: Any) -> Any:
     return builder.load(builder.bitcast(pointer, vector.as_pointer()), align=1)
 
 
+def prefetch(builder: Any, pointer: Any) -> None:
+    """Emit IR that has the line at a pointer fetched, which may lie anywhere."""
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])  # to read, to keep, data
+
+
 def store(builder: Any, value: Any, pointer: Any) -> None:
     """Emit IR that stores an unaligned vector."""
     builder.store(value, builder.bitcast(pointer, value.type.as_pointer()), align=1)

@@ -7,7 +7,7 @@ that it runs on at, are copied behind each other first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -18,11 +18,13 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.common import few_tokens
-from seedpack.kernels.common.byte_dots import dot, opaque, way, windows
-from seedpack.kernels.common.few_tokens import CHUNK, CODE, Prepared, array, store
+from seedpack.kernels.common.activations import array
+from seedpack.kernels.common.byte_dots import dot, opaque, shortfall, way, windows
+from seedpack.kernels.common.few_tokens import CHUNK, CODE, PLANES, Prepared, store_rows
 from seedpack.kernels.common.memory import atomic_add, copy_line
 from seedpack.kernels.common.native import Native
 from seedpack.kernels.common.vectors import (
+    F32,
     FLOATS,
     I8,
     I32,
@@ -31,18 +33,20 @@ from seedpack.kernels.common.vectors import (
     intrinsic,
     load,
     multiply_add,
+    prefetch,
     splat,
     spread,
     total,
     words_at,
 )
-from seedpack.kernels.rotation import mix
 from seedpack.kernels.rotation.cpu import plan
 from seedpack.kernels.rotation.reference import LARGEST_FACTOR
 from seedpack.kernels.trellis.code import TrellisCode
 
+OFFSET = 510  # by which the sum of a word's bytes exceeds the weight
 # The codec's own words.
 STREAM, SIZE, MASK, FACTOR, KEY, TAIL_BITING = range(6)
+AHEAD = 4096  # bytes that are fetched before they are needed: processors do not read ahead beyond a page of memory
 _OCTETS = ir.VectorType(I8, 64)
 
 
@@ -72,68 +76,73 @@ def _four_groups(builder: Any, way: str, at: Any, code_bits: int, state_bits: in
     return [windows(builder, octets[start], byte, code_bits, state_bits, mask) for start, byte in loads]
 
 
+def emit_dots(builder: Any, name: str, code_bits: int, state_bits: int, count: int, *args: Any) -> list[Any]:
+    """Emit IR for the products of a row with each of `count` tokens, not yet times its scale, in a way of `byte_dots`.
+
+    The arguments are words: the addresses of the row's bytes, and of a copy of its last ones, less where they stand in the row;
+    the last byte of the row from which a step can load; steps of 64 weights; mask, factor and key of the code; the addresses
+    of codes, starts and steps, see `common.few_tokens`.
+    """
+    row, tail, last, chunks, mask, factor, key, codes, starts, steps = args
+    sides = _accumulators(count)
+    mask, factor, key = (spread(builder, builder.trunc(word, I32), INTS) for word in (mask, factor, key))
+    groups = builder.sdiv(builder.add(chunks, ir.Constant(I64, 3)), ir.Constant(I64, 4))
+    sums = [cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)]
+    whole = [[cgutils.alloca_once(builder, INTS) for _ in range(sides)] for _ in range(count)]
+
+    def vector_at(first: Any, index: Any) -> Any:
+        place = builder.add(first, builder.mul(index, ir.Constant(I64, 64)))
+        return load(builder, builder.inttoptr(place, I8.as_pointer()), INTS)
+
+    with cgutils.for_range(builder, groups, intp=I64) as loop:
+        group = loop.index
+        of_tokens = [builder.add(builder.mul(groups, ir.Constant(I64, t)), group) for t in range(count)]
+        for own, at in zip(whole, of_tokens, strict=True):
+            builder.store(vector_at(starts, at), own[0])
+            for side in own[1:]:
+                builder.store(splat(INTS, 0), side)
+        first = builder.mul(group, ir.Constant(I64, 4))
+        end = builder.add(first, ir.Constant(I64, 4))
+        end = builder.select(builder.icmp_signed("<", end, chunks), end, chunks)
+        with cgutils.for_range_slice(builder, first, end, ir.Constant(I64, 1), I64) as (chunk, _):
+            byte = builder.mul(chunk, ir.Constant(I64, 8 * code_bits))
+            start = builder.select(builder.icmp_signed("<=", byte, last), row, tail)
+            at = builder.inttoptr(builder.add(start, byte), I8.as_pointer())
+            ahead = builder.add(builder.add(row, byte), ir.Constant(I64, AHEAD))
+            prefetch(builder, builder.inttoptr(ahead, I8.as_pointer()))
+            lines = [
+                builder.mul(builder.add(builder.mul(chunks, ir.Constant(I64, t)), chunk), ir.Constant(I64, 4))
+                for t in range(count)
+            ]
+            for i, window in enumerate(_four_groups(builder, name, at, code_bits, state_bits, mask)):
+                mixed = builder.add(builder.mul(window, factor), key)
+                for own, line in zip(whole, lines, strict=True):
+                    activations = vector_at(codes, builder.add(line, ir.Constant(I64, i)))
+                    to = own[i % sides]
+                    builder.store(dot(builder, name, builder.load(to), mixed, activations), to)
+        for total_of, own, at in zip(sums, whole, of_tokens, strict=True):
+            products = builder.load(own[0])
+            for side in own[1:]:
+                products = builder.add(products, builder.load(side))
+            place = builder.add(steps, builder.mul(at, ir.Constant(I64, 4)))
+            step = spread(builder, builder.load(builder.inttoptr(place, F32.as_pointer())), FLOATS)
+            floats = builder.sitofp(products, FLOATS)
+            builder.store(multiply_add(builder, floats, step, builder.load(total_of)), total_of)
+    return [total(builder, builder.load(total_of)) for total_of in sums]
+
+
 @intrinsic
 def _dots(
     context: Any, bits: Any, wide: Any, tokens: Any, row: Any, tail: Any, last: Any, chunks: Any, mask: Any, factor: Any,
     key: Any, codes: Any, starts: Any, steps: Any,
 ) -> Any:  # fmt: skip
-    """Return the products of a row with each token, not yet times its scale.
-
-    Args:
-        bits, wide, tokens: tuples of k elements, of one where windows have more than 16 bits, of the count of tokens.
-        row, tail: addresses of the row's bytes, and of a copy of its last ones, less where they stand in the row.
-        last: the last byte of the row from which a step can load.
-        chunks: steps of 64 weights.
-        mask, factor, key: of the code.
-        codes, starts, steps: addresses, see `common.few_tokens`.
-    """
-    code_bits, state_bits, count = bits.count, 20 if wide.count else 16, tokens.count
-    words = (types.int64,) * 10
-    signature = types.UniTuple(types.float32, count)(bits, wide, tokens, *words)
+    """Return what `emit_dots` emits; tuples of k elements, of one where windows have more than 16 bits, and of the count of
+    tokens stand for these."""
+    signature = types.UniTuple(types.float32, tokens.count)(bits, wide, tokens, *(types.int64,) * 10)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
-        row, tail, inside, chunks, mask, factor, key, codes, starts, steps = args[3:]
-        name, sides = way(), _accumulators(count)
-        mask, factor, key = (spread(builder, builder.trunc(word, I32), INTS) for word in (mask, factor, key))
-        groups = builder.sdiv(builder.add(chunks, ir.Constant(I64, 3)), ir.Constant(I64, 4))
-        sums = [cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)]
-        whole = [[cgutils.alloca_once(builder, INTS) for _ in range(sides)] for _ in range(count)]
-
-        def vector_at(first: Any, index: Any, kind: Any) -> Any:
-            place = builder.add(first, builder.mul(index, ir.Constant(I64, 64)))
-            return load(builder, builder.inttoptr(place, I8.as_pointer()), kind)
-
-        with cgutils.for_range(builder, groups, intp=I64) as loop:
-            group = loop.index
-            for t in range(count):
-                of_token = builder.add(builder.mul(groups, ir.Constant(I64, t)), group)
-                builder.store(vector_at(starts, of_token, INTS), whole[t][0])
-                for side in range(1, sides):
-                    builder.store(splat(INTS, 0), whole[t][side])
-            first = builder.mul(group, ir.Constant(I64, 4))
-            last = builder.add(first, ir.Constant(I64, 4))
-            last = builder.select(builder.icmp_signed("<", last, chunks), last, chunks)
-            with cgutils.for_range_slice(builder, first, last, ir.Constant(I64, 1), I64) as (chunk, _):
-                byte = builder.mul(chunk, ir.Constant(I64, 8 * code_bits))
-                start = builder.select(builder.icmp_signed("<=", byte, inside), row, tail)
-                at = builder.inttoptr(builder.add(start, byte), I8.as_pointer())
-                for i, window in enumerate(_four_groups(builder, name, at, code_bits, state_bits, mask)):
-                    mixed = builder.add(builder.mul(window, factor), key)
-                    for t in range(count):
-                        line = builder.mul(builder.add(builder.mul(chunks, ir.Constant(I64, t)), chunk), ir.Constant(I64, 4))
-                        activations = vector_at(codes, builder.add(line, ir.Constant(I64, i)), INTS)
-                        to = whole[t][i % sides]
-                        builder.store(dot(builder, name, builder.load(to), mixed, activations), to)
-            for t in range(count):
-                products = builder.load(whole[t][0])
-                for side in whole[t][1:]:
-                    products = builder.add(products, builder.load(side))
-                of_token = builder.add(builder.mul(groups, ir.Constant(I64, t)), group)
-                place = builder.add(steps, builder.mul(of_token, ir.Constant(I64, 4)))
-                step = builder.load(builder.inttoptr(place, ir.FloatType().as_pointer()))
-                floats = builder.sitofp(products, FLOATS)
-                builder.store(multiply_add(builder, floats, spread(builder, step, FLOATS), builder.load(sums[t])), sums[t])
-        return ctx.make_tuple(builder, signature.return_type, [total(builder, builder.load(s)) for s in sums])
+        found = emit_dots(builder, way(), bits.count, 20 if wide.count else 16, tokens.count, *args[3:])
+        return ctx.make_tuple(builder, signature.return_type, found)
 
     return signature, codegen
 
@@ -151,7 +160,7 @@ def _share(code_bits: int, wide: bool, tokens: int) -> Native:
         chunks = layer[few_tokens.PADDED] // CHUNK
         tail = np.zeros(2 * reach + 64, np.uint8)
         tail_at, last = tail.ctypes.data, size - reach
-        step = call[few_tokens.STEP]
+        step, given = call[few_tokens.STEP], call[few_tokens.TOKENS] * layer[PLANES]
         products = np.empty((step, tokens), np.float32)
         while True:
             first = atomic_add(at + 8 * few_tokens.NEXT, step)
@@ -173,11 +182,11 @@ def _share(code_bits: int, wide: bool, tokens: int) -> Native:
                     bits, more, count, row, tail_at - max(0, last), last, chunks, code[MASK], code[FACTOR], code[KEY],
                     call[few_tokens.CODES], call[few_tokens.STARTS], call[few_tokens.STEPS],
                 )  # fmt: skip
-                for t in range(tokens):
+                for t in range(given):
                     products[r - first, t] = dots[t]
-            store(call, layer, first, end, products)
+            store_rows(call, layer, first, end, products)
 
-    return Native(share, 1, f"{code_bits}-{wide}-{tokens}")
+    return Native(share, f"{way()}-{code_bits}-{wide}-{tokens}")
 
 
 def prepare(
@@ -187,15 +196,17 @@ def prepare(
     code: TrellisCode,
     columns: int,
     bias: Tensor | None,
+    planes: int,
     kept: Sequence[Tensor],
-) -> Callable[[Tensor], Tensor | None] | None:
+) -> Prepared | None:
     """Do as `matmul.trellis_prepare`."""
-    if not stream.is_contiguous():
-        return None
     norm, odd, small, left = plan(columns, LARGEST_FACTOR)
-    words = [stream.data_ptr(), stream[0].numel(), (1 << code.state_bits) - 1, code.multiplier, code.key, code.tail_biting]
+    if left or not stream.is_contiguous():
+        return None
+    mask = (1 << code.state_bits) - 1
+    words = [stream.data_ptr(), stream[0].numel(), mask, code.multiplier, code.key, code.tail_biting]
     share = partial(_share, code.code_bits, code.state_bits != 16)
-    times, mixing = (factor * norm, (odd, small)) if not left else (None, (1, plan(1)[2]))
-    own = np.array(words, np.int64)
-    product = Prepared((len(scale), columns), times, mixing, scale, bias, own, kept, stream.detach(), share)
-    return product if not left else lambda x: product(mix(x.view(-1, columns), factor).view(x.shape))
+    return Prepared(
+        (len(scale), columns), planes, factor * float(norm), (odd, small), scale, OFFSET - shortfall(way()), bias, np.array(words, np.int64), kept,
+        stream.detach(), share,
+    )  # fmt: skip

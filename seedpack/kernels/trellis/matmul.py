@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from seedpack.kernels.common.row_tiles import Product
 from seedpack.kernels.dispatch import Backend, can_run, kernels_for
 from seedpack.kernels.trellis.code import TrellisCode
 
@@ -59,17 +60,19 @@ def trellis_prepare(
     *,
     columns: int,
     bias: Tensor | None,
+    planes: int,
     kept: Sequence[Tensor],
-) -> Callable[[Tensor], Tensor | None] | None:
-    """Return `trellis_linear` for few tokens and 8-bit activations, plus bias [rows], as a function to be called again and again.
+) -> Product | None:
+    """Return `trellis_linear` for few tokens, plus bias [rows], as a function to be called again and again.
 
-    It takes contiguous x [..., columns], float32 or bfloat16, and returns None once `kept`, the parts that all but the stream
-    come from, have other bytes. None where these tensors are not on the CPU, or nothing is compiled there.
+    It takes contiguous x [..., columns], float32 or bfloat16, which it rounds to 8 bits, or in two planes to 16, and returns
+    None once `kept`, the parts that all but the stream come from, have other bytes. None where nothing is compiled for these
+    tensors, or where the mixing takes matrices too large for it.
     """
     if not can_run("cpu", stream.device):
         return None
     prepare: Any = kernels_for("trellis.few_tokens", "cpu", stream.device).prepare
-    return prepare(stream, scale, factor, code, columns, bias, kept)  # type: ignore[no-any-return]
+    return prepare(stream, scale, factor, code, columns, bias, planes, kept)  # type: ignore[no-any-return]
 
 
 def trellis_matmul_transposed(

@@ -1,0 +1,192 @@
+"""The product of few tokens on the CPU, in integers: each way of multiplying bytes, odd shapes, changed parts, companions."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import llvmlite.binding as llvm
+import pytest
+import torch
+from llvmlite import ir
+
+from seedpack.kernels.common import few_tokens as calls
+from seedpack.kernels.common.few_tokens import Prepared
+from seedpack.kernels.trellis.few_tokens_cpu import emit_dots
+from tests.helpers.marks import slow_but
+from tests.helpers.products import LIMIT, FewTokens, error, few_tokens
+from tests.helpers.ways import outcome
+
+# k, L, rows, columns: rows shorter than a load, odd widths, prime factors, rows of several groups, windows of 18 and 20 bits
+SHAPES = [
+    (4, 16, 40, 576), (2, 16, 35, 300), (3, 18, 33, 264), (4, 16, 17, 515), (1, 16, 7, 37), (5, 20, 9, 64), (6, 16, 130, 200),
+    (7, 16, 9, 777), (8, 16, 5, 1), (4, 18, 10, 1000),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer of another test is a companion."""
+    monkeypatch.setattr(calls, "_companions", calls._Companions())
+
+
+@pytest.mark.parametrize(
+    "shape", [*SHAPES[:3], *(pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES[3:])], ids=str
+)
+@pytest.mark.parametrize("tail_biting", [True, False])
+@pytest.mark.parametrize("tokens", slow_but([1, 3], [1, 2, 3, 8]))
+def test_product_is_that_of_rounded_activations(
+    shape: tuple[int, int, int, int], tail_biting: bool, tokens: int, poison: None
+) -> None:
+    weight = few_tokens(*shape, tail_biting, bias=tokens > 1)
+    x = torch.randn(tokens, shape[3])
+    for dtype in (torch.float32, torch.bfloat16):
+        given = x.to(dtype)
+        found = weight.product(given)
+        assert found is not None and found.dtype == dtype and found.shape == (tokens, shape[2])
+        assert error(found, weight.expected(given, 8)) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_two_planes_are_sixteen_bits(tokens: int, poison: None) -> None:
+    weight = few_tokens(5, 16, 33, 600, planes=2)
+    x = torch.randn(2, tokens, 300)[:, :, :300].reshape(tokens, 600)
+    found = weight.product(x)
+    assert found is not None and error(found, weight.expected(x)) < 3e-5
+    assert weight.product.most_tokens == 4
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    weight = few_tokens(4, 16, 20, 600)
+    for bad in (float("nan"), float("inf")):
+        x = torch.randn(2, 600)
+        x[1, 5] = bad
+        found = weight.product(x)
+        assert found is not None and found[0].isfinite().all() and found[1].isnan().all()
+    nothing = weight.product(torch.zeros(1, 600))
+    assert nothing is not None and weight.bias is not None and torch.equal(nothing[0], weight.bias)
+
+
+@pytest.mark.parametrize("part", ["scales", "exponent", "balance", "bias"])
+def test_changed_parts_are_seen(part: str) -> None:
+    weight = few_tokens(4, 16, 200, 576)
+    x = torch.randn(1, 576)
+    assert weight.product(x) is not None
+    changed = weight.bias if part == "bias" else weight.parts[part]
+    assert changed is not None
+    changed[-1] += 1  # in place
+    assert weight.product(x) is None
+
+
+@pytest.mark.parametrize("way", slow_but(["vnni512", "avx2", "neon"], ["vnni512", "vnni256", "avx2", "neon", "any"]))
+def test_every_way_gives_the_same(way: str) -> None:
+    """Each on this machine, by leaving out features of its processor; that of ARM with its instruction emulated."""
+    found = outcome(way)
+    if not found:
+        pytest.skip(f"this processor cannot multiply bytes by {way}")
+    name, worst = found.split()
+    assert name == way and float(worst) < LIMIT[torch.float32]
+
+
+def test_compiles_for_arm() -> None:
+    """With a table look-up, a shift, a mask, a multiply–add and one product of bytes for four weights, and nothing spilled."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
+    module = ir.Module()
+    module.triple = "aarch64-linux-gnu"
+    words = [ir.IntType(64)] * 10
+    function = ir.Function(module, ir.FunctionType(ir.FloatType(), words), "row")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(emit_dots(builder, "neon", 4, 16, 1, *function.args)[0])
+    machine = llvm.Target.from_triple(module.triple).create_target_machine(features="+neon,+dotprod", opt=3)
+    parsed = llvm.parse_assembly(str(module))
+    builder_of_passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(3))
+    builder_of_passes.getModulePassManager().run(parsed, builder_of_passes)
+    lines = [line.split() for line in machine.emit_assembly(parsed).splitlines() if line.startswith("\t")]
+    names = [line[0] for line in lines]
+    assert names.count("sdot") == 16 and names.count("tbl") == 16  # a step takes 64 weights
+    first, last = (index for index in (names.index("sdot"), len(names) - 1 - names[::-1].index("sdot")))
+    assert sum(name in ("str", "stp") for name in names[first:last]) == 0
+    assert last - first <= 64 * 2
+
+
+def companions(count: int) -> list[FewTokens]:
+    """Layers that have been called one after the other on the same activations, twice."""
+    weights = [few_tokens(4, 16, rows, 576) for rows in (40, 24, 33)[:count]]
+    for _ in range(2):
+        x = torch.randn(1, 576)
+        for weight in weights:
+            weight.product(x)
+    return weights
+
+
+def leader(weights: list[FewTokens]) -> Prepared:
+    product = weights[0].product
+    assert isinstance(product, Prepared)
+    return product
+
+
+def test_companions_are_computed_together() -> None:
+    weights = companions(3)
+    assert len(leader(weights).companions) == 2
+    x = torch.randn(1, 576)
+    for weight in weights:
+        found = weight.product(x)
+        assert found is not None and error(found, weight.expected(x, 8)) < LIMIT[torch.float32]
+
+
+@pytest.mark.parametrize("where", ["in place", "elsewhere"])
+def test_other_activations_part_companions(where: str) -> None:
+    weights = companions(2)
+    x = torch.randn(1, 576)
+    weights[0].product(x)
+    x = x.mul_(2) if where == "in place" else torch.randn(1, 576)
+    found = weights[1].product(x)
+    assert found is not None and error(found, weights[1].expected(x, 8)) < LIMIT[torch.float32]
+    if where == "in place":
+        assert not leader(weights).companions
+
+
+def test_companions_that_are_not_called_are_parted() -> None:
+    weights = companions(2)
+    weights[0].product(torch.randn(1, 576))
+    weights[0].product(torch.randn(1, 576))
+    assert not leader(weights).companions
+
+
+def test_companions_whose_parts_changed_are_not_computed() -> None:
+    weights = companions(2)
+    weights[1].parts["scales"][0] += 1
+    x = torch.randn(1, 576)
+    assert weights[0].product(x) is None  # prepared anew, alone
+    assert weights[1].product(x) is None
+
+
+def test_threads_have_companions_of_their_own() -> None:
+    weights = companions(2)
+    wrong = []
+
+    def work(seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(50):
+            x = torch.randn(1, 576, generator=generator)
+            for weight in weights:
+                found = weight.product(x)
+                if found is None or error(found, weight.expected(x, 8)) > LIMIT[torch.float32]:
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_layer_that_is_gone_leaves_no_memory() -> None:
+    weights = companions(1)
+    gone = weakref.ref(weights[0].product)
+    del weights
+    gc.collect()
+    assert gone() is None
