@@ -28,7 +28,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer of another test is a companion."""
-    monkeypatch.setattr(calls, "_companions", calls._Companions())
+    monkeypatch.setattr(calls, "_thread", calls._Thread())
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def leader(weights: list[FewTokens]) -> Prepared:
 
 def test_companions_are_computed_together() -> None:
     weights = companions(3)
-    assert len(leader(weights).companions) == 2
+    assert len(leader(weights).members) == 3
     x = torch.randn(1, 576)
     for weight in weights:
         found = weight.product(x)
@@ -145,14 +145,14 @@ def test_other_activations_part_companions(where: str) -> None:
     found = weights[1].product(x)
     assert found is not None and error(found, weights[1].expected(x, 8)) < LIMIT[torch.float32]
     if where == "in place":
-        assert not leader(weights).companions
+        assert leader(weights).members == [leader(weights)]
 
 
 def test_companions_that_are_not_called_are_parted() -> None:
     weights = companions(2)
     weights[0].product(torch.randn(1, 576))
     weights[0].product(torch.randn(1, 576))
-    assert not leader(weights).companions
+    assert leader(weights).members == [leader(weights)]
 
 
 def test_companions_whose_parts_changed_are_not_computed() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from seedpack.kernels.common.activations import GROUP, KINDS, array, read_floats, round_token, write_floats
 from seedpack.kernels.common.byte_dots import pattern, way
-from seedpack.kernels.common.jit import jit, thread_count
+from seedpack.kernels.common.jit import jit, torch_thread_count
 from seedpack.kernels.common.memory import call_at, call_together, pointer
 from seedpack.kernels.common.native import Native
 from seedpack.kernels.common.openmp import parallel_region
@@ -34,7 +34,8 @@ from seedpack.kernels.rotation.cpu import mix_row
 LINE = 64  # bytes
 CHUNK = 64  # weights that a step of the inner loop takes
 ALONE = 1 << 16  # weights, times tokens, up to which one thread is faster than two
-PIECES = 16  # of a layer's rows for each thread, which take one at a time
+PIECES = 2, 16  # of a layer's rows for each thread, at least and at most
+PIECE = 1 << 17  # weights of a piece at least, where there are more pieces than the least
 
 # Words of a layer; the codec's own are at CODE. Behind them, for each part that it was prepared from: its address, that of a
 # copy, and their bytes.
@@ -42,6 +43,7 @@ ROWS, COLUMNS, PADDED, PLANES, FACTOR, ODD, SMALL, ORDER, SCALE, BIAS, CODE, OFF
 # Words of a call. NEXT, the row that is taken next, is written to by all threads and has a line of its own.
 NEXT, LAYER, CODES, STARTS, STEPS, OUT, TOKENS, KIND, STEP, WORDS = 0, 8, 9, 10, 11, 12, 13, 14, 15, 16
 MEMBER = 3  # words of a member of a call: its layer, its product, its result
+MOST_MEMBERS = 8
 
 
 @jit()
@@ -89,7 +91,7 @@ def _scratch(layer: Any, tokens: int) -> tuple[int, int, int]:
 
 
 @jit()
-def _begin(members: int, count: int, x: int, tokens: int, kind: int, pieces: int, mask: int, factor: int) -> Any:
+def _begin(members: int, count: int, x: int, tokens: int, kind: int, threads: int, mask: int, factor: int) -> Any:
     """Mix and round `tokens` activations at x for each member; returns the words of the calls [count, words], and the memory
     that they point into.
 
@@ -111,7 +113,8 @@ def _begin(members: int, count: int, x: int, tokens: int, kind: int, pieces: int
         codes, starts, steps = _scratch(layer, tokens)
         call[LAYER], call[OUT], call[TOKENS], call[KIND] = member[MEMBER * m], member[MEMBER * m + 2], tokens, kind
         call[CODES], call[STARTS], call[STEPS] = at, at + 4 * codes, at + 4 * (codes + starts)
-        call[STEP] = max(1, layer[ROWS] // pieces)
+        least, most = layer[ROWS] // (PIECES[1] * threads), layer[ROWS] // (PIECES[0] * threads)
+        call[STEP] = max(1, min(most, max(least, PIECE // columns))) if threads > 1 else layer[ROWS]
         at += 4 * (codes + starts + steps)
         groups = planes * -(-padded // GROUP)
         y = np.zeros(padded, np.float32)
@@ -156,7 +159,7 @@ def _run(
 ) -> bool:  # fmt: skip
     """Multiply `tokens` activations at x by the layers of some members, on one thread or on torch's; returns whether their
     parts were still the same."""
-    calls, memory = _begin(members, count, x, tokens, kind, PIECES * threads, mask, factor)
+    calls, memory = _begin(members, count, x, tokens, kind, threads, mask, factor)
     words = np.empty(3, np.int64)
     words[0], words[1], words[2] = members, len(calls), calls.ctypes.data
     if threads == 1:
@@ -171,7 +174,7 @@ def _run_by_numba(
     members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int
 ) -> bool:
     """Do as `_run`, on Numba's threads."""
-    calls, memory = _begin(members, count, x, tokens, kind, PIECES * threads, mask, factor)
+    calls, memory = _begin(members, count, x, tokens, kind, threads, mask, factor)
     if len(calls):
         for _ in prange(threads):
             _multiply(members, calls)
@@ -187,47 +190,50 @@ def _same(one: int, other: int, size: int) -> bool:
     return bool(different == 0)
 
 
-class _Companions(threading.local):
-    """Which layer of this thread computed last, on what, and what it has computed for others.
+class _Thread(threading.local):
+    """What a thread knows of its last call: the layer that computed, on what, and what it has computed for others.
 
     That two layers were given activations at one place makes them companions. Whether these are the same is seen by their bytes
     when the second asks for its result; if it does not ask, or they differ, the two are none any more.
     """
 
     def __init__(self) -> None:
+        self.words = words_of("q", [0] * MEMBER * MOST_MEMBERS)
+        self.at = self.words.buffer_info()[0]
         self.leader: Callable[[], Prepared | None] = lambda: None
-        self.place: tuple[int, object, object] | None = None  # of the activations: address, shape, dtype
-        self.copy: Tensor | None = None
+        self.place = 0
+        self.given: Tensor | None = None  # a copy of the activations
         self.waiting: dict[int, Tensor] = {}  # by the address of the layer
 
-    def take(self, layer: Prepared, x: Tensor) -> Tensor | None:
+    def take(self, layer: Prepared, x: Tensor, place: int) -> Tensor | None:
         """Return the result that waits for a layer, if it is that of x."""
-        ready = self.waiting.pop(layer.at, None) if self.waiting else None
-        if ready is None or self.copy is None:
+        ready, given = self.waiting.pop(layer.at, None), self.given
+        if ready is None or given is None:
             return None
-        if self.place == (x.data_ptr(), x.shape, x.dtype) and _same(x.data_ptr(), self.copy.data_ptr(), x.nbytes):
-            return ready
+        if place == self.place and x.shape == given.shape and x.dtype == given.dtype:
+            if _same(place, given.data_ptr(), x.nbytes):
+                return ready
         if (leader := self.leader()) is not None:
             leader.part_with(layer)
         return None
 
-    def put(self, layer: Prepared, x: Tensor, results: Sequence[Tensor]) -> None:
+    def put(self, layer: Prepared, x: Tensor, place: int, results: Sequence[Tensor]) -> None:
         """Keep the results of a layer's companions, or make it the companion of the one before."""
         if self.waiting and (leader := self.leader()) is not None:
-            for member in list(leader.companions):
+            for member in leader.members[1:]:
                 if member.at in self.waiting:
                     leader.part_with(member)
-        self.waiting = {}
-        place = x.data_ptr(), x.shape, x.dtype
-        if layer.companions:
-            self.copy = x.clone()
-            self.waiting = {member.at: result for member, result in zip(layer.companions, results[1:], strict=True)}
-        elif place == self.place and (leader := self.leader()) is not None and leader.join(layer):
-            return
+        if len(results) > 1:
+            self.given = x.clone()
+            self.waiting = {member.at: y for member, y in zip(layer.members[1:], results[1:], strict=True)}
+        else:
+            self.waiting = {}
+            if place == self.place and (leader := self.leader()) is not None and leader.join(layer):
+                return
         self.leader, self.place = layer.reference, place
 
 
-_companions = _Companions()
+_thread = _Thread()
 
 
 class Prepared(Product):
@@ -285,22 +291,24 @@ class Prepared(Product):
         self._share, self._shares = share, dict[int, int]()
         self._pattern = pattern(way())
         self.most_tokens = FEW_TOKENS // planes
-        self.companions: list[Prepared] = []
+        self.members = [self]  # this, and its companions
         self._strangers: set[int] = set()  # former companions
         self.reference = weakref.ref(self)
 
     def join(self, other: Prepared) -> bool:
         """Make a layer a companion, unless it has been one, or has other activations."""
-        if other is self or other.columns != self.columns or other.planes != self.planes or other.at in self._strangers:
+        if other.columns != self.columns or other.planes != self.planes or other.at in self._strangers:
             return False
-        if other not in self.companions:
-            self.companions.append(other)
-        return True
+        if other not in self.members:
+            if len(self.members) == MOST_MEMBERS:
+                return False
+            self.members = [*self.members, other]
+        return other is not self
 
     def part_with(self, other: Prepared) -> None:
         """Make a layer a companion no more."""
         self._strangers.add(other.at)
-        self.companions = [member for member in self.companions if member is not other]
+        self.members = [member for member in self.members if member is not other]
 
     def share(self, tokens: int) -> int:
         """Return the address of the function that takes rows."""
@@ -312,24 +320,22 @@ class Prepared(Product):
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return the product of x [..., columns], contiguous float32 or bfloat16, of few tokens, in its dtype; None if the
         parts have changed."""
-        if (ready := _companions.take(self, x)) is not None:
+        thread, place = _thread, x.data_ptr()
+        if thread.waiting and (ready := thread.take(self, x, place)) is not None:
             return ready
-        tokens = x.numel() // self.columns
-        shape = x.shape[:-1]
-        results = [torch.empty((*shape, member.rows), dtype=x.dtype) for member in (self, *self.companions)]
-        words = [self.at, self.share(tokens), results[0].data_ptr()]
-        weights = self.rows
-        for member, result in zip(self.companions, results[1:], strict=True):
-            words += [member.at, member.share(tokens), result.data_ptr()]
-            weights += member.rows
-        members = words_of("q", words)
-        threads = 1 if weights * self.columns * tokens <= ALONE else thread_count()
-        given = members.buffer_info()[0], len(results), x.data_ptr(), tokens, KINDS[x.dtype], *self._pattern, threads
+        tokens, (*shape, columns), words = x.numel() // self.columns, x.shape, thread.words
+        rows, results = 0, []
+        for i, member in enumerate(self.members):
+            results.append(y := torch.empty((*shape, member.rows), dtype=x.dtype))
+            words[MEMBER * i : MEMBER * (i + 1)] = words_of("q", (member.at, member.share(tokens), y.data_ptr()))
+            rows += member.rows
+        threads = 1 if rows * columns * tokens <= ALONE else torch_thread_count()
+        given = thread.at, len(results), place, tokens, KINDS[x.dtype], *self._pattern, threads
         region = parallel_region()
         if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
-            self.companions = []
+            self.members = [self]
             return None
-        _companions.put(self, x, results)
+        thread.put(self, x, place, results)
         return results[0]
 
 

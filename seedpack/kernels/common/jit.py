@@ -55,7 +55,12 @@ def jit(*, parallel: bool = False, **options: Any) -> Callable[[Function], Funct
 
 def thread_count() -> int:
     """Return how many threads a parallel kernel runs on."""
-    return 1 if _mode is Mode.SERIAL else min(int(numba.get_num_threads()), torch.get_num_threads())
+    return 1 if _mode is Mode.SERIAL else int(numba.get_num_threads())
+
+
+def torch_thread_count() -> int:
+    """Return how many threads torch's own products run on."""
+    return 1 if _mode is Mode.SERIAL else torch.get_num_threads()
 
 
 def _dispatcher(function: Callable[..., Any], variant: str, options: dict[str, Any]) -> Any:
