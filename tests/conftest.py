@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seedpack.loader.layers import PackedModule
 from tests.helpers.nets import OddNet
 
 if not torch.cuda.is_available():
@@ -28,11 +29,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _exact(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def _exact() -> None:
     """Packed layers multiply floats, so that results can be compared closely; a test marked `rounds` takes the default."""
-    if "rounds" not in request.keywords:
-        monkeypatch.setattr("seedpack.loader.layers.PackedModule.int8_activations", False)
+    PackedModule.int8_activations = False
+
+
+@pytest.fixture(autouse=True)
+def _rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "rounds" in request.keywords:
+        monkeypatch.setattr(PackedModule, "int8_activations", None)
 
 
 @pytest.fixture

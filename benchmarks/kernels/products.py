@@ -8,7 +8,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,11 +18,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.lib import models, report
+from benchmarks.lib.processor import environment
 from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.kernels.basis import noise_basis
+from seedpack.kernels.common import few_tokens
+from seedpack.loader.layers import pack_module_
 
 SIDE, NEW_TOKENS = 8192, 128
 CODECS: dict[str, Codec] = {
@@ -72,43 +77,160 @@ def random_parts(codec: Codec, shape: tuple[int, int]) -> dict[str, Tensor]:
     return parts
 
 
+def packed_layer(codec: Codec, shape: tuple[int, int], int8: bool | None = None) -> Any:
+    """Return a packed linear layer of random bits, without a bias, as models hold it."""
+    with torch.device("meta"):
+        layer = torch.nn.Linear(shape[1], shape[0], bias=False)
+    packed = pack_module_(layer, codec, random_parts(codec, shape), dtype=torch.float32)
+    packed.int8_activations = int8
+    return packed
+
+
+def read_bandwidth(values: Tensor) -> float:
+    """Return the gigabytes per second at which a tensor far larger than caches is summed up."""
+    return values.nbytes / milliseconds(values.sum)[0] / 1e6
+
+
+@torch.inference_mode()
 def measure(result: report.Result) -> None:
     shape = (SIDE, SIDE)
     dense = torch.randn(shape)
     half = dense.bfloat16()
-    copy = torch.empty_like(dense)
-    gigabytes = 2 * dense.nbytes / milliseconds(lambda: copy.copy_(dense))[0] / 1e6
-    del copy
-    read = gigabytes  # a copy reads and writes: both are counted
-    packed = {name: random_parts(codec, shape) for name, codec in CODECS.items()}
+    read = read_bandwidth(torch.ones(1 << 28))
+    layers = {name: packed_layer(codec, shape) for name, codec in CODECS.items()}
+    layers["trellis, 4 bits, floats"] = packed_layer(TrellisCodec(4), shape, False)
     rows = []
     for tokens in (1, 2, 4, 8, 16, 256):
         x = torch.randn(tokens, SIDE)
         x_half = x.bfloat16()
         rounds = 9 if tokens < 100 else 3
-        for name, codec in CODECS.items():
+        for name, layer in layers.items():
             ours, single, bfloat = milliseconds(
-                functools.partial(codec.matmul, x, packed[name], shape),
+                functools.partial(layer, x),
                 functools.partial(linear, x, dense),
                 functools.partial(linear, x_half, half),
                 rounds=rounds,
             )
-            floor = sum(part.nbytes for part in packed[name].values()) / read / 1e6
+            stored = sum(part.nbytes for part in layer.packed_parts().values())
             rows.append(
                 (tokens, name, f"{ours:.2f}", f"{single:.2f}", f"{bfloat:.2f}", f"{single / ours:.2f}×",
-                 f"{bfloat / ours:.2f}×", f"{floor:.2f}")
+                 f"{bfloat / ours:.2f}×", f"{stored / read / 1e6:.2f}", f"{100 * stored / ours / read / 1e6:.0f}%")
             )  # fmt: skip
             print(rows[-1], flush=True)
     result.say(
-        f"The whole product x·Wᵀ of a layer {list(shape)}, rotation included, against `torch.nn.functional.linear` with the dense "
-        f"weight in float32 and in bfloat16, in turn in one run; medians, milliseconds. The floor is the time to read the packed "
-        f"weight at the rate of a memory copy in the same run, {gigabytes:.0f} GB/s read and written. Random streams."
+        f"A packed linear layer {list(shape)}, called as a model calls it (rotation and rounding included), against "
+        f"`torch.nn.functional.linear` with the dense weight in float32 and in bfloat16, in turn in one run; medians, milliseconds. The "
+        f"floor is the time to read the packed weight at the rate of a sum over 1 GB in the same run, {read:.1f} GB/s; its share is how "
+        "much of that rate the product reaches. Random streams. Up to 8 tokens activations of trellis layers have 8 bits; 'floats' is "
+        "`int8_activations=False`."
     )
     result.table(
-        ["tokens", "codec", "packed", "dense fp32", "dense bf16", "faster than fp32", "than bf16", "floor"], rows
+        [
+            "tokens",
+            "codec",
+            "packed",
+            "dense fp32",
+            "dense bf16",
+            "faster than fp32",
+            "than bf16",
+            "floor",
+            "of the rate",
+        ],
+        rows,
     )
+    ways(result)
+    overhead(result)
     basis(result, dense)
     generation(result)
+
+
+def ways(result: report.Result) -> None:
+    """One token, by each way of multiplying bytes and by one core and all, in processes that leave out features of the processor."""
+    rows: list[tuple[object, ...]] = []
+    for way in ("vnni512", "vnni256", "avx2", "any"):
+        if (changed := environment(way)) is None:
+            continue
+        command = [sys.executable, "-c", "from benchmarks.kernels.products import one_way; one_way()"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=changed, cwd=models.ROOT)
+        for found in json.loads(done.stdout.splitlines()[-1]):
+            rows.append((way, *found))
+            print(rows[-1], flush=True)
+    result.say(
+        "One token by each way of multiplying bytes ([kernels](../kernels.md#up-to-8-tokens-in-integers)): this machine's, and those of "
+        "processors with fewer features, by leaving these out of what is compiled (torch's own products stay as they are). Milliseconds; "
+        "gigaweights per second; the share of the rate at which as many threads read memory."
+    )
+    result.table(
+        ["way", "bits", "threads", "packed", "Gweights/s", "dense bf16", "faster than bf16", "of the rate"], rows
+    )
+
+
+@torch.inference_mode()
+def one_way() -> None:
+    """Print the rows of `ways` that this process can measure, as JSON."""
+    shape, rows = (SIDE, SIDE), []
+    half, x, large = torch.randn(shape).bfloat16(), torch.randn(1, SIDE), torch.ones(1 << 28)
+    for bits in (2, 4):
+        layer = packed_layer(TrellisCodec(bits), shape)
+        stored = sum(part.nbytes for part in layer.packed_parts().values())
+        for threads in sorted({1, torch.get_num_threads()}):
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            read = read_bandwidth(large)
+            ours, bfloat = milliseconds(functools.partial(layer, x), functools.partial(linear, x.bfloat16(), half))
+            torch.set_num_threads(before)
+            rows.append(
+                (bits, threads, f"{ours:.2f}", f"{SIDE * SIDE / ours / 1e6:.1f}", f"{bfloat:.2f}", f"{bfloat / ours:.2f}×",
+                 f"{100 * stored / ours / read / 1e6:.0f}%")
+            )  # fmt: skip
+    print(json.dumps(rows))
+
+
+@contextmanager
+def _timed_products() -> Iterator[list[float]]:
+    """Collect the seconds of compiled products of few tokens."""
+    seconds: list[float] = []
+    inner = few_tokens._run
+
+    def timed(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        same = inner(*arguments)
+        seconds.append(time.perf_counter() - started)
+        return same
+
+    with unittest.mock.patch.object(few_tokens, "_run", timed):
+        yield seconds
+
+
+@torch.inference_mode()
+def overhead(result: report.Result) -> None:
+    """What a call of a small packed layer takes beside its compiled product."""
+    rows: list[tuple[object, ...]] = []
+    repeats = 200
+    for shape in ((16, 64), (192, 576), (576, 576), (1536, 576), (2048, 2048)):
+        layer, plain = packed_layer(TrellisCodec(4), shape), torch.nn.Linear(shape[1], shape[0], bias=False)
+        x = torch.randn(1, shape[1])
+        layer(x)
+
+        def often(work: Callable[[Tensor], object], given: Tensor = x) -> Callable[[], None]:
+            def repeated() -> None:
+                for _ in range(repeats):
+                    work(given)
+
+            return repeated
+
+        whole, dense = milliseconds(often(layer), often(plain))
+        with _timed_products() as spent:
+            often(layer)()
+        product = 1e6 * sum(spent) / repeats
+        whole, dense = 1e3 * whole / repeats, 1e3 * dense / repeats
+        rows.append((list(shape), f"{whole:.1f}", f"{product:.1f}", f"{whole - product:.1f}", f"{dense:.1f}"))
+        print(rows[-1], flush=True)
+    result.say(
+        "A call of a packed layer with one token, in a loop: microseconds of the call, of its compiled product (which mixes and rounds), and "
+        "what is left, which is Python's and torch's; beside a dense float32 layer, whose weight is in the caches here."
+    )
+    result.table(["layer", "call", "compiled", "overhead", "dense fp32"], rows)
 
 
 def basis(result: report.Result, dense: Tensor) -> None:

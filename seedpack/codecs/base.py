@@ -66,7 +66,7 @@ class Codec:
 
     @property
     def int8_by_default(self) -> bool:
-        """Whether that adds at most about 1% to the error of the weight, so that it is done where it is faster; else 16 bits are."""
+        """True where that adds at most about 1% to the error of the weight, so that it is done where it is faster; else 16 bits are."""
         return False
 
     def parts(self, shape: Shape) -> dict[str, PartSpec]:

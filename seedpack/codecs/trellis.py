@@ -153,7 +153,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
 
     @property
     def int8_by_default(self) -> bool:
-        """Whether a weight has at most 4 bits: at 4 it adds 0.9% to the error, at 5 four times as much."""
+        """True for at most 4 bits per weight: at 4 it adds 0.9% to the error, at 5 four times as much."""
         return self.code_bits <= 4
 
     def with_hessian(self) -> TrellisCodec:

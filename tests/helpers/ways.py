@@ -3,34 +3,22 @@ processor's features: `python -m tests.helpers.ways WAY`."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.lib.processor import environment
+
 ROOT = Path(__file__).resolve().parent.parent.parent
-_LESS = {
-    "vnni512": (), "vnni256": ("avx512vbmi",), "avx2": ("avx512", "avxvnni"), "any": ("avx", "fma", "f16c", "xop", "vaes", "vpclmul"),
-    "neon": ("avx", "fma", "f16c", "xop", "vaes", "vpclmul"),
-}  # fmt: skip
 SHAPES = ((3, 18, 33, 264), (4, 16, 17, 515), (7, 16, 9, 77))
 
 
 def outcome(way: str) -> str:
     """Return the way that a process took, and its largest error; "" where this processor cannot take it."""
-    import llvmlite.binding as llvm
-
-    name, features = llvm.get_host_cpu_name(), llvm.get_host_cpu_features()
-    needed = {"vnni512": ("avx512vbmi", "avx512vnni"), "vnni256": ("avx512vnni", "avx512vl"), "avx2": ("avx2",)}
-    if not all(features.get(feature) for feature in needed.get(way, ())):
+    if (changed := environment(way)) is None:
         return ""
-    kept = {key: value and not key.startswith(_LESS[way]) for key, value in features.items()}
-    environment = os.environ | {
-        "NUMBA_CPU_NAME": name,
-        "NUMBA_CPU_FEATURES": ",".join(f"{'+' if value else '-'}{key}" for key, value in kept.items()),
-    }
     command = [sys.executable, "-m", "tests.helpers.ways", way]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=changed, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

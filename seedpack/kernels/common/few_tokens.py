@@ -191,7 +191,7 @@ def _same(one: int, other: int, size: int) -> bool:
 
 
 class _Thread(threading.local):
-    """What a thread knows of its last call: the layer that computed, on what, and what it has computed for others.
+    """A thread's last call: the layer that computed, the activations, and the results of others that it has computed.
 
     That two layers were given activations at one place makes them companions. Whether these are the same is seen by their bytes
     when the second asks for its result; if it does not ask, or they differ, the two are none any more.
@@ -210,27 +210,27 @@ class _Thread(threading.local):
         ready, given = self.waiting.pop(layer.at, None), self.given
         if ready is None or given is None:
             return None
-        if place == self.place and x.shape == given.shape and x.dtype == given.dtype:
-            if _same(place, given.data_ptr(), x.nbytes):
-                return ready
+        alike = place == self.place and x.shape == given.shape and x.dtype == given.dtype
+        if alike and _same(place, given.data_ptr(), x.nbytes):
+            return ready
         if (leader := self.leader()) is not None:
             leader.part_with(layer)
         return None
 
-    def put(self, layer: Prepared, x: Tensor, place: int, results: Sequence[Tensor]) -> None:
-        """Keep the results of a layer's companions, or make it the companion of the one before."""
+    def put(self, members: Sequence[Prepared], x: Tensor, place: int, results: Sequence[Tensor]) -> None:
+        """Keep the results of a layer's companions, or make it the companion of the one before; it is the first of the members."""
         if self.waiting and (leader := self.leader()) is not None:
             for member in leader.members[1:]:
                 if member.at in self.waiting:
                     leader.part_with(member)
         if len(results) > 1:
             self.given = x.clone()
-            self.waiting = {member.at: y for member, y in zip(layer.members[1:], results[1:], strict=True)}
+            self.waiting = {member.at: y for member, y in zip(members[1:], results[1:], strict=True)}
         else:
             self.waiting = {}
-            if place == self.place and (leader := self.leader()) is not None and leader.join(layer):
+            if place == self.place and (leader := self.leader()) is not None and leader.join(members[0]):
                 return
-        self.leader, self.place = layer.reference, place
+        self.leader, self.place = members[0].reference, place
 
 
 _thread = _Thread()
@@ -324,8 +324,8 @@ class Prepared(Product):
         if thread.waiting and (ready := thread.take(self, x, place)) is not None:
             return ready
         tokens, (*shape, columns), words = x.numel() // self.columns, x.shape, thread.words
-        rows, results = 0, []
-        for i, member in enumerate(self.members):
+        rows, results, members = 0, list[Tensor](), self.members
+        for i, member in enumerate(members):
             results.append(y := torch.empty((*shape, member.rows), dtype=x.dtype))
             words[MEMBER * i : MEMBER * (i + 1)] = words_of("q", (member.at, member.share(tokens), y.data_ptr()))
             rows += member.rows
@@ -335,7 +335,7 @@ class Prepared(Product):
         if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
             self.members = [self]
             return None
-        thread.put(self, x, place, results)
+        thread.put(members, x, place, results)
         return results[0]
 
 
