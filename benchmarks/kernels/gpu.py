@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from benchmarks.kernels.products import random_parts
-from benchmarks.lib import report
+from benchmarks.lib import models, report
 from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
@@ -25,8 +26,8 @@ from seedpack.kernels.common import gpu_launch as launch
 from seedpack.kernels.common.row_tiles import FEW_TOKENS
 from seedpack.loader.layers import pack_module_
 
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
-TOKENS = (1, 2, 4, 8, 16, 256, 4096)
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+FEW, MANY = (1, 4, 8, 2, 16), (256, 4096)  # tokens, the most telling counts first
 CODECS = {"trellis, 2 bits": TrellisCodec(2), "trellis, 3 bits": TrellisCodec(3), "trellis, 4 bits": TrellisCodec(4),
           "seedlm, 4 bits": SeedLMCodec()}  # fmt: skip
 ENCODERS: dict[str, Codec] = {
@@ -83,45 +84,150 @@ def bitsandbytes_layer(shape: tuple[int, int]) -> Callable[[Tensor], Tensor] | N
     return nf4
 
 
-def products(result: report.Result) -> None:
+class Clock:
+    """The time that a stage has; what it does not get done in it is left out, and said so."""
+
+    def __init__(self, seconds: float):
+        self._end = time.perf_counter() + seconds
+        self.left_out: list[object] = []
+
+    def allows(self, row: object) -> bool:
+        """Return whether there is time for a row, and note it if there is none."""
+        if time.perf_counter() < self._end:
+            return True
+        self.left_out.append(row)
+        return False
+
+    def note(self, result: report.Result) -> None:
+        if self.left_out:
+            result.say(f"Left out, for want of time: {', '.join(map(str, self.left_out))}.")
+
+
+def correctness(result: report.Result, clock: Clock) -> None:
+    """The tests of the kernels on this device, as many as the time allows."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu and not slow",
+        "tests",
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False, cwd=models.ROOT)
+        said = (done.stdout.strip().splitlines() or ["nothing"])[-1]
+        if done.returncode:
+            print(done.stdout[-4000:], file=sys.stderr)
+    except subprocess.TimeoutExpired as stopped:
+        so_far = (stopped.stdout or b"").decode()
+        said = f"stopped after 90 s: {so_far.count('.')} passed, {so_far.count('F')} failed so far"
+    result.say(f"Tests on the device (`pytest -m gpu`): {said}.")
+
+
+def decode(result: report.Result, clock: Clock) -> None:
+    """Few tokens, float and 8-bit activations, one row for each layer, count of tokens and codec."""
     rows = []
-    for shape in SHAPES:
-        weights = [
-            torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * shape[0] * shape[1]))
-        ]
-        target = torch.empty_like(weights[0])
-        copy = microseconds([functools.partial(target.copy_, weight) for weight in weights])
-        nf4, int4 = bitsandbytes_layer(shape), torchao_layer(shape)
-        for tokens in TOKENS:
-            x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
-            dense = microseconds([functools.partial(linear, x, weight) for weight in weights])
-            row: list[object] = [f"{shape[0]}×{shape[1]}", tokens, f"{copy:.1f}", f"{dense:.1f}"]
-            for codec in CODECS.values():
+    dense: dict[tuple[tuple[int, int], int], tuple[float, float]] = {}
+    peers: dict[tuple[int, int], list[Any]] = {}
+    for tokens in FEW:
+        for codec_name, codec in CODECS.items():
+            for shape in SHAPES:
+                label = f"{shape[0]}×{shape[1]}, {tokens} tokens, {codec_name}"
+                if not clock.allows(label):
+                    continue
+                x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+                if (shape, tokens) not in dense:
+                    dense[shape, tokens] = _dense(shape, x)
+                    peers.setdefault(shape, [bitsandbytes_layer(shape), torchao_layer(shape)])
+                copy, cublas = dense[shape, tokens]
                 parts = random_parts(codec, shape)
-                some = [on_device(parts) for _ in range(copies(sum(part.nbytes for part in parts.values())))]
+                stored = sum(part.nbytes for part in parts.values())
+                some = [on_device(parts) for _ in range(copies(stored))]
                 ours = microseconds([functools.partial(codec.matmul, x, p, shape) for p in some])
-                row.append(f"{ours:.1f} ({dense / ours:.2f}×)")
+                row = [
+                    f"{shape[0]}×{shape[1]}",
+                    tokens,
+                    codec_name,
+                    f"{copy:.1f}",
+                    f"{cublas:.1f}",
+                    f"{ours:.1f}",
+                    f"{cublas / ours:.2f}×",
+                ]
+                rounded = math.nan
                 if codec.int8_activations and tokens <= FEW_TOKENS:
                     rounded = microseconds([functools.partial(codec.matmul, x, p, shape, int8=True) for p in some])
-                    row[-1] = f"{row[-1]}, int8 {rounded:.1f} ({dense / rounded:.2f}×)"
-            for peer in (nf4, int4):
-                row.append("" if peer is None else f"{microseconds([functools.partial(peer, x)]):.1f}")
-            rows.append(row)
-            print(row, flush=True)
-        del weights, target
+                row += [f"{rounded:.1f}", f"{cublas / rounded:.2f}×"]
+                row.append(f"{copy * stored / (4 * shape[0] * shape[1]):.1f}")
+                row += [
+                    "" if peer is None else f"{microseconds([functools.partial(peer, x)]):.1f}" for peer in peers[shape]
+                ]
+                rows.append(row)
+                print(row, flush=True)
     result.say(
-        f"{torch.cuda.get_device_name()}. Products in bfloat16, microseconds, medians; each in a CUDA graph; in brackets how much faster than cuBLAS. 'Copy' "
-        "reads and writes the bfloat16 weight. Each product takes another copy of its weight than the one before, so that "
-        "none is in the L2 cache; the peers' stays there. 'int8': with activations rounded to 8 bits."
+        f"{torch.cuda.get_device_name()}. Products in bfloat16, microseconds, medians; each in a CUDA graph. 'Copy' reads and writes the "
+        "bfloat16 weight; the floor is the packed bytes at the rate of that copy. Each product takes another copy of its weight than the "
+        "one before, so that none is in the L2 cache; the peers' stays there. 'int8': with activations rounded to 8 bits."
     )
-    result.table(["layer", "tokens", "copy", "cuBLAS", *CODECS, "bitsandbytes NF4", "torchao int4"], rows)
+    result.table(
+        [
+            "layer",
+            "tokens",
+            "codec",
+            "copy",
+            "cuBLAS",
+            "packed",
+            "faster",
+            "int8",
+            "faster",
+            "floor",
+            "bitsandbytes NF4",
+            "torchao int4",
+        ],
+        rows,
+    )
+    clock.note(result)
 
 
-def encoders(result: report.Result) -> None:
+def _dense(shape: tuple[int, int], x: Tensor) -> tuple[float, float]:
+    """Return microseconds of a copy of the bfloat16 weight, and of cuBLAS."""
+    weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(copies(2 * shape[0] * shape[1]))]
+    target = torch.empty_like(weights[0])
+    copy = microseconds([functools.partial(target.copy_, weight) for weight in weights])
+    return copy, microseconds([functools.partial(linear, x, weight) for weight in weights])
+
+
+def prefill(result: report.Result, clock: Clock) -> None:
+    """Hundreds of tokens, beside cuBLAS."""
+    rows = []
+    for shape in SHAPES[:2]:
+        for tokens in MANY:
+            x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)
+            cublas = _dense(shape, x)[1]
+            for name, codec in CODECS.items():
+                if not clock.allows(f"{shape[0]}×{shape[1]}, {tokens} tokens, {name}"):
+                    continue
+                parts = on_device(random_parts(codec, shape))
+                ours = microseconds([functools.partial(codec.matmul, x, parts, shape)])
+                rows.append(
+                    (f"{shape[0]}×{shape[1]}", tokens, name, f"{cublas:.0f}", f"{ours:.0f}", f"{cublas / ours:.2f}×")
+                )
+                print(rows[-1], flush=True)
+    result.say("Prefill: the same for hundreds of tokens.")
+    result.table(["layer", "tokens", "codec", "cuBLAS", "packed", "faster"], rows)
+    clock.note(result)
+
+
+def encoders(result: report.Result, clock: Clock) -> None:
     """Weights fitted a second."""
     shape, rows = (2048, 4096), []
     weight = torch.randn(shape, device="cuda")
     for label, codec in ENCODERS.items():
+        if not clock.allows(label):
+            continue
         codec.encode(weight[:64])  # compiles, and makes tables
         torch.cuda.synchronize()
         started = time.perf_counter()
@@ -134,6 +240,7 @@ def encoders(result: report.Result) -> None:
         print(rows[-1], flush=True)
     result.say(f"Fitting N(0, 1), {list(shape)}, on the GPU:")
     result.table(["codec", "weights/s", "relative error", "bits per weight"], rows)
+    clock.note(result)
 
 
 def configurations(result: report.Result) -> None:
@@ -173,11 +280,13 @@ def llama(shape: dict[str, int], codec: TrellisCodec | None) -> Any:
     return model
 
 
-def whole_models(result: report.Result) -> None:
+def whole_models(result: report.Result, clock: Clock) -> None:
     ids = torch.zeros(1, 1, dtype=torch.long, device="cuda")
     rows, base = [], 0.0
     for size, shape in MODELS.items():
         for bits in (None, 4, 2):
+            if not clock.allows(f"{size}, {bits or 16} bits"):
+                continue
             model = llama(shape, None if bits is None else TrellisCodec(bits))
             found = 1e3 * float(triton.testing.do_bench(graph_of(model, ids), return_mode="median"))
             base = found if bits is None else base
@@ -190,15 +299,26 @@ def whole_models(result: report.Result) -> None:
         "Whole Llama-shaped models of random weights, one token in one CUDA graph (no key–value cache), the embedding dense:"
     )
     result.table(["model", "weights", "tokens/s", "of bfloat16", "memory"], rows)
+    clock.note(result)
+
+
+# Each stage and its seconds, the most important first: 8 minutes in all, compiling included. `--only` names some.
+STAGES: dict[str, tuple[Callable[[report.Result, Clock], None], float]] = {
+    "correctness": (correctness, 90), "decode": (decode, 160), "encoders": (encoders, 60), "models": (whole_models, 100),
+    "prefill": (prefill, 50),
+}  # fmt: skip
 
 
 def measure(result: report.Result) -> None:
     if not torch.cuda.is_available():
         print("left out: there is no GPU here", file=sys.stderr)
         raise SystemExit(0)
-    encoders(result)
-    products(result)
-    whole_models(result)
+    for name, (stage, seconds) in STAGES.items():
+        if result.wanted(name):
+            started = time.perf_counter()
+            stage(result, Clock(seconds))
+            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+            result.keep()
     configurations(result)
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 
+import seedpack
 from benchmarks.kernels.products import random_parts
 from benchmarks.lib import llama_cpp, models, report
 from seedpack.codecs.trellis import TrellisCodec
+from seedpack.eval.language import compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
 from seedpack.loader.fill import use_int8_activations_
 from seedpack.loader.layers import PackedLinear, pack_module_
 
@@ -163,6 +166,38 @@ def read_bandwidth() -> float:
     return best
 
 
+def rounding(result: report.Result) -> None:
+    """What rounding activations to 8 bits adds, for any count of tokens."""
+    name, text = models.text()
+    original, tokenizer = load_language_model(models.smollm2())
+    path = models.packed_smollm2("trellis", 4)
+    packed = [seedpack.load(path, dtype="float32", int8_activations=int8) for int8 in (False, True)]
+    floats, rounded = compare_language_models(original, packed, windows(tokenizer, text, 1024, 16384))
+    result.say(
+        f"Rounding all activations of SmolLM2-135M's 4-bit layers to 8 bits, not only those of few tokens, on {floats.tokens:,} tokens of "
+        f"{name}, context 1024: KL divergence to the dense model {floats.kl_mean:.5f} with floats, {rounded.kl_mean:.5f} with 8 bits, "
+        f"{rounded.kl_mean / floats.kl_mean:.4f} times as much."
+    )
+
+
+BUSY = "while True: pass"
+
+
+def beside_others(result: report.Result) -> None:
+    """The time of a token while as many busy loops as there are cores run beside."""
+    quiet = in_a_process("smollm2", "4 bits")["decode"]
+    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in os.sched_getaffinity(0)]
+    try:
+        busy = {kind: in_a_process("smollm2", kind)["decode"] for kind in ("4 bits", "float32")}
+    finally:
+        for loop in loops:
+            loop.kill()
+    result.say(
+        f"With a busy loop on each core beside, a token of SmolLM2-135M at 4 bits takes {1e3 / busy['4 bits']:.0f} ms, "
+        f"{quiet / busy['4 bits']:.1f} times the quiet {1e3 / quiet:.0f} ms; of the dense float32 model {1e3 / busy['float32']:.0f} ms."
+    )
+
+
 SUBJECTS = {
     "smollm2": ("SmolLM2-135M", ["Q4_0", "Q4_1"]),
     "1b": ("Llama-3.2-1B-shaped, random weights", ["Q4_0", "Q4_K_M", "IQ4_XS"]),
@@ -221,6 +256,10 @@ def measure(result: report.Result) -> None:
                 for label, t in parts
             ],
         )  # fmt: skip
+    if result.wanted("rounding"):
+        rounding(result)
+    if result.wanted("busy"):
+        beside_others(result)
 
 
 if __name__ == "__main__":

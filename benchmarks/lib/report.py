@@ -57,6 +57,11 @@ class Result:
             file.write_text("[\n" + ",\n".join(json.dumps(by_label[label]) for label in sorted(by_label)) + "\n]\n")
         return list(by_label.values())
 
+    def keep(self) -> None:
+        """Write what there is so far, where it is asked for: a stage that fails later loses nothing."""
+        if self._keep:
+            self.write()
+
     def write(self) -> None:
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / f"{self.name}.md").write_text("\n".join(self.lines).rstrip() + "\n")

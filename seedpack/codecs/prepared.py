@@ -45,7 +45,7 @@ def few_tokens(
     """
     if not x.is_cpu or not 0 < x.numel() <= FEW_TOKENS * shape[1]:
         return None
-    places = [planes, *[part.data_ptr() for part in parts]]
+    places = [planes, *map(Tensor.data_ptr, parts)]
     if bias is not None:
         places.append(bias.data_ptr())
     key = id(parts[0])

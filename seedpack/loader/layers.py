@@ -95,8 +95,9 @@ class PackedModule(PartHolder):
 
     def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Return input [..., in] times the transposed weight [out, in], plus bias [out]."""
-        self._require_float(input)
-        require_columns("a packed Linear", input, self.matrix[1])
+        if not input.is_floating_point() or input.shape[-1] != self.matrix[1]:
+            self._require_float(input)
+            require_columns("a packed Linear", input, self.matrix[1])
         int8, held = self.int8_activations, self._parameters
         if input.is_cpu and ops.is_plain(input, bias):
             parts = [held[name] for name in self.held_names]

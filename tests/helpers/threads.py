@@ -102,6 +102,25 @@ def fork() -> str:
     return f"{early} {late} {[same(result, expected) for result in loaded]}"
 
 
+def region() -> str:
+    """Fork after a product of few tokens has run on torch's own threads, and Numba's have not started."""
+    net = layers()[0]
+    large = pack_module_(nn.Linear(576, 600), CODECS[0], None)
+    for part in large.packed_parts().values():
+        part.fill_(1) if type(part) is Tensor else part.data.as_subclass(Tensor).fill_(1)
+    x = torch.linspace(-1, 1, 576)[None]
+    torch.set_num_threads(2)
+    with torch.no_grad():
+        expected = large(x)
+
+        def check() -> tuple[bool, bool, int]:
+            torch.randn(1500, 1500).exp().sum()
+            with torch.no_grad():
+                return torch.equal(large(x), expected), net(x[:, :COLUMNS]).shape == (1, ROWS), torch.get_num_threads()
+
+        return in_child(check)
+
+
 def encode() -> str:
     expected = encoded()
     return in_child(lambda: (same(encoded(), expected), jit.thread_count()))
@@ -128,4 +147,4 @@ def threads() -> str:
 
 
 if __name__ == "__main__":
-    print({f.__name__: f for f in (fork, encode, threads)}[sys.argv[1]]())
+    print({f.__name__: f for f in (fork, region, encode, threads)}[sys.argv[1]]())

@@ -323,14 +323,18 @@ class Prepared(Product):
         thread, place = _thread, x.data_ptr()
         if thread.waiting and (ready := thread.take(self, x, place)) is not None:
             return ready
-        tokens, (*shape, columns), words = x.numel() // self.columns, x.shape, thread.words
-        rows, results, members = 0, list[Tensor](), self.members
-        for i, member in enumerate(members):
-            results.append(y := torch.empty((*shape, member.rows), dtype=x.dtype))
-            words[MEMBER * i : MEMBER * (i + 1)] = words_of("q", (member.at, member.share(tokens), y.data_ptr()))
+        members, words, at, rows = self.members, thread.words, 0, 0
+        dtype, (*shape, columns) = x.dtype, x.shape
+        tokens, results = x.numel() // columns, []
+        for member in members:
+            results.append(y := torch.empty((*shape, member.rows), dtype=dtype))
+            words[at] = member.at
+            words[at + 1] = member.share(tokens)
+            words[at + 2] = y.data_ptr()
+            at += MEMBER
             rows += member.rows
         threads = 1 if rows * columns * tokens <= ALONE else torch_thread_count()
-        given = thread.at, len(results), place, tokens, KINDS[x.dtype], *self._pattern, threads
+        given = thread.at, len(members), place, tokens, KINDS[dtype], *self._pattern, threads
         region = parallel_region()
         if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
             self.members = [self]

@@ -34,6 +34,7 @@ class Mode(Enum):
 
 
 _mode = Mode.UNKNOWN
+_torch_threads_started = False  # by a kernel
 _turn = threading.RLock()
 
 
@@ -59,8 +60,12 @@ def thread_count() -> int:
 
 
 def torch_thread_count() -> int:
-    """Return how many threads torch's own products run on."""
-    return 1 if _mode is Mode.SERIAL else torch.get_num_threads()
+    """Return how many of torch's threads a kernel may run on, which it is then taken to do."""
+    global _torch_threads_started
+    if _mode is Mode.SERIAL:
+        return 1
+    _torch_threads_started = True
+    return torch.get_num_threads()
 
 
 def _dispatcher(function: Callable[..., Any], variant: str, options: dict[str, Any]) -> Any:
@@ -111,7 +116,7 @@ def _after_fork() -> None:
     """
     global _mode, _turn
     _turn, _mode = threading.RLock(), Mode.SERIAL
-    if _threading_layer() is not None:
+    if _threading_layer() is not None or _torch_threads_started:
         torch.set_num_threads(1)
 
 

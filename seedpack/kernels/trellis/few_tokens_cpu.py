@@ -103,8 +103,8 @@ def emit_dots(builder: Any, name: str, code_bits: int, state_bits: int, count: i
                 builder.store(splat(INTS, 0), side)
         first = builder.mul(group, ir.Constant(I64, 4))
         end = builder.add(first, ir.Constant(I64, 4))
-        end = builder.select(builder.icmp_signed("<", end, chunks), end, chunks)
-        with cgutils.for_range_slice(builder, first, end, ir.Constant(I64, 1), I64) as (chunk, _):
+
+        def step(chunk: Any) -> None:
             byte = builder.mul(chunk, ir.Constant(I64, 8 * code_bits))
             start = builder.select(builder.icmp_signed("<=", byte, last), row, tail)
             at = builder.inttoptr(builder.add(start, byte), I8.as_pointer())
@@ -120,6 +120,13 @@ def emit_dots(builder: Any, name: str, code_bits: int, state_bits: int, count: i
                     activations = vector_at(codes, builder.add(line, ir.Constant(I64, i)))
                     to = own[i % sides]
                     builder.store(dot(builder, name, builder.load(to), mixed, activations), to)
+
+        with builder.if_else(builder.icmp_signed("<=", end, chunks)) as (full, rest):
+            with full:
+                for i in range(4):
+                    step(builder.add(first, ir.Constant(I64, i)))
+            with rest, cgutils.for_range_slice(builder, first, chunks, ir.Constant(I64, 1), I64) as (chunk, _):
+                step(chunk)
         for total_of, own, at in zip(sums, whole, of_tokens, strict=True):
             products = builder.load(own[0])
             for side in own[1:]:
@@ -201,7 +208,7 @@ def prepare(
 ) -> Prepared | None:
     """Do as `matmul.trellis_prepare`."""
     norm, odd, small, left = plan(columns, LARGEST_FACTOR)
-    if left or not stream.is_contiguous():
+    if left or not stream.is_contiguous() or not (bias is None or bias.is_cpu):
         return None
     mask = (1 << code.state_bits) - 1
     words = [stream.data_ptr(), stream[0].numel(), mask, code.multiplier, code.key, code.tail_biting]
