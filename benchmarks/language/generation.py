@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 
-import seedpack
 from benchmarks.kernels.products import random_parts
 from benchmarks.lib import llama_cpp, models, report
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.eval.language import compare_language_models, windows
-from seedpack.hf.language_model import load_language_model
 from seedpack.loader.fill import use_int8_activations_
 from seedpack.loader.layers import PackedLinear, pack_module_
 
@@ -69,7 +66,7 @@ def model_of(name: str, kind: str) -> Any:
     return model.eval()
 
 
-def generate(model: Any, compiled: bool) -> tuple[float, float, float]:
+def generate(model: Any, compiled: bool, new: int = NEW) -> tuple[float, float, float]:
     """Return tokens per second of decoding and of prompt processing, the best of some turns, and of a whole `generate` call."""
     from transformers import DynamicCache, StaticCache
 
@@ -77,12 +74,12 @@ def generate(model: Any, compiled: bool) -> tuple[float, float, float]:
     forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
     for turn in range(TURNS):
         ids = (7 * torch.arange(PROMPT)[None] + 50 * turn) % vocabulary + 300
-        cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW) if compiled else DynamicCache()
+        cache = StaticCache(config=model.config, max_cache_len=PROMPT + new) if compiled else DynamicCache()
         started = time.perf_counter()
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         prompt = time.perf_counter() - started
         position, seconds = PROMPT, []
-        while position < PROMPT + NEW:
+        while position < PROMPT + new:
             token = logits[:, -1:].argmax(-1)
             started = time.perf_counter()
             logits = forward(
@@ -90,9 +87,9 @@ def generate(model: Any, compiled: bool) -> tuple[float, float, float]:
             ).logits
             seconds.append(time.perf_counter() - started)
             position += 1
-        first = NEW // 4 if turn == 0 else 0  # compiling
-        best[:2] = max(best[0], (NEW - first) / sum(seconds[first:])), max(best[1], PROMPT / prompt)
-        if not compiled:
+        first = new // 4 if turn == 0 else 0  # compiling
+        best[:2] = max(best[0], (new - first) / sum(seconds[first:])), max(best[1], PROMPT / prompt)
+        if not compiled and new == NEW:
             started = time.perf_counter()
             model.generate(ids, min_new_tokens=NEW, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
             best[2] = max(best[2], NEW / (time.perf_counter() - started))
@@ -138,10 +135,10 @@ def one(name: str, kind: str) -> dict[str, Any]:
         model = model_of(name, kind)
         if "floats" in kind:
             use_int8_activations_(model, False)
-        decode, prompt, whole = generate(model, "compiled" in kind)
+        decode, prompt, whole = generate(model, "compiled" in kind, 32 if "few" in kind else NEW)
         found: dict[str, Any] = {"decode": decode, "prompt": prompt, "generate": whole}
         found["bytes"] = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
-        if "compiled" not in kind:
+        if "compiled" not in kind and "few" not in kind:
             found["spent"] = spent(model)
     return found
 
@@ -164,38 +161,6 @@ def read_bandwidth() -> float:
         values.sum()
         best = max(best, values.nbytes / (time.perf_counter() - started))
     return best
-
-
-def rounding(result: report.Result) -> None:
-    """What rounding activations to 8 bits adds, for any count of tokens."""
-    name, text = models.text()
-    original, tokenizer = load_language_model(models.smollm2())
-    path = models.packed_smollm2("trellis", 4)
-    packed = [seedpack.load(path, dtype="float32", int8_activations=int8) for int8 in (False, True)]
-    floats, rounded = compare_language_models(original, packed, windows(tokenizer, text, 1024, 16384))
-    result.say(
-        f"Rounding all activations of SmolLM2-135M's 4-bit layers to 8 bits, not only those of few tokens, on {floats.tokens:,} tokens of "
-        f"{name}, context 1024: KL divergence to the dense model {floats.kl_mean:.5f} with floats, {rounded.kl_mean:.5f} with 8 bits, "
-        f"{rounded.kl_mean / floats.kl_mean:.4f} times as much."
-    )
-
-
-BUSY = "while True: pass"
-
-
-def beside_others(result: report.Result) -> None:
-    """The time of a token while as many busy loops as there are cores run beside."""
-    quiet = in_a_process("smollm2", "4 bits")["decode"]
-    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in os.sched_getaffinity(0)]
-    try:
-        busy = {kind: in_a_process("smollm2", kind)["decode"] for kind in ("4 bits", "float32")}
-    finally:
-        for loop in loops:
-            loop.kill()
-    result.say(
-        f"With a busy loop on each core beside, a token of SmolLM2-135M at 4 bits takes {1e3 / busy['4 bits']:.0f} ms, "
-        f"{quiet / busy['4 bits']:.1f} times the quiet {1e3 / quiet:.0f} ms; of the dense float32 model {1e3 / busy['float32']:.0f} ms."
-    )
 
 
 SUBJECTS = {
@@ -256,10 +221,6 @@ def measure(result: report.Result) -> None:
                 for label, t in parts
             ],
         )  # fmt: skip
-    if result.wanted("rounding"):
-        rounding(result)
-    if result.wanted("busy"):
-        beside_others(result)
 
 
 if __name__ == "__main__":

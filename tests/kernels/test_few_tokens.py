@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from time import perf_counter
 
 import llvmlite.binding as llvm
 import pytest
@@ -182,6 +183,27 @@ def test_threads_have_companions_of_their_own() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_products_keep_to_their_thread_where_cores_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    crowd, threads, run = calls._Crowd(), [], calls._run
+
+    def watched(*arguments: int) -> bool:
+        threads.append(arguments[7])
+        return run(*arguments)
+
+    monkeypatch.setattr(calls, "_crowd", crowd)
+    monkeypatch.setattr(calls, "_run", watched)
+    monkeypatch.setattr(calls, "torch_thread_count", lambda: 2)
+    monkeypatch.setattr(calls, "LATE", 10.0)
+    weight = few_tokens(4, 16, 400, 576)
+    x = torch.randn(1, 576)
+    first = weight.product(x)
+    crowd.watch(400 * 576, perf_counter(), 20.0)  # late, and not the first
+    second = weight.product(x)
+    crowd.until = 0.0
+    weight.product(x)
+    assert threads == [2, 1, 2] and first is not None and second is not None and torch.equal(first, second)
 
 
 def test_a_layer_that_is_gone_leaves_no_memory() -> None:

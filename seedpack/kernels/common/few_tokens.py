@@ -14,6 +14,7 @@ import weakref
 from array import array as words_of
 from collections.abc import Callable, Sequence
 from functools import cache
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from seedpack.kernels.rotation.cpu import mix_row
 LINE = 64  # bytes
 CHUNK = 64  # weights that a step of the inner loop takes
 ALONE = 1 << 16  # weights, times tokens, up to which one thread is faster than two
+LATE, SLOW = 1e-3, 2e9  # seconds, and weights times tokens a second: slower than any product on cores that are free
 PIECES = 2, 16  # of a layer's rows for each thread, at least and at most
 PIECE = 1 << 17  # weights of a piece at least, where there are more pieces than the least
 
@@ -236,6 +238,28 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class _Crowd:
+    """Other programs on the cores. A region waits for all of its threads, also for one whose core another program holds; after
+    one that took far too long, products keep to their own thread for a while.
+
+    Attributes:
+        until: when they share work out again, by `time.perf_counter`.
+    """
+
+    def __init__(self) -> None:
+        self.until = 0.0
+        self._compiled = False
+
+    def watch(self, work: int, started: float, took: float) -> None:
+        """See how long a product of so many weights times tokens took on several threads, in seconds; the first is compiled."""
+        if self._compiled and took > LATE + work / SLOW:
+            self.until = started + took + min(20 * took, 1.0)
+        self._compiled = True
+
+
+_crowd = _Crowd()
+
+
 class Prepared(Product):
     """A layer's product for few tokens, ready to be called.
 
@@ -333,12 +357,15 @@ class Prepared(Product):
             words[at + 2] = y.data_ptr()
             at += MEMBER
             rows += member.rows
-        threads = 1 if rows * columns * tokens <= ALONE else torch_thread_count()
+        work, started = rows * columns * tokens, perf_counter()
+        threads = 1 if work <= ALONE or started < _crowd.until else torch_thread_count()
         given = thread.at, len(members), place, tokens, KINDS[dtype], *self._pattern, threads
         region = parallel_region()
         if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
             self.members = [self]
             return None
+        if threads > 1:
+            _crowd.watch(work, started, perf_counter() - started)
         thread.put(members, x, place, results)
         return results[0]
 

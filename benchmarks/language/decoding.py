@@ -1,0 +1,55 @@
+"""Decoding on a CPU: what rounding activations to 8 bits costs, and what busy cores do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import seedpack
+from benchmarks.language.generation import in_a_process
+from benchmarks.lib import models, report
+from seedpack.eval.language import compare_language_models, windows
+from seedpack.hf.language_model import load_language_model
+
+
+def rounding(result: report.Result) -> None:
+    """What rounding activations to 8 bits adds, for any count of tokens."""
+    name, text = models.text()
+    original, tokenizer = load_language_model(models.smollm2())
+    path = models.packed_smollm2("trellis", 4)
+    packed = [seedpack.load(path, dtype="float32", int8_activations=int8) for int8 in (False, True)]
+    floats, rounded = compare_language_models(original, packed, windows(tokenizer, text, 1024, 16384))
+    result.say(
+        f"Rounding all activations of SmolLM2-135M's 4-bit layers to 8 bits, not only those of few tokens, on {floats.tokens:,} tokens of "
+        f"{name}, context 1024: KL divergence to the dense model {floats.kl_mean:.5f} with floats, {rounded.kl_mean:.5f} with 8 bits, "
+        f"{rounded.kl_mean / floats.kl_mean:.4f} times as much."
+    )
+
+
+BUSY = "while True: pass"
+
+
+def beside_others(result: report.Result) -> None:
+    """The time of a token while as many busy loops as there are cores run beside."""
+    rows = []
+    for kind in ("4 bits", "float32"):
+        quiet = in_a_process("smollm2", f"{kind}, few")["decode"]
+        loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in os.sched_getaffinity(0)]
+        try:
+            busy = in_a_process("smollm2", f"{kind}, few")["decode"]
+        finally:
+            for loop in loops:
+                loop.kill()
+        rows.append((kind, f"{1e3 / quiet:.0f}", f"{1e3 / busy:.0f}", f"{quiet / busy:.1f}×"))
+    result.say("Milliseconds a token of SmolLM2-135M, on quiet cores and with a busy loop on each core beside:")
+    result.table(["model", "quiet", "busy", "ratio"], rows)
+
+
+def measure(result: report.Result) -> None:
+    beside_others(result)
+    rounding(result)
+
+
+if __name__ == "__main__":
+    report.run("decoding", "Decoding on a CPU: rounded activations, busy cores", measure)
