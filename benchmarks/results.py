@@ -372,7 +372,7 @@ def fastest() -> str:
         f"**Speed.** On 2 CPU cores, in transformers, a 4-bit model of Llama 3.2 1B's shape generates {ours:.0f} tokens a second "
         f"(dense bfloat16 {dense:.0f}, llama.cpp Q4_K_M {peer:.0f}), SmolLM2-135M {few['seedpack, 4 bits']:.0f} (dense float32 "
         f"{few['float32']:.0f}, llama.cpp Q4_0 {few['llama.cpp Q4_0']:.0f}; of {float(spent['token']):.0f} ms a token {float(rest):.0f} are "
-        "transformers' own). Activations of up to 8 tokens have 8 bits there, "
+        "transformers' own). Activations of up to 8 tokens have 8 bits "
         f"unless `int8_activations=False`. Packed models take {size.rstrip('×')} of the float32 memory. No GPU was at hand. "
         "[More](docs/results.md#speed)"
     )
