@@ -206,6 +206,15 @@ def test_products_keep_to_their_thread_where_cores_are_taken(monkeypatch: pytest
     assert threads == [2, 1, 2] and first is not None and second is not None and torch.equal(first, second)
 
 
+def test_numbas_threads_serve_where_torch_has_none(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    monkeypatch.setattr(calls, "parallel_region", lambda: 0)
+    monkeypatch.setattr(calls, "torch_thread_count", lambda: 2)
+    weight = few_tokens(4, 16, 400, 576)
+    x = torch.randn(3, 576)
+    found = weight.product(x)
+    assert found is not None and error(found, weight.expected(x, 8)) < LIMIT[torch.float32]
+
+
 def test_a_layer_that_is_gone_leaves_no_memory() -> None:
     weights = companions(1)
     gone = weakref.ref(weights[0].product)
