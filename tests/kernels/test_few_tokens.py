@@ -80,7 +80,7 @@ def test_changed_parts_are_seen(part: str) -> None:
     assert weight.product(x) is None
 
 
-@pytest.mark.parametrize("way", slow_but(["vnni512", "avx2", "neon"], ["vnni512", "vnni256", "avx2", "neon", "any"]))
+@pytest.mark.parametrize("way", slow_but(["avx2", "neon"], ["vnni512", "vnni256", "avx2", "neon", "any"]))
 def test_every_way_gives_the_same(way: str) -> None:
     """Each on this machine, by leaving out features of its processor; that of ARM with its instruction emulated."""
     found = outcome(way)
@@ -106,7 +106,7 @@ def test_compiles_for_arm() -> None:
     builder_of_passes.getModulePassManager().run(parsed, builder_of_passes)
     lines = [line.split() for line in machine.emit_assembly(parsed).splitlines() if line.startswith("\t")]
     names = [line[0] for line in lines]
-    assert names.count("sdot") == 16 and names.count("tbl") == 16  # a step takes 64 weights
+    assert names.count("sdot") == names.count("tbl") == 16  # a step takes 64 weights
     first, last = (index for index in (names.index("sdot"), len(names) - 1 - names[::-1].index("sdot")))
     assert sum(name in ("str", "stp") for name in names[first:last]) == 0
     assert last - first <= 64 * 2

@@ -55,9 +55,10 @@ def _reach(code_bits: int) -> int:
     return 64 if code_bits <= 6 else 128
 
 
-def _accumulators(tokens: int) -> int:
-    """Return how many sums a token has, so that one addition does not wait for the last."""
-    return {1: 4, 2: 2}.get(tokens, 1)
+def _accumulators(way: str, tokens: int) -> int:
+    """Return how many sums a token has, so that one addition does not wait for the last, where registers of 512 bits hold them;
+    elsewhere a sum takes several registers."""
+    return {1: 4, 2: 2}.get(tokens, 1) if way == "vnni512" else 1
 
 
 def _four_groups(builder: Any, way: str, at: Any, code_bits: int, state_bits: int, mask: Any) -> list[Any]:
@@ -84,7 +85,7 @@ def emit_dots(builder: Any, name: str, code_bits: int, state_bits: int, count: i
     of codes, starts and steps, see `common.few_tokens`.
     """
     row, tail, last, chunks, mask, factor, key, codes, starts, steps = args
-    sides = _accumulators(count)
+    sides = _accumulators(name, count)
     mask, factor, key = (spread(builder, builder.trunc(word, I32), INTS) for word in (mask, factor, key))
     groups = builder.sdiv(builder.add(chunks, ir.Constant(I64, 3)), ir.Constant(I64, 4))
     sums = [cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)]
@@ -121,11 +122,16 @@ def emit_dots(builder: Any, name: str, code_bits: int, state_bits: int, count: i
                     to = own[i % sides]
                     builder.store(dot(builder, name, builder.load(to), mixed, activations), to)
 
-        with builder.if_else(builder.icmp_signed("<=", end, chunks)) as (full, rest):
-            with full:
-                for i in range(4):
-                    step(builder.add(first, ir.Constant(I64, i)))
-            with rest, cgutils.for_range_slice(builder, first, chunks, ir.Constant(I64, 1), I64) as (chunk, _):
+        if name == "vnni512":
+            with builder.if_else(builder.icmp_signed("<=", end, chunks)) as (full, rest):
+                with full:
+                    for i in range(4):
+                        step(builder.add(first, ir.Constant(I64, i)))
+                with rest, cgutils.for_range_slice(builder, first, chunks, ir.Constant(I64, 1), I64) as (chunk, _):
+                    step(chunk)
+        else:  # registers are too few, or too short
+            end = builder.select(builder.icmp_signed("<", end, chunks), end, chunks)
+            with cgutils.for_range_slice(builder, first, end, ir.Constant(I64, 1), I64) as (chunk, _):
                 step(chunk)
         for total_of, own, at in zip(sums, whole, of_tokens, strict=True):
             products = builder.load(own[0])
