@@ -204,7 +204,7 @@ def _timed_products() -> Iterator[list[float]]:
 
 @torch.inference_mode()
 def overhead(result: report.Result) -> None:
-    """What a call of a small packed layer takes beside its compiled product."""
+    """Time a call of a small packed layer beside its compiled product."""
     rows: list[tuple[object, ...]] = []
     repeats = 200
     for shape in ((16, 64), (192, 576), (576, 576), (1536, 576), (2048, 2048)):

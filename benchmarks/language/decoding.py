@@ -1,4 +1,4 @@
-"""Decoding on a CPU: what rounding activations to 8 bits costs, and what busy cores do."""
+"""Measure the cost of rounding activations to 8 bits, and of busy cores, to decoding on a CPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seedpack.hf.language_model import load_language_model
 
 
 def rounding(result: report.Result) -> None:
-    """What rounding activations to 8 bits adds, for any count of tokens."""
+    """Measure the divergence that rounding activations to 8 bits adds, for any count of tokens."""
     name, text = models.text()
     original, tokenizer = load_language_model(models.smollm2())
     path = models.packed_smollm2("trellis", 4)

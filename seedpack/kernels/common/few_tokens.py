@@ -14,6 +14,7 @@ import weakref
 from array import array as words_of
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import count as numbers
 from time import perf_counter
 from typing import Any
 
@@ -205,11 +206,11 @@ class _Thread(threading.local):
         self.leader: Callable[[], Prepared | None] = lambda: None
         self.place = 0
         self.given: Tensor | None = None  # a copy of the activations
-        self.waiting: dict[int, Tensor] = {}  # by the address of the layer
+        self.waiting: dict[int, Tensor] = {}  # by the number of the layer, which no other ever gets
 
     def take(self, layer: Prepared, x: Tensor, place: int) -> Tensor | None:
         """Return the result that waits for a layer, if it is that of x."""
-        ready, given = self.waiting.pop(layer.at, None), self.given
+        ready, given = self.waiting.pop(layer.number, None), self.given
         if ready is None or given is None:
             return None
         alike = place == self.place and x.shape == given.shape and x.dtype == given.dtype
@@ -223,11 +224,11 @@ class _Thread(threading.local):
         """Keep the results of a layer's companions, or make it the companion of the one before; it is the first of the members."""
         if self.waiting and (leader := self.leader()) is not None:
             for member in leader.members[1:]:
-                if member.at in self.waiting:
+                if member.number in self.waiting:
                     leader.part_with(member)
         if len(results) > 1:
             self.given = x.clone()
-            self.waiting = {member.at: y for member, y in zip(members[1:], results[1:], strict=True)}
+            self.waiting = {member.number: y for member, y in zip(members[1:], results[1:], strict=True)}
         else:
             self.waiting = {}
             if place == self.place and (leader := self.leader()) is not None and leader.join(members[0]):
@@ -258,6 +259,7 @@ class _Crowd:
 
 
 _crowd = _Crowd()
+_numbers = numbers()
 
 
 class Prepared(Product):
@@ -297,31 +299,23 @@ class Prepared(Product):
         tensors = [tensor.detach() for tensor in (*kept, *([] if bias is None else [bias]))]
         copies = [tensor.clone() for tensor in tensors]
         self._alive = factor, small, scale, single, code, tensors, copies, alive
-        words = [
-            rows,
-            columns,
-            -(-columns // CHUNK) * CHUNK,
-            planes,
-            address(factor),
-            odd,
-            small.ctypes.data,
-            len(small),
-        ]
-        words += [address(scale), address(single), code.ctypes.data, offset, len(copies)]
+        words = [rows, columns, -(-columns // CHUNK) * CHUNK, planes]
+        words += [address(factor), odd, small.ctypes.data, len(small), address(scale), address(single)]
+        words += [code.ctypes.data, offset, len(copies)]
         for tensor, copy in zip(tensors, copies, strict=True):
             words += [tensor.data_ptr(), copy.data_ptr(), copy.nbytes]
         self._words = np.array(words, np.int64)
         self.at, self.rows, self.columns, self.planes = self._words.ctypes.data, rows, columns, planes
         self._share, self._shares = share, dict[int, int]()
         self._pattern = pattern(way())
-        self.most_tokens = FEW_TOKENS // planes
+        self.most_tokens, self.number = FEW_TOKENS // planes, next(_numbers)
         self.members = [self]  # this, and its companions
         self._strangers: set[int] = set()  # former companions
         self.reference = weakref.ref(self)
 
     def join(self, other: Prepared) -> bool:
         """Make a layer a companion, unless it has been one, or has other activations."""
-        if other.columns != self.columns or other.planes != self.planes or other.at in self._strangers:
+        if other.columns != self.columns or other.planes != self.planes or other.number in self._strangers:
             return False
         if other not in self.members:
             if len(self.members) == MOST_MEMBERS:
@@ -331,7 +325,7 @@ class Prepared(Product):
 
     def part_with(self, other: Prepared) -> None:
         """Make a layer a companion no more."""
-        self._strangers.add(other.at)
+        self._strangers.add(other.number)
         self.members = [member for member in self.members if member is not other]
 
     def share(self, tokens: int) -> int:

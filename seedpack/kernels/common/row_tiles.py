@@ -3,6 +3,7 @@ no more than a tile of it is ever dense."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -13,14 +14,14 @@ FEW_TOKENS = 8  # up to so many the weights are regenerated inside the product, 
 TOKEN_COUNTS = (1, 2, 4, 8)  # tokens of one pass over the weights; code is compiled for each
 
 
-class Product:
+class Product(ABC):
     """A prepared product of few tokens, at most `most_tokens`."""
 
     most_tokens: int
 
+    @abstractmethod
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return the product of x [..., columns]; None once the parts have other bytes."""
-        raise NotImplementedError
 
 
 Tile = Callable[[slice], Tensor]  # from a slice of rows to the weight there, float32 [rows, columns]
