@@ -179,23 +179,31 @@ def squirrel5(position: Words, seed: int) -> Words:
     return x ^ (x >> 17)
 
 
-# Multipliers of the trellis's code at k bits per weight, for windows of up to 16 bits and for longer ones: found by
-# search, docs/codecs/trellis.md tells how.
-TRELLIS_MULTIPLIERS: dict[int, tuple[int, int]] = {
-    1: (0x6565AC69, 0x6565AC69),
-    2: (0x214F47D1, 0x7821BD73),
-    3: (0x65605D9D, 0x136D564B),
-    4: (0x5168A857, 0xD216B473),
-    5: (0x06D54E13, 0x0F6338E9),
-    6: (0xCBC21A49, 0xEA2A86E9),
-    7: (0x456737C5, 0x74102017),
-    8: (0x91E125C5, 0xCBF07ED5),
+# Multipliers of the trellis's code by weights per window and bits per weight, for windows of up to 16 bits and for longer
+# ones: found by search, docs/codecs/trellis.md tells how.
+TRELLIS_MULTIPLIERS: dict[tuple[int, int], tuple[int, int]] = {
+    (1, 1): (0x6565AC69, 0x6565AC69),
+    (1, 2): (0x214F47D1, 0x7821BD73),
+    (1, 3): (0x65605D9D, 0x136D564B),
+    (1, 4): (0x5168A857, 0xD216B473),
+    (1, 5): (0x06D54E13, 0x0F6338E9),
+    (1, 6): (0xCBC21A49, 0xEA2A86E9),
+    (1, 7): (0x456737C5, 0x74102017),
+    (1, 8): (0x91E125C5, 0xCBF07ED5),
+    (2, 1): (0x43638ABF, 0x89C52391),
+    (2, 2): (0xAC766A41, 0xF5E76371),
+    (2, 3): (0x15BD0C7F, 0x7A26BBBD),
+}
+# The factors of the four bytes of a word, low byte first, and what is taken from their sum, for each weight of a window.
+TRELLIS_SUMS: dict[int, tuple[tuple[tuple[int, int, int, int], int], ...]] = {
+    1: (((1, 1, 1, 1), 510),),
+    2: (((1, 1, 1, 0), 382), ((0, 1, -1, 1), 127)),
 }
 
 
-def trellis_multiplier(code_bits: int, state_bits: int) -> int:
-    """Return the multiplier a of the trellis's code."""
-    return TRELLIS_MULTIPLIERS[code_bits][state_bits > 16]
+def trellis_multiplier(code_bits: int, state_bits: int, weights: int = 1) -> int:
+    """Return the multiplier a of the trellis's code, for so many weights per window."""
+    return TRELLIS_MULTIPLIERS[weights, code_bits][state_bits > 16]
 
 
 @functools.lru_cache(maxsize=256)
@@ -204,16 +212,21 @@ def trellis_key(seed: int) -> int:
     return int(philox_words(seed, 1))
 
 
-def trellis_values(window: Words, multiplier: int, key: int) -> Words:
-    """Return the value of each window: the sum of the four bytes of a·window + c mod 2^32, less 510.
+def trellis_values(window: Tensor, multiplier: int, key: int, weights: int = 1) -> Tensor:
+    """Return the values of each window, int64 [..., weights], from the bytes b0 … b3 of h = a·window + c mod 2^32.
 
-    The bytes' sum is nearly normal, of mean 0 and standard deviation 147.8, and never beyond ±510.
+    One weight is b0 + b1 + b2 + b3 - 510: nearly normal, of mean 0 and standard deviation 147.8, and never beyond ±510. Two are
+    b0 + b1 + b2 - 382 and b1 - b2 + b3 - 127: of standard deviation 128, in ±383, and not correlated.
 
     Args:
-        window: int64, below 2^20; a torch tensor or a NumPy array, the result is of its kind.
+        window: int64, below 2^20.
         multiplier: a, from `trellis_multiplier`.
         key: c, from `trellis_key`.
+        weights: per window, 1 or 2.
     """
     h = (window * multiplier + key) & MASK32
-    total: Words = (h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24) - 510
-    return total
+    octets = torch.stack([h >> 8 * i & 255 for i in range(4)], -1)
+    values = [
+        (octets * torch.tensor(factors, device=h.device)).sum(-1) - offset for factors, offset in TRELLIS_SUMS[weights]
+    ]
+    return torch.stack(values, -1)

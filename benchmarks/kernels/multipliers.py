@@ -23,17 +23,17 @@ def forget() -> None:
     decode_cpu.constants.cache_clear()
 
 
-def gap(code_bits: int, multiplier: int, sample: Tensor) -> float:
-    """dB above 4^-k of the code with another multiplier, effort `default`."""
-    own = prng.TRELLIS_MULTIPLIERS[code_bits]
+def gap(form: tuple[int, int], multiplier: int, sample: Tensor) -> float:
+    """dB above 4^-k of the code of a form (weights per window, bits) with another multiplier, effort `default`."""
+    own, (weights, code_bits) = prng.TRELLIS_MULTIPLIERS[form], form
     try:
-        prng.TRELLIS_MULTIPLIERS[code_bits] = (multiplier, multiplier)
+        prng.TRELLIS_MULTIPLIERS[form] = (multiplier, multiplier)
         forget()
-        codec = TrellisCodec(code_bits, balance=False)
+        codec = TrellisCodec(code_bits, balance=False, weights_per_window=weights)
         shape = (sample.shape[0], sample.shape[1])
         decoded = codec.decode(codec.encode(sample), shape, torch.float32)
     finally:
-        prng.TRELLIS_MULTIPLIERS[code_bits] = own
+        prng.TRELLIS_MULTIPLIERS[form] = own
         forget()
     error = (decoded - sample).double().square().sum() / sample.double().square().sum()
     return float(10 * torch.log10(error * 4**code_bits))
@@ -44,14 +44,13 @@ def measure(result: report.Result) -> None:
     small, large = torch.randn(SCREEN, generator=generator), torch.randn(SAMPLE, generator=generator)
     odd = torch.randint(0, 1 << 31, (CANDIDATES,), generator=generator).mul(2).add(1).tolist()
     rows = []
-    for code_bits in range(1, 9):
-        screened = sorted((gap(code_bits, multiplier, small), multiplier) for multiplier in odd)
-        best = min((gap(code_bits, multiplier, large), multiplier) for _, multiplier in screened[:REFINED])
-        chosen = prng.TRELLIS_MULTIPLIERS[code_bits][0]
+    for form, (chosen, _) in list(prng.TRELLIS_MULTIPLIERS.items()):
+        screened = sorted((gap(form, multiplier, small), multiplier) for multiplier in odd)
+        best = min((gap(form, multiplier, large), multiplier) for _, multiplier in screened[:REFINED])
         rows.append(
-            (code_bits, f"{chosen:08X}", f"{gap(code_bits, chosen, large):.3f}", f"{best[1]:08X}", f"{best[0]:.3f}",
+            (*form, f"{chosen:08X}", f"{gap(form, chosen, large):.3f}", f"{best[1]:08X}", f"{best[0]:.3f}",
              f"{statistics.median(g for g, _ in screened):.3f}", f"{screened[-1][0]:.3f}",
-             *(f"{gap(code_bits, multiplier, large):.3f}" for multiplier in PUBLISHED.values()))
+             *(f"{gap(form, multiplier, large):.3f}" for multiplier in PUBLISHED.values()))
         )  # fmt: skip
         print(rows[-1], flush=True)
     result.say(
@@ -60,7 +59,7 @@ def measure(result: report.Result) -> None:
         f"on {SAMPLE[0] * SAMPLE[1]:,} others."
     )
     result.table(
-        ["k", "M24", "gap", "best here", "gap", "median", "worst", *PUBLISHED],
+        ["weights per window", "k", "M24", "gap", "best here", "gap", "median", "worst", *PUBLISHED],
         rows,
     )
 

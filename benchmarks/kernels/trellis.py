@@ -28,8 +28,9 @@ def measure(result: report.Result) -> None:
     sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     rows, points = [], []
     for effort in EFFORTS:
-        for code_bits in range(1, 9) if effort == "default" else (2, 3, 4):
-            codec = TrellisCodec(code_bits, effort=effort, balance=False)
+        forms = [(1, k) for k in (range(1, 9) if effort == "default" else (2, 3, 4))] + [(2, k) for k in (1, 2, 3)]
+        for weights, code_bits in forms:
+            codec = TrellisCodec(code_bits, effort=effort, balance=False, weights_per_window=weights)
             codec.encode(sample[:4])  # compiles
             runs = 1 if effort == "best" else 3
             seconds, parts = min((timed(codec, sample) for _ in range(runs)), key=lambda run: run[0])
@@ -37,18 +38,21 @@ def measure(result: report.Result) -> None:
             found = gap(codec.decode(parts, SHAPE, torch.float32), sample, bits)
             target = TARGETS[effort][code_bits - 2] if effort in TARGETS and 2 <= code_bits <= 4 else None
             rows.append(
-                (code_bits, effort, codec.state_bits, codec.survivors, f"{bits:.4f}", f"{found:.3f}",
+                (code_bits, weights, effort, codec.state_bits, codec.survivors, f"{bits:.4f}", f"{found:.3f}",
                  "" if target is None else f"≤ {target:.2f}" + ("" if found <= target else " (missed)"),
                  f"{sample.numel() / seconds / 1e6:.3f}")
             )  # fmt: skip
-            points.append((code_bits, effort, sample.numel() / seconds / 1e6, found))
+            points.append((f"{code_bits} bits, {weights} per window", effort, sample.numel() / seconds / 1e6, found))
             print(rows[-1], flush=True)
     result.say(
         f"{sample.numel():,} samples of N(0, 1) as a matrix {list(SHAPE)}; the gap is the squared error in dB above the "
         "rate–distortion limit 2^(−2R), with R all the bits that are stored, scales included. Encoding of the whole codec "
         "(rotation, search, scales; without the balance of channels, which are alike here) on all cores, compiled code, the best of three runs (one for `best`)."
     )
-    result.table(["k", "effort", "L", "m", "bits per weight", "gap, dB", "target", "million weights/s"], rows)
+    result.table(
+        ["k", "weights per window", "effort", "L", "m", "bits per weight", "gap, dB", "target", "million weights/s"],
+        rows,
+    )
     others = []
     for label, (_, quantise) in peers.data_free().items():
         if not label.startswith(("HQQ", "GGUF IQ2")):
@@ -82,9 +86,9 @@ def floor(result: report.Result) -> None:
 def decoding(result: report.Result) -> None:
     """Integers of a matrix from its stream, and the copy of memory that a dense float32 matrix would cost."""
     rows = []
-    for code_bits in (2, 3, 4):
+    for weights, code_bits in ((1, 2), (1, 3), (1, 4), (2, 2), (2, 3)):
         stream = torch.randint(0, 256, (4096, 512, code_bits), dtype=torch.uint8).view(4096, -1, 1)
-        code = TrellisCode(code_bits, 16, trellis_key(0))
+        code = TrellisCode(code_bits, 16, trellis_key(0), weights=weights)
         seconds = {}
         for backend in ("cpu", "reference"):
             trellis_decode(stream[:8], code, columns=4096, backend=backend)
@@ -92,7 +96,7 @@ def decoding(result: report.Result) -> None:
             started = time.perf_counter()
             trellis_decode(stream[:count], code, columns=4096, backend=backend)
             seconds[backend] = (time.perf_counter() - started) / count * 4096
-        rows.append((code_bits, *(f"{4096 * 4096 / seconds[b] / 1e6:,.0f}" for b in ("cpu", "reference"))))
+        rows.append((code_bits, weights, *(f"{4096 * 4096 / seconds[b] / 1e6:,.0f}" for b in ("cpu", "reference"))))
     source = torch.empty(4096, 4096)
     target = torch.empty_like(source)
     target.copy_(source)
@@ -100,20 +104,22 @@ def decoding(result: report.Result) -> None:
     target.copy_(source)
     copy = 4096 * 4096 / (time.perf_counter() - started) / 1e6
     result.say(f"Decoding to integers, 4096×4096, million weights/s (a copy of the float32 matrix: {copy:,.0f}):")
-    result.table(["k", "cpu", "reference"], rows)
+    result.table(["k", "weights per window", "cpu", "reference"], rows)
 
 
-def plot(result: report.Result, points: list[tuple[int, str, float, float]]) -> None:
-    """The frontier: gap against speed, a line for each k."""
+def plot(result: report.Result, points: list[tuple[str, str, float, float]]) -> None:
+    """The frontier: gap against speed, a line for each form."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), dpi=120)
-    for code_bits in (2, 3, 4):
-        line = [(speed, found, effort) for k, effort, speed, found in points if k == code_bits]
-        axes.plot([p[0] for p in line], [p[1] for p in line], "o-", label=f"k = {code_bits}")
+    for form in dict.fromkeys(form for form, effort, _, _ in points if effort == "best"):
+        line = [(speed, found, effort) for own, effort, speed, found in points if own == form]
+        axes.plot(
+            [p[0] for p in line], [p[1] for p in line], "o-" if form.endswith("1 per window") else "s--", label=form
+        )
         for speed, found, effort in line:
             axes.annotate(effort, (speed, found), textcoords="offset points", xytext=(5, 5), fontsize=8)
     axes.set(xscale="log", xlabel="million weights per second, all cores", ylabel="dB above 2^(−2R)", ylim=(0, None),

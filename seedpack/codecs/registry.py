@@ -53,10 +53,16 @@ def codec_from_spec(spec: CodecSpec) -> Codec:
         VersionError: its layout is newer than (or, while experimental, other than) what is implemented here.
     """
     codec = get_codec(spec.id)
-    if spec.version != codec.version:
+    if spec.version not in {codec.version, *codec.older}:
         remedy = "upgrade seedpack" if spec.version > codec.version else "pack the model again"
         raise VersionError(f"codec {spec.id!r}: the file has version {spec.version}, here is {codec.version}; {remedy}")
-    return codec.from_config(spec.config)
+    found = codec.from_config(spec.config)
+    if (version := found.spec().version) != spec.version:
+        raise VersionError(
+            f"codec {spec.id!r}: the file has version {spec.version}, but its settings are of version {version}; "
+            "the file is corrupt"
+        )
+    return found
 
 
 def nested_codec(owner: str, setting: str, value: object) -> Codec:

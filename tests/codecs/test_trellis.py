@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from seedpack.codecs.importance import Importance
+from seedpack.codecs.registry import codec_from_spec
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.errors import CodecError
+from seedpack.errors import CodecError, VersionError
+from seedpack.formats import CodecSpec
 from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 from tests.helpers.marks import slow_but
 
-CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast")]
+CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast"), TrellisCodec(6, effort="fast")]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -96,7 +98,9 @@ def test_error_falls_by_six_decibels_a_bit(code_bits: int) -> None:
 def test_efforts() -> None:
     assert [TrellisCodec(4, effort=e).survivors for e in ("fast", "default", "best")] == [7, 9, 14]
     assert TrellisCodec(4, effort="best").state_bits == 18 and TrellisCodec(4, 16, effort="best").survivors == 12
-    assert TrellisCodec(8).survivors == 8 and TrellisCodec(1, 20, effort="fast").survivors == 11
+    assert [TrellisCodec(2, effort=e).survivors for e in ("fast", "default", "best")] == [10, 12, 16]
+    assert [TrellisCodec(3, effort=e).weights_per_window for e in ("fast", "default", "best")] == [2, 2, 1]
+    assert TrellisCodec(8).survivors == 8 and TrellisCodec(1, 20, effort="fast").survivors == 10
     weight = torch.randn(6, 512)
     errors = []
     for effort in ("fast", "default"):
@@ -114,6 +118,11 @@ def test_efforts() -> None:
         ({"state_bits": 7}, "state_bits must be a whole number from 8 to 20"),
         ({"state_bits": 21}, "state_bits must be a whole number from 8 to 20"),
         ({"state_bits": False}, "state_bits must be a whole number"),
+        ({"code_bits": 4, "weights_per_window": 2}, "weights_per_window must be a whole number from 1 to 1"),
+        (
+            {"code_bits": 3, "state_bits": 11, "weights_per_window": 2},
+            "state_bits must be a whole number from 12 to 20",
+        ),
         ({"seed": -1}, "seed must be a whole number"),
         ({"effort": "most"}, "effort must be one of fast, default, best, got 'most'"),
     ],
@@ -125,7 +134,7 @@ def test_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_bits() -> None:
     assert TrellisCodec.from_bits(3.0) == TrellisCodec(3) and TrellisCodec.from_bits(3.5) == TrellisCodec(3)
-    assert TrellisCodec.from_bits(2.0, effort="best") == TrellisCodec(2, 18, effort="best")
+    assert TrellisCodec.from_bits(2.0, effort="best") == TrellisCodec(2, 20, effort="best")
     assert [codec.bits_per_weight((64, 64)) for codec in TrellisCodec(4).variants()] == [
         k + 16 / 64 + 8 / 64**2 for k in range(1, 9)
     ]
@@ -149,3 +158,19 @@ def test_states_hold_a_symbol_and_as_much_memory(code_bits: int, state_bits: int
     with pytest.raises(CodecError, match=f"state_bits must be a whole number from {2 * code_bits} to 20"):
         TrellisCodec(code_bits, state_bits)
     assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]
+    assert [variant.weights_per_window for variant in TrellisCodec(1, 9).variants()] == [2, 2, 1, 1, 1, 1, 1, 1]
+    paired = TrellisCodec(3, 9, weights_per_window=1).variants()  # what is not usual stays so
+    assert [variant.weights_per_window for variant in paired[:4]] == [1, 1, 1, 1]
+
+
+def test_one_weight_per_window_is_read_and_written_as_ever() -> None:
+    """Version 0 knew no other, and no such setting."""
+    old = CodecSpec(
+        "trellis", 0, {"code_bits": 2, "state_bits": 16, "seed": 0, "effort": "fast", "balance": True, "circular": True}
+    )
+    codec = codec_from_spec(old)
+    assert codec == TrellisCodec(2, effort="fast", weights_per_window=1) and codec.spec() == old
+    new = TrellisCodec(2, effort="fast")
+    assert new.spec().version == 1 and codec_from_spec(new.spec()) == new
+    with pytest.raises(VersionError, match="the file has version 0, but its settings are of version 1"):
+        codec_from_spec(CodecSpec("trellis", 0, new.spec().config))

@@ -378,12 +378,15 @@ def test_m23_squirrel5() -> None:
 
 
 def test_m24_trellis() -> None:
-    found = re.findall(r"\| (\d) \| ([0-9A-F]{8}) \| ([0-9A-F]{8}) (?=\|)", SPEC)
-    assert {int(k): (int(a, 16), int(b, 16)) for k, a, b in found} == TRELLIS_MULTIPLIERS
+    found = re.findall(r"\| (\d), (\d) \| ([0-9A-F]{8}) \| ([0-9A-F]{8}) (?=\|)", SPEC)
+    assert {(int(v), int(k)): (int(a, 16), int(b, 16)) for v, k, a, b in found} == TRELLIS_MULTIPLIERS
     assert trellis_key(0) == 0x6627E8D5 == philox_words(0, 1)[0]
     h = (0xBEEF * trellis_multiplier(4, 16) + 0x6627E8D5) % 2**32
     expected = sum(h.to_bytes(4, "little")) - 510
-    assert trellis_values(torch.tensor([0xBEEF]), trellis_multiplier(4, 16), trellis_key(0)).tolist() == [expected]
+    assert trellis_values(torch.tensor([0xBEEF]), trellis_multiplier(4, 16), trellis_key(0)).tolist() == [[expected]]
+    b = ((0xBEEF * trellis_multiplier(2, 16, 2) + 0x6627E8D5) % 2**32).to_bytes(4, "little")
+    pair = [b[0] + b[1] + b[2] - 382, b[1] - b[2] + b[3] - 127]
+    assert trellis_values(torch.tensor([0xBEEF]), trellis_multiplier(2, 16, 2), trellis_key(0), 2).tolist() == [pair]
 
 
 def test_schema_describes_real_manifests(file: Path) -> None:

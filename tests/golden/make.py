@@ -36,23 +36,27 @@ CASES: dict[str, Codec] = {
     "ranks-in-levels": SVDCodec(rank=6, levels=3),
     "seedlm-factors": SVDCodec.over(SeedLMCodec(seed_bits=10), rank=5),
     "four-bits": TrellisCodec(4, effort="fast"),
-    "two-bits": TrellisCodec(2, seed=7),
-    "odd-windows": TrellisCodec(3, 13, seed=2**40, effort="fast"),
+    "two-bits": TrellisCodec(2, seed=7, weights_per_window=1),
+    "odd-windows": TrellisCodec(3, 13, seed=2**40, effort="fast", weights_per_window=1),
     "long-windows": TrellisCodec(5, 18, effort="fast"),
-    "ending-in-zeros": TrellisCodec(2, circular=False),
+    "ending-in-zeros": TrellisCodec(2, circular=False, weights_per_window=1),
+    "pairs-of-two-bits": TrellisCodec(2, seed=7, weights_per_window=2),
+    "pairs-of-three-bits": TrellisCodec(3, 13, seed=2**40, effort="fast", weights_per_window=2),
+    "pairs-in-long-windows": TrellisCodec(1, 20, effort="fast", weights_per_window=2),
+    "pairs-ending-in-zeros": TrellisCodec(2, circular=False, weights_per_window=2),
     "structured-bases": BasisCodec(count=70, coef_bits=5, seed=11, levels=3),
     "noise": BasisCodec("philox", count=9, blocks=3, coef_bits=16, seed=2**40),
     "squirrels": BasisCodec("squirrel5", count=6, seed=7),
     "three-in-ten": MaskCodec(0.3, seed=2**40),
     "ten-rows-each": StackCodec.over(SeedLMCodec(10, 8, 3), 10, 37),
-    "transposed": StackCodec.over(TrellisCodec(3, effort="fast"), 4, 37, transposed=True),
+    "transposed": StackCodec.over(TrellisCodec(3, effort="fast", weights_per_window=1), 4, 37, transposed=True),
     "plain": RawCodec("BF16"),
 }
 
 
 def folder(name: str) -> Path:
     codec = CASES[name]
-    return HERE / f"{codec.id}.v{codec.version}" / name
+    return HERE / f"{codec.id}.v{codec.spec().version}" / name
 
 
 def source() -> dict[str, Tensor]:

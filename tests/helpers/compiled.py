@@ -68,7 +68,7 @@ def launches() -> dict[str, Callable[[], object]]:
         "rotation in lanes": lambda: trellis_matmul.mixed_lanes(
             torch.zeros(2, 4096).bfloat16(), torch.ones(4096), TrellisCode(4, 16, 5)
         ),
-        "activations of 8 bits": lambda: trellis_matmul.eight_bits(torch.zeros(2, COLUMNS // 256, 8, 32)),
+        "activations of 8 bits": lambda: trellis_matmul.eight_bits(torch.zeros(2, COLUMNS // 256, 8, 32), 1),
         "trellis factors": lambda: trellis_scales.prepare(
             torch.zeros(ROWS, dtype=torch.int16),
             torch.zeros(1, dtype=torch.int8),
@@ -83,6 +83,7 @@ def launches() -> dict[str, Callable[[], object]]:
         f"trellis-{k}": lambda k=k: trellis.regenerated(*trellis_parts(k), TrellisCode(k, 16, 5), COLUMNS)
         for k in (2, 3, 4)
     }
+    weights["trellis-2x3"] = lambda: trellis.regenerated(*trellis_parts(3), TrellisCode(3, 16, 5, weights=2), COLUMNS)
     weights["trellis-4 zeros"] = lambda: trellis.regenerated(
         *trellis_parts(4), TrellisCode(4, 16, 5, tail_biting=False), COLUMNS
     )
@@ -114,29 +115,33 @@ def launches() -> dict[str, Callable[[], object]]:
         found[f"{name} gradient"] = lambda b=basis: basis_matmul.grad_coefs(
             torch.zeros(300, ROWS), torch.zeros(300, COLUMNS), 1, 128, b
         )
-    for k in (2, 3, 4):
+    for k, per_window in ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2)):
         for int8 in (False, True):
             for tokens in (1, 8):
-                found[f"trellis-{k} {tokens} tokens{' int8' if int8 else ''}"] = lambda k=k, i=int8, t=tokens: (
-                    trellis_matmul.few_tokens(
-                        torch.zeros(t, COLUMNS // 256, 32 // gcd(k, 32), 8 * gcd(k, 32)),
-                        t,
-                        *trellis_parts(k, MANY_ROWS),
-                        TrellisCode(k, 16, 5),
-                        torch.bfloat16,
-                        i,
-                    )
+                name = f"trellis-{per_window}x{k} {tokens} tokens{' int8' if int8 else ''}"
+                found[name] = lambda k=k, v=per_window, i=int8, t=tokens: trellis_matmul.few_tokens(
+                    torch.zeros(t, COLUMNS // 256, 32 // gcd(k, 32), 8 * gcd(k, 32)),
+                    t,
+                    *trellis_parts(k, MANY_ROWS),
+                    TrellisCode(k, 16, 5, weights=v),
+                    torch.bfloat16,
+                    i,
                 )
-    for k, state_bits, survivors in (
-        (1, 16, 12),
-        (2, 16, 11),
-        (3, 16, 10),
-        (4, 16, 9),
-        (4, 16, 12),
-        (4, 18, 14),
-        (8, 16, 8),
+    for k, state_bits, survivors, per_window in (
+        (1, 16, 12, 1),
+        (2, 16, 11, 1),
+        (3, 16, 10, 1),
+        (4, 16, 9, 1),
+        (4, 16, 12, 1),
+        (4, 18, 14, 1),
+        (8, 16, 8, 1),
+        (2, 16, 12, 2),
+        (3, 16, 10, 2),
+        (2, 20, 16, 2),
     ):
-        found[f"search {k} of {state_bits} keeping {survivors}"] = lambda k=k, s=state_bits, m=survivors: walk(k, s, m)
+        found[f"search {per_window}x{k} of {state_bits} keeping {survivors}"] = (
+            lambda k=k, s=state_bits, m=survivors, w=per_window: walk(k, s, m, w)
+        )
     for places, rank in ((8, 3), (12, 4), (64, 8), (256, 16)):
         q = torch.zeros(rank, 1 << 12, max(16, places), dtype=torch.float16)
         found[f"seedlm search {places}x{rank}"] = lambda q=q: seedlm_search.largest_energies(q, q[0, :100])
@@ -158,10 +163,13 @@ def launches() -> dict[str, Callable[[], object]]:
     found["trellis few of one row"] = lambda: trellis_matmul.few_tokens(
         lanes, 1, *trellis_parts(4, 1), TrellisCode(4, 16, 1, tail_biting=False), torch.float16
     )
-    found["activations of 8 bits, one group"] = lambda: trellis_matmul.eight_bits(lanes)
-    found["search of one row"] = lambda: trellis_search.walk(torch.zeros(1, 40), TrellisCode(4, 16, 1), 9)
+    for per_window in (1, 2):
+        found[f"activations of 8 bits, one group, {per_window}"] = lambda w=per_window: trellis_matmul.eight_bits(
+            lanes, w
+        )
+    found["search of one row"] = lambda: trellis_search.walk(torch.zeros(1, 40, 1), TrellisCode(4, 16, 1), 9)
     found["search from zeros"] = lambda: trellis_search.walk(
-        torch.zeros(ROWS, 48), TrellisCode(3, 16, 1), 10, zero_boundary(torch.zeros(ROWS))
+        torch.zeros(ROWS, 48, 1), TrellisCode(3, 16, 1), 10, zero_boundary(torch.zeros(ROWS))
     )
     for activation, dtype in (("relu", torch.float32), ("gelu", torch.float16), ("silu", torch.bfloat16)):
         tables = [
@@ -176,12 +184,12 @@ def launches() -> dict[str, Callable[[], object]]:
     return found
 
 
-def walk(code_bits: int, state_bits: int, survivors: int) -> torch.Tensor:
+def walk(code_bits: int, state_bits: int, survivors: int, weights: int) -> torch.Tensor:
     """Walk over tail-biting rows."""
-    code = TrellisCode(code_bits, state_bits, 5)
+    code = TrellisCode(code_bits, state_bits, 5, weights=weights)
     symbols = torch.zeros(ROWS, code.memory_symbols, dtype=torch.int64)
     boundary = Boundary(symbols[:, 0], symbols, symbols[:, :1])
-    return trellis_search.walk(torch.zeros(ROWS, COLUMNS), code, survivors, boundary)
+    return trellis_search.walk(torch.zeros(ROWS, COLUMNS // weights, weights), code, survivors, boundary)
 
 
 def signature(value: object) -> Any:

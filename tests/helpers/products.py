@@ -36,12 +36,12 @@ class Weight:
 
 
 def trellis(
-    code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu", tail_biting: bool = True
-) -> Weight:
+    code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu", tail_biting: bool = True, weights: int = 1
+) -> Weight:  # fmt: skip
     padded = 8 * -(-max(columns, -(-state_bits // code_bits)) // 8)
     stream = torch.randint(0, 256, packed_shape(rows, padded, code_bits), dtype=torch.uint8).to(device)
     scale = (torch.rand(rows) + 0.5).to(device)
-    code = TrellisCode(code_bits, state_bits, 0xDEADBEEF, tail_biting)
+    code = TrellisCode(code_bits, state_bits, 0xDEADBEEF, tail_biting, weights)
     return Weight(
         rows, columns,
         lambda backend: trellis_dense(stream, scale, code, columns=columns, backend=backend),  # type: ignore[arg-type]
@@ -87,16 +87,18 @@ class FewTokens:
         columns = self.shape[1]
         scale, factor = self.codec._prepared_scales(self.parts, columns)
         mixed = mix(x.float(), factor)
-        mixed = rounded(mixed) if bits == 8 else mixed
+        mixed = rounded(mixed, self.codec.weights_per_window) if bits == 8 else mixed
         dense = trellis_dense(self.parts["weight"], scale, self.codec.code, columns=columns, backend="reference")
         y = mixed.double() @ dense.double().T
         return y if self.bias is None else y + self.bias.double()
 
 
 def few_tokens(
-    code_bits: int, state_bits: int, rows: int, columns: int, tail_biting: bool = True, bias: bool = True, planes: int = 1
+    code_bits: int, state_bits: int, rows: int, columns: int, tail_biting: bool = True, bias: bool = True, planes: int = 1,
+    weights: int = 1,
 ) -> FewTokens:  # fmt: skip
-    codec, shape = TrellisCodec(code_bits, state_bits=state_bits, circular=tail_biting), (rows, columns)
+    codec = TrellisCodec(code_bits, state_bits, circular=tail_biting, weights_per_window=weights)
+    shape = rows, columns
     parts = {}
     for name, (dtype, part_shape) in codec.parts(shape).items():
         parts[name] = torch.randint(0, 100, part_shape).to(TORCH_DTYPES[dtype])

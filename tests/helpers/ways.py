@@ -10,7 +10,7 @@ from pathlib import Path
 from benchmarks.lib.processor import environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-SHAPES = ((3, 18, 33, 264), (4, 16, 17, 515), (7, 16, 9, 77))
+SHAPES = ((3, 18, 33, 264, 1), (4, 16, 17, 515, 1), (7, 16, 9, 77, 1), (3, 16, 33, 264, 2), (2, 20, 17, 515, 2))
 
 
 def outcome(way: str) -> str:
@@ -33,10 +33,10 @@ def _main(asked: str) -> None:
     from tests.helpers.products import error, few_tokens
 
     worst = 0.0
-    for code_bits, state_bits, rows, columns in SHAPES:
+    for code_bits, state_bits, rows, columns, weights in SHAPES:
         torch.manual_seed(0)
         for tail_biting in (True, False):
-            weight = few_tokens(code_bits, state_bits, rows, columns, tail_biting)
+            weight = few_tokens(code_bits, state_bits, rows, columns, tail_biting, weights=weights)
             for tokens in (1, 3):
                 x = torch.randn(tokens, columns)
                 found = weight.product(x)

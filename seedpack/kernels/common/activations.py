@@ -12,7 +12,19 @@ from numba.core import cgutils
 
 from seedpack.kernels.common.jit import jit
 from seedpack.kernels.common.memory import pointer
-from seedpack.kernels.common.vectors import FLOATS, I8, I32, INTS, LANES, intrinsic, load, spread, store
+from seedpack.kernels.common.vectors import (
+    FLOATS,
+    I8,
+    I32,
+    INTS,
+    LANES,
+    intrinsic,
+    load,
+    splat,
+    spread,
+    store,
+    taken_in_turn,
+)
 
 GROUP = 256  # activations that share a scale
 FLOAT32, BFLOAT16 = 0, 1
@@ -51,61 +63,92 @@ def write_floats(values: Any, address: int, kind: int, first: int) -> None:
 
 
 @intrinsic
-def _round16(context: Any, values: Any, step: Any, codes: Any, sums: Any, offset: Any, mask: Any, factor: Any) -> Any:
-    """Round the 16 floats at an address to multiples of a step, in place of which their remainders are left.
+def _round16(
+    context: Any, weights: Any, values: Any, step: Any, codes: Any, sums: Any, offsets: Any, mask: Any, factor: Any
+) -> Any:
+    """Round the floats at an address, of 16 words, to multiples of a step, in place of which their remainders are left.
 
-    The codes' words are stored, and the codes times the offset are taken from the 16 numbers at `sums`.
+    The codes' words are stored, and the codes times the offsets are taken from the 16 numbers at `sums`. `weights` is a tuple
+    of as many elements as a word has weights. A word of two has in its bytes the first code, both codes' sum and difference,
+    and the second code.
     """
+    whole = types.int64
+    signature = types.void(weights, whole, types.float32, whole, whole, types.UniTuple(whole, 2), whole, whole)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
-        values, codes, sums = (builder.inttoptr(args[i], I8.as_pointer()) for i in (0, 2, 3))
-        offset, mask, factor = (spread(builder, builder.trunc(arg, I32), INTS) for arg in args[4:])
-        step, value = spread(builder, args[1], FLOATS), load(builder, values, FLOATS)
+        values, to, sums = (builder.inttoptr(args[i], I8.as_pointer()) for i in (1, 3, 4))
+        mask, factor = (spread(builder, builder.trunc(arg, I32), INTS) for arg in args[6:])
+        step = spread(builder, args[2], FLOATS)
         nearest = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS]), "llvm.rint.v16f32")
-        whole = builder.call(nearest, [builder.fdiv(value, step)])
-        code = builder.fptosi(whole, INTS)
-        store(builder, builder.fsub(value, builder.fmul(whole, step)), values)
-        store(builder, builder.sub(load(builder, sums, INTS), builder.mul(code, offset)), sums)
-        store(builder, builder.mul(builder.and_(code, mask), factor), codes)
+        codes = []
+        for i in range(weights.count):
+            at = builder.gep(values, [ir.Constant(I32, 4 * LANES * i)])
+            value = load(builder, at, FLOATS)
+            multiple = builder.call(nearest, [builder.fdiv(value, step)])
+            store(builder, builder.fsub(value, builder.fmul(multiple, step)), at)
+            codes.append(builder.fptosi(multiple, INTS))
+        codes = taken_in_turn(builder, codes)
+        start = load(builder, sums, INTS)
+        for code, offset in zip(codes, cgutils.unpack_tuple(builder, args[5]), strict=False):
+            start = builder.sub(start, builder.mul(code, spread(builder, builder.trunc(offset, I32), INTS)))
+        store(builder, start, sums)
+        if weights.count == 1:
+            word = builder.mul(builder.and_(codes[0], mask), factor)
+        else:
+            a, b = codes
+            word = splat(INTS, 0)
+            for byte, code in enumerate((a, builder.add(a, b), builder.sub(a, b), b)):
+                octet = builder.and_(code, splat(INTS, 255))
+                word = builder.or_(word, builder.shl(octet, splat(INTS, 8 * byte)))
+        store(builder, word, to)
         return ctx.get_dummy_value()
 
-    whole = types.int64
-    return types.void(whole, types.float32, *(whole,) * 5), codegen
+    return signature, codegen
 
 
 @jit()
-def _largest(values: Any) -> Any:
-    """Return the largest magnitude, or NaN where a value is not finite."""
+def _largest(values: Any, weights: int) -> Any:
+    """Return the largest magnitude, of two weights per word their largest sum, or NaN where a value is not finite."""
+    bits = values.view(np.int32)
     largest = np.int32(0)
-    for bits in values.view(np.int32):
-        largest = max(largest, bits & np.int32(0x7FFFFFFF))  # magnitudes of floats are ordered as their bits
+    if weights == 1:
+        for i in range(len(values)):
+            largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))  # magnitudes of floats are ordered as their bits
+    else:
+        for i in range(len(values) // 2):
+            both = np.float32(abs(values[2 * i]) + abs(values[2 * i + 1]))
+            largest = max(largest, both.view(np.int32) & np.int32(0x7FFFFFFF))
     return np.float32(np.nan) if largest >= 0x7F800000 else np.int32(largest).view(np.float32)
 
 
 @jit()
 def round_token(
-    y: Any, planes: int, padded: int, codes: int, starts: int, steps: Any, offset: int, mask: int, factor: int
+    y: Any, weights: int, planes: int, codes: int, starts: int, steps: Any, offsets: Any, mask: int, factor: int
 ) -> None:
-    """Round a token's activations in groups of 256: to codes in ±127, and with two planes what is left once more.
+    """Round a token's activations in groups of 256 to codes of 8 bits, and with two planes what is left once more.
 
     Args:
         y: float32 [padded], zeros at its end; changed.
+        weights: of a word. Codes are in ±127; of two in a word, so are their sum and difference.
         planes: 1, or 2, whose codes, sums and steps lie behind those of the first.
-        padded: activations of a plane.
-        codes: address of int32 [planes, padded], each code in the pattern of `byte_dots.pattern`.
-        starts: address of int32 [planes, groups, 16], from which the sums of products start: the offset of weights times codes.
+        codes: address of the codes' words, int32 [planes, padded / weights], see `byte_dots.pattern`.
+        starts: address of int32 [planes, groups, 16], from which the sums of products start: the offsets of weights times codes.
         steps: float32 [planes·groups].
-        offset: what is taken from the sum of a weight's bytes.
+        offsets: what is taken from the sum of bytes of a word's weights.
         mask: makes the pattern, with `factor`.
     """
+    padded = len(y)
     groups = -(-padded // GROUP)
     for group in range(groups):
         first, last = group * GROUP, min(padded, (group + 1) * GROUP)
-        step = max(_largest(y[first:last]), np.float32(1e-30)) / np.float32(127)
+        step = max(_largest(y[first:last], weights), np.float32(1e-30)) / np.float32(127 if weights == 1 else 126)
         for plane in range(planes):
             at = plane * groups + group
             steps[at] = step
-            for i in range(first, last, LANES):
-                to = codes + 4 * (plane * padded + i)
-                _round16(y.ctypes.data + 4 * i, step, to, starts + 4 * LANES * at, offset, mask, factor)
-            step /= np.float32(254)
+            for i in range(first, last, LANES * weights):
+                to, sums = codes + 4 * (plane * padded + i) // weights, starts + 4 * LANES * at
+                if weights == 1:
+                    _round16((0,), y.ctypes.data + 4 * i, step, to, sums, offsets, mask, factor)
+                else:
+                    _round16((0, 0), y.ctypes.data + 4 * i, step, to, sums, offsets, mask, factor)
+            step /= np.float32(254 if weights == 1 else 126)  # what is left is at most half a step, of two at most one

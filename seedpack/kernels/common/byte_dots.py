@@ -1,7 +1,8 @@
 """The product of bytes with 8-bit activations, in LLVM IR: the processor's own instruction where it has one.
 
-A word of four bytes times its activation is the sum of the bytes times it. Activations lie as words of 32 bits, each in the
-pattern that the instruction takes (`pattern`). All ways give the same integers, but for a known multiple of the activation.
+A word of four bytes is the seed of one weight, the sum of the bytes, or of two, sums of some with signs (`prng.TRELLIS_SUMS`).
+So its product with the activations of its weights is a sum of bytes times bytes. Activations lie as words of 32 bits, in the
+pattern that the instruction takes. All ways give the same integers, but for a known multiple of each activation.
 """
 
 from __future__ import annotations
@@ -29,14 +30,18 @@ def way() -> str:
     return "neon" if target_has("dotprod") else "any"
 
 
-def pattern(way: str) -> tuple[int, int]:
-    """Return the mask and the factor that make an activation's word."""
-    return {"any": AS_IT_IS, "avx2": IN_HALVES}.get(way, IN_BYTES)
+def pattern(way: str, weights: int) -> tuple[int, int]:
+    """Return the mask and the factor that make an activation's word; of two weights, each byte has what it is multiplied with."""
+    return IN_BYTES if weights > 1 else {"any": AS_IT_IS, "avx2": IN_HALVES}.get(way, IN_BYTES)
 
 
-def shortfall(way: str) -> int:
-    """Return how much too little the sum of a word's bytes counts: where they have signs, 128 is taken from each."""
-    return 512 if way == "neon" else 0
+def shortfall(way: str, weights: int) -> int:
+    """Return how much is taken from each byte of a word, where the product is one of bytes with signs."""
+    return 128 if _has_signs(way, weights) else 0
+
+
+def _has_signs(way: str, weights: int) -> bool:
+    return way == "neon" or (way == "any" and weights > 1)
 
 
 def _halves(builder: Any, vector: Any) -> list[Any]:
@@ -58,8 +63,8 @@ def _call(builder: Any, name: str, result: Any, *args: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
 
 
-def dot(builder: Any, way: str, sums: Any, words: Any, activations: Any) -> Any:
-    """Emit IR for sums + (the sum of a word's bytes)·(its activation), 16 words."""
+def dot(builder: Any, way: str, weights: int, sums: Any, words: Any, activations: Any) -> Any:
+    """Emit IR for sums + the products of 16 words, each of so many weights, with their activations."""
     if way == "vnni512":
         return _call(builder, "llvm.x86.avx512.vpdpbusd.512", INTS, sums, words, activations)
     if way == "vnni256":
@@ -70,13 +75,28 @@ def dot(builder: Any, way: str, sums: Any, words: Any, activations: Any) -> Any:
     if way == "avx2":
         products = []
         for half, times in zip(_halves(builder, words), _halves(builder, activations), strict=True):
-            octets, pairs = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
-            by_two = _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, builder.bitcast(half, octets), splat(octets, 1))
-            products.append(_call(builder, "llvm.x86.avx2.pmadd.wd", times.type, by_two, builder.bitcast(times, pairs)))
+            products.append(_avx2_dot(builder, weights, half, times))
         return builder.add(sums, _joined(builder, *products))
-    if way == "neon":
+    if _has_signs(way, weights):
         return _signed_dot(builder, sums, builder.xor(words, splat(INTS, 0x80808080)), activations)
     return builder.add(sums, builder.mul(byte_sums(builder, words, 0), activations))
+
+
+def _avx2_dot(builder: Any, weights: int, words: Any, activations: Any) -> Any:
+    """Emit IR for the products of 8 words, without sums that 16 bits do not hold."""
+    octets, pairs = ir.VectorType(I8, 32), ir.VectorType(I16, 16)
+
+    def by_two(words: Any, factors: Any) -> Any:
+        return _call(builder, "llvm.x86.avx2.pmadd.ub.sw", pairs, builder.bitcast(words, octets), factors)
+
+    def by_four(halves: Any, factors: Any) -> Any:
+        return _call(builder, "llvm.x86.avx2.pmadd.wd", words.type, halves, factors)
+
+    if weights == 1:
+        return by_four(by_two(words, splat(octets, 1)), builder.bitcast(activations, pairs))
+    own = builder.bitcast(activations, octets)
+    parts = [builder.and_(words, splat(words.type, mask)) for mask in (0x00FF00FF, 0xFF00FF00)]
+    return builder.add(*(by_four(by_two(part, own), splat(pairs, 1)) for part in parts))
 
 
 def _signed_dot(builder: Any, sums: Any, words: Any, activations: Any) -> Any:

@@ -107,10 +107,10 @@ def matmul(operand: Tensor, heavy: bool) -> str:
     return "matmul_single" if operand.dtype != torch.float16 else "matmul_heavy" if heavy else "matmul_half"
 
 
-def trellis_walk(code_bits: int, survivors: int, device: torch.device) -> dict[str, Any]:
+def trellis_walk(symbol_bits: int, survivors: int, device: torch.device) -> dict[str, Any]:
     """Configure the trellis's search: states of a tile, predecessors in straight code, and registers that need no spilling."""
     block = min(1 << survivors, 1 << 12)
-    config = {"BLOCK": block, "UNROLLED": min(1 << code_bits, 8), "num_stages": 1}
+    config = {"BLOCK": block, "UNROLLED": min(1 << symbol_bits, 8), "num_stages": 1}
     config["num_warps"] = max(1, min(8, block // 512))
     return config | ({"maxnreg": 128} if is_nvidia(device) else {})
 

@@ -5,6 +5,7 @@ LLVM compiles them for whatever width the machine has; only sums of bytes are gi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import llvmlite.binding
@@ -81,8 +82,27 @@ def total(builder: Any, vector: Any) -> Any:
     return builder.extract_element(vector, ir.Constant(I32, 0))
 
 
-def byte_sums(builder: Any, words: Any, start: int) -> Any:
-    """Emit IR for `start` plus the sum of the four bytes of each of 16 words."""
+def interleaved(builder: Any, vectors: Sequence[Any]) -> list[Any]:
+    """Emit IR for the elements of one vector, or of two in turn, as many vectors."""
+    if len(vectors) == 1:
+        return list(vectors)
+    count = vectors[0].type.count
+    turns = [side * count + lane for lane in range(count) for side in (0, 1)]
+    index = ir.VectorType(I32, count)
+    return [builder.shuffle_vector(*vectors, ir.Constant(index, turns[at : at + count])) for at in (0, count)]
+
+
+def taken_in_turn(builder: Any, vectors: Sequence[Any]) -> list[Any]:
+    """Emit IR for the inverse of `interleaved`: the even and the odd elements of two vectors."""
+    if len(vectors) == 1:
+        return list(vectors)
+    count = vectors[0].type.count
+    index = ir.VectorType(I32, count)
+    return [builder.shuffle_vector(*vectors, ir.Constant(index, list(range(first, 2 * count, 2)))) for first in (0, 1)]
+
+
+def byte_sums(builder: Any, words: Any, start: int, factors: Sequence[int] = (1, 1, 1, 1)) -> Any:
+    """Emit IR for `start` plus the sum of the four bytes of each of 16 words, each times its factor: 1, 0 or -1."""
     if target_has("avx512bw"):
         octets, pairs = ir.VectorType(I8, 64), ir.VectorType(I16, 32)
         by_two = cgutils.get_or_insert_function(
@@ -91,8 +111,15 @@ def byte_sums(builder: Any, words: Any, start: int) -> Any:
         by_four = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(INTS, [pairs, pairs]), "llvm.x86.avx512.pmaddw.d.512"
         )
-        sums = builder.call(by_two, [builder.bitcast(words, octets), splat(octets, 1)])
+        times = ir.Constant(octets, [factor & 255 for factor in factors] * LANES)
+        sums = builder.call(by_two, [builder.bitcast(words, octets), times])
         return builder.add(builder.call(by_four, [sums, splat(pairs, 1)]), splat(INTS, start))
+    if min(factors) < 1:
+        sums = splat(INTS, start)
+        for byte, factor in enumerate(factors):
+            octet = builder.and_(builder.lshr(words, splat(INTS, 8 * byte)), splat(INTS, 255))
+            sums = builder.add(sums, octet) if factor > 0 else builder.sub(sums, octet) if factor < 0 else sums
+        return sums
     low = splat(INTS, 0x00FF00FF)
     sums = builder.add(builder.and_(words, low), builder.and_(builder.lshr(words, splat(INTS, 8)), low))
     sums = builder.lshr(builder.mul(sums, splat(INTS, 0x00010001)), splat(INTS, 16))

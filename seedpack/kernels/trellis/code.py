@@ -5,34 +5,48 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from seedpack.prng import Words, trellis_multiplier, trellis_values
+from torch import Tensor
+
+from seedpack.prng import TRELLIS_SUMS, trellis_multiplier, trellis_values
 
 
 @dataclass(frozen=True)
 class TrellisCode:
-    """Weight t of a row is the integer of its window, bits [k·t, k·t + L) of the row's little-endian bit stream.
+    """Weights V·s … V·s + V - 1 of a row are integers of window s: bits [V·k·s, V·k·s + L) of its little-endian bit stream.
 
     Attributes:
-        code_bits: k.
-        state_bits: L.
+        code_bits: k, bits per weight.
+        state_bits: L, bits of a window.
         key: c, from `prng.trellis_key`.
         tail_biting: whether a stream runs on at its own beginning, or at zeros.
+        weights: V, weights per window, 1 or 2.
     """
 
     code_bits: int
     state_bits: int
     key: int
     tail_biting: bool = True
+    weights: int = 1
 
     @cached_property
     def multiplier(self) -> int:
         """a."""
-        return trellis_multiplier(self.code_bits, self.state_bits)
+        return trellis_multiplier(self.code_bits, self.state_bits, self.weights)
+
+    @property
+    def sums(self) -> tuple[tuple[tuple[int, int, int, int], int], ...]:
+        """For each weight of a window: the factors of the four bytes of a·window + c, and what is taken from their sum."""
+        return TRELLIS_SUMS[self.weights]
+
+    @property
+    def symbol_bits(self) -> int:
+        """Bits that the stream moves on by from window to window: K = V·k."""
+        return self.weights * self.code_bits
 
     @property
     def memory_bits(self) -> int:
-        """Bits of a window that the next one takes over: L - k."""
-        return self.state_bits - self.code_bits
+        """Bits of a window that the next one takes over: L - K."""
+        return self.state_bits - self.symbol_bits
 
     @property
     def memory_mask(self) -> int:
@@ -41,14 +55,14 @@ class TrellisCode:
 
     @property
     def memory_symbols(self) -> int:
-        """Symbols that these bits reach into: ceil((L - k) / k)."""
-        return -(-self.memory_bits // self.code_bits)
+        """Symbols that these bits reach into: ceil((L - K) / K)."""
+        return -(-self.memory_bits // self.symbol_bits)
 
-    def values(self, windows: Words) -> Words:
-        """Return the integer of each window, see `prng.trellis_values`."""
-        return trellis_values(windows, self.multiplier, self.key)
+    def values(self, windows: Tensor) -> Tensor:
+        """Return the integers of each window, int64 [..., V], see `prng.trellis_values`."""
+        return trellis_values(windows, self.multiplier, self.key, self.weights)
 
     def tag_bits(self, survivors: int) -> int:
         """Count the low bits of a metric that carry the bits next above a state's own, in a search that keeps
-        2^survivors paths: max(k, L - k - survivors), at most 8."""
-        return max(self.code_bits, self.memory_bits - survivors)
+        2^survivors paths: max(K, L - K - survivors), at most 8."""
+        return max(self.symbol_bits, self.memory_bits - survivors)

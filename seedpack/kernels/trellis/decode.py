@@ -9,7 +9,7 @@ from seedpack.kernels.trellis.code import TrellisCode
 
 
 def trellis_decode(stream: Tensor, code: TrellisCode, *, columns: int, backend: Backend = "auto") -> Tensor:
-    """Return int16 [rows, columns], each in ±510; see `decode_reference.decode` for the form of the stream."""
+    """Return int16 [rows, columns], see `decode_reference.decode` for the form of the stream."""
     return kernels_for("trellis.decode", backend, stream.device).decode(stream, code, columns)
 
 

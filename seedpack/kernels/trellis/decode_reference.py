@@ -11,12 +11,12 @@ from seedpack.kernels.trellis.code import TrellisCode
 WEIGHTS_AT_ONCE = 1 << 20
 
 
-def windows(stream: UInt8[Tensor, "rows groups bytes"], code: TrellisCode, columns: int) -> Int[Tensor, "rows columns"]:
-    """Return window t of each row: bits [k·t, k·t + L) of its little-endian bit stream, and of what it runs on at."""
+def windows(stream: UInt8[Tensor, "rows groups bytes"], code: TrellisCode, count: int) -> Int[Tensor, "rows count"]:
+    """Return window s of each row: bits [K·s, K·s + L) of its little-endian bit stream, and of what it runs on at."""
     octets = stream.flatten(1)
     size = octets.shape[1]
-    first = torch.arange(columns, device=stream.device) * code.code_bits
-    word = torch.zeros(stream.shape[0], columns, dtype=torch.int64, device=stream.device)
+    first = torch.arange(count, device=stream.device) * code.symbol_bits
+    word = torch.zeros(stream.shape[0], count, dtype=torch.int64, device=stream.device)
     for i in range(-(-(code.state_bits + 7) // 8)):
         place = (first >> 3) + i
         octet = octets[:, place % size].to(torch.int64)
@@ -25,7 +25,7 @@ def windows(stream: UInt8[Tensor, "rows groups bytes"], code: TrellisCode, colum
 
 
 def decode(stream: UInt8[Tensor, "rows groups bytes"], code: TrellisCode, columns: int) -> Int[Tensor, "rows columns"]:
-    """Return the integer of each weight, that of its window.
+    """Return the integer of each weight, from its window.
 
     Args:
         stream: k bits per weight, packed as in `common.bits`; whole bytes per row.
@@ -36,7 +36,10 @@ def decode(stream: UInt8[Tensor, "rows groups bytes"], code: TrellisCode, column
         int16 [rows, columns].
     """
     step = max(1, WEIGHTS_AT_ONCE // max(1, columns))
-    parts = [code.values(windows(rows, code, columns)).to(torch.int16) for rows in stream.split(step)]
+    count = -(-columns // code.weights)
+    parts = [
+        code.values(windows(rows, code, count)).flatten(1)[:, :columns].to(torch.int16) for rows in stream.split(step)
+    ]
     return torch.cat(parts) if parts else torch.empty(0, columns, dtype=torch.int16, device=stream.device)
 
 

@@ -20,13 +20,33 @@ def byte_sum(word):
 
 
 @triton.jit
-def byte_dot(word, activation, start, DP4A: tl.constexpr):
-    """Add to start the four bytes of a uint32, each times a signed 8-bit activation that stands in every byte of an int32."""
+def byte_dot(word, activation, start, WEIGHTS: tl.constexpr, DP4A: tl.constexpr):
+    """Add to start the four bytes of a uint32, each times a signed byte of an int32; of one weight all of these are the same."""
     if DP4A:
         return tl.inline_asm_elementwise(
             "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [word, activation, start], dtype=tl.int32, is_pure=True, pack=1
         )
-    return start + byte_sum(word) * ((activation << 24) >> 24)
+    if WEIGHTS == 1:
+        return start + byte_sum(word) * ((activation << 24) >> 24)
+    for byte in tl.static_range(4):
+        start += ((word >> (8 * byte)) & 255).to(tl.int32) * ((activation << (24 - 8 * byte)) >> 24)
+    return start
+
+
+@triton.jit
+def byte_factors(weight, WEIGHTS: tl.constexpr):
+    """Return the factors of a word's bytes for one of its weights, see `prng.TRELLIS_SUMS`, each in a byte of an int32."""
+    if WEIGHTS == 1:
+        return 0x01010101
+    return tl.where(weight == 0, 0x00010101, 0x01FF0100)
+
+
+@triton.jit
+def byte_offset(weight, WEIGHTS: tl.constexpr):
+    """Return what is taken from the sum."""
+    if WEIGHTS == 1:
+        return 510
+    return tl.where(weight == 0, 382, 127)
 
 
 @triton.jit
@@ -55,19 +75,24 @@ def stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED: tl.constexpr, T
 
 @triton.jit
 def trellis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Make a tile, see `gpu_tiles`; parts = stream, words and bytes per row, a, c; SIZES = k, L, whether rows are whole words,
-    and whether they are tail-biting."""
+    """Make a tile, see `gpu_tiles`; parts = stream, words and bytes per row, a, c; SIZES = K, L, whether rows are whole words,
+    whether they are tail-biting, and V."""
     stream_ptr, words, size, multiplier, key = parts
-    CODE_BITS: tl.constexpr = SIZES[0]
+    SYMBOL_BITS: tl.constexpr = SIZES[0]
     STATE_BITS: tl.constexpr = SIZES[1]
+    WEIGHTS: tl.constexpr = SIZES[4]
     i_column = step * BLOCK_K + tl.arange(0, BLOCK_K)
-    bit = i_column * CODE_BITS
+    bit = i_column // WEIGHTS * SYMBOL_BITS
     low = stream_word(stream_ptr, i_row, bit >> 5, words, size, SIZES[2], SIZES[3])
     high = stream_word(stream_ptr, i_row, (bit >> 5) + 1, words, size, SIZES[2], SIZES[3])
     shift = (bit & 31).to(tl.uint32)[None, :]
     window = ((low >> shift) | ((high << 1) << (31 - shift))) & ((1 << STATE_BITS) - 1)
     mixed = window * tl.cast(multiplier, tl.uint32) + tl.cast(key, tl.uint32)
-    return i_column, (byte_sum(mixed) - 510).to(tl.float32)
+    if WEIGHTS == 1:
+        return i_column, (byte_sum(mixed) - 510).to(tl.float32)
+    i_weight = (i_column % WEIGHTS)[None, :]
+    start = -byte_offset(i_weight, WEIGHTS) + tl.zeros(mixed.shape, tl.int32)
+    return i_column, byte_dot(mixed, byte_factors(i_weight, WEIGHTS), start, WEIGHTS, False).to(tl.float32)
 
 
 def regenerated(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Regenerated:
@@ -75,7 +100,7 @@ def regenerated(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) 
     stream = stream.contiguous().flatten(1)
     size = stream.shape[1]
     parts = (stream, size // 4, size, code.multiplier, code.key)
-    sizes = (code.code_bits, code.state_bits, size % 4 == 0, code.tail_biting)
+    sizes = (code.symbol_bits, code.state_bits, size % 4 == 0, code.tail_biting, code.weights)
     return Regenerated(trellis_tile, parts, sizes, scale, stream.shape[0], columns)
 
 

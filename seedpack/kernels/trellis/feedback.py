@@ -26,7 +26,7 @@ BLOCK, WIDE_BLOCK, WIDE = 32, 64, 1024
 
 def lookahead(code: TrellisCode) -> int:
     """Return the weights beyond a block that decide it."""
-    return max(16, 2 * code.memory_symbols + 2)
+    return max(16, code.weights * (2 * code.memory_symbols + 2))
 
 
 def search_with_feedback(
@@ -51,7 +51,8 @@ def search_with_feedback(
     c = factor
     if padded > columns:
         c = torch.block_diag(factor, torch.eye(padded - columns, dtype=factor.dtype, device=factor.device))
-    error, symbols = torch.zeros_like(wanted), torch.empty(wanted.shape, dtype=torch.uint8, device=wanted.device)
+    error = torch.zeros_like(wanted)
+    symbols = torch.empty(len(wanted), padded // code.weights, dtype=torch.uint8, device=wanted.device)
 
     boundary, high = zero_boundary(wanted), padded
     while high:
@@ -59,10 +60,11 @@ def search_with_feedback(
         end = max(0, low - beyond)
         corrections = ldlq_correction(error, c, end, low, high), ldlq_correction(error, c, low, high, high)
         x = wanted[:, end:high] - torch.cat(corrections, 1)
-        kept = walk(in_walk_order(x, columns - end), code, survivors, boundary)[:, : high - low]
+        first, last = low // code.weights, high // code.weights
+        kept = walk(in_walk_order(x, columns - end, code.weights), code, survivors, boundary)[:, : last - first]
         windows, memory = windows_of(boundary.memory, kept, code)
-        error[:, low : min(high, columns)] = (code.values(windows.flip(1)) - wanted[:, low:high])[
+        error[:, low : min(high, columns)] = (code.values(windows.flip(1)).flatten(1) - wanted[:, low:high])[
             :, : max(0, columns - low)
         ]
-        symbols[:, low:high], boundary, high = kept.flip(1), boundary._replace(memory=memory), low
-    return pack(symbols, code.code_bits)
+        symbols[:, first:last], boundary, high = kept.flip(1), boundary._replace(memory=memory), low
+    return pack(symbols, code.symbol_bits)

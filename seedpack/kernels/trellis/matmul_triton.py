@@ -1,8 +1,8 @@
 """The trellis's product in Triton: `gpu_tiles` for many tokens; for few a kernel that expands words in registers.
 
-A lane takes `PER` weights from `WORDS` words of a row's stream, as many as whole words hold. A weight costs a shift of two
-words, a mask, a multiply–add, the bytes' sum (one dp4a on NVIDIA), a conversion by the bits of a float, and for each
-token a multiply–add. With activations of 8 bits the sum of the bytes is their product at once.
+A lane takes `PER` windows from `WORDS` words of a row's stream, as many as whole words hold. A window costs a shift of two
+words, a mask and a multiply–add; each of its weights the bytes' sum (one dp4a on NVIDIA), a conversion by the bits of a float,
+and for each token a multiply–add. With activations of 8 bits one dp4a multiplies all weights of a window with a token's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from seedpack.kernels.rotation import mix, unable
 from seedpack.kernels.rotation.reference import factors, mix_factors
 from seedpack.kernels.rotation.triton import mix_lanes
 from seedpack.kernels.trellis.code import TrellisCode
-from seedpack.kernels.trellis.decode_triton import byte_dot, regenerated, stream_word
+from seedpack.kernels.trellis.decode_triton import byte_dot, byte_factors, byte_offset, regenerated, stream_word
 from seedpack.kernels.trellis.matmul_reference import ACTIVATION_GROUP, rounded
 
 TYPICAL_ROWS = 16  # of a program
@@ -31,26 +31,26 @@ TYPICAL_ROWS = 16  # of a program
 @triton.jit
 def few_tokens_kernel(
     x_ptr, x_scale_ptr, out_ptr, scale_ptr, stream_ptr, words, size, multiplier, key, rows, blocks, per_program,
-    CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr, ALIGNED: tl.constexpr,
-    TAIL_BITING: tl.constexpr, TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
+    CODE_BITS: tl.constexpr, WEIGHTS: tl.constexpr, STATE_BITS: tl.constexpr, PER: tl.constexpr, WORDS: tl.constexpr,
+    ALIGNED: tl.constexpr, TAIL_BITING: tl.constexpr, TOKENS: tl.constexpr, INT8: tl.constexpr, DP4A: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Store out [parts, TOKENS, rows], to be summed over parts, = x · weight.T; a part is `per_program` blocks of the input.
 
-    x is [TOKENS, blocks, PER, BLOCK_G]: the j-th activations of a block's groups lie together. It is float32, or with
-    INT8 an 8-bit activation in each byte of an int32, with a scale [TOKENS, blocks], and behind those 510 times the sum
-    of each token's activations.
+    Windows have WEIGHTS weights and begin CODE_BITS apart. x is [TOKENS, blocks, PER·WEIGHTS, BLOCK_G]: the j-th activations of a
+    block's groups lie together. It is float32, or with INT8 the words [TOKENS, blocks, PER, BLOCK_G] of `eight_bits_kernel`,
+    with scales.
     """
     i_row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_row = i_row < rows
     i_row = tl.where(m_row, i_row, 0)
     i_token, i_lane = tl.arange(0, TOKENS), tl.arange(0, BLOCK_G)
     b_sum = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.float32)
-    b_ones = tl.full((BLOCK_N, BLOCK_G), 0x01010101, tl.int32)
-    b_float = tl.full((BLOCK_N, BLOCK_G), 0x4B000000, tl.int32)  # the bits of 2^23
+    b_float = tl.full((BLOCK_N, BLOCK_G), 0x4B000200, tl.int32)  # the bits of 2^23 + 512
+    PER_WORD: tl.constexpr = 1 if INT8 else WEIGHTS
     first = tl.program_id(1) * per_program
     for block in range(first, tl.minimum(first + per_program, blocks)):
         i_word = (block * BLOCK_G + i_lane) * WORDS
-        p_x = x_ptr + (i_token[None, None, :] * blocks + block) * (PER * BLOCK_G) + i_lane[None, :, None]
+        p_x = x_ptr + (i_token[None, None, :] * blocks + block) * (PER * PER_WORD * BLOCK_G) + i_lane[None, :, None]
         b_dot = tl.zeros((BLOCK_N, BLOCK_G, TOKENS), tl.int32)
         high = stream_word(stream_ptr, i_row, i_word, words, size, ALIGNED, TAIL_BITING)
         for i in tl.static_range(WORDS):
@@ -64,18 +64,21 @@ def few_tokens_kernel(
                     mixed = (window & ((1 << STATE_BITS) - 1)) * tl.cast(multiplier, tl.uint32) + tl.cast(
                         key, tl.uint32
                     )
-                    b_x = tl.load(p_x + j * BLOCK_G)
                     if INT8:
+                        b_x = tl.load(p_x + j * BLOCK_G)
                         words_of_all = tl.broadcast_to(mixed[:, :, None], b_dot.shape)
-                        b_dot = byte_dot(words_of_all, tl.broadcast_to(b_x, b_dot.shape), b_dot, DP4A)
+                        b_dot = byte_dot(words_of_all, tl.broadcast_to(b_x, b_dot.shape), b_dot, WEIGHTS, DP4A)
                     else:
-                        bits = byte_dot(mixed, b_ones, b_float, DP4A)  # of the float 2^23 + sum
-                        value = bits.to(tl.float32, bitcast=True) - 8389118.0  # 2^23 + 510
-                        b_sum += value[:, :, None] * b_x
+                        for weight in tl.static_range(WEIGHTS):
+                            b_x = tl.load(p_x + (j * WEIGHTS + weight) * BLOCK_G)
+                            factors = tl.full((BLOCK_N, BLOCK_G), 0, tl.int32) + byte_factors(weight, WEIGHTS)
+                            bits = byte_dot(mixed, factors, b_float, WEIGHTS, DP4A)  # of the float 2^23 + 512 + sum
+                            value = bits.to(tl.float32, bitcast=True) - (8389120.0 + byte_offset(weight, WEIGHTS))
+                            b_sum += value[:, :, None] * b_x
         if INT8:
             b_sum += b_dot.to(tl.float32) * tl.load(x_scale_ptr + i_token * blocks + block)[None, None, :]
     b_out = tl.sum(b_sum, 1)
-    if INT8 and tl.program_id(1) == 0:  # the bytes' sums are 510 too high
+    if INT8 and tl.program_id(1) == 0:  # the bytes' sums are too high
         b_out -= tl.load(x_scale_ptr + TOKENS * blocks + i_token)[None, :]
     b_out *= tl.load(scale_ptr + i_row)[:, None]
     p_out = out_ptr + (tl.program_id(1) * TOKENS + i_token[None, :]) * tl.cast(rows, tl.int64) + i_row[:, None]
@@ -83,29 +86,54 @@ def few_tokens_kernel(
 
 
 @triton.jit
-def eight_bits_kernel(x_ptr, codes_ptr, scale_ptr, blocks, tokens, GROUP: tl.constexpr):
-    """Round each of `blocks` groups of a program's token to 8 bits: store codes, each in all bytes of an int32; scales; and
-    behind these, for `few_tokens_kernel`, 510 times the sum of the token's activations."""
+def _nearest(x, step):
+    """Return whole multiples of a step, as floats: adding 3·2^22 rounds to the nearest, ties to even."""
+    return (tl.div_rn(x, step) + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def eight_bits_kernel(
+    x_ptr, codes_ptr, scale_ptr, blocks, tokens, WEIGHTS: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr
+):
+    """Round each of `blocks` groups of a program's token to 8 bits: store codes, scales, and behind these, for
+    `few_tokens_kernel`, by how much the sums of bytes are too high.
+
+    A group has WORDS words, for WEIGHTS rows of LANES activations in turn. A word has one code in all bytes, or of two codes a
+    and b: a, a + b, a - b, b.
+    """
     token = tl.program_id(0)
-    offset = 0.0
+    excess = 0.0
+    i_word = tl.arange(0, WORDS)
     for block in range(blocks):
-        i = (token * blocks + block) * GROUP + tl.arange(0, GROUP)
-        b_x = tl.load(x_ptr + i)
-        step = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-30), 127.0)
-        b_code = (tl.div_rn(b_x, step) + 12582912.0) - 12582912.0  # 3·2^22: to the nearest whole number, ties to even
-        offset += tl.sum(b_code, 0) * step
-        tl.store(codes_ptr + i, (b_code.to(tl.int32) & 255) * 0x01010101)
-        tl.store(scale_ptr + token * blocks + block, step)
-    tl.store(scale_ptr + tokens * blocks + token, 510 * offset)
+        at = token * blocks + block
+        p_x = x_ptr + at * (WORDS * WEIGHTS) + (i_word // LANES) * (WEIGHTS * LANES) + i_word % LANES
+        b_x = tl.load(p_x)
+        if WEIGHTS == 1:
+            step = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x), 0), 1e-30), 127.0)
+            b_code = _nearest(b_x, step)
+            excess += 510 * tl.sum(b_code, 0) * step
+            word = (b_code.to(tl.int32) & 255) * 0x01010101
+        else:
+            b_y = tl.load(p_x + LANES)
+            step = tl.div_rn(tl.maximum(tl.max(tl.abs(b_x) + tl.abs(b_y), 0), 1e-30), 126.0)
+            b_x, b_y = _nearest(b_x, step), _nearest(b_y, step)
+            excess += tl.sum(382 * b_x + 127 * b_y, 0) * step
+            a, b = b_x.to(tl.int32), b_y.to(tl.int32)
+            word = (a & 255) | (((a + b) & 255) << 8) | (((a - b) & 255) << 16) | ((b & 255) << 24)
+        tl.store(codes_ptr + at * WORDS + i_word, word)
+        tl.store(scale_ptr + at, step)
+    tl.store(scale_ptr + tokens * blocks + token, excess)
 
 
-def eight_bits(lanes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of activations [tokens, blocks, …], see `eight_bits_kernel`; the definition is `rounded`."""
-    tokens, blocks = lanes.shape[:2]
-    codes = torch.empty(lanes.shape, dtype=torch.int32, device=lanes.device)
+def eight_bits(lanes: Tensor, weights: int) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of activations [tokens, blocks, PER, lanes], for so many weights per window, see
+    `eight_bits_kernel`; the definition is `rounded`."""
+    tokens, blocks, per, count = lanes.shape
+    codes = torch.empty(tokens, blocks, per // weights, count, dtype=torch.int32, device=lanes.device)
     scale = torch.empty(tokens * (blocks + 1), dtype=torch.float32, device=lanes.device)
+    form = {"WEIGHTS": weights, "LANES": count, "WORDS": per * count // weights}
     with configs.current(lanes.device):
-        eight_bits_kernel[(tokens,)](lanes, codes, scale, blocks, tokens, GROUP=ACTIVATION_GROUP, num_warps=2)
+        eight_bits_kernel[(tokens,)](lanes, codes, scale, blocks, tokens, **form, num_warps=2)
     return codes, scale
 
 
@@ -146,7 +174,7 @@ def few_tokens(
     tokens, blocks, per, block_g = lanes.shape
     x_scale = lanes[:0]
     if int8:
-        lanes, x_scale = eight_bits(lanes)
+        lanes, x_scale = eight_bits(lanes, code.weights)
     parts = min(blocks, max(1, configs.ENOUGH_PROGRAMS // triton.cdiv(rows, TYPICAL_ROWS)))
     per_program = triton.cdiv(blocks, parts)
     parts = triton.cdiv(blocks, per_program)
@@ -157,8 +185,14 @@ def few_tokens(
 
     size = stream.shape[1]
     args = lanes, x_scale, out, scale, stream, size // 4, size, code.multiplier, code.key, rows, blocks, per_program
-    form = {"CODE_BITS": code.code_bits, "STATE_BITS": code.state_bits, "TAIL_BITING": code.tail_biting}
-    form |= {"PER": per, "WORDS": per * code.code_bits // 32, "ALIGNED": size % 4 == 0, "BLOCK_G": block_g}
+    form = {"CODE_BITS": code.symbol_bits, "WEIGHTS": code.weights, "STATE_BITS": code.state_bits}
+    form |= {
+        "TAIL_BITING": code.tail_biting,
+        "PER": per // code.weights,
+        "WORDS": per * code.code_bits // 32,
+        "ALIGNED": size % 4 == 0,
+        "BLOCK_G": block_g,
+    }
     constants = {"TOKENS": tokens, "INT8": int8, "DP4A": configs.is_nvidia(lanes.device)}
     name = configs.trellis_few_tokens(tokens)
     launch.start(few_tokens_kernel, name, lanes.device, grid, *args, **form, **constants)
@@ -170,7 +204,7 @@ def matmul(x: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, dtype: t
     dtype."""
     if len(x) <= FEW_TOKENS:
         return few_tokens(in_lanes(x, code), len(x), stream, scale, code, dtype, int8)
-    return launch.matmul(rounded(x) if int8 else x, regenerated(stream, scale, code, x.shape[1]), dtype)
+    return launch.matmul(rounded(x, code.weights) if int8 else x, regenerated(stream, scale, code, x.shape[1]), dtype)
 
 
 def linear(

@@ -18,9 +18,9 @@ CLOSED, CEILING = 15 << 20, 16_000_000  # metric of a state that a walk cannot s
 WRAP = 32  # weights at either end of a tail-biting row that decide the symbols where they meet
 
 
-def table(code: TrellisCode, tag: int) -> Int[Tensor, " states"]:
-    """Return the value of every window, times 2^⌈tag / 2⌉, so that squares leave `tag` low bits free: int64 [2^L]."""
-    return code.values(torch.arange(1 << code.state_bits)) << -(-tag // 2)
+def table(code: TrellisCode, tag: int) -> Int[Tensor, "weights states"]:
+    """Return the values of every window, times 2^⌈tag / 2⌉, so that squares leave `tag` low bits free: int64 [V, 2^L]."""
+    return code.values(torch.arange(1 << code.state_bits)).T << -(-tag // 2)
 
 
 def whole(values: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
@@ -45,16 +45,16 @@ class _Survivors:
     """The survivors of all rows: one per value of the newest m bits, with its metric and its older bits.
 
     Metrics are whole numbers whose low bits, 0 in `metric`, carry a tag through the minimum: the bits that stand above
-    the state's own in the new state's memory. The lowest k of them say which predecessor a survivor came from.
+    the state's own in the new state's memory. The lowest K of them say which predecessor a survivor came from.
     """
 
     def __init__(self, rows: int, code: TrellisCode, survivors: int) -> None:
-        self.k, self.m, self.memory_mask = code.code_bits, survivors, code.memory_mask
+        self.k, self.m, self.memory_mask = code.symbol_bits, survivors, code.memory_mask
         tag = code.tag_bits(survivors)
         self.tags, self.scale, self.table = 1 << tag, 1 << -(-tag // 2), table(code, tag)
         self.state = torch.arange(1 << self.m)
         self.metric = torch.zeros(rows, 1 << self.m, dtype=torch.int64)
-        self.memory = self.state.repeat(rows, 1)  # the L - k newest bits
+        self.memory = self.state.repeat(rows, 1)  # the L - K newest bits
         self.history: list[Tensor] = []
 
     def close_but(self, memory: Tensor) -> None:
@@ -65,19 +65,19 @@ class _Survivors:
         self.memory.scatter_(1, newest[:, None], memory[:, None])
 
     def step(self, x: Tensor) -> None:
-        """Take one weight; x [rows] is its value."""
+        """Take one window; x [rows, V] are its weights' values."""
         symbols = 1 << self.k
         window = (self.memory[..., None] << self.k) + torch.arange(symbols)  # [rows, states, new symbol]
         tag = (self.memory >> (self.m - self.k)) & (self.tags - 1)
         cost = (self.metric + tag)[..., None] + self._error(window, x)
-        best = cost.view(len(cost), symbols, -1).amin(1).clamp_max(CEILING)  # predecessors differ in their top k bits
+        best = cost.view(len(cost), symbols, -1).amin(1).clamp_max(CEILING)  # predecessors differ in their top K bits
         tag = best & (self.tags - 1)
         self.metric = (best - tag) - (best.amin(1, True) & -self.tags)
         self.memory = ((tag << self.m) | self.state) & self.memory_mask
         self.history.append(tag & (symbols - 1))
 
     def extend(self, x: Tensor, symbols: Tensor) -> None:
-        """Take one weight with each of some symbols [rows, options]: all go on, none is weighed against another."""
+        """Take one window with each of some symbols [rows, options]: all go on, none is weighed against another."""
         window = (self.memory[..., None] << self.k) | symbols[:, None]
         self.metric = (self.metric[..., None] + self._error(window, x)).flatten(1)
         self.memory = (window & self.memory_mask).flatten(1)
@@ -88,8 +88,11 @@ class _Survivors:
         return (self.metric * count + torch.arange(count)).amin(1) % count
 
     def _error(self, window: Tensor, x: Tensor) -> Tensor:
-        x = x.view(-1, *[1] * (window.ndim - 1))
-        return torch.where(x == PADDING, 0, (x * self.scale - self.table[window]).square())
+        error = torch.zeros_like(window)
+        for wanted, values in zip(x.unbind(1), self.table, strict=True):
+            wanted = wanted.view(-1, *[1] * (window.ndim - 1))
+            error += torch.where(wanted == PADDING, 0, (wanted * self.scale - values[window]).square())
+        return error
 
     def trace(self, state: Tensor) -> Tensor:
         """Return the symbols on the way to a state [rows], oldest first."""
@@ -105,12 +108,12 @@ Walk = Callable[[Tensor, TrellisCode, int, Boundary | None], Tensor]
 
 
 def walk(
-    x: Int[Tensor, "rows steps"], code: TrellisCode, survivors: int, boundary: Boundary | None = None
+    x: Int[Tensor, "rows steps weights"], code: TrellisCode, survivors: int, boundary: Boundary | None = None
 ) -> Int[Tensor, "rows steps"]:
     """Find the symbols of least error over the steps, int64, oldest first; see `search`.
 
     Args:
-        x: int64, whole values in the code's units, or `PADDING`.
+        x: int64 [rows, steps, V], whole values in the code's units, or `PADDING`.
         code: the code that is searched.
         survivors: m, of the 2^m paths that survive a step.
         boundary: how the walk starts and ends; None: anyhow.
@@ -136,7 +139,7 @@ def search(
     """Find for each row a stream of little squared error Σ_t (values[t] - v_t)² over the first `columns` weights.
 
     Viterbi's algorithm from the row's last weight to its first (a window's newest bits are its lowest) over the
-    2^m values of the newest m bits, each survivor with the older bits of its own path: for m = L - k the
+    2^m values of the newest m bits, each survivor with the older bits of its own path: for m = L - K the
     exact minimum from a given start, for less a reduced-state search (Duel-Hallen and Heegard, 1989; Eyuboglu
     and Qureshi, 1988) of the same code. Where the code is tail-biting, a walk over `WRAP` weights at either end of a row,
     its last ones before its first, decides the symbols where they meet; then a walk over the row starts from them and ends
@@ -147,24 +150,24 @@ def search(
     Args:
         values: [rows, a multiple of 8], in units of the code's values; those beyond `columns` are not looked at.
         code: the code that is searched.
-        survivors: m, from k to L - k, and not below L - k - 8.
+        survivors: m, from K to L - K, and not below L - K - 8.
         columns: weights of a row.
         walk: finds the symbols.
     """
-    x = in_walk_order(values, columns)
+    x = in_walk_order(values, columns, code.weights)
     if not code.tail_biting:
-        return pack(walk(x, code, survivors, zero_boundary(x)).flip(1), code.code_bits)
-    near = min(WRAP, values.shape[1])
+        return pack(walk(x, code, survivors, zero_boundary(x)).flip(1), code.symbol_bits)
+    near = min(WRAP // code.weights, x.shape[1])
     ends = walk(torch.cat((x[:, -near:], x[:, :near]), 1), code, survivors, None)
     boundary = tail_biting_boundary(ends[:, :near], code)
-    return pack(walk(x, code, survivors, boundary).flip(1), code.code_bits)
+    return pack(walk(x, code, survivors, boundary).flip(1), code.symbol_bits)
 
 
-def in_walk_order(values: Tensor, columns: int) -> Int[Tensor, "rows padded"]:
-    """Return `whole` values from the last of a row to its first, int64; those beyond `columns` are `PADDING`."""
+def in_walk_order(values: Tensor, columns: int, weights: int) -> Int[Tensor, "rows steps weights"]:
+    """Return `whole` values from a row's last window to its first, int64; those beyond `columns` are `PADDING`."""
     x = whole(values).to(torch.int64)
     x[:, columns:] = PADDING
-    return x.flip(1)
+    return x.view(len(x), -1, weights).flip(1)
 
 
 def zero_boundary(rows: Tensor) -> Boundary:
@@ -178,16 +181,16 @@ def tail_biting_boundary(symbols: Tensor, code: TrellisCode) -> Boundary:
     [rows, steps]."""
     count = code.memory_symbols
     last = symbols[:, symbols.shape[1] - count :].to(torch.int64)
-    seen = code.state_bits - code.code_bits * count  # bits of the first of them that other windows see too
-    free = torch.arange(1 << (code.code_bits - seen), device=last.device) << seen
+    seen = code.state_bits - code.symbol_bits * count  # bits of the first of them that other windows see too
+    free = torch.arange(1 << (code.symbol_bits - seen), device=last.device) << seen
     memory = windows_of(torch.zeros_like(last[:, 0]), last, code)[1]
     return Boundary(memory, last, (last[:, :1] & ((1 << seen) - 1)) | free)
 
 
 def windows_of(memory: Tensor, symbols: Tensor, code: TrellisCode) -> tuple[Int[Tensor, "rows steps"], Tensor]:
-    """Return the windows of weights whose symbols [rows, steps], oldest first, follow a memory [rows], and the memory then."""
+    """Return the windows of symbols [rows, steps], oldest first, that follow a memory [rows], and the memory then."""
     windows = []
     for symbol in symbols.unbind(1):
-        windows.append((memory << code.code_bits) | symbol)
+        windows.append((memory << code.symbol_bits) | symbol)
         memory = windows[-1] & code.memory_mask
     return torch.stack(windows, 1), memory

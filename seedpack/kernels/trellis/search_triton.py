@@ -1,8 +1,8 @@
 """The trellis's search in Triton: a program takes a row at a time, its survivors in scratch memory of its own.
 
-A weight costs 2^(m + k) edges. An edge is an addition (the window's product with the multiplier), the sum of four bytes
-less the value (one dp4a on NVIDIA), a multiply–add and a minimum, in 32-bit integers: exact, so streams agree bit for
-bit with the reference. The 2^k edges out of a state lie side by side, so that its metric is loaded once for them.
+A window costs 2^(m + K) edges. An edge is an addition (the window's product with the multiplier) and a minimum, and for each
+weight the sum of bytes less the value (one dp4a on NVIDIA) and a multiply–add, in 32-bit integers: exact, so streams agree
+bit for bit with the reference. The 2^K edges out of a state lie side by side, so that its metric is loaded once for them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,22 @@ from torch import Tensor
 
 from seedpack.kernels.common import gpu_configs as configs
 from seedpack.kernels.trellis.code import TrellisCode
-from seedpack.kernels.trellis.decode_triton import byte_dot
+from seedpack.kernels.trellis.decode_triton import byte_dot, byte_factors, byte_offset
 from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Boundary
 
 
 @triton.jit
-def _terms(p_x, PADDING: tl.constexpr, UNIT: tl.constexpr, SHAPE: tl.constexpr):
-    """Return what `byte_dot` takes for UNIT·(a window's value - x), in tiles: the factor of each byte, and the start."""
-    x = tl.load(p_x)
-    unit = tl.where(x == PADDING, 0, UNIT)
-    return tl.full(SHAPE, 0x01010101, tl.int32) * unit, tl.full(SHAPE, -510, tl.int32) * unit - x * unit
+def _error(mixed, first, last, PADDING: tl.constexpr, UNIT: tl.constexpr, WEIGHTS: tl.constexpr, DP4A: tl.constexpr):
+    """Return the sum over a window's weights of (UNIT·(value - wanted))², for words, and the first and the last wanted value."""
+    total = tl.zeros(mixed.shape, tl.int32)
+    for weight in tl.static_range(WEIGHTS):
+        x = first if weight == 0 else last
+        unit = tl.where(x == PADDING, 0, UNIT)
+        factors = tl.full(mixed.shape, 0, tl.int32) + byte_factors(weight, WEIGHTS)
+        start = tl.full(mixed.shape, 0, tl.int32) - byte_offset(weight, WEIGHTS) - x
+        error = byte_dot(mixed, factors, start, WEIGHTS, DP4A) * unit
+        total += error * error
+    return total
 
 
 @triton.jit
@@ -37,11 +43,11 @@ def _last_symbol(p_last, i, option, SEEN: tl.constexpr):
 def walk_kernel(
     x_ptr, memory_ptr, last_ptr, symbols_ptr, metric_ptr, base_ptr, best_ptr, history_ptr,
     rows, steps, multiplier, key,
-    CODE_BITS: tl.constexpr, STATE_BITS: tl.constexpr, SURVIVORS: tl.constexpr, TAG: tl.constexpr,
+    CODE_BITS: tl.constexpr, WEIGHTS: tl.constexpr, STATE_BITS: tl.constexpr, SURVIVORS: tl.constexpr, TAG: tl.constexpr,
     START: tl.constexpr, LAST: tl.constexpr, SEEN: tl.constexpr, PADDING: tl.constexpr, CLOSED: tl.constexpr,
     CEILING: tl.constexpr, DP4A: tl.constexpr, BLOCK: tl.constexpr, UNROLLED: tl.constexpr,
 ):  # fmt: skip
-    """Store the symbols [rows, steps] of least error for x [rows, steps], int32.
+    """Store the symbols [rows, steps] of CODE_BITS of least error for x [rows, steps, WEIGHTS], int32.
 
     START says whether the walk starts from `memory` [rows], or anywhere. It ends with the symbols `last` [rows, LAST],
     of whose first the bits from SEEN on are free. Scratch is each program's own: metric (with tags), base (the
@@ -62,7 +68,7 @@ def walk_kernel(
     history_ptr += program * steps * STATES
     i_symbol = tl.arange(0, SYMBOLS)
     for row in range(program, rows, tl.num_programs(0)):
-        x_row, symbols_row = x_ptr + row * steps, symbols_ptr + row * steps
+        x_row, symbols_row = x_ptr + row * steps * WEIGHTS, symbols_ptr + row * steps
         if START:
             start = tl.load(memory_ptr + row).to(tl.int32)
         for first in range(0, STATES, BLOCK):
@@ -77,7 +83,7 @@ def walk_kernel(
             tl.store(base_ptr + i_state, ((b_memory << CODE_BITS).to(tl.uint32) * a + c).to(tl.int32))
         tl.debug_barrier()
         for step in range(steps - LAST):
-            b_unit, b_offset = _terms(x_row + step, PADDING, UNIT, (SYMBOLS, GROUPS))
+            wanted, wanted_last = tl.load(x_row + step * WEIGHTS), tl.load(x_row + step * WEIGHTS + (WEIGHTS - 1))
             least = tl.cast(CEILING, tl.int32)
             for first in range(0, STATES, BLOCK):
                 i_group = first // SYMBOLS + tl.arange(0, GROUPS)
@@ -91,8 +97,8 @@ def walk_kernel(
                             b_base = tl.load(base_ptr + i_before).to(tl.uint32)
                         b_metric = tl.load(metric_ptr + i_before)
                         mixed = b_base[None, :] + (i_symbol.to(tl.uint32) * a)[:, None]
-                        error = byte_dot(mixed, b_unit, b_offset, DP4A)
-                        b_best = tl.minimum(b_best, error * error + b_metric[None, :])
+                        error = _error(mixed, wanted, wanted_last, PADDING, UNIT, WEIGHTS, DP4A)
+                        b_best = tl.minimum(b_best, error + b_metric[None, :])
                 tl.store(best_ptr + i_group[None, :] * SYMBOLS + i_symbol[:, None], b_best)
                 least = tl.minimum(least, tl.min(tl.min(b_best, 0), 0))
             tl.debug_barrier()
@@ -121,9 +127,9 @@ def walk_kernel(
                 for i in range(LAST):
                     symbol = _last_symbol(last_ptr + row * LAST, i, option, SEEN)
                     b_window = (b_memory << CODE_BITS) | symbol
-                    b_unit, b_offset = _terms(x_row + steps - LAST + i, PADDING, UNIT, (FEW,))
-                    error = byte_dot(b_window.to(tl.uint32) * a + c, b_unit, b_offset, DP4A).to(tl.int64)
-                    b_cost += error * error
+                    p_x = x_row + (steps - LAST + i) * WEIGHTS
+                    mixed = b_window.to(tl.uint32) * a + c
+                    b_cost += _error(mixed, tl.load(p_x), tl.load(p_x + (WEIGHTS - 1)), PADDING, UNIT, WEIGHTS, DP4A)
                     b_memory = b_window & MEMORY
                 best = tl.minimum(best, tl.min((b_cost * STATES + i_state) * OPTIONS + option, 0))
         option = (best % OPTIONS).to(tl.int32)
@@ -140,8 +146,8 @@ def walk_kernel(
 
 def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None = None) -> Tensor:
     """Do as `search_reference.walk`, bit for bit."""
-    (rows, steps), states = x.shape, 1 << survivors
-    config = configs.trellis_walk(code.code_bits, survivors, x.device)
+    (rows, steps, _), states = x.shape, 1 << survivors
+    config = configs.trellis_walk(code.symbol_bits, survivors, x.device)
     programs = configs.programs(x.device, rows, config["num_warps"], steps * states)
     scratch = torch.empty(3, programs, states, dtype=torch.int32, device=x.device)
     history = torch.empty(programs, steps, states, dtype=torch.uint8, device=x.device)
@@ -151,10 +157,15 @@ def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None
         memory, last = boundary.memory.contiguous(), boundary.last.to(torch.uint8).contiguous()
         count = last.shape[1]
     args = memory, last, symbols, *scratch.unbind(), history, rows, steps, code.multiplier, code.key
-    constants = {"CODE_BITS": code.code_bits, "STATE_BITS": code.state_bits, "SURVIVORS": survivors}
+    constants = {
+        "CODE_BITS": code.symbol_bits,
+        "WEIGHTS": code.weights,
+        "STATE_BITS": code.state_bits,
+        "SURVIVORS": survivors,
+    }
     constants |= {"TAG": code.tag_bits(survivors), "PADDING": PADDING, "CLOSED": CLOSED, "CEILING": CEILING}
     constants |= {"START": boundary is not None, "LAST": count, "DP4A": configs.is_nvidia(x.device)}
-    constants["SEEN"] = max(0, code.state_bits - code.code_bits * count)
+    constants["SEEN"] = max(0, code.state_bits - code.symbol_bits * count)
     with configs.current(x.device):
         walk_kernel[(programs,)](x.to(torch.int32).contiguous(), *args, **constants, **config)
     return symbols
