@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.lib import peers, report
-from seedpack.codecs.trellis import EFFORTS, TrellisCodec
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.codecs.trellis_effort import EFFORTS
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.prng import trellis_key

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 import seedpack
 from benchmarks.lib import models, report
 from benchmarks.lib.models import CACHE, ROOT
-from seedpack.codecs.trellis import EFFORTS, TrellisCodec
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.codecs.trellis_effort import EFFORTS
 from seedpack.converter.estimate import WORKSPACE, bytes_to_fit
 from seedpack.converter.plan import TensorPlan
 from seedpack.units import duration, size

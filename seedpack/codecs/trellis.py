@@ -21,6 +21,15 @@ from seedpack.codecs.derived import derived
 from seedpack.codecs.importance import Importance, ImportanceLike, column_power
 from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.codecs.names import require_bits
+from seedpack.codecs.trellis_effort import (
+    EFFORTS,
+    GAP,
+    MOST_PAIRED,
+    code_unit,
+    least_state_bits,
+    survivors,
+    usual_weights,
+)
 from seedpack.errors import CodecError
 from seedpack.formats import CodecSpec, PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape
@@ -33,60 +42,14 @@ from seedpack.kernels.trellis.matmul import trellis_linear, trellis_matmul_trans
 from seedpack.kernels.trellis.scales import trellis_scales
 from seedpack.kernels.trellis.scales_reference import BALANCE_BITS, VALUE_UNIT, input_scales, row_scales
 from seedpack.kernels.trellis.search import trellis_search
-from seedpack.prng import TRELLIS_SUMS, trellis_key
+from seedpack.prng import trellis_key
 
 WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 2048}  # a GPU searches as many side by side
 EXPONENT_MIN, EXPONENT_MAX = -100, 100
 
 
-@dataclass(frozen=True)
-class Effort:
-    """The work that an encoder does.
-
-    Attributes:
-        log2_edges: binary logarithm of the edges searched per weight. Those of two weights per window fill vectors better,
-            so that four times as many are searched.
-        rounds: searches, each with the scale refitted to the one before.
-        state_bits: L for one and for two weights per window, unless it is given.
-        pairs: the most bits per weight with two weights per window, unless it is given.
-    """
-
-    log2_edges: int
-    rounds: int
-    state_bits: tuple[int, int]
-    pairs: int
-
-
-EFFORTS = {
-    "fast": Effort(11, 1, (16, 16), 3),
-    "default": Effort(13, 1, (16, 16), 3),
-    "best": Effort(18, 2, (18, 20), 2),
-}
-
-# The code's standard deviation in units of the weights', least distortion measured on N(0, 1), by weights per window, for
-# k = 1 … 8.
-STRETCH = {
-    "fast": {1: (1.00, 1.06, 1.12, 1.20, 1.25, 1.22, 1.24, 1.26), 2: (1.00, 1.08, 1.14)},
-    "default": {1: (1.00, 1.06, 1.08, 1.14, 1.18, 1.20, 1.24, 1.26), 2: (1.02, 1.07, 1.12)},
-    "best": {1: (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26), 2: (1.00, 1.05, 1.08)},
-}
-GAP = (0.33, 0.49, 0.76, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
-
-LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
-MOST_PAIRED = 3  # bits per weight of which a window can have two
 BALANCE_ROWS = 128  # from so many rows on, 4 bits per input channel are cheap enough to pay
-
-
-def code_deviation(weights: int) -> float:
-    """Return the standard deviation of a code's integers, sums of bytes, for so many weights per window."""
-    squares = sum(factor**2 for factor in TRELLIS_SUMS[weights][0][0])
-    return math.sqrt(squares * (256**2 - 1) / 12)
-
-
-def least_state_bits(symbol_bits: int) -> int:
-    """Return the least L for K bits per window: a step's symbol, and as much memory, fits a state."""
-    return symbol_bits + max(symbol_bits, LEAST_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -133,7 +96,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             raise CodecError(f"{self.id}: effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
         require_whole(self.id, "code_bits", self.code_bits, 1, 8)
         if type(self.weights_per_window) is int and self.weights_per_window == 0:
-            object.__setattr__(self, "weights_per_window", self._usual_weights(self.code_bits, self.state_bits))
+            object.__setattr__(self, "weights_per_window", usual_weights(self.effort, self.code_bits, self.state_bits))
         require_whole(
             self.id, "weights_per_window", self.weights_per_window, 1, 2 if self.code_bits <= MOST_PAIRED else 1
         )
@@ -154,7 +117,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
 
     def variants(self) -> list[TrellisCodec]:
         """Return the codecs of 1 to 8 code bits, with what is usual for each where it is for this one."""
-        own, usual = self.weights_per_window, self._usual_weights(self.code_bits)
+        own, usual = self.weights_per_window, usual_weights(self.effort, self.code_bits)
         state_bits = 0 if self.state_bits == EFFORTS[self.effort].state_bits[own - 1] else self.state_bits
         codecs = []
         for k in range(1, 9):
@@ -211,15 +174,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     @property
     def survivors(self) -> int:
         """The binary logarithm m of the paths that the search keeps."""
-        symbol_bits, memory = self.code.symbol_bits, self.code.memory_bits
-        edges = EFFORTS[self.effort].log2_edges
-        wanted = edges - symbol_bits if self.weights_per_window == 1 else edges + 3 - max(symbol_bits, LEAST_MEMORY)
-        return min(memory, max(symbol_bits, LEAST_MEMORY, memory - 8, wanted))
-
-    def _usual_weights(self, code_bits: int, state_bits: int = 0) -> int:
-        """Return V for k and L, or any L, where it is not given."""
-        fits = not state_bits or state_bits >= least_state_bits(2 * code_bits)
-        return 2 if code_bits <= EFFORTS[self.effort].pairs and fits else 1
+        return survivors(self.effort, self.weights_per_window, self.code.symbol_bits, self.code.memory_bits)
 
     def _padded(self, columns: int) -> int:
         """Return the count of weights in a row's stream: whole bytes, and no window longer than the stream."""
@@ -264,7 +219,9 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         factor = None
         if importance.has_hessian:
             factor = self._factor(importance.damped().to(device), balance.double())
-        initial_scale = self._initial_scale() * (1.0 if factor is None else self._target_spread(factor))
+        initial_scale = code_unit(self.effort, self.weights_per_window, self.code_bits)
+        if factor is not None:
+            initial_scale *= self._target_spread(factor)
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, dtype=torch.float64, device=device)
@@ -383,11 +340,6 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             if "balance" in parts
             else torch.ones(1, dtype=torch.float32, device=device)
         )
-
-    def _initial_scale(self) -> float:
-        """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
-        stretch = STRETCH[self.effort][self.weights_per_window][self.code_bits - 1]
-        return math.sqrt(1 - 4.0**-self.code_bits) * stretch / code_deviation(self.weights_per_window)
 
     @cached_property
     def code(self) -> TrellisCode:

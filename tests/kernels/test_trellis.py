@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from seedpack.codecs.trellis import code_deviation
+from seedpack.codecs.trellis_effort import code_deviation
 from seedpack.kernels.common.bits import pack, packed_shape
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.decode import trellis_decode
