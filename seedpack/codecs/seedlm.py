@@ -22,10 +22,11 @@ from seedpack.codecs.names import require_bits
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.common.bits import pack, packed_shape, unpack
+from seedpack.kernels.common.row_tiles import Product
 from seedpack.kernels.dispatch import Backend
 from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.kernels.seedlm.decode import seedlm_decode
-from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed
+from seedpack.kernels.seedlm.matmul import seedlm_matmul, seedlm_matmul_transposed, seedlm_prepare
 from seedpack.kernels.seedlm.search import seedlm_search
 from seedpack.linalg import ldlq_correction
 
@@ -143,6 +144,11 @@ class SeedLMCodec(Codec, HessianFitting):
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Multiply each block's matrix by its coefficients; see `kernels.seedlm.decode_reference`, the definition."""
         return seedlm_decode(self._packed(parts), self.code, columns=shape[1], dtype=dtype, backend=backend)
+
+    def prepare(self, parts: Parts, shape: Shape, bias: Tensor | None, planes: int) -> Product | None:
+        """Prepare the product of few tokens on the CPU: activations are rounded and multiplied with the states' bytes."""
+        kept = [parts["exponent_bias"]]
+        return seedlm_prepare(self._packed(parts), self.code, columns=shape[1], bias=bias, planes=planes, kept=kept)
 
     def _product(self, x: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
         return seedlm_matmul(x, self._packed(parts), self.code, backend=backend)

@@ -60,7 +60,7 @@ def copy_(model: nn.Module) -> None:
 
 def use_int8_activations_(model: nn.Module, use: bool = True) -> None:
     """Have packed linear layers round their input to 8 bits in groups of 256 where their codec can, for any count of tokens;
-    or never.
+    or have none round it at all.
 
     Raises:
         ModelError: they shall, and no layer can.
@@ -70,7 +70,7 @@ def use_int8_activations_(model: nn.Module, use: bool = True) -> None:
     if use and not able:
         codecs = ", ".join(sorted({layer.codec.id for layer in layers})) or "none"
         raise ModelError(f"activations of 8 bits: no packed linear layer's codec takes them (found: {codecs})")
-    for layer in able:
+    for layer in able if use else layers:
         layer.int8_activations = use
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seedpack.codecs.base import Codec
+from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.kernels.common.bits import pack, packed_shape
@@ -76,7 +78,7 @@ def error(found: Tensor, exact: Tensor) -> float:
 class FewTokens:
     """A packed layer's prepared product, with all that it comes from."""
 
-    codec: TrellisCodec
+    codec: Codec
     parts: dict[str, Tensor]
     shape: tuple[int, int]
     bias: Tensor | None
@@ -85,6 +87,8 @@ class FewTokens:
     def expected(self, x: Tensor, bits: int | None = None) -> Tensor:
         """Return the product in float64, of activations rounded to 8 bits, or of those as they are."""
         columns = self.shape[1]
+        if not isinstance(self.codec, TrellisCodec):
+            return self.codec.matmul(x.double(), self.parts, self.shape, self.bias, "reference")
         scale, factor = self.codec._prepared_scales(self.parts, columns)
         mixed = mix(x.float(), factor)
         mixed = rounded(mixed, self.codec.weights_per_window) if bits == 8 else mixed
@@ -107,3 +111,13 @@ def few_tokens(
     product = codec.prepare(parts, shape, added, planes)
     assert product is not None
     return FewTokens(codec, parts, shape, added, product)
+
+
+def few_tokens_of_seedlm(codec: SeedLMCodec, rows: int, columns: int, planes: int) -> FewTokens:
+    blocks, added = -(-columns // codec.block), torch.randn(rows)
+    seeds = pack(torch.randint(1, 2**codec.seed_bits, (rows, blocks)), codec.seed_bits)
+    codes = codec._pack_codes(torch.randint(-8, 8, (rows, blocks, codec.rank + 1)))
+    parts = {"weight": seeds, "codes": codes, "exponent_bias": torch.tensor([-9], dtype=torch.int8)}
+    product = codec.prepare(parts, (rows, columns), added, planes)
+    assert product is not None
+    return FewTokens(codec, parts, (rows, columns), added, product)

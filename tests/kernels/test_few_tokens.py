@@ -12,11 +12,14 @@ import pytest
 import torch
 from llvmlite import ir
 
+from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.dtypes import TORCH_DTYPES
 from seedpack.kernels.common import few_tokens as calls
+from seedpack.kernels.common.byte_dots import way
 from seedpack.kernels.common.few_tokens import Prepared
 from seedpack.kernels.trellis.few_tokens_cpu import emit_dots
 from tests.helpers.marks import slow_but
-from tests.helpers.products import LIMIT, FewTokens, error, few_tokens
+from tests.helpers.products import LIMIT, FewTokens, error, few_tokens, few_tokens_of_seedlm
 from tests.helpers.ways import outcome
 
 # k, L, rows, columns, weights per window: rows shorter than a load, odd widths, prime factors, rows of several groups, windows
@@ -49,6 +52,48 @@ def test_product_is_that_of_rounded_activations(
         found = weight.product(given)
         assert found is not None and found.dtype == dtype and found.shape == (tokens, shape[2])
         assert error(found, weight.expected(given, 8)) < LIMIT[dtype]
+
+
+# K, C, P, rows, columns: the paper's sizes, states of fewer bits, blocks that do not fill four bytes, rows of several groups,
+# rows shorter than eight blocks, fields that begin within a byte
+SEEDLM = [
+    (16, 8, 3, 40, 576),
+    (16, 12, 4, 17, 515),
+    (13, 7, 3, 33, 700),
+    (12, 8, 3, 9, 77),
+    (9, 6, 2, 5, 1000),
+    (16, 8, 3, 7, 5),
+]
+
+
+@pytest.mark.parametrize(
+    "sizes", [*SEEDLM[:3], *(pytest.param(s, marks=pytest.mark.slow) for s in SEEDLM[3:])], ids=str
+)
+@pytest.mark.parametrize("tokens", slow_but([1, 3], [1, 2, 3, 4, 8]))
+@pytest.mark.parametrize(("planes", "limit"), [(1, 0.015), (2, 5e-5)])
+@pytest.mark.skipif(way() != "vnni512", reason="this processor has no shifts of bytes")
+def test_product_of_seedlm(
+    sizes: tuple[int, int, int, int, int], tokens: int, planes: int, limit: float, poison: None
+) -> None:
+    *form, rows, columns = sizes
+    weight = few_tokens_of_seedlm(SeedLMCodec(*form), rows, columns, planes)
+    x = torch.randn(tokens, columns)
+    for dtype in (torch.float32, torch.bfloat16):
+        found = weight.product(x.to(dtype)) if tokens <= weight.product.most_tokens else None
+        if found is not None:
+            assert found.dtype == dtype and found.shape == (tokens, rows)
+            assert error(found, weight.expected(x.to(dtype))) < max(
+                limit, LIMIT[dtype] if dtype != torch.float32 else 0
+            )
+
+
+def test_seedlm_of_other_sizes_has_no_product_of_bytes() -> None:
+    for form in ((18, 6, 2), (8, 8, 3), (16, 17, 3)):  # states of three bytes or of one, sequences of more than 64 bits
+        codec = SeedLMCodec(*form)
+        parts = {
+            name: torch.ones(shape, dtype=TORCH_DTYPES[dtype]) for name, (dtype, shape) in codec.parts((4, 40)).items()
+        }
+        assert codec.prepare(parts, (4, 40), None, 2) is None
 
 
 @pytest.mark.parametrize("tokens", [1, 4])

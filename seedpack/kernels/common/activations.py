@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,9 @@ from seedpack.kernels.common.vectors import (
     taken_in_turn,
 )
 
-GROUP = 256  # activations that share a scale
+GROUP = 256  # activations that share a scale, at most
+STEP_WORDS = 64  # words that a step of the product takes
+BLOCKS = 8  # blocks that lie side by side
 FLOAT32, BFLOAT16 = 0, 1
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
@@ -111,7 +115,7 @@ def _largest(values: Any, weights: int) -> Any:
     """Return the largest magnitude, of two weights per word their largest sum, or NaN where a value is not finite."""
     bits = values.view(np.int32)
     largest = np.int32(0)
-    if weights == 1:
+    if weights < 2:
         for i in range(len(values)):
             largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))  # magnitudes of floats are ordered as their bits
     else:
@@ -121,34 +125,103 @@ def _largest(values: Any, weights: int) -> Any:
     return np.float32(np.nan) if largest >= 0x7F800000 else np.int32(largest).view(np.float32)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a plane of a layer's activations lies in memory.
+
+    Attributes:
+        padded: activations, with zeros behind the last ones.
+        group: those that share a step.
+        words: int32 of a plane.
+        weights: activations of a word, 1 or 2; 0 where they lie in blocks, see `round_blocks`.
+        offsets: of each activation of a word, what is taken from the sum of bytes that it is multiplied with.
+        block: activations of a block, or 0.
+        centre: what is taken from the high bytes that a block is multiplied with.
+    """
+
+    padded: int
+    group: int
+    words: int
+    weights: int = 0
+    offsets: tuple[int, ...] = (0,)
+    block: int = 0
+    centre: int = 0
+
+    @staticmethod
+    def of_words(columns: int, offsets: Sequence[int]) -> Layout:
+        """Return the layout of words of as many activations as there are offsets, in steps of 64 words."""
+        weights = len(offsets)
+        words = -(-columns // (STEP_WORDS * weights)) * STEP_WORDS
+        return Layout(words * weights, GROUP, words, weights, tuple(offsets))
+
+    @staticmethod
+    def of_blocks(columns: int, block: int, centre: int) -> Layout:
+        """Return the layout of blocks, eight side by side, in groups of at least 96."""
+        side_by_side = BLOCKS * block
+        steps = -(-columns // side_by_side)
+        group = side_by_side * max(1, GROUP // side_by_side)
+        return Layout(steps * side_by_side, group, steps * LANES * (1 + -(-block // 4)), 0, (0,), block, centre)
+
+
+@jit()
+def _round_blocks(y: Any, step: Any, codes: int, block: int, centre: int) -> None:
+    """Round the activations [8·blocks] of a group to multiples of a step, in place of which their remainders are left.
+
+    For each eight blocks of C activations 64 bytes and 64 for each four activations of theirs are stored, eight of a block: first
+    0 and -centre·(the sum of the block's codes), int32, from which sums begin; then four codes, int8, twice.
+    """
+    quads = -(-block // 4)
+    for first in range(0, len(y), BLOCKS * block):
+        at = codes + (first // (BLOCKS * block)) * 64 * (1 + quads)
+        starts, octets = array(at, np.int32, 2 * BLOCKS), array(at + 64, np.int8, 64 * quads)
+        for lane in range(BLOCKS):
+            total = 0
+            for c in range(block):
+                i = first + lane * block + c
+                multiple = np.rint(y[i] / step)
+                y[i] -= multiple * step
+                total += int(multiple)
+                to = 64 * (c // 4) + 8 * lane + c % 4
+                octets[to] = octets[to + 4] = np.int8(multiple)
+            starts[2 * lane + 1] = -centre * total
+
+
 @jit()
 def round_token(
-    y: Any, weights: int, planes: int, codes: int, starts: int, steps: Any, offsets: Any, mask: int, factor: int
-) -> None:
-    """Round a token's activations in groups of 256 to codes of 8 bits, and with two planes what is left once more.
+    y: Any, weights: int, planes: int, codes: int, starts: int, steps: Any, offsets: Any, mask: int, factor: int,
+    group: int, words: int, block: int, centre: int,
+) -> None:  # fmt: skip
+    """Round a token's activations in groups to codes of 8 bits, and with two planes what is left once more; see `Layout`.
 
     Args:
         y: float32 [padded], zeros at its end; changed.
-        weights: of a word. Codes are in ±127; of two in a word, so are their sum and difference.
+        weights: of a word, 0 in blocks. Codes are in ±127; of two in a word, so are their sum and difference.
         planes: 1, or 2, whose codes, sums and steps lie behind those of the first.
-        codes: address of the codes' words, int32 [planes, padded / weights], see `byte_dots.pattern`.
+        codes: address of the codes' words, int32 [planes, words], see `byte_dots.pattern`.
         starts: address of int32 [planes, groups, 16], from which the sums of products start: the offsets of weights times codes.
         steps: float32 [planes·groups].
         offsets: what is taken from the sum of bytes of a word's weights.
         mask: makes the pattern, with `factor`.
+        group: activations that share a step.
+        words: int32 of a plane.
+        block: activations of a block, or 0.
+        centre: of blocks.
     """
     padded = len(y)
-    groups = -(-padded // GROUP)
-    for group in range(groups):
-        first, last = group * GROUP, min(padded, (group + 1) * GROUP)
-        step = max(_largest(y[first:last], weights), np.float32(1e-30)) / np.float32(127 if weights == 1 else 126)
+    groups = -(-padded // group)
+    for g in range(groups):
+        first, last = g * group, min(padded, (g + 1) * group)
+        step = max(_largest(y[first:last], weights), np.float32(1e-30)) / np.float32(126 if weights == 2 else 127)
         for plane in range(planes):
-            at = plane * groups + group
+            at = plane * groups + g
             steps[at] = step
-            for i in range(first, last, LANES * weights):
-                to, sums = codes + 4 * (plane * padded + i) // weights, starts + 4 * LANES * at
-                if weights == 1:
-                    _round16((0,), y.ctypes.data + 4 * i, step, to, sums, offsets, mask, factor)
-                else:
-                    _round16((0, 0), y.ctypes.data + 4 * i, step, to, sums, offsets, mask, factor)
-            step /= np.float32(254 if weights == 1 else 126)  # what is left is at most half a step, of two at most one
+            to, sums = codes + 4 * (plane * words + words * first // padded), starts + 4 * LANES * at
+            if weights == 0:
+                _round_blocks(y[first:last], step, to, block, centre)
+            elif weights == 1:
+                for i in range(first, last, LANES):
+                    _round16((0,), y.ctypes.data + 4 * i, step, to + 4 * (i - first), sums, offsets, mask, factor)
+            else:
+                for i in range(first, last, 2 * LANES):
+                    _round16((0, 0), y.ctypes.data + 4 * i, step, to + 2 * (i - first), sums, offsets, mask, factor)
+            step /= np.float32(126 if weights == 2 else 254)  # what is left is at most half a step, of two at most one

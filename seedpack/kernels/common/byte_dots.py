@@ -7,6 +7,7 @@ pattern that the instruction takes. All ways give the same integers, but for a k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -126,6 +127,15 @@ def opaque(builder: Any, vector: Any) -> Any:
     return builder.asm(ir.FunctionType(vector.type, [vector.type]), "", "=v,0", [vector], False)
 
 
+def byte_shift(builder: Any, octets: Any, cuts: Sequence[int]) -> Any:
+    """Emit IR for a vector of 64 bytes, each the eight bits from some bit on of its lane of 64 bits (`vnni512`), modulo 64.
+
+    `cuts` are these bits, for all 64 bytes or for those of every lane.
+    """
+    constant = ir.Constant(_BYTES, [*cuts] * (64 // len(cuts)))
+    return _call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, constant, octets)
+
+
 def windows(builder: Any, octets: Any, first: int, stride: int, bits: int, mask: Any) -> Any:
     """Emit IR for 16 windows of up to 20 bits of a vector of 64 bytes, lane i from bit stride·i of byte `first` on, where the
     machine has byte permutes and shifts across bytes (`vnni512`). The last byte of the vector is zero.
@@ -140,6 +150,5 @@ def windows(builder: Any, octets: Any, first: int, stride: int, bits: int, mask:
             bit = stride * (2 * lane + window) - 8 * byte
             cuts += [bit, bit + 8, bit + 16 if bits > 16 else 40, 40]
     moved = _call(builder, "llvm.x86.avx512.permvar.qi.512", _BYTES, octets, ir.Constant(_BYTES, places))
-    cut = _call(builder, "llvm.x86.avx512.pmultishift.qb.512", _BYTES, ir.Constant(_BYTES, cuts), moved)
-    cut = builder.bitcast(cut, INTS)
+    cut = builder.bitcast(byte_shift(builder, moved, cuts), INTS)
     return cut if bits == 16 else builder.and_(cut, mask)

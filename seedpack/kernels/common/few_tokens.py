@@ -23,7 +23,7 @@ import torch
 from numba import carray, prange  # type: ignore[attr-defined]
 from torch import Tensor
 
-from seedpack.kernels.common.activations import GROUP, KINDS, array, read_floats, round_token, write_floats
+from seedpack.kernels.common.activations import KINDS, Layout, array, read_floats, round_token, write_floats
 from seedpack.kernels.common.byte_dots import pattern, way
 from seedpack.kernels.common.jit import jit, torch_thread_count
 from seedpack.kernels.common.memory import call_at, call_together, pointer
@@ -34,7 +34,6 @@ from seedpack.kernels.common.vectors import LANES
 from seedpack.kernels.rotation.cpu import mix_row
 
 LINE = 64  # bytes
-CHUNK = 64  # words that a step of the inner loop takes
 ALONE = 1 << 16  # weights, times tokens, up to which one thread is faster than two
 LATE, SLOW = 1e-3, 2e9  # seconds, and weights times tokens a second: slower than any product on cores that are free
 PIECES = 2, 16  # of a layer's rows for each thread, at least and at most
@@ -42,8 +41,8 @@ PIECE = 1 << 17  # weights of a piece at least, where there are more pieces than
 
 # Words of a layer; the codec's own are at CODE. Behind them, for each part that it was prepared from: its address, that of a
 # copy, and their bytes.
-ROWS, COLUMNS, PADDED, PLANES, FACTOR, ODD, SMALL, ORDER, SCALE, BIAS, CODE, WEIGHTS = range(12)
-OFFSETS, COPIES, KEPT_FIRST = 12, 14, 15
+ROWS, COLUMNS, PLANES, FACTOR, ODD, SMALL, ORDER, SCALE, BIAS, CODE = range(10)
+PADDED, GROUP, PLANE_WORDS, WEIGHTS, BLOCK, CENTRE, OFFSETS, COPIES, KEPT_FIRST = 10, 11, 12, 13, 14, 15, 16, 18, 19
 # Words of a call. NEXT, the row that is taken next, is written to by all threads and has a line of its own.
 NEXT, LAYER, CODES, STARTS, STEPS, OUT, TOKENS, KIND, STEP, WORDS = 0, 8, 9, 10, 11, 12, 13, 14, 15, 16
 MEMBER = 3  # words of a member of a call: its layer, its product, its result
@@ -90,9 +89,8 @@ def _scratch(layer: Any, tokens: int) -> tuple[int, int, int]:
     all_tokens = 1
     while all_tokens < tokens * layer[PLANES]:
         all_tokens *= 2
-    groups = -(-layer[PADDED] // GROUP)
-    codes = all_tokens * layer[PADDED] // layer[WEIGHTS]
-    return codes, all_tokens * groups * LANES, -(-all_tokens * groups // LANES) * LANES
+    groups = -(-layer[PADDED] // layer[GROUP])
+    return all_tokens * layer[PLANE_WORDS], all_tokens * groups * LANES, -(-all_tokens * groups // LANES) * LANES
 
 
 @jit()
@@ -114,14 +112,14 @@ def _begin(members: int, count: int, x: int, tokens: int, kind: int, threads: in
         layer = array(member[MEMBER * m], np.int64, KEPT_FIRST)
         if _stale(array(member[MEMBER * m], np.int64, KEPT_FIRST + 3 * layer[COPIES])):
             return calls[:0], memory
-        columns, padded, planes, weights, call = layer[COLUMNS], layer[PADDED], layer[PLANES], layer[WEIGHTS], calls[m]
+        columns, padded, planes, call = layer[COLUMNS], layer[PADDED], layer[PLANES], calls[m]
         codes, starts, steps = _scratch(layer, tokens)
         call[LAYER], call[OUT], call[TOKENS], call[KIND] = member[MEMBER * m], member[MEMBER * m + 2], tokens, kind
         call[CODES], call[STARTS], call[STEPS] = at, at + 4 * codes, at + 4 * (codes + starts)
         least, most = layer[ROWS] // (PIECES[1] * threads), layer[ROWS] // (PIECES[0] * threads)
         call[STEP] = max(1, min(most, max(least, PIECE // columns))) if threads > 1 else layer[ROWS]
         at += 4 * (codes + starts + steps)
-        groups = planes * -(-padded // GROUP)
+        groups = planes * -(-padded // layer[GROUP])
         y = np.zeros(padded, np.float32)
         small = carray(pointer(layer[SMALL], np.float32), (layer[ORDER], layer[ORDER]))
         for t in range(tokens):
@@ -133,8 +131,10 @@ def _begin(members: int, count: int, x: int, tokens: int, kind: int, threads: in
                     y[i] *= times[i]
                 mix_row(y[:columns], layer[ODD], small)
             round_token(
-                y, weights, planes, call[CODES] + 4 * t * planes * padded // weights, call[STARTS] + 4 * LANES * t * groups,
-                array(call[STEPS] + 4 * t * groups, np.float32, groups), (layer[OFFSETS], layer[OFFSETS + 1]), mask, factor,
+                y, layer[WEIGHTS], planes, call[CODES] + 4 * t * planes * layer[PLANE_WORDS],
+                call[STARTS] + 4 * LANES * t * groups, array(call[STEPS] + 4 * t * groups, np.float32, groups),
+                (layer[OFFSETS], layer[OFFSETS + 1]), mask, factor, layer[GROUP], layer[PLANE_WORDS], layer[BLOCK],
+                layer[CENTRE],
             )  # fmt: skip
     return calls, memory
 
@@ -273,7 +273,7 @@ class Prepared(Product):
         factor: what activations are multiplied by before they are mixed, float32 [columns]; None: they are not mixed.
         mixing: the odd order of the mixing and the matrix of it, see `rotation.cpu.plan`.
         scale: float32 [rows], of the integers.
-        offsets: for each weight of a word, by how much the sum of its bytes exceeds its integer.
+        layout: of the activations.
         bias: [rows], or None.
         code: the codec's own words.
         kept: the parts that all of this comes from; if their bytes change, the layer is prepared anew.
@@ -288,7 +288,7 @@ class Prepared(Product):
         factor: Tensor | None,
         mixing: tuple[int, Any],
         scale: Tensor,
-        offsets: Sequence[int],
+        layout: Layout,
         bias: Tensor | None,
         code: Any,
         kept: Sequence[Tensor],
@@ -301,16 +301,24 @@ class Prepared(Product):
         tensors = [tensor.detach() for tensor in (*kept, *([] if bias is None else [bias]))]
         copies = [tensor.clone() for tensor in tensors]
         self._alive = factor, small, scale, single, code, tensors, copies, alive
-        weights = len(offsets)
-        words = [rows, columns, -(-columns // (CHUNK * weights)) * CHUNK * weights, planes]
+        words = [rows, columns, planes]
         words += [address(factor), odd, small.ctypes.data, len(small), address(scale), address(single)]
-        words += [code.ctypes.data, weights, offsets[0], offsets[-1], len(copies)]
+        words += [
+            code.ctypes.data,
+            layout.padded,
+            layout.group,
+            layout.words,
+            layout.weights,
+            layout.block,
+            layout.centre,
+        ]
+        words += [layout.offsets[0], layout.offsets[-1], len(copies)]
         for tensor, copy in zip(tensors, copies, strict=True):
             words += [tensor.data_ptr(), copy.data_ptr(), copy.nbytes]
         self._words = np.array(words, np.int64)
         self.at, self.rows, self.columns, self.planes = self._words.ctypes.data, rows, columns, planes
         self._share, self._shares = share, dict[int, int]()
-        self._pattern = pattern(way(), weights)
+        self._pattern = pattern(way(), layout.weights)
         self.most_tokens, self.number = FEW_TOKENS // planes, next(_numbers)
         self.members = [self]  # this, and its companions
         self._strangers: set[int] = set()  # former companions

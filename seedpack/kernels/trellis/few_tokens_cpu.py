@@ -18,9 +18,9 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.common import few_tokens
-from seedpack.kernels.common.activations import GROUP, array
+from seedpack.kernels.common.activations import GROUP, STEP_WORDS, Layout, array
 from seedpack.kernels.common.byte_dots import dot, opaque, shortfall, way, windows
-from seedpack.kernels.common.few_tokens import CHUNK, CODE, PLANES, Prepared, store_rows
+from seedpack.kernels.common.few_tokens import CODE, PLANES, Prepared, store_rows
 from seedpack.kernels.common.memory import atomic_add, copy_line
 from seedpack.kernels.common.native import Native
 from seedpack.kernels.common.vectors import (
@@ -86,7 +86,7 @@ def emit_dots(
     of codes, starts and steps, see `common.few_tokens`.
     """
     row, tail, last, chunks, mask, factor, key, codes, starts, steps = args
-    sides, group_steps = _accumulators(name, count), GROUP // (CHUNK * weights)
+    sides, group_steps = _accumulators(name, count), GROUP // (STEP_WORDS * weights)
     mask, factor, key = (spread(builder, builder.trunc(word, I32), INTS) for word in (mask, factor, key))
     groups = builder.sdiv(builder.add(chunks, ir.Constant(I64, group_steps - 1)), ir.Constant(I64, group_steps))
     sums = [cgutils.alloca_once_value(builder, splat(FLOATS, 0.0)) for _ in range(count)]
@@ -173,7 +173,7 @@ def _share(symbol_bits: int, weights: int, wide: bool, tokens: int) -> Native:
         layer = array(call[few_tokens.LAYER], np.int64, few_tokens.KEPT_FIRST)
         code = array(layer[CODE], np.int64, 6)
         size, rows = code[SIZE], layer[few_tokens.ROWS]
-        chunks = layer[few_tokens.PADDED] // (CHUNK * weights)
+        chunks = layer[few_tokens.PLANE_WORDS] // STEP_WORDS
         tail = np.zeros(2 * reach + 64, np.uint8)
         tail_at, last = tail.ctypes.data, size - reach
         step, given = call[few_tokens.STEP], call[few_tokens.TOKENS] * layer[PLANES]
@@ -224,6 +224,6 @@ def prepare(
     share = partial(_share, code.symbol_bits, code.weights, code.state_bits != 16)
     offsets = [offset - shortfall(way(), code.weights) * sum(factors) for factors, offset in code.sums]
     return Prepared(
-        (len(scale), columns), planes, factor * float(norm), (odd, small), scale, offsets, bias, np.array(words, np.int64),
+        (len(scale), columns), planes, factor * float(norm), (odd, small), scale, Layout.of_words(columns, offsets), bias, np.array(words, np.int64),
         kept, stream.detach(), share,
     )  # fmt: skip
