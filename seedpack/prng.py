@@ -191,8 +191,8 @@ TRELLIS_MULTIPLIERS: dict[tuple[int, int], tuple[int, int]] = {
     (1, 7): (0x456737C5, 0x74102017),
     (1, 8): (0x91E125C5, 0xCBF07ED5),
     (2, 1): (0x43638ABF, 0x89C52391),
-    (2, 2): (0xAC766A41, 0xF5E76371),
-    (2, 3): (0x15BD0C7F, 0x7A26BBBD),
+    (2, 2): (0xAC766A41, 0xAC766A41),
+    (2, 3): (0x15BD0C7F, 0x80E44367),
 }
 # The factors of the four bytes of a word, low byte first, and what is taken from their sum, for each weight of a window.
 TRELLIS_SUMS: dict[int, tuple[tuple[tuple[int, int, int, int], int], ...]] = {
