@@ -144,7 +144,7 @@ def codecs() -> str:
     ours, peers = tables("trellis")[0], rows("trellis", 1)
     speeds = rows("seedlm", 1)["4"]
     columns, exact = ours[0], tables("svd")[1]
-    picked = ("k", "effort", "bits per weight", "gap, dB", "million weights/s")
+    picked = ("k", "weights per window", "effort", "bits per weight", "gap, dB", "million weights/s")
     body = [[dict(zip(columns, cells, strict=True))[name] for name in picked] for cells in ours[1:]]
     seedlm = rows("seedlm", 0, keys=2)["seedlm, exponents=3, 4.0000"]
     worst = sentence("svd", r"Worst with two power iterations: (\d\.\d+)")
@@ -171,7 +171,7 @@ def speed() -> str:
         for tokens in ("1", "4", "16", "256")
         for codec in ("trellis, 4 bits", "trellis, 2 bits", "seedlm, 4 bits")
     ]
-    whole = tables("kernels")[2]
+    whole = tables("kernels")[-1]
     return f"""## Speed
 
 The product x·Wᵀ of a layer [8192, 8192] on 2 CPU cores, straight from the packed weight, beside torch's dense product in the same run; milliseconds. [All rows](benchmarks/kernels.md)
@@ -365,7 +365,7 @@ def fastest() -> str:
         float(large[name]["tokens/s"]) for name in ("seedpack, 4 bits", "llama.cpp Q4_K_M", "bfloat16")
     )
     few = {name: float(row["tokens/s"]) for name, row in small.items()}
-    size = next(cells for cells in tables("kernels")[2] if cells[0] == "trellis, 4 bits")[4]
+    size = next(cells for cells in tables("kernels")[-1] if cells[0] == "trellis, 4 bits")[4]
     spent = rows("generation", 1)["seedpack, 4 bits"]
     rest = next(value for name, value in spent.items() if name.startswith("all else"))
     return (

@@ -17,14 +17,19 @@ def rounding(result: report.Result) -> None:
     """Measure the divergence that rounding activations to 8 bits adds, for any count of tokens."""
     name, text = models.text()
     original, tokenizer = load_language_model(models.smollm2())
-    path = models.packed_smollm2("trellis", 4)
-    packed = [seedpack.load(path, dtype="float32", int8_activations=int8) for int8 in (False, True)]
-    floats, rounded = compare_language_models(original, packed, windows(tokenizer, text, 1024, 16384))
+    ids, rows = windows(tokenizer, text, 1024, 16384), []
+    for bits in (4, 3, 2):
+        path = models.packed_smollm2("trellis", bits)
+        packed = [seedpack.load(path, dtype="float32", int8_activations=int8) for int8 in (False, True)]
+        floats, rounded = compare_language_models(original, packed, ids)
+        ratio = rounded.kl_mean / floats.kl_mean
+        rows.append((bits, f"{floats.kl_mean:.5f}", f"{rounded.kl_mean:.5f}", f"{ratio:.4f}"))
+        print(rows[-1], flush=True)
     result.say(
-        f"Rounding all activations of SmolLM2-135M's 4-bit layers to 8 bits, not only those of few tokens, on {floats.tokens:,} tokens of "
-        f"{name}, context 1024: KL divergence to the dense model {floats.kl_mean:.5f} with floats, {rounded.kl_mean:.5f} with 8 bits, "
-        f"{rounded.kl_mean / floats.kl_mean:.4f} times as much."
+        f"Rounding all activations of packed SmolLM2-135M to 8 bits, not only those of few tokens, on {floats.tokens:,} tokens of {name}, "
+        "context 1024: KL divergence to the dense model with floats, and with 8 bits."
     )
+    result.table(["bits", "floats", "8 bits", "times as much"], rows)
 
 
 BUSY = "while True: pass"

@@ -39,7 +39,7 @@ STRETCH = {
     "default": {1: (1.00, 1.06, 1.08, 1.14, 1.18, 1.20, 1.24, 1.26), 2: (1.02, 1.07, 1.12)},
     "best": {1: (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26), 2: (1.00, 1.05, 1.08)},
 }
-GAP = (0.33, 0.49, 0.76, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
+GAP = (0.35, 0.50, 0.77, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
 MOST_PAIRED = 3  # bits per weight of which a window can have two

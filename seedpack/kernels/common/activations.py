@@ -35,13 +35,13 @@ FLOAT32, BFLOAT16 = 0, 1
 KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
-@jit()
+@jit(inner=True)
 def array(address: int, kind: Any, size: int) -> Any:
     """Return the array of `size` numbers at an address."""
     return carray(pointer(address, kind), (size,))
 
 
-@jit()
+@jit(inner=True)
 def read_floats(address: int, kind: int, first: int, out: Any) -> None:
     """Read numbers of a kind, from the one `first` on, as float32."""
     if kind == FLOAT32:
@@ -52,7 +52,7 @@ def read_floats(address: int, kind: int, first: int, out: Any) -> None:
         out[i] = np.uint32(bits[i] << 16).view(np.float32)
 
 
-@jit()
+@jit(inner=True)
 def write_floats(values: Any, address: int, kind: int, first: int) -> None:
     """Store float32 values as numbers of a kind, rounded to the nearest, ties to even."""
     if kind == FLOAT32:
@@ -110,7 +110,7 @@ def _round16(
     return signature, codegen
 
 
-@jit()
+@jit(inner=True)
 def _largest(values: Any, weights: int) -> Any:
     """Return the largest magnitude, of two weights per word their largest sum, or NaN where a value is not finite."""
     bits = values.view(np.int32)
@@ -163,7 +163,7 @@ class Layout:
         return Layout(steps * side_by_side, group, steps * LANES * (1 + -(-block // 4)), 0, (0,), block, centre)
 
 
-@jit()
+@jit(inner=True)
 def _round_blocks(y: Any, step: Any, codes: int, block: int, centre: int) -> None:
     """Round the activations [8·blocks] of a group to multiples of a step, in place of which their remainders are left.
 
@@ -186,7 +186,7 @@ def _round_blocks(y: Any, step: Any, codes: int, block: int, centre: int) -> Non
             starts[2 * lane + 1] = -centre * total
 
 
-@jit()
+@jit(inner=True)
 def round_token(
     y: Any, weights: int, planes: int, codes: int, starts: int, steps: Any, offsets: Any, mask: int, factor: int,
     group: int, words: int, block: int, centre: int,

@@ -49,7 +49,7 @@ MEMBER = 3  # words of a member of a call: its layer, its product, its result
 MOST_MEMBERS = 8
 
 
-@jit()
+@jit(inner=True)
 def store_rows(call: Any, layer: Any, first: int, end: int, products: Any) -> None:
     """Store the products [end - first, tokens·planes] of some rows, times their scales and with their biases, as the result."""
     rows, planes = layer[ROWS], layer[PLANES]
@@ -68,7 +68,7 @@ def store_rows(call: Any, layer: Any, first: int, end: int, products: Any) -> No
         write_floats(values, call[OUT], call[KIND], t * rows + first)
 
 
-@jit()
+@jit(inner=True)
 def _stale(layer: Any) -> bool:
     """Return whether the parts that a layer was prepared from have other bytes now."""
     for copy in range(layer[COPIES]):
@@ -82,7 +82,7 @@ def _stale(layer: Any) -> bool:
     return False
 
 
-@jit()
+@jit(inner=True)
 def _scratch(layer: Any, tokens: int) -> tuple[int, int, int]:
     """Return how many numbers the codes of a layer's call take, the starts of its sums, and the steps: for a power of two of
     tokens and planes."""
@@ -93,7 +93,7 @@ def _scratch(layer: Any, tokens: int) -> tuple[int, int, int]:
     return all_tokens * layer[PLANE_WORDS], all_tokens * groups * LANES, -(-all_tokens * groups // LANES) * LANES
 
 
-@jit()
+@jit(inner=True)
 def _begin(members: int, count: int, x: int, tokens: int, kind: int, threads: int, mask: int, factor: int) -> Any:
     """Mix and round `tokens` activations at x for each member; returns the words of the calls [count, words], and the memory
     that they point into.
@@ -139,7 +139,7 @@ def _begin(members: int, count: int, x: int, tokens: int, kind: int, threads: in
     return calls, memory
 
 
-@jit()
+@jit(inner=True)
 def _multiply(members: int, calls: Any) -> None:
     """Take rows of each member's layer in turn, until none is left."""
     member = array(members, np.int64, MEMBER * len(calls))

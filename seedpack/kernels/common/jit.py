@@ -38,17 +38,20 @@ _torch_threads_started = False  # by a kernel
 _turn = threading.RLock()
 
 
-def jit(*, parallel: bool = False, **options: Any) -> Callable[[Function], Function]:
+def jit(*, parallel: bool = False, inner: bool = False, **options: Any) -> Callable[[Function], Function]:
     """Return a decorator that compiles a function on its first call, to run without Python's lock.
 
     Args:
         parallel: whether its `prange` loops run on all cores. Such a function is called from Python, not from compiled code.
+        inner: whether it is called from compiled code alone, which then takes less long to compile.
         **options: those of `numba.njit`.
     """
 
     def decorate(function: Function) -> Function:
         if parallel:
             return _parallel(function, options)
+        if inner:
+            options.update(no_cpython_wrapper=True, no_cfunc_wrapper=True)
         return cast(Function, _dispatcher(function, "serial", options))
 
     return decorate

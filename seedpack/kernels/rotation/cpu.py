@@ -64,7 +64,7 @@ def _butterflies(context: Any, address: Any, distance: Any, count: Any) -> Any:
     return types.void(types.int64, types.int64, count), codegen
 
 
-@jit()
+@jit(inner=True)
 def _hadamard(y: Any) -> None:
     """Multiply y, in place, by Sylvester's Hadamard matrix of ±1; its length is a power of two."""
     size, width = y.shape[0], 1
@@ -89,13 +89,13 @@ def _hadamard(y: Any) -> None:
         width *= 2
 
 
-@jit(fastmath=True)
+@jit(inner=True, fastmath=True)
 def _multiply_add(y: Any, x: Any, factor: float) -> None:
     for i in range(y.shape[0]):
         y[i] += x[i] * factor
 
 
-@jit()
+@jit(inner=True)
 def mix_row(y: Any, odd: int, small: Any) -> None:
     """Multiply y, in place, by Sylvester's Hadamard matrix (of ±1) along the first axis of [2^p, odd], and, if `small` is not
     empty, by it along the second."""
