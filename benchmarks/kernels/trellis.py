@@ -17,7 +17,7 @@ from seedpack.prng import trellis_key
 
 SHAPE = (256, 4096)
 TARGETS = {"best": (0.35, 0.45, 0.55), "default": (0.60, 0.80, 1.10)}  # k = 2, 3, 4
-PRICE = 0.15  # dB that two weights per window may cost where they are usual
+PRICE = 0.15  # dB that two weights per window may cost at best, where they are usual
 
 
 def gap(decoded: Tensor, sample: Tensor, bits: float) -> float:
@@ -39,7 +39,7 @@ def measure(result: report.Result) -> None:
             bits = codec.bits_per_weight(SHAPE)
             found = gap(codec.decode(parts, SHAPE, torch.float32), sample, bits)
             target = TARGETS[effort][code_bits - 2] if effort in TARGETS and 2 <= code_bits <= 4 else None
-            if target and weights == 2:
+            if target and weights == 2 and effort == "best":
                 target = target + PRICE if code_bits <= EFFORTS[effort].pairs else None
             rows.append(
                 (code_bits, weights, effort, codec.state_bits, codec.survivors, f"{bits:.4f}", f"{found:.3f}",
