@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, types  # type: ignore[attr-defined]
+from numba import types
 from numba.core import cgutils
 
 from seedpack.kernels.common.jit import jit
-from seedpack.kernels.common.memory import pointer
+from seedpack.kernels.common.memory import array
 from seedpack.kernels.common.vectors import (
     FLOATS,
     I8,
@@ -36,34 +36,34 @@ KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16}
 
 
 @jit(inner=True)
-def array(address: int, kind: Any, size: int) -> Any:
-    """Return the array of `size` numbers at an address."""
-    return carray(pointer(address, kind), (size,))
+def read_floats(address: int, kind: int, first: int, out: int, count: int) -> None:
+    """Read numbers of a kind, from the one `first` on, as float32 at an address."""
+    to = array(out, np.uint32, count)
+    if kind == FLOAT32:
+        words = array(address + 4 * first, np.uint32, count)
+        for i in range(count):
+            to[i] = words[i]
+        return
+    halves = array(address + 2 * first, np.uint16, count)
+    for i in range(count):
+        to[i] = np.uint32(halves[i]) << np.uint32(16)
 
 
 @jit(inner=True)
-def read_floats(address: int, kind: int, first: int, out: Any) -> None:
-    """Read numbers of a kind, from the one `first` on, as float32."""
+def write_floats(values: int, address: int, kind: int, first: int, count: int) -> None:
+    """Store the float32 values at an address as numbers of a kind, rounded to the nearest, ties to even."""
+    words = array(values, np.uint32, count)
     if kind == FLOAT32:
-        out[:] = array(address + 4 * first, np.float32, len(out))
+        out = array(address + 4 * first, np.uint32, count)
+        for i in range(count):
+            out[i] = words[i]
         return
-    bits = array(address + 2 * first, np.uint16, len(out))
-    for i in range(len(out)):
-        out[i] = np.uint32(bits[i] << 16).view(np.float32)
-
-
-@jit(inner=True)
-def write_floats(values: Any, address: int, kind: int, first: int) -> None:
-    """Store float32 values as numbers of a kind, rounded to the nearest, ties to even."""
-    if kind == FLOAT32:
-        out = array(address + 4 * first, np.float32, len(values))
-        out[:] = values
-        return
-    halves = array(address + 2 * first, np.uint16, len(values))
-    for i in range(len(values)):
-        bits = np.float32(values[i]).view(np.uint32)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        halves[i] = (bits >> 16) | 0x40 if (bits & 0x7FFFFFFF) > 0x7F800000 else rounded
+    halves = array(address + 2 * first, np.uint16, count)
+    for i in range(count):
+        bits = words[i]
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        not_a_number = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        halves[i] = np.uint16((bits >> np.uint32(16)) | np.uint32(0x40) if not_a_number else rounded)
 
 
 @intrinsic
@@ -111,16 +111,17 @@ def _round16(
 
 
 @jit(inner=True)
-def _largest(values: Any, weights: int) -> Any:
-    """Return the largest magnitude, of two weights per word their largest sum, or NaN where a value is not finite."""
-    bits = values.view(np.int32)
+def _largest(values: int, count: int, weights: int) -> Any:
+    """Return the largest magnitude of the floats at an address, of two weights per word their largest sum, or NaN where a value
+    is not finite."""
+    bits, floats = array(values, np.int32, count), array(values, np.float32, count)
     largest = np.int32(0)
     if weights < 2:
-        for i in range(len(values)):
+        for i in range(count):
             largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))  # magnitudes of floats are ordered as their bits
     else:
-        for i in range(len(values) // 2):
-            both = np.float32(abs(values[2 * i]) + abs(values[2 * i + 1]))
+        for i in range(count // 2):
+            both = np.float32(abs(floats[2 * i]) + abs(floats[2 * i + 1]))
             largest = max(largest, both.view(np.int32) & np.int32(0x7FFFFFFF))
     return np.float32(np.nan) if largest >= 0x7F800000 else np.int32(largest).view(np.float32)
 
@@ -164,17 +165,20 @@ class Layout:
 
 
 @jit(inner=True)
-def _round_blocks(y: Any, step: Any, codes: int, block: int, centre: int) -> None:
+def _round_blocks(values: int, count: int, step: Any, codes: int, block: int, centre: int) -> None:
     """Round the activations [8·blocks] of a group to multiples of a step, in place of which their remainders are left.
 
     For each eight blocks of C activations 64 bytes and 64 for each four activations of theirs are stored, eight of a block: first
     0 and -centre·(the sum of the block's codes), int32, from which sums begin; then four codes, int8, twice.
     """
-    quads = -(-block // 4)
-    for first in range(0, len(y), BLOCKS * block):
+    y, quads = array(values, np.float32, count), -(-block // 4)
+    for first in range(0, count, BLOCKS * block):
         at = codes + (first // (BLOCKS * block)) * 64 * (1 + quads)
         starts, octets = array(at, np.int32, 2 * BLOCKS), array(at + 64, np.int8, 64 * quads)
+        for i in range(64 * quads if block % 4 else 0):
+            octets[i] = 0
         for lane in range(BLOCKS):
+            starts[2 * lane] = 0
             total = 0
             for c in range(block):
                 i = first + lane * block + c
@@ -188,18 +192,19 @@ def _round_blocks(y: Any, step: Any, codes: int, block: int, centre: int) -> Non
 
 @jit(inner=True)
 def round_token(
-    y: Any, weights: int, planes: int, codes: int, starts: int, steps: Any, offsets: Any, mask: int, factor: int,
+    y: int, padded: int, weights: int, planes: int, codes: int, starts: int, steps: int, offsets: Any, mask: int, factor: int,
     group: int, words: int, block: int, centre: int,
 ) -> None:  # fmt: skip
     """Round a token's activations in groups to codes of 8 bits, and with two planes what is left once more; see `Layout`.
 
     Args:
-        y: float32 [padded], zeros at its end; changed.
+        y: address of float32 [padded], zeros at its end; changed.
+        padded: activations, with those zeros.
         weights: of a word, 0 in blocks. Codes are in ±127; of two in a word, so are their sum and difference.
         planes: 1, or 2, whose codes, sums and steps lie behind those of the first.
         codes: address of the codes' words, int32 [planes, words], see `byte_dots.pattern`.
         starts: address of int32 [planes, groups, 16], from which the sums of products start: the offsets of weights times codes.
-        steps: float32 [planes·groups].
+        steps: address of float32 [planes·groups].
         offsets: what is taken from the sum of bytes of a word's weights.
         mask: makes the pattern, with `factor`.
         group: activations that share a step.
@@ -207,21 +212,26 @@ def round_token(
         block: activations of a block, or 0.
         centre: of blocks.
     """
-    padded = len(y)
     groups = -(-padded // group)
+    of_groups = array(steps, np.float32, planes * groups)
     for g in range(groups):
         first, last = g * group, min(padded, (g + 1) * group)
-        step = max(_largest(y[first:last], weights), np.float32(1e-30)) / np.float32(126 if weights == 2 else 127)
+        step = max(_largest(y + 4 * first, last - first, weights), np.float32(1e-30)) / np.float32(
+            126 if weights == 2 else 127
+        )
         for plane in range(planes):
             at = plane * groups + g
-            steps[at] = step
+            of_groups[at] = step
+            of_sums = array(starts + 4 * LANES * at, np.int32, LANES)
+            for i in range(LANES):
+                of_sums[i] = 0
             to, sums = codes + 4 * (plane * words + words * first // padded), starts + 4 * LANES * at
             if weights == 0:
-                _round_blocks(y[first:last], step, to, block, centre)
+                _round_blocks(y + 4 * first, last - first, step, to, block, centre)
             elif weights == 1:
                 for i in range(first, last, LANES):
-                    _round16((0,), y.ctypes.data + 4 * i, step, to + 4 * (i - first), sums, offsets, mask, factor)
+                    _round16((0,), y + 4 * i, step, to + 4 * (i - first), sums, offsets, mask, factor)
             else:
                 for i in range(first, last, 2 * LANES):
-                    _round16((0, 0), y.ctypes.data + 4 * i, step, to + 2 * (i - first), sums, offsets, mask, factor)
+                    _round16((0, 0), y + 4 * i, step, to + 2 * (i - first), sums, offsets, mask, factor)
             step /= np.float32(126 if weights == 2 else 254)  # what is left is at most half a step, of two at most one

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, prange  # type: ignore[attr-defined]
+from numba import prange
 from torch import Tensor
 
-from seedpack.kernels.common.activations import KINDS, Layout, array, read_floats, round_token, write_floats
+from seedpack.kernels.common.activations import KINDS, Layout, read_floats, round_token, write_floats
 from seedpack.kernels.common.byte_dots import pattern, way
 from seedpack.kernels.common.jit import jit, torch_thread_count
-from seedpack.kernels.common.memory import call_at, call_together, pointer
+from seedpack.kernels.common.memory import array, call_at, call_together, on_stack
 from seedpack.kernels.common.native import Native
 from seedpack.kernels.common.openmp import parallel_region
 from seedpack.kernels.common.row_tiles import FEW_TOKENS, Product, padded_token_count
@@ -47,25 +47,30 @@ PADDED, GROUP, PLANE_WORDS, WEIGHTS, BLOCK, CENTRE, OFFSETS, COPIES, KEPT_FIRST 
 NEXT, LAYER, CODES, STARTS, STEPS, OUT, TOKENS, KIND, STEP, WORDS = 0, 8, 9, 10, 11, 12, 13, 14, 15, 16
 MEMBER = 3  # words of a member of a call: its layer, its product, its result
 MOST_MEMBERS = 8
+ROWS_AT_ONCE = 32  # whose products are kept before they are stored
+
+on_row, three_words = on_stack(4 * ROWS_AT_ONCE), on_stack(24)
 
 
 @jit(inner=True)
-def store_rows(call: Any, layer: Any, first: int, end: int, products: Any) -> None:
-    """Store the products [end - first, tokens·planes] of some rows, times their scales and with their biases, as the result."""
+def store_rows(call: Any, layer: Any, first: int, count: int, products: int, width: int) -> None:
+    """Store the float32 products [count, width] at an address, at most `ROWS_AT_ONCE` rows from `first` on, times their scales
+    and with their biases, as the result."""
     rows, planes = layer[ROWS], layer[PLANES]
-    scale = array(layer[SCALE], np.float32, rows)
-    values = np.empty(end - first, np.float32)
+    scale, found = array(layer[SCALE] + 4 * first, np.float32, count), array(products, np.float32, count * width)
+    at = on_row()
+    values = array(at, np.float32, count)
     for t in range(call[TOKENS]):
-        for i in range(end - first):
-            value = products[i, planes * t]
+        for i in range(count):
+            value = found[i * width + planes * t]
             if planes == 2:
-                value += products[i, 2 * t + 1]
-            values[i] = value * scale[first + i]
+                value += found[i * width + 2 * t + 1]
+            values[i] = value * scale[i]
         if layer[BIAS]:
-            bias = array(layer[BIAS], np.float32, rows)
-            for i in range(end - first):
-                values[i] += bias[first + i]
-        write_floats(values, call[OUT], call[KIND], t * rows + first)
+            bias = array(layer[BIAS] + 4 * first, np.float32, count)
+            for i in range(count):
+                values[i] += bias[i]
+        write_floats(at, call[OUT], call[KIND], t * rows + first, count)
 
 
 @jit(inner=True)
@@ -82,77 +87,74 @@ def _stale(layer: Any) -> bool:
     return False
 
 
-@jit(inner=True)
-def _scratch(layer: Any, tokens: int) -> tuple[int, int, int]:
-    """Return how many numbers the codes of a layer's call take, the starts of its sums, and the steps: for a power of two of
-    tokens and planes."""
+@jit()
+def _scratch(layer: Any, tokens: int) -> tuple[int, int, int, int]:
+    """Return how many numbers of 32 bits the codes of a layer's call take, the starts of its sums, the steps, and the activations
+    with what mixing them takes: for a power of two of tokens and planes."""
     all_tokens = 1
     while all_tokens < tokens * layer[PLANES]:
         all_tokens *= 2
     groups = -(-layer[PADDED] // layer[GROUP])
-    return all_tokens * layer[PLANE_WORDS], all_tokens * groups * LANES, -(-all_tokens * groups // LANES) * LANES
+    codes, starts = all_tokens * layer[PLANE_WORDS], all_tokens * groups * LANES
+    floats = -(-(layer[PADDED] + 2 * layer[COLUMNS]) // LANES) * LANES
+    return codes, starts, -(-all_tokens * groups // LANES) * LANES, floats
 
 
 @jit(inner=True)
-def _begin(members: int, count: int, x: int, tokens: int, kind: int, threads: int, mask: int, factor: int) -> Any:
-    """Mix and round `tokens` activations at x for each member; returns the words of the calls [count, words], and the memory
-    that they point into.
-
-    No calls are returned if parts of a member have changed.
-    """
+def _begin(
+    members: int, count: int, x: int, tokens: int, kind: int, threads: int, mask: int, factor: int, room: int
+) -> bool:
+    """Mix and round `tokens` activations at x for each member; the words of the calls [count, words], and what they point into,
+    go into the room at an address. Returns whether the members' parts are still the same; if not, nothing is to be run."""
     member = array(members, np.int64, MEMBER * count)
-    size = LANES
+    at = room + 8 * WORDS * count
     for m in range(count):
-        codes, starts, steps = _scratch(array(member[MEMBER * m], np.int64, KEPT_FIRST), tokens)
-        size += codes + starts + steps
-    memory = np.zeros(size, np.int32)
-    at = memory.ctypes.data + -memory.ctypes.data % LINE
-    calls = np.zeros((count, WORDS), np.int64)
-    for m in range(count):
-        layer = array(member[MEMBER * m], np.int64, KEPT_FIRST)
+        layer, call = array(member[MEMBER * m], np.int64, KEPT_FIRST), array(room + 8 * WORDS * m, np.int64, WORDS)
         if _stale(array(member[MEMBER * m], np.int64, KEPT_FIRST + 3 * layer[COPIES])):
-            return calls[:0], memory
-        columns, padded, planes, call = layer[COLUMNS], layer[PADDED], layer[PLANES], calls[m]
-        codes, starts, steps = _scratch(layer, tokens)
-        call[LAYER], call[OUT], call[TOKENS], call[KIND] = member[MEMBER * m], member[MEMBER * m + 2], tokens, kind
+            return False
+        columns, padded, planes = layer[COLUMNS], layer[PADDED], layer[PLANES]
+        codes, starts, steps, floats = _scratch(layer, tokens)
+        call[NEXT], call[LAYER], call[OUT] = 0, member[MEMBER * m], member[MEMBER * m + 2]
+        call[TOKENS], call[KIND] = tokens, kind
         call[CODES], call[STARTS], call[STEPS] = at, at + 4 * codes, at + 4 * (codes + starts)
         least, most = layer[ROWS] // (PIECES[1] * threads), layer[ROWS] // (PIECES[0] * threads)
         call[STEP] = max(1, min(most, max(least, PIECE // columns))) if threads > 1 else layer[ROWS]
-        at += 4 * (codes + starts + steps)
-        groups = planes * -(-padded // layer[GROUP])
-        y = np.zeros(padded, np.float32)
-        small = carray(pointer(layer[SMALL], np.float32), (layer[ORDER], layer[ORDER]))
+        y = at + 4 * (codes + starts + steps)
+        work = y + 4 * padded
+        at = y + 4 * floats
+        groups, values = planes * -(-padded // layer[GROUP]), array(y, np.float32, padded)
         for t in range(tokens):
-            y[columns:] = 0
-            read_floats(x, kind, t * columns, y[:columns])
+            read_floats(x, kind, t * columns, y, columns)
+            for i in range(columns, padded):
+                values[i] = 0
             if layer[FACTOR]:
                 times = array(layer[FACTOR], np.float32, columns)
                 for i in range(columns):
-                    y[i] *= times[i]
-                mix_row(y[:columns], layer[ODD], small)
+                    values[i] *= times[i]
+                mix_row(y, columns, layer[ODD], layer[SMALL], layer[ORDER], work)
             round_token(
-                y, layer[WEIGHTS], planes, call[CODES] + 4 * t * planes * layer[PLANE_WORDS],
-                call[STARTS] + 4 * LANES * t * groups, array(call[STEPS] + 4 * t * groups, np.float32, groups),
+                y, padded, layer[WEIGHTS], planes, call[CODES] + 4 * t * planes * layer[PLANE_WORDS],
+                call[STARTS] + 4 * LANES * t * groups, call[STEPS] + 4 * t * groups,
                 (layer[OFFSETS], layer[OFFSETS + 1]), mask, factor, layer[GROUP], layer[PLANE_WORDS], layer[BLOCK],
                 layer[CENTRE],
             )  # fmt: skip
-    return calls, memory
+    return True
 
 
 @jit(inner=True)
-def _multiply(members: int, calls: Any) -> None:
+def _multiply(members: int, count: int, room: int) -> None:
     """Take rows of each member's layer in turn, until none is left."""
-    member = array(members, np.int64, MEMBER * len(calls))
-    for m in range(len(calls)):
-        call_at(member[MEMBER * m + 1], calls[m].ctypes.data)
+    member = array(members, np.int64, MEMBER * count)
+    for m in range(count):
+        call_at(member[MEMBER * m + 1], room + 8 * WORDS * m)
 
 
 @cache
 def _take() -> Native:
     def take(at: int) -> int:
-        """Multiply by the rows that are left of the calls whose members, count and words are named at an address."""
+        """Multiply by the rows that are left of the calls whose members, count and room are named at an address."""
         words = array(at, np.int64, 3)
-        _multiply(words[0], carray(pointer(words[2], np.int64), (words[1], WORDS)))
+        _multiply(words[0], words[1], words[2])
         return 0
 
     return Native(take, "take")
@@ -160,30 +162,33 @@ def _take() -> Native:
 
 @jit()
 def _run(
-    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int, region: int, take: int
+    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int, room: int, region: int,
+    take: int,
 ) -> bool:  # fmt: skip
     """Multiply `tokens` activations at x by the layers of some members, on one thread or on torch's; returns whether their
     parts were still the same."""
-    calls, memory = _begin(members, count, x, tokens, kind, threads, mask, factor)
-    words = np.empty(3, np.int64)
-    words[0], words[1], words[2] = members, len(calls), calls.ctypes.data
+    if not _begin(members, count, x, tokens, kind, threads, mask, factor, room):
+        return False
     if threads == 1:
-        _multiply(members, calls)
-    elif len(calls):
-        call_together(region, take, words.ctypes.data, threads)
-    return len(calls) > 0 and len(memory) > 0 and len(words) > 0  # kept until here: Numba knows nothing of addresses
+        _multiply(members, count, room)
+    else:
+        at = three_words()
+        words = array(at, np.int64, 3)
+        words[0], words[1], words[2] = members, count, room
+        call_together(region, take, at, threads)
+    return True
 
 
 @jit(parallel=True)
 def _run_by_numba(
-    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int
+    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int, room: int
 ) -> bool:
     """Do as `_run`, on Numba's threads."""
-    calls, memory = _begin(members, count, x, tokens, kind, threads, mask, factor)
-    if len(calls):
-        for _ in prange(threads):
-            _multiply(members, calls)
-    return len(calls) > 0 and len(memory) > 0
+    if not _begin(members, count, x, tokens, kind, threads, mask, factor, room):
+        return False
+    for _ in prange(threads):
+        _multiply(members, count, room)
+    return True
 
 
 @jit()
@@ -206,9 +211,16 @@ class _Thread(threading.local):
         self.words = words_of("q", [0] * MEMBER * MOST_MEMBERS)
         self.at = self.words.buffer_info()[0]
         self.leader: Callable[[], Prepared | None] = lambda: None
+        self.memory = torch.empty(0, dtype=torch.int32)
         self.place = 0
         self.given: Tensor | None = None  # a copy of the activations
         self.waiting: dict[int, Tensor] = {}  # by the number of the layer, which no other ever gets
+
+    def room(self, size: int) -> int:
+        """Return the address of room for so many numbers of 32 bits, which is the same from call to call."""
+        if len(self.memory) < size + LANES:
+            self.memory = torch.empty(size + LANES, dtype=torch.int32)
+        return self.memory.data_ptr() + -self.memory.data_ptr() % LINE
 
     def take(self, layer: Prepared, x: Tensor, place: int) -> Tensor | None:
         """Return the result that waits for a layer, if it is that of x."""
@@ -317,7 +329,7 @@ class Prepared(Product):
             words += [tensor.data_ptr(), copy.data_ptr(), copy.nbytes]
         self._words = np.array(words, np.int64)
         self.at, self.rows, self.columns, self.planes = self._words.ctypes.data, rows, columns, planes
-        self._share, self._shares = share, dict[int, int]()
+        self._share, self._shares = share, dict[int, tuple[int, int]]()
         self._pattern = pattern(way(), layout.weights)
         self.most_tokens, self.number = FEW_TOKENS // planes, next(_numbers)
         self.members = [self]  # this, and its companions
@@ -339,11 +351,12 @@ class Prepared(Product):
         self._strangers.add(other.number)
         self.members = [member for member in self.members if member is not other]
 
-    def share(self, tokens: int) -> int:
-        """Return the address of the function that takes rows."""
+    def share(self, tokens: int) -> tuple[int, int]:
+        """Return the address of the function that takes rows, and the room that its call takes, in numbers of 32 bits."""
         known = self._shares.get(tokens)
         if known is None:
-            known = self._shares[tokens] = self._share(padded_token_count(tokens * self.planes)).address
+            share = self._share(padded_token_count(tokens * self.planes))
+            known = self._shares[tokens] = share.address, 2 * WORDS + sum(_scratch(self._words, tokens))
         return known
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -352,19 +365,20 @@ class Prepared(Product):
         thread, place = _thread, x.data_ptr()
         if thread.waiting and (ready := thread.take(self, x, place)) is not None:
             return ready
-        members, words, at, rows = self.members, thread.words, 0, 0
+        members, words, at, rows, size = self.members, thread.words, 0, 0, 0
         dtype, (*shape, columns) = x.dtype, x.shape
         tokens, results = x.numel() // columns, []
         for member in members:
             results.append(y := torch.empty((*shape, member.rows), dtype=dtype))
             words[at] = member.at
-            words[at + 1] = member.share(tokens)
+            words[at + 1], room = member.share(tokens)
+            size += room
             words[at + 2] = y.data_ptr()
             at += MEMBER
             rows += member.rows
         work, started = rows * columns * tokens, perf_counter()
         threads = 1 if work <= ALONE or started < _crowd.until else torch_thread_count()
-        given = thread.at, len(members), place, tokens, KINDS[dtype], *self._pattern, threads
+        given = thread.at, len(members), place, tokens, KINDS[dtype], *self._pattern, threads, thread.room(size)
         region = parallel_region()
         if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
             self.members = [self]

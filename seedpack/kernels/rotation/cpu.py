@@ -16,6 +16,7 @@ from numba import types
 from torch import Tensor
 
 from seedpack.kernels.common.jit import jit
+from seedpack.kernels.common.memory import array
 from seedpack.kernels.common.vectors import FLOATS, I8, I32, I64, LANES, intrinsic, load, multiply_add, store
 from seedpack.kernels.rotation.reference import factors, matrix, mix_factors
 
@@ -65,22 +66,23 @@ def _butterflies(context: Any, address: Any, distance: Any, count: Any) -> Any:
 
 
 @jit(inner=True)
-def _hadamard(y: Any) -> None:
-    """Multiply y, in place, by Sylvester's Hadamard matrix of ±1; its length is a power of two."""
-    size, width = y.shape[0], 1
+def _hadamard(at: int, size: int) -> None:
+    """Multiply the floats at an address, in place, by Sylvester's Hadamard matrix of ±1; their count is a power of two."""
+    width = 1
     if size >= LANES:
         for i in range(0, size, LANES):
-            _sixteen(y.ctypes.data + 4 * i)
+            _sixteen(at + 4 * i)
         width = LANES
         while 4 * width <= size:
             for start in range(0, size, 4 * width):
                 for i in range(start, start + width, LANES):
-                    _butterflies(y.ctypes.data + 4 * i, 4 * width, (0, 0, 0, 0))
+                    _butterflies(at + 4 * i, 4 * width, (0, 0, 0, 0))
             width *= 4
         if width < size:
             for i in range(0, width, LANES):
-                _butterflies(y.ctypes.data + 4 * i, 4 * width, (0, 0))
+                _butterflies(at + 4 * i, 4 * width, (0, 0))
         return
+    y = array(at, np.float32, size)
     while width < size:
         for start in range(0, size, 2 * width):
             for i in range(start, start + width):
@@ -90,43 +92,51 @@ def _hadamard(y: Any) -> None:
 
 
 @jit(inner=True, fastmath=True)
-def _multiply_add(y: Any, x: Any, factor: float) -> None:
-    for i in range(y.shape[0]):
+def _multiply_add(to: int, source: int, factor: float, size: int) -> None:
+    y, x = array(to, np.float32, size), array(source, np.float32, size)
+    for i in range(size):
         y[i] += x[i] * factor
 
 
 @jit(inner=True)
-def mix_row(y: Any, odd: int, small: Any) -> None:
-    """Multiply y, in place, by Sylvester's Hadamard matrix (of ±1) along the first axis of [2^p, odd], and, if `small` is not
-    empty, by it along the second."""
+def mix_row(at: int, width: int, odd: int, small: int, order: int, work: int) -> None:
+    """Multiply the row of floats at an address, in place, by Sylvester's Hadamard matrix (of ±1) along the first axis of
+    [2^p, odd], and, if `order` is not 0, by the matrix at `small` of that order along the second; `work` are 2·width floats."""
     if odd == 1:
-        _hadamard(y)
+        _hadamard(at, width)
         return
-    length = y.shape[0] // odd
-    columns = np.empty((odd, length), np.float32)
+    length = width // odd
+    y, columns = array(at, np.float32, width), array(work, np.float32, width)
     for i in range(odd):
         for j in range(length):
-            columns[i, j] = y[j * odd + i]
-        _hadamard(columns[i])
-    mixed = columns
-    if small.shape[0]:
-        mixed = np.zeros((odd, length), np.float32)
+            columns[i * length + j] = y[j * odd + i]
+        _hadamard(work + 4 * i * length, length)
+    mixed = work
+    if order:
+        mixed = work + 4 * width
+        matrix, sums = array(small, np.float32, odd * odd), array(mixed, np.float32, width)
+        for i in range(width):
+            sums[i] = 0
         for i in range(odd):
             for j in range(odd):
-                _multiply_add(mixed[i], columns[j], small[j, i])
+                _multiply_add(mixed + 4 * i * length, work + 4 * j * length, matrix[j * odd + i], length)
+    found = array(mixed, np.float32, width)
     for i in range(odd):
         for j in range(length):
-            y[j * odd + i] = mixed[i, j]
+            y[j * odd + i] = found[i * length + j]
 
 
 @jit(fastmath=True)
-def _mix(x: Any, factor: Any, norm: Any, odd: int, small: Any, out: Any) -> None:
-    """Store in out norm·(x·factor), each row mixed by `mix_row`."""
-    for r in range(x.shape[0]):
-        y = out[r]
-        for i in range(y.shape[0]):
-            y[i] = x[r, i] * factor[i] * norm
-        mix_row(y, odd, small)
+def _mix(
+    x: int, rows: int, width: int, factor: int, norm: Any, odd: int, small: int, order: int, work: int, out: int
+) -> None:
+    """Store in out norm·(x·factor), each row mixed by `mix_row`; all are addresses of floats."""
+    factors = array(factor, np.float32, width)
+    for r in range(rows):
+        values, y = array(x + 4 * r * width, np.float32, width), array(out + 4 * r * width, np.float32, width)
+        for i in range(width):
+            y[i] = values[i] * factors[i] * norm
+        mix_row(out + 4 * r * width, width, odd, small, order, work)
 
 
 @lru_cache(maxsize=64)
@@ -151,6 +161,10 @@ def mix(x: Tensor, factor: Tensor | None) -> Tensor:
     norm, odd, small, orders = plan(width)
     out = torch.empty(x.shape, dtype=torch.float32)
     factor = _ones(width) if factor is None else factor
-    rows = x.float().contiguous().view(-1, width)
-    _mix(rows.numpy(), factor.numpy(), norm, odd, small, out.view(-1, width).numpy())
+    rows, factor = x.float().contiguous(), factor.float().contiguous()
+    work = torch.empty(2 * width, dtype=torch.float32)
+    _mix(
+        rows.data_ptr(), rows.numel() // width, width, factor.data_ptr(), norm, odd, small.ctypes.data, len(small),
+        work.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
     return mix_factors(out.view(-1, odd), orders).view(x.shape) if orders else out

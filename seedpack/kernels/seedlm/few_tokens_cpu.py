@@ -19,10 +19,11 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.common import few_tokens
-from seedpack.kernels.common.activations import BLOCKS, Layout, array
+from seedpack.kernels.common.activations import BLOCKS, Layout
 from seedpack.kernels.common.byte_dots import byte_shift, dot, way
-from seedpack.kernels.common.few_tokens import CODE, PLANES, Prepared, store_rows
-from seedpack.kernels.common.memory import atomic_add
+from seedpack.kernels.common.few_tokens import CODE, PLANES, ROWS_AT_ONCE, Prepared, store_rows
+from seedpack.kernels.common.jit import jit
+from seedpack.kernels.common.memory import array, atomic_add, on_stack
 from seedpack.kernels.common.native import Native
 from seedpack.kernels.common.vectors import (
     F32,
@@ -42,7 +43,7 @@ from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.prng import LFSR_TAPS
 
 # The codec's own words.
-SEEDS, SEED_BYTES, CODES, CODE_BYTES, EXPONENT = range(5)
+SEEDS, SEED_BYTES, CODES, CODE_BYTES, EXPONENT, LAST_SEEDS, LAST_CODES = range(7)
 MARGIN = 64  # bytes behind a row that a load may take
 LANES64, OCTETS = ir.VectorType(I64, BLOCKS), ir.VectorType(I8, 64)
 HALVES = ir.Constant(FLOATS, [1.0, 256.0] * BLOCKS)  # of low and of high bytes
@@ -177,39 +178,50 @@ def _dots(
     return signature, codegen
 
 
+@jit(inner=True)
+def _copied(source: int, to: int, count: int) -> int:
+    """Copy bytes from one address to another, which is returned."""
+    octets, copy = array(source, np.uint8, count), array(to, np.uint8, count)
+    for i in range(count):
+        copy[i] = octets[i]
+    return to
+
+
 @cache
 def _share(code: SeedLMCode, tokens: int) -> Native:
     """Return the function that multiplies rows until none is left."""
-    bits, block, rank, count = (0,) * code.seed_bits, (0,) * code.block, (0,) * code.rank, (0,) * tokens
+    bits, block, rank, counted = (0,) * code.seed_bits, (0,) * code.block, (0,) * code.rank, (0,) * tokens
     side_by_side = BLOCKS * code.block
+
+    of_products = on_stack(4 * ROWS_AT_ONCE * tokens)
 
     def share(at: int) -> int:
         call = array(at, np.int64, few_tokens.WORDS)
         layer = array(call[few_tokens.LAYER], np.int64, few_tokens.KEPT_FIRST)
-        own = array(layer[CODE], np.int64, 5)
+        own = array(layer[CODE], np.int64, 7)
         rows, seed_bytes, code_bytes = layer[few_tokens.ROWS], own[SEED_BYTES], own[CODE_BYTES]
         batches, group_batches = layer[few_tokens.PADDED] // side_by_side, layer[few_tokens.GROUP] // side_by_side
         step, given = call[few_tokens.STEP], call[few_tokens.TOKENS] * layer[PLANES]
-        products = np.empty((step, tokens), np.float32)
-        last_seeds, last_codes = np.zeros(seed_bytes + MARGIN, np.uint8), np.zeros(code_bytes + MARGIN, np.uint8)
+        products_at = of_products()
+        products = array(products_at, np.float32, ROWS_AT_ONCE * tokens)
         while True:
-            first = atomic_add(at + 8 * few_tokens.NEXT, step)
-            if first >= rows:
+            taken = atomic_add(at + 8 * few_tokens.NEXT, step)
+            if taken >= rows:
                 return 0
-            end = min(rows, first + step)
-            for r in range(first, end):
-                seeds, codes = own[SEEDS] + r * seed_bytes, own[CODES] + r * code_bytes
-                if r == rows - 1:  # loads may go beyond the last row
-                    last_seeds[:seed_bytes] = array(seeds, np.uint8, seed_bytes)
-                    last_codes[:code_bytes] = array(codes, np.uint8, code_bytes)
-                    seeds, codes = last_seeds.ctypes.data, last_codes.ctypes.data
-                dots = _dots(
-                    bits, block, rank, count, seeds, codes, batches, group_batches, own[EXPONENT],
-                    call[few_tokens.CODES], call[few_tokens.STEPS],
-                )  # fmt: skip
-                for t in range(given):
-                    products[r - first, t] = dots[t]
-            store_rows(call, layer, first, end, products)
+            for first in range(taken, min(rows, taken + step), ROWS_AT_ONCE):
+                count = min(ROWS_AT_ONCE, min(rows, taken + step) - first)
+                for r in range(count):
+                    seeds, codes = own[SEEDS] + (first + r) * seed_bytes, own[CODES] + (first + r) * code_bytes
+                    if first + r == rows - 1:  # loads may go beyond the last row: there a copy is read
+                        seeds = _copied(seeds, own[LAST_SEEDS], seed_bytes)
+                        codes = _copied(codes, own[LAST_CODES], code_bytes)
+                    dots = _dots(
+                        bits, block, rank, counted, seeds, codes, batches, group_batches, own[EXPONENT],
+                        call[few_tokens.CODES], call[few_tokens.STEPS],
+                    )  # fmt: skip
+                    for t in range(given):
+                        products[r * tokens + t] = dots[t]
+                store_rows(call, layer, first, count, products_at, tokens)
 
     return Native(share, f"{way()}-{code.seed_bits}-{code.block}-{code.rank}-{tokens}")
 
@@ -225,10 +237,12 @@ def prepare(
     if not (bias is None or bias.is_cpu):
         return None
     rows = len(seeds)
+    last = [torch.zeros(part[0].numel() + MARGIN, dtype=torch.uint8) for part in (seeds, codes)]
     words = [seeds.data_ptr(), seeds[0].numel(), codes.data_ptr(), codes[0].numel(), int(parts.exponent_bias) + 127]
+    words += map(Tensor.data_ptr, last)
     layout = Layout.of_blocks(columns, code.block, 1 << (code.seed_bits - 9))
     scale = torch.full((rows,), code.unit, dtype=torch.float32)
     return Prepared(
         (rows, columns), planes, None, (1, np.ones((1, 1), np.float32)), scale, layout, bias, np.array(words, np.int64), kept,
-        (seeds.detach(), codes.detach()), partial(_share, code),
+        (seeds.detach(), codes.detach(), *last), partial(_share, code),
     )  # fmt: skip

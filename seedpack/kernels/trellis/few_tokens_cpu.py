@@ -18,10 +18,10 @@ from numba.core import cgutils
 from torch import Tensor
 
 from seedpack.kernels.common import few_tokens
-from seedpack.kernels.common.activations import GROUP, STEP_WORDS, Layout, array
+from seedpack.kernels.common.activations import GROUP, STEP_WORDS, Layout
 from seedpack.kernels.common.byte_dots import dot, opaque, shortfall, way, windows
-from seedpack.kernels.common.few_tokens import CODE, PLANES, Prepared, store_rows
-from seedpack.kernels.common.memory import atomic_add, copy_line
+from seedpack.kernels.common.few_tokens import CODE, PLANES, ROWS_AT_ONCE, Prepared, store_rows
+from seedpack.kernels.common.memory import array, atomic_add, copy_line, on_stack
 from seedpack.kernels.common.native import Native
 from seedpack.kernels.common.vectors import (
     F32,
@@ -165,8 +165,10 @@ def _dots(
 @cache
 def _share(symbol_bits: int, weights: int, wide: bool, tokens: int) -> Native:
     """Return the function that multiplies rows until none is left."""
-    bits, per_window, more, count = (0,) * symbol_bits, (0,) * weights, (0,) * wide, (0,) * tokens
+    bits, per_window, more, counted = (0,) * symbol_bits, (0,) * weights, (0,) * wide, (0,) * tokens
     reach = _reach(symbol_bits)
+
+    of_tail, of_products = on_stack(2 * reach + 64), on_stack(4 * ROWS_AT_ONCE * tokens)
 
     def share(at: int) -> int:
         call = array(at, np.int64, few_tokens.WORDS)
@@ -174,33 +176,35 @@ def _share(symbol_bits: int, weights: int, wide: bool, tokens: int) -> Native:
         code = array(layer[CODE], np.int64, 6)
         size, rows = code[SIZE], layer[few_tokens.ROWS]
         chunks = layer[few_tokens.PLANE_WORDS] // STEP_WORDS
-        tail = np.zeros(2 * reach + 64, np.uint8)
-        tail_at, last = tail.ctypes.data, size - reach
+        tail_at, last, products_at = of_tail(), size - reach, of_products()
+        tail, products = array(tail_at, np.uint8, 2 * reach + 64), array(products_at, np.float32, ROWS_AT_ONCE * tokens)
+        for i in range(2 * reach + 64):
+            tail[i] = 0
         step, given = call[few_tokens.STEP], call[few_tokens.TOKENS] * layer[PLANES]
-        products = np.empty((step, tokens), np.float32)
         while True:
-            first = atomic_add(at + 8 * few_tokens.NEXT, step)
-            if first >= rows:
+            taken = atomic_add(at + 8 * few_tokens.NEXT, step)
+            if taken >= rows:
                 return 0
-            end = min(rows, first + step)
-            for r in range(first, end):
-                row = code[STREAM] + r * size
-                if last >= 0:
-                    for line in range(0, reach, 64):
-                        copy_line(tail_at + line, row + last + line)
-                    if code[TAIL_BITING]:
-                        copy_line(tail_at + reach, row)
-                else:
-                    octets = array(row, np.uint8, size)
-                    for i in range(size + 8 if code[TAIL_BITING] else size):
-                        tail[i] = octets[i % size]
-                dots = _dots(
-                    bits, per_window, more, count, row, tail_at - max(0, last), last, chunks, code[MASK], code[FACTOR],
-                    code[KEY], call[few_tokens.CODES], call[few_tokens.STARTS], call[few_tokens.STEPS],
-                )  # fmt: skip
-                for t in range(given):
-                    products[r - first, t] = dots[t]
-            store_rows(call, layer, first, end, products)
+            for first in range(taken, min(rows, taken + step), ROWS_AT_ONCE):
+                count = min(ROWS_AT_ONCE, min(rows, taken + step) - first)
+                for r in range(count):
+                    row = code[STREAM] + (first + r) * size
+                    if last >= 0:
+                        for line in range(0, reach, 64):
+                            copy_line(tail_at + line, row + last + line)
+                        if code[TAIL_BITING]:
+                            copy_line(tail_at + reach, row)
+                    else:
+                        octets = array(row, np.uint8, size)
+                        for i in range(size + 8 if code[TAIL_BITING] else size):
+                            tail[i] = octets[i % size]
+                    dots = _dots(
+                        bits, per_window, more, counted, row, tail_at - max(0, last), last, chunks, code[MASK], code[FACTOR],
+                        code[KEY], call[few_tokens.CODES], call[few_tokens.STARTS], call[few_tokens.STEPS],
+                    )  # fmt: skip
+                    for t in range(given):
+                        products[r * tokens + t] = dots[t]
+                store_rows(call, layer, first, count, products_at, tokens)
 
     return Native(share, f"{way()}-{symbol_bits}-{weights}-{wide}-{tokens}")
 
