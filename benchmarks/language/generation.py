@@ -143,10 +143,11 @@ def one(name: str, kind: str) -> dict[str, Any]:
     return found
 
 
-def in_a_process(name: str, kind: str) -> dict[str, Any]:
-    """Measure a model in a process of its own."""
+def in_a_process(name: str, kind: str, **environment: str) -> dict[str, Any]:
+    """Measure a model in a process of its own, with some variables of the environment."""
     command = [sys.executable, "-m", "benchmarks.language.generation", name, kind]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=models.ROOT)
+    given = {**os.environ, **environment}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=models.ROOT, env=given)
     if done.returncode:
         print(done.stderr[-2000:], file=sys.stderr)
         raise SystemExit(f"{name}, {kind}: failed")
