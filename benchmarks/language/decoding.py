@@ -47,7 +47,15 @@ def beside_others(result: report.Result) -> None:
             finally:
                 for loop in loops:
                     loop.kill()
-            rows.append((kind, waiting.get("OMP_WAIT_POLICY", "not set"), f"{1e3 / quiet:.0f}", f"{1e3 / busy:.0f}", f"{quiet / busy:.1f}×"))
+            rows.append(
+                (
+                    kind,
+                    waiting.get("OMP_WAIT_POLICY", "not set"),
+                    f"{1e3 / quiet:.0f}",
+                    f"{1e3 / busy:.0f}",
+                    f"{quiet / busy:.1f}×",
+                )
+            )
             print(rows[-1], flush=True)
     result.say(
         "Milliseconds a token of SmolLM2-135M, on quiet cores and with a busy loop on each core beside. A region of several threads ends "

@@ -34,19 +34,17 @@ def byte_dot(word, activation, start, WEIGHTS: tl.constexpr, DP4A: tl.constexpr)
 
 
 @triton.jit
-def byte_factors(weight, WEIGHTS: tl.constexpr):
-    """Return the factors of a word's bytes for one of its weights, see `prng.TRELLIS_SUMS`, each in a byte of an int32."""
-    if WEIGHTS == 1:
-        return 0x01010101
-    return tl.where(weight == 0, 0x00010101, 0x01FF0100)
+def byte_factors(weight, unit, WEIGHTS: tl.constexpr):
+    """Return the factors of a word's bytes for one of its weights, see `prng.TRELLIS_SUMS`, times a unit up to 127, each in a byte
+    of an int32."""
+    both = tl.where(weight == 0, unit * 0x00010101, unit * 0x01000100 | (-unit & 255) << 16)
+    return unit * 0x01010101 if WEIGHTS == 1 else both
 
 
 @triton.jit
 def byte_offset(weight, WEIGHTS: tl.constexpr):
     """Return what is taken from the sum."""
-    if WEIGHTS == 1:
-        return 510
-    return tl.where(weight == 0, 382, 127)
+    return 510 if WEIGHTS == 1 else tl.where(weight == 0, 382, 127)
 
 
 @triton.jit
@@ -88,11 +86,10 @@ def trellis_tile(parts, i_row, step, SIZES: tl.constexpr, BLOCK_K: tl.constexpr)
     shift = (bit & 31).to(tl.uint32)[None, :]
     window = ((low >> shift) | ((high << 1) << (31 - shift))) & ((1 << STATE_BITS) - 1)
     mixed = window * tl.cast(multiplier, tl.uint32) + tl.cast(key, tl.uint32)
-    if WEIGHTS == 1:
-        return i_column, (byte_sum(mixed) - 510).to(tl.float32)
     i_weight = (i_column % WEIGHTS)[None, :]
-    start = -byte_offset(i_weight, WEIGHTS) + tl.zeros(mixed.shape, tl.int32)
-    return i_column, byte_dot(mixed, byte_factors(i_weight, WEIGHTS), start, WEIGHTS, False).to(tl.float32)
+    start = tl.zeros(mixed.shape, tl.int32) - byte_offset(i_weight, WEIGHTS)
+    factors = tl.zeros(mixed.shape, tl.int32) + byte_factors(i_weight, 1, WEIGHTS)
+    return i_column, byte_dot(mixed, factors, start, WEIGHTS, False).to(tl.float32)
 
 
 def regenerated(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Regenerated:

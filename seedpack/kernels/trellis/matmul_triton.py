@@ -71,7 +71,7 @@ def few_tokens_kernel(
                     else:
                         for weight in tl.static_range(WEIGHTS):
                             b_x = tl.load(p_x + (j * WEIGHTS + weight) * BLOCK_G)
-                            factors = tl.full((BLOCK_N, BLOCK_G), 0, tl.int32) + byte_factors(weight, WEIGHTS)
+                            factors = tl.full((BLOCK_N, BLOCK_G), 0, tl.int32) + byte_factors(weight, 1, WEIGHTS)
                             bits = byte_dot(mixed, factors, b_float, WEIGHTS, DP4A)  # of the float 2^23 + 512 + sum
                             value = bits.to(tl.float32, bitcast=True) - (8389120.0 + byte_offset(weight, WEIGHTS))
                             b_sum += value[:, :, None] * b_x

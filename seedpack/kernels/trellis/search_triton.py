@@ -25,9 +25,9 @@ def _error(mixed, first, last, PADDING: tl.constexpr, UNIT: tl.constexpr, WEIGHT
     for weight in tl.static_range(WEIGHTS):
         x = first if weight == 0 else last
         unit = tl.where(x == PADDING, 0, UNIT)
-        factors = tl.full(mixed.shape, 0, tl.int32) + byte_factors(weight, WEIGHTS)
-        start = tl.full(mixed.shape, 0, tl.int32) - byte_offset(weight, WEIGHTS) - x
-        error = byte_dot(mixed, factors, start, WEIGHTS, DP4A) * unit
+        factors = tl.full(mixed.shape, 0, tl.int32) + byte_factors(weight, unit, WEIGHTS)
+        start = tl.full(mixed.shape, 0, tl.int32) - (byte_offset(weight, WEIGHTS) + x) * unit
+        error = byte_dot(mixed, factors, start, WEIGHTS, DP4A)
         total += error * error
     return total
 
