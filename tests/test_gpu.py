@@ -44,11 +44,17 @@ def test_generators_are_the_same_on_every_device() -> None:
     assert torch.equal(squirrel5(torch.arange(1000, device=device), 5).cpu(), squirrel5(torch.arange(1000), 5))
 
 
+def pairs(code_bits: int, state_bits: int, rows: int, columns: int, device: str) -> Any:
+    """A trellis of two weights per window."""
+    return trellis(code_bits, state_bits, rows, columns, device, weights=2)
+
+
 @pytest.mark.parametrize("dtype", LIMIT, ids=str)
 @pytest.mark.parametrize("tokens", [1, 3, 8, 33, 300])
-@pytest.mark.parametrize("make", [trellis, seedlm], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", [trellis, pairs, seedlm], ids=lambda make: make.__name__)
 def test_products(make: Any, tokens: int, dtype: torch.dtype) -> None:
-    for sizes in ((2, 16), (3, 18), (4, 16)) if make is trellis else ((16, 8, 3), (16, 12, 4)):
+    of_trellis = ((2, 16), (3, 16)) if make is pairs else ((2, 16), (3, 18), (4, 16))
+    for sizes in ((16, 8, 3), (16, 12, 4)) if make is seedlm else of_trellis:
         for rows, columns in ((67, 300), (512, 4096)):
             weight = make(*sizes, rows, columns, "cuda")
             dense = weight.dense("reference").double()
@@ -58,12 +64,12 @@ def test_products(make: Any, tokens: int, dtype: torch.dtype) -> None:
             assert error(weight.transposed(grad.float(), dtype, "triton"), grad.double() @ dense) < LIMIT[dtype]
 
 
-@pytest.mark.parametrize("code_bits", [2, 3, 4])
-def test_activations_of_8_bits(code_bits: int) -> None:
+@pytest.mark.parametrize(("weights", "code_bits"), [(1, 2), (1, 3), (1, 4), (2, 2), (2, 3)])
+def test_activations_of_8_bits(weights: int, code_bits: int) -> None:
     stream = torch.randint(0, 256, (128, 512, code_bits), dtype=torch.uint8).cuda().view(128, 1, -1)
     scale, x = torch.rand(128).cuda(), torch.randn(3, 4096).cuda()
-    code = TrellisCode(code_bits, 16, 7)
-    exact = trellis_matmul(reference.rounded(x).double(), stream, scale, code, backend="reference").double()
+    code = TrellisCode(code_bits, 16, 7, weights=weights)
+    exact = trellis_matmul(reference.rounded(x, weights).double(), stream, scale, code, backend="reference").double()
     assert error(trellis_matmul(x, stream, scale, code, int8=True, backend="triton"), exact) < 2e-6
 
 
@@ -87,10 +93,13 @@ def test_basis_products(tokens: int, generator: str, columns: int) -> None:
     assert error(grad_coefs, basis.grad_coefs(grad, x.detach(), 2, 9, "reference").double()) < 1e-5
 
 
-@pytest.mark.parametrize(("code_bits", "state_bits", "survivors"), [(1, 10, 5), (2, 16, 9), (4, 16, 8), (4, 16, 12)])
-def test_trellis_search(code_bits: int, state_bits: int, survivors: int) -> None:
+@pytest.mark.parametrize(
+    ("weights", "code_bits", "state_bits", "survivors"),
+    [(1, 1, 10, 5), (1, 2, 16, 9), (1, 4, 16, 8), (1, 4, 16, 12), (2, 2, 16, 12), (2, 3, 16, 10)],
+)
+def test_trellis_search(weights: int, code_bits: int, state_bits: int, survivors: int) -> None:
     values = torch.randn(7, 64) * 150
-    code = TrellisCode(code_bits, state_bits, 77)
+    code = TrellisCode(code_bits, state_bits, 77, weights=weights)
     expected = trellis_search(values, code, survivors=survivors, columns=61, backend="reference")
     assert torch.equal(trellis_search(values.cuda(), code, survivors=survivors, columns=61).cpu(), expected)
 

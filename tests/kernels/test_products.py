@@ -26,6 +26,9 @@ WEIGHTS: dict[str, Callable[[], Weight]] = {
     "trellis-8-16-1x1": lambda: trellis(8, 16, 1, 1),
     "trellis-2-16-9x520-zeros": lambda: trellis(2, 16, 9, 520, tail_biting=False),
     "trellis-3-18-9x515-zeros": lambda: trellis(3, 18, 9, 515, tail_biting=False),
+    "trellis-2x3-16-17x515": lambda: trellis(3, 16, 17, 515, weights=2),
+    "trellis-2x1-20-35x300": lambda: trellis(1, 20, 35, 300, weights=2),
+    "trellis-2x2-16-9x520-zeros": lambda: trellis(2, 16, 9, 520, tail_biting=False, weights=2),
     "seedlm-16-8-3-33x300": lambda: seedlm(16, 8, 3, 33, 300),
     "seedlm-16-12-4-9x515": lambda: seedlm(16, 12, 4, 9, 515),
     "seedlm-13-7-4-35x37": lambda: seedlm(13, 7, 4, 35, 37),
@@ -33,7 +36,7 @@ WEIGHTS: dict[str, Callable[[], Weight]] = {
 }
 BACKENDS = ["cpu", "triton", "reference"]
 # each codec as it is used, odd widths, streams of both ends; each count of tokens that takes a way of its own
-DEFAULT = ["trellis-4-16-17x515", "trellis-3-18-9x515-zeros", "seedlm-16-8-3-33x300"]
+DEFAULT = ["trellis-4-16-17x515", "trellis-3-18-9x515-zeros", "trellis-2x3-16-17x515", "seedlm-16-8-3-33x300"]
 FEW = [(1, torch.bfloat16), (3, torch.float32), (33, torch.float16)]
 
 
@@ -76,13 +79,16 @@ def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("code_bits", "tokens"), slow_but([(2, 33), (3, 3), (4, 1)], product([2, 3, 4], [1, 3, 33])), ids=str
+    ("form", "tokens"),
+    slow_but([("1x2", 33), ("2x3", 3), ("1x4", 1)], product(["1x2", "1x3", "1x4", "2x2", "2x3"], [1, 3, 33])),
+    ids=str,
 )
-def test_activations_of_8_bits(code_bits: int, tokens: int, poison: None) -> None:
+def test_activations_of_8_bits(form: str, tokens: int, poison: None) -> None:
+    weights, code_bits = map(int, form.split("x"))
     stream = torch.randint(0, 256, (35, 1, 520 * code_bits // 8), dtype=torch.uint8)
     scale, x = torch.rand(35), torch.randn(tokens, 515)
-    code = TrellisCode(code_bits, 16, 7)
-    exact = trellis_matmul(reference.rounded(x).double(), stream, scale, code, backend="reference").double()
+    code = TrellisCode(code_bits, 16, 7, weights=weights)
+    exact = trellis_matmul(reference.rounded(x, weights).double(), stream, scale, code, backend="reference").double()
     for backend in BACKENDS:
         found = trellis_matmul(x, stream, scale, code, int8=True, backend=backend)  # type: ignore[arg-type]
         assert error(found, exact) < 2e-6
@@ -125,13 +131,13 @@ TOGETHER = [(0, 40, torch.float16), (1, 768, torch.bfloat16), (3, 40, torch.floa
     ("tokens", "columns", "dtype"), slow_but(TOGETHER, product([0, 1, 3, 8, 33], [40, 768], LIMIT)), ids=str
 )
 def test_mixing_and_product_in_one(tokens: int, columns: int, dtype: torch.dtype, int8: bool, poison: None) -> None:
-    for code_bits in (3, 4):
+    for code_bits, weights in ((3, 2), (4, 1)):
         stream = torch.randint(0, 256, packed_shape(35, columns, code_bits), dtype=torch.uint8)
         scale, factor = torch.rand(35), torch.randn(columns)
-        code = TrellisCode(code_bits, 16, 7)
+        code = TrellisCode(code_bits, 16, 7, weights=weights)
         x = torch.randn(columns, tokens).to(dtype).T
         rotated = mix(x.float(), factor, "reference")
-        rotated = reference.rounded(rotated) if int8 else rotated
+        rotated = reference.rounded(rotated, weights) if int8 else rotated
         exact = trellis_matmul(rotated.double(), stream, scale, code, backend="reference").double()
         for backend in BACKENDS:
             found = trellis_linear(x, factor, stream, scale, code, int8=int8, backend=backend)  # type: ignore[arg-type]
