@@ -66,6 +66,19 @@ def test_products(weight: Weight, backend: str, tokens: int, dtype: torch.dtype,
     assert error(found, grad.double() @ dense) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("of", ["trellis", "seedlm"])
+def test_tiles_of_bfloat16(of: str, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    """Where the processor is faster at it; twice the limit: here the weight is rounded to bfloat16 too."""
+    weight = trellis(4, 16, 17, 515) if of == "trellis" else seedlm(16, 8, 3, 33, 300)
+    x, dense = torch.randn(33, weight.columns).bfloat16(), weight.dense("reference").double()
+    found = []
+    for faster in (False, True):
+        monkeypatch.setattr("seedpack.kernels.common.row_tiles.bfloat16_is_faster", lambda faster=faster: faster)
+        found.append(weight.matmul(x.float(), torch.bfloat16, "cpu"))
+        assert found[-1].dtype == torch.bfloat16 and error(found[-1], x.double() @ dense.T) < 2 * LIMIT[torch.bfloat16]
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("rows_at_a_time", [*slow(1), 4, *slow(100)])
 def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     monkeypatch.setattr("seedpack.kernels.common.gpu_configs.DENSE_WEIGHTS", rows_at_a_time * weight.columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,13 +48,27 @@ def row_slices(rows: int, columns: int) -> list[slice]:
     return [slice(row, min(rows, row + step)) for row in range(0, rows, step)]
 
 
-def matmul(x: Tensor, rows: int, tile: Tile) -> Tensor:
-    """Multiply x [tokens, columns] by the weight [rows, columns] transposed; summed in float32, in the dtype of x."""
-    columns = x.float().T.contiguous()
-    out = torch.empty(rows, x.shape[0], dtype=torch.float32, device=x.device)
+@cache
+def bfloat16_is_faster() -> bool:
+    """Return whether the processor multiplies matrices of bfloat16 faster than of float32: with AMX, or on AMD's with AVX-512's
+    instruction for it, which on Intel's takes twice as long as a multiply–add of float32."""
+    has: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    is_amd = any(name in str(has.get("cpu_name")) for name in ("AMD", "EPYC", "Ryzen"))
+    return bool(has.get("amx_bf16") or (is_amd and has.get("avx512_bf16")))
+
+
+def matmul(x: Tensor, rows: int, tile: Tile, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply x [tokens, columns] by the weight [rows, columns] transposed, in a dtype, by default that of x; summed in float32.
+
+    Factors are float32, or for a result of bfloat16 bfloat16 where that is faster.
+    """
+    dtype = dtype or x.dtype
+    of_factors = dtype if dtype == torch.bfloat16 and x.is_cpu and bfloat16_is_faster() else torch.float32
+    columns = x.to(of_factors).T.contiguous()
+    out = torch.empty(rows, x.shape[0], dtype=of_factors, device=x.device)
     for part in row_slices(rows, x.shape[1]):
-        torch.mm(tile(part), columns, out=out[part])
-    return out.T.to(x.dtype)
+        torch.mm(tile(part).to(of_factors), columns, out=out[part])
+    return out.T.to(dtype)
 
 
 def matmul_transposed(grad: Tensor, columns: int, tile: Tile) -> Tensor:

@@ -100,7 +100,7 @@ def matmul(x: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode, dtype: t
     """Do as `matmul_reference.matmul`, summed in another order."""
     x = rounded(x, code.weights) if int8 else x
     if len(x) > row_tiles.FEW_TOKENS:
-        return row_tiles.matmul(x, len(scale), _tile(stream, scale, code, x.shape[1])).to(dtype)
+        return row_tiles.matmul(x, len(scale), _tile(stream, scale, code, x.shape[1]), dtype)
     padded = row_tiles.pad_tokens(x, -x.shape[1] % (LANES * code.weights))
     out = torch.empty(len(padded), stream.shape[0], dtype=torch.float32)
     bits, per_window, mask, a, c = constants(code)
