@@ -1,4 +1,4 @@
-"""What the trellis's encoder searches: efforts, and what was measured with them on N(0, 1) (docs/benchmarks/trellis.md)."""
+"""Efforts of the trellis's encoder, and what was measured with them on N(0, 1) (docs/benchmarks/trellis.md)."""
 
 from __future__ import annotations
 
