@@ -18,7 +18,7 @@ from seedpack.kernels.basis.decode_reference import SQUIRREL_STRIDE, UNIT
 from seedpack.kernels.basis.dense_noise import DenseNoise
 from seedpack.kernels.basis.noise_basis import rows_per_block
 from seedpack.kernels.common.jit import jit
-from seedpack.kernels.common.vectors import FLOATS, I32, I64, data, intrinsic, load, multiply_add, splat, spread, store
+from seedpack.kernels.common.vectors import FLOATS, I32, I64, data, intrinsic, load, splat, spread, store
 from seedpack.kernels.common.vectors import LANES as LANES16
 
 LANES = 64  # weights whose sums are kept at a time
@@ -66,6 +66,7 @@ def _philox16(
     """Add to out[at … at + 15] the numbers of four words of Philox for places first + 0 … 15, times a, b, c and d.
 
     Words stand in lanes of 64 bits, whose upper halves are left to be anything: one instruction multiplies the lower halves.
+    Nothing is fused: every processor gives the same bits.
     """
     word, whole = types.float32, types.uint64
     signature = types.void(whole, whole, types.uint32, types.uint32, word, word, word, word, out, types.int64)
@@ -94,12 +95,13 @@ def _philox16(
                 k0, k1 = builder.add(k0, splat(lanes, 0x9E3779B9)), builder.add(k1, splat(lanes, 0xBB67AE85))
             halves.append([builder.trunc(value, words) for value in (c0, c1, c2, c3)])
         place = builder.gep(data(ctx, builder, signature.args[8], args[8]), [args[9]])
-        total, joined = load(builder, place, FLOATS), ir.VectorType(I32, LANES16)
+        total, joined = None, ir.VectorType(I32, LANES16)
         for left, right, factor in zip(*halves, args[4:8], strict=True):
             both = builder.shuffle_vector(left, right, ir.Constant(joined, list(range(LANES16))))
             value = builder.fmul(builder.sitofp(both, FLOATS), splat(FLOATS, UNIT))
-            total = multiply_add(builder, value, spread(builder, factor, FLOATS), total)
-        store(builder, total, place)
+            product = builder.fmul(value, spread(builder, factor, FLOATS))
+            total = product if total is None else builder.fadd(total, product)
+        store(builder, builder.fadd(load(builder, place, FLOATS), total), place)
         return ctx.get_dummy_value()
 
     return signature, codegen
