@@ -58,7 +58,7 @@ def least_state_bits(symbol_bits: int) -> int:
 
 def usual_weights(effort: str, code_bits: int, state_bits: int = 0) -> int:
     """Return V for an effort, k, and L or (0) any L, where it is not given."""
-    fits = not state_bits or state_bits >= least_state_bits(2 * code_bits)
+    fits = type(state_bits) is not int or not 0 < state_bits < least_state_bits(2 * code_bits)
     return 2 if code_bits <= EFFORTS[effort].pairs and fits else 1
 
 

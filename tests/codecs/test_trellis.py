@@ -118,6 +118,7 @@ def test_efforts() -> None:
         ({"state_bits": 7}, "state_bits must be a whole number from 8 to 20"),
         ({"state_bits": 21}, "state_bits must be a whole number from 8 to 20"),
         ({"state_bits": False}, "state_bits must be a whole number"),
+        ({"code_bits": 2, "weights_per_window": True}, "weights_per_window must be a whole number"),
         ({"code_bits": 4, "weights_per_window": 2}, "weights_per_window must be a whole number from 1 to 1"),
         (
             {"code_bits": 3, "state_bits": 11, "weights_per_window": 2},

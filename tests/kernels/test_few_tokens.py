@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import mmap
+import sys
 import threading
 import weakref
 from time import perf_counter
@@ -85,6 +88,22 @@ def test_product_of_seedlm(
             assert error(found, weight.expected(x.to(dtype))) < max(
                 limit, LIMIT[dtype] if dtype != torch.float32 else 0
             )
+
+
+@pytest.mark.skipif(way() != "vnni512" or sys.platform == "win32", reason="no shifts of bytes, or no mprotect")
+def test_seedlm_reads_nothing_behind_the_last_row() -> None:
+    """Rows of fewer bytes than a load: the parts lie at the very end of a file that is mapped, behind which nothing may be read."""
+    weight = few_tokens_of_seedlm(SeedLMCodec(), 9, 5, 2)
+    parts = {}
+    for name, part in weight.parts.items():
+        memory = torch.frombuffer(mmap.mmap(-1, 2 * mmap.PAGESIZE), dtype=torch.uint8)
+        place = memory[mmap.PAGESIZE - part.nbytes : mmap.PAGESIZE].view(part.dtype).view(part.shape)
+        parts[name] = place.copy_(part)
+        assert not ctypes.CDLL(None).mprotect(ctypes.c_void_p(memory.data_ptr() + mmap.PAGESIZE), mmap.PAGESIZE, 0)
+    product = weight.codec.prepare(parts, (9, 5), weight.bias, 2)
+    x = torch.randn(2, 5)
+    found = None if product is None else product(x)
+    assert found is not None and error(found, weight.expected(x)) < 5e-5
 
 
 def test_seedlm_of_other_sizes_has_no_product_of_bytes() -> None:

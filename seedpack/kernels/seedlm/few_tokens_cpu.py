@@ -43,7 +43,7 @@ from seedpack.kernels.seedlm.code import CODE_BITS, SeedLMCode, SeedLMParts
 from seedpack.prng import LFSR_TAPS
 
 # The codec's own words.
-SEEDS, SEED_BYTES, CODES, CODE_BYTES, EXPONENT, LAST_SEEDS, LAST_CODES = range(7)
+SEEDS, SEED_BYTES, CODES, CODE_BYTES, EXPONENT, LAST_SEEDS, LAST_CODES, ENDS = range(8)
 MARGIN = 64  # bytes behind a row that a load may take
 LANES64, OCTETS = ir.VectorType(I64, BLOCKS), ir.VectorType(I8, 64)
 HALVES = ir.Constant(FLOATS, [1.0, 256.0] * BLOCKS)  # of low and of high bytes
@@ -198,7 +198,7 @@ def _share(code: SeedLMCode, tokens: int) -> Native:
     def share(at: int) -> int:
         call = array(at, np.int64, few_tokens.WORDS)
         layer = array(call[few_tokens.LAYER], np.int64, few_tokens.KEPT_FIRST)
-        own = array(layer[CODE], np.int64, 7)
+        own = array(layer[CODE], np.int64, 8)
         rows, seed_bytes, code_bytes = layer[few_tokens.ROWS], own[SEED_BYTES], own[CODE_BYTES]
         batches, group_batches = layer[few_tokens.PADDED] // side_by_side, layer[few_tokens.GROUP] // side_by_side
         step, given = call[few_tokens.STEP], call[few_tokens.TOKENS] * layer[PLANES]
@@ -212,9 +212,10 @@ def _share(code: SeedLMCode, tokens: int) -> Native:
                 count = min(ROWS_AT_ONCE, min(rows, taken + step) - first)
                 for r in range(count):
                     seeds, codes = own[SEEDS] + (first + r) * seed_bytes, own[CODES] + (first + r) * code_bytes
-                    if first + r == rows - 1:  # loads may go beyond the last row: there a copy is read
-                        seeds = _copied(seeds, own[LAST_SEEDS], seed_bytes)
-                        codes = _copied(codes, own[LAST_CODES], code_bytes)
+                    left = rows - 1 - (first + r)
+                    if left < own[ENDS]:  # loads may go beyond the last row: there a copy is read, each row's its own
+                        seeds = _copied(seeds, own[LAST_SEEDS] + left * (seed_bytes + MARGIN), seed_bytes)
+                        codes = _copied(codes, own[LAST_CODES] + left * (code_bytes + MARGIN), code_bytes)
                     dots = _dots(
                         bits, block, rank, counted, seeds, codes, batches, group_batches, own[EXPONENT],
                         call[few_tokens.CODES], call[few_tokens.STEPS],
@@ -237,9 +238,10 @@ def prepare(
     if not (bias is None or bias.is_cpu):
         return None
     rows = len(seeds)
-    last = [torch.zeros(part[0].numel() + MARGIN, dtype=torch.uint8) for part in (seeds, codes)]
+    ends = min(rows, 1 + MARGIN // min(seeds[0].numel(), codes[0].numel()))  # rows less than a load from the end
+    last = [torch.zeros(ends, part[0].numel() + MARGIN, dtype=torch.uint8) for part in (seeds, codes)]
     words = [seeds.data_ptr(), seeds[0].numel(), codes.data_ptr(), codes[0].numel(), int(parts.exponent_bias) + 127]
-    words += map(Tensor.data_ptr, last)
+    words += [*map(Tensor.data_ptr, last), ends]
     layout = Layout.of_blocks(columns, code.block, 1 << (code.seed_bits - 9))
     scale = torch.full((rows,), code.unit, dtype=torch.float32)
     return Prepared(
