@@ -22,7 +22,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 @dataclass(frozen=True, slots=True)
 class _Entry:
     codec: Codec
-    places: list[int]  # the planes, and where the parts are
+    places: list[int]  # where the parts are, and the planes less where the bias is
     product: Product | None
     owner: weakref.ref[Tensor]  # forgets the entry when the part is gone
 
@@ -43,11 +43,11 @@ def few_tokens(
 
     None where this machine, or the codec, has none: then `Codec.matmul` serves.
     """
-    if not x.is_cpu or not 0 < x.numel() <= FEW_TOKENS * shape[1]:
+    elements = x.numel()
+    if not 0 < elements <= FEW_TOKENS * shape[1] or not x.is_cpu:
         return None
-    places = [planes, *map(Tensor.data_ptr, parts)]
-    if bias is not None:
-        places.append(bias.data_ptr())
+    places = [part.data_ptr() for part in parts]
+    places.append(planes if bias is None else planes - bias.data_ptr())
     key = id(parts[0])
     for _ in range(2):
         entry = _entries.get(key)
@@ -55,10 +55,10 @@ def few_tokens(
             product = codec.prepare(dict(zip(names, parts, strict=True)), shape, bias, planes)
             owner = weakref.ref(parts[0], lambda _: _entries.pop(key, None))
             entry = _entries[key] = _Entry(codec, places, product, owner)
-        if (product := entry.product) is None or x.numel() > product.most_tokens * shape[1]:
+        if (product := entry.product) is None or elements > product.most_tokens * shape[1]:
             return None
         given = x if x.dtype in _DTYPES else x.to(torch.float32)
-        if (y := product(given.contiguous())) is not None:
-            return y if y.dtype == x.dtype else y.to(x.dtype)
+        if (y := product(given if given.is_contiguous() else given.contiguous())) is not None:
+            return y if given is x else y.to(x.dtype)
         _entries.pop(key, None)  # the parts have other bytes now
     return None

@@ -22,22 +22,38 @@ from seedpack.codecs.registry import codec_from_json
 from seedpack.errors import ModelError
 
 
+_library = torch.library.Library("seedpack", "FRAGMENT")
+
+
+def _operator(name: str) -> Callable[[Callable[..., Tensor]], Any]:
+    """Register a function as an operator, for every device; called without what `torch.library.custom_op` wraps around it, which
+    takes as long as a small product."""
+
+    def register(function: Callable[..., Tensor]) -> Any:
+        schema = torch.library.infer_schema(function, mutates_args=())
+        _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.seedpack, name).default
+
+    return register
+
+
 def _named(parts: list[Tensor], names: str) -> dict[str, Tensor]:
     return dict(zip(names.split(","), parts, strict=True))
 
 
-@torch.library.custom_op("seedpack::decode", mutates_args=())
+@_operator("decode")
 def _decode(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     decoder = codec_from_json(codec)
     return decoder.decode(_named(parts, names), (shape[0], shape[1]), dtype).contiguous()
 
 
-@_decode.register_fake
+@torch.library.register_fake(_decode.name())
 def _(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=parts[0].device)
 
 
-@torch.library.custom_op("seedpack::decode_rows", mutates_args=())
+@_operator("decode_rows")
 def _decode_rows(
     parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -47,7 +63,7 @@ def _decode_rows(
     return decoder.decode_rows(_named(parts, names), index, (shape[0], shape[1]), dtype).contiguous()
 
 
-@_decode_rows.register_fake
+@torch.library.register_fake(_decode_rows.name())
 def _(parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(index.shape[0], shape[1], dtype=dtype, device=parts[0].device)
 
@@ -70,27 +86,27 @@ def product(
     return codec.matmul(x, dict(zip(names, parts, strict=True)), shape, bias, **options).contiguous()
 
 
-@torch.library.custom_op("seedpack::linear", mutates_args=())
+@_operator("linear")
 def _linear(
     x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool | None
 ) -> Tensor:
     return product(x, parts, names.split(","), codec_from_json(codec), (shape[0], shape[1]), bias, int8)
 
 
-@_linear.register_fake
+@torch.library.register_fake(_linear.name())
 def _(
     x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool | None
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], shape[0]))
 
 
-@torch.library.custom_op("seedpack::linear_transposed", mutates_args=())
+@_operator("linear_transposed")
 def _linear_transposed(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int]) -> Tensor:
     decoder = codec_from_json(codec)
     return decoder.matmul_transposed(grad, _named(parts, names), (shape[0], shape[1])).contiguous()
 
 
-@_linear_transposed.register_fake
+@torch.library.register_fake(_linear_transposed.name())
 def _(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int]) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], shape[1]))
 
@@ -111,7 +127,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, [None] * len(parts), None, grad_bias, None, None, None
 
 
-_linear.register_autograd(_backward, setup_context=_setup_context)
+torch.library.register_autograd(_linear.name(), _backward, setup_context=_setup_context)
 
 
 def _setup_transposed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -125,7 +141,7 @@ def _backward_transposed(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_y, [None] * len(parts), None, None, None
 
 
-_linear_transposed.register_autograd(_backward_transposed, setup_context=_setup_transposed)
+torch.library.register_autograd(_linear_transposed.name(), _backward_transposed, setup_context=_setup_transposed)
 
 
 def _require_unbatched(*dims: Any) -> None:

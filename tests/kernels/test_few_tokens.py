@@ -37,7 +37,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer of another test is a companion."""
-    monkeypatch.setattr(calls, "_thread", calls._Thread())
+    monkeypatch.setattr(calls, "_thread", calls.Thread())
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_threads_have_companions_of_their_own() -> None:
 def test_products_keep_to_their_thread_where_cores_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     crowd, threads, run = calls._Crowd(), [], calls._run
 
-    def watched(*arguments: int) -> bool:
-        threads.append(arguments[7])
+    def watched(*arguments: int) -> int:
+        threads.append(arguments[4])
         return run(*arguments)
 
     monkeypatch.setattr(calls, "_crowd", crowd)
@@ -266,12 +266,13 @@ def test_products_keep_to_their_thread_where_cores_are_taken(monkeypatch: pytest
     monkeypatch.setattr(calls, "LATE", 10.0)
     weight = few_tokens(4, 16, 400, 576)
     x = torch.randn(1, 576)
-    first = weight.product(x)
-    crowd.watch(400 * 576, perf_counter(), 20.0)  # late, and not the first
+    first = weight.product(x)  # called twice, as the thread had no room
+    crowd.late(perf_counter(), 20.0)
+    crowd.late(perf_counter(), 20.0)  # not the first
     second = weight.product(x)
     crowd.until = 0.0
     weight.product(x)
-    assert threads == [2, 1, 2] and first is not None and second is not None and torch.equal(first, second)
+    assert threads == [2, 2, 1, 2] and first is not None and second is not None and torch.equal(first, second)
 
 
 def test_numbas_threads_serve_where_torch_has_none(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:

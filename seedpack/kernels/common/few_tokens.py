@@ -2,29 +2,43 @@
 
 What does not change from call to call is prepared once, as words in memory. The product itself is the codec's: a function that
 takes rows until none is left, run by several threads. Integers are exact; each group of 256 is scaled in float32.
-
-Layers that get the same activations one after the other (query, key and value) become companions: the first of them computes
-for all, and the others return what waits for them, if their activations are the same to the byte.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from array import array as words_of
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import count as numbers
 from time import perf_counter
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
 from numba import prange
 from torch import Tensor
 
-from seedpack.kernels.common.activations import KINDS, Layout, read_floats, round_token, write_floats
+from seedpack.kernels.common.activations import FLOAT32, KINDS, Layout, read_floats, round_token, write_floats
 from seedpack.kernels.common.byte_dots import pattern, way
+from seedpack.kernels.common.companions import (
+    COPY,
+    DONE,
+    FIRST,
+    MOST,
+    NEIGHBOUR,
+    NO_ROOM,
+    NOTHING,
+    PARTED,
+    RESULT,
+    RESULTS,
+    ROOM,
+    ROOM_SIZE,
+    STALE,
+    Thread,
+    keep,
+    take,
+)
 from seedpack.kernels.common.jit import jit, torch_thread_count
 from seedpack.kernels.common.memory import array, call_at, call_together, on_stack
 from seedpack.kernels.common.native import Native
@@ -33,7 +47,6 @@ from seedpack.kernels.common.row_tiles import FEW_TOKENS, Product, padded_token_
 from seedpack.kernels.common.vectors import LANES
 from seedpack.kernels.rotation.cpu import mix_row
 
-LINE = 64  # bytes
 ALONE = 1 << 16  # weights, times tokens, up to which one thread is faster than two
 LATE, SLOW = 1e-3, 2e9  # seconds, and weights times tokens a second: slower than any product on cores that are free
 PIECES = 2, 16  # of a layer's rows for each thread, at least and at most
@@ -45,11 +58,14 @@ ROWS, COLUMNS, PLANES, FACTOR, ODD, SMALL, ORDER, SCALE, BIAS, CODE = range(10)
 PADDED, GROUP, PLANE_WORDS, WEIGHTS, BLOCK, CENTRE, OFFSETS, COPIES, KEPT_FIRST = 10, 11, 12, 13, 14, 15, 16, 18, 19
 # Words of a call. NEXT, the row that is taken next, is written to by all threads and has a line of its own.
 NEXT, LAYER, CODES, STARTS, STEPS, OUT, TOKENS, KIND, STEP, WORDS = 0, 8, 9, 10, 11, 12, 13, 14, 15, 16
-MEMBER = 3  # words of a member of a call: its layer, its product, its result
-MOST_MEMBERS = 8
+# Words of a plan, of what a layer and its companions compute together for a count of tokens: how many they are, the room that
+# they take in numbers of 32 bits, what codes are multiplied with (see `byte_dots.pattern`), torch's threads and what these call;
+# then for each its words, its product and its number.
+COUNT, OF_TOKENS, ACTIVATIONS, PLAN_ROOM, MASK, PATTERN, REGION, ROWS_LEFT, MEMBERS = range(9)
+MEMBER = 3
 ROWS_AT_ONCE = 32  # whose products are kept before they are stored
 
-on_row, three_words = on_stack(4 * ROWS_AT_ONCE), on_stack(24)
+on_row, two_words = on_stack(4 * ROWS_AT_ONCE), on_stack(16)
 
 
 @jit(inner=True)
@@ -87,170 +103,140 @@ def _stale(layer: Any) -> bool:
     return False
 
 
+@jit(inner=True)
+def _lines(count: int) -> int:
+    """Return so many numbers of 32 bits, rounded up to lines of memory."""
+    return -(-count // LANES) * LANES
+
+
 @jit()
-def _scratch(layer: Any, tokens: int) -> tuple[int, int, int, int]:
-    """Return how many numbers of 32 bits the codes of a layer's call take, the starts of its sums, the steps, and the activations
-    with what mixing them takes: for a power of two of tokens and planes."""
+def _scratch(layer: Any, tokens: int) -> tuple[int, int, int, int, int]:
+    """Return how many numbers of 32 bits the codes of a layer's call take, the starts of its sums, the steps, the activations
+    with what mixing them takes, for a power of two of tokens and planes, and the result or a copy of the activations."""
     all_tokens = 1
     while all_tokens < tokens * layer[PLANES]:
         all_tokens *= 2
     groups = -(-layer[PADDED] // layer[GROUP])
     codes, starts = all_tokens * layer[PLANE_WORDS], all_tokens * groups * LANES
-    floats = -(-(layer[PADDED] + 2 * layer[COLUMNS]) // LANES) * LANES
-    return codes, starts, -(-all_tokens * groups // LANES) * LANES, floats
+    floats, results = layer[PADDED] + 2 * layer[COLUMNS], tokens * max(layer[ROWS], layer[COLUMNS])
+    return codes, starts, _lines(all_tokens * groups), _lines(floats), _lines(results)
 
 
 @jit(inner=True)
-def _begin(
-    members: int, count: int, x: int, tokens: int, kind: int, threads: int, mask: int, factor: int, room: int
-) -> bool:
-    """Mix and round `tokens` activations at x for each member; the words of the calls [count, words], and what they point into,
-    go into the room at an address. Returns whether the members' parts are still the same; if not, nothing is to be run."""
-    member = array(members, np.int64, MEMBER * count)
+def _begin(plan_at: int, x: int, y: int, kind: int, threads: int, thread_at: int) -> bool:
+    """Mix and round the activations at x for each member of a plan. The words of the calls, and what they point into, go into the
+    thread's room, with a place for a copy of the activations and for the results of all but the first, which goes to y.
+
+    Returns whether the members' parts are still the same; if not, nothing is to be run.
+    """
+    plan, thread = (
+        array(plan_at, np.int64, MEMBERS + MEMBER * MOST),
+        array(thread_at, np.int64, RESULTS + RESULT * MOST),
+    )
+    count, tokens, room = plan[COUNT], plan[OF_TOKENS], thread[ROOM]
     at = room + 8 * WORDS * count
     for m in range(count):
-        layer, call = array(member[MEMBER * m], np.int64, KEPT_FIRST), array(room + 8 * WORDS * m, np.int64, WORDS)
-        if _stale(array(member[MEMBER * m], np.int64, KEPT_FIRST + 3 * layer[COPIES])):
+        layer_at, call = plan[MEMBERS + MEMBER * m], array(room + 8 * WORDS * m, np.int64, WORDS)
+        layer = array(layer_at, np.int64, KEPT_FIRST)
+        if _stale(array(layer_at, np.int64, KEPT_FIRST + 3 * layer[COPIES])):
             return False
         columns, padded, planes = layer[COLUMNS], layer[PADDED], layer[PLANES]
-        codes, starts, steps, floats = _scratch(layer, tokens)
-        call[NEXT], call[LAYER], call[OUT] = 0, member[MEMBER * m], member[MEMBER * m + 2]
+        codes, starts, steps, floats, results = _scratch(layer, tokens)
+        call[NEXT], call[LAYER], call[OUT] = 0, layer_at, y
         call[TOKENS], call[KIND] = tokens, kind
         call[CODES], call[STARTS], call[STEPS] = at, at + 4 * codes, at + 4 * (codes + starts)
         least, most = layer[ROWS] // (PIECES[1] * threads), layer[ROWS] // (PIECES[0] * threads)
         call[STEP] = max(1, min(most, max(least, PIECE // columns))) if threads > 1 else layer[ROWS]
-        y = at + 4 * (codes + starts + steps)
-        work = y + 4 * padded
-        at = y + 4 * floats
-        groups, values = planes * -(-padded // layer[GROUP]), array(y, np.float32, padded)
+        mixed = at + 4 * (codes + starts + steps)
+        work, at = mixed + 4 * padded, mixed + 4 * floats
+        if m == 0:
+            thread[COPY] = at
+        else:
+            result = RESULTS + RESULT * (m - 1)
+            thread[result], thread[result + 1] = plan[MEMBERS + MEMBER * m + 2], at
+            thread[result + 2] = tokens * layer[ROWS] * (4 if kind == FLOAT32 else 2)
+            call[OUT] = at
+        at += 4 * results
+        groups, values = planes * -(-padded // layer[GROUP]), array(mixed, np.float32, padded)
         for t in range(tokens):
-            read_floats(x, kind, t * columns, y, columns)
+            read_floats(x, kind, t * columns, mixed, columns)
             for i in range(columns, padded):
                 values[i] = 0
             if layer[FACTOR]:
                 times = array(layer[FACTOR], np.float32, columns)
                 for i in range(columns):
                     values[i] *= times[i]
-                mix_row(y, columns, layer[ODD], layer[SMALL], layer[ORDER], work)
+                mix_row(mixed, columns, layer[ODD], layer[SMALL], layer[ORDER], work)
             round_token(
-                y, padded, layer[WEIGHTS], planes, call[CODES] + 4 * t * planes * layer[PLANE_WORDS],
+                mixed, padded, layer[WEIGHTS], planes, call[CODES] + 4 * t * planes * layer[PLANE_WORDS],
                 call[STARTS] + 4 * LANES * t * groups, call[STEPS] + 4 * t * groups,
-                (layer[OFFSETS], layer[OFFSETS + 1]), mask, factor, layer[GROUP], layer[PLANE_WORDS], layer[BLOCK],
-                layer[CENTRE],
+                (layer[OFFSETS], layer[OFFSETS + 1]), plan[MASK], plan[PATTERN], layer[GROUP], layer[PLANE_WORDS],
+                layer[BLOCK], layer[CENTRE],
             )  # fmt: skip
     return True
 
 
 @jit(inner=True)
-def _multiply(members: int, count: int, room: int) -> None:
+def _multiply(plan_at: int, room: int) -> None:
     """Take rows of each member's layer in turn, until none is left."""
-    member = array(members, np.int64, MEMBER * count)
-    for m in range(count):
-        call_at(member[MEMBER * m + 1], room + 8 * WORDS * m)
+    plan = array(plan_at, np.int64, MEMBERS + MEMBER * MOST)
+    for m in range(plan[COUNT]):
+        call_at(plan[MEMBERS + MEMBER * m + 1], room + 8 * WORDS * m)
 
 
 @cache
-def _take() -> Native:
-    def take(at: int) -> int:
-        """Multiply by the rows that are left of the calls whose members, count and room are named at an address."""
-        words = array(at, np.int64, 3)
-        _multiply(words[0], words[1], words[2])
+def _rows_left() -> Native:
+    def rows_left(at: int) -> int:
+        """Multiply by the rows that are left of the calls whose plan and room are named at an address."""
+        words = array(at, np.int64, 2)
+        _multiply(words[0], words[1])
         return 0
 
-    return Native(take, "take")
+    return Native(rows_left, "rows-left")
+
+
+@jit(inner=True)
+def _start(plan_at: int, x: int, y: int, size: int, kind: int, threads: int, thread_at: int) -> int:
+    """Store at y what waits for the first of a plan, or begin; returns NOTHING where rows are to be multiplied now."""
+    plan, thread = array(plan_at, np.int64, MEMBERS + MEMBER), array(thread_at, np.int64, RESULTS)
+    found = take(thread_at, plan[MEMBERS + 2], x, size, kind, y)
+    if found != NOTHING:
+        return found
+    if thread[ROOM_SIZE] < plan[PLAN_ROOM]:
+        return NO_ROOM
+    return NOTHING if _begin(plan_at, x, y, kind, threads, thread_at) else STALE
 
 
 @jit()
-def _run(
-    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int, room: int, region: int,
-    take: int,
-) -> bool:  # fmt: skip
-    """Multiply `tokens` activations at x by the layers of some members, on one thread or on torch's; returns whether their
-    parts were still the same."""
-    if not _begin(members, count, x, tokens, kind, threads, mask, factor, room):
-        return False
+def _run(plan_at: int, x: int, y: int, kind: int, threads: int, thread_at: int) -> int:
+    """Store at y the product of the activations at x by the first layer of a plan, computed on one thread or on torch's together
+    with those of the others, which wait in the thread's room; or what waits already. Returns how it ended, see `companions`."""
+    plan, room = array(plan_at, np.int64, MEMBERS + MEMBER), array(thread_at, np.int64, RESULTS)[ROOM]
+    size = plan[ACTIVATIONS] * (4 if kind == FLOAT32 else 2)
+    found = _start(plan_at, x, y, size, kind, threads, thread_at)
+    if found != NOTHING:
+        return found
     if threads == 1:
-        _multiply(members, count, room)
+        _multiply(plan_at, room)
     else:
-        at = three_words()
-        words = array(at, np.int64, 3)
-        words[0], words[1], words[2] = members, count, room
-        call_together(region, take, at, threads)
-    return True
+        at = two_words()
+        given = array(at, np.int64, 2)
+        given[0], given[1] = plan_at, room
+        call_together(plan[REGION], plan[ROWS_LEFT], at, threads)
+    return keep(thread_at, plan[MEMBERS + 2], plan[COUNT], x, size, kind)
 
 
 @jit(parallel=True)
-def _run_by_numba(
-    members: int, count: int, x: int, tokens: int, kind: int, mask: int, factor: int, threads: int, room: int
-) -> bool:
+def _run_by_numba(plan_at: int, x: int, y: int, kind: int, threads: int, thread_at: int) -> int:
     """Do as `_run`, on Numba's threads."""
-    if not _begin(members, count, x, tokens, kind, threads, mask, factor, room):
-        return False
+    plan, room = array(plan_at, np.int64, MEMBERS + MEMBER), array(thread_at, np.int64, RESULTS)[ROOM]
+    size = plan[ACTIVATIONS] * (4 if kind == FLOAT32 else 2)
+    found = _start(plan_at, x, y, size, kind, threads, thread_at)
+    if found != NOTHING:
+        return found
     for _ in prange(threads):
-        _multiply(members, count, room)
-    return True
-
-
-@jit()
-def _same(one: int, other: int, size: int) -> bool:
-    """Return whether the bytes at two addresses are the same."""
-    a, b, different = array(one, np.uint8, size), array(other, np.uint8, size), np.uint8(0)
-    for i in range(size):
-        different |= a[i] ^ b[i]
-    return bool(different == 0)
-
-
-class _Thread(threading.local):
-    """A thread's last call: the layer that computed, the activations, and the results of others that it has computed.
-
-    That two layers were given activations at one place makes them companions. Whether these are the same is seen by their bytes
-    when the second asks for its result; if it does not ask, or they differ, the two are none any more.
-    """
-
-    def __init__(self) -> None:
-        self.words = words_of("q", [0] * MEMBER * MOST_MEMBERS)
-        self.at = self.words.buffer_info()[0]
-        self.leader: Callable[[], Prepared | None] = lambda: None
-        self.memory = torch.empty(0, dtype=torch.int32)
-        self.place = 0
-        self.given: Tensor | None = None  # a copy of the activations
-        self.waiting: dict[int, Tensor] = {}  # by the number of the layer, which no other ever gets
-
-    def room(self, size: int) -> int:
-        """Return the address of room for so many numbers of 32 bits, which is the same from call to call."""
-        if len(self.memory) < size + LANES:
-            self.memory = torch.empty(size + LANES, dtype=torch.int32)
-        return self.memory.data_ptr() + -self.memory.data_ptr() % LINE
-
-    def take(self, layer: Prepared, x: Tensor, place: int) -> Tensor | None:
-        """Return the result that waits for a layer, if it is that of x."""
-        ready, given = self.waiting.pop(layer.number, None), self.given
-        if ready is None or given is None:
-            return None
-        alike = place == self.place and x.shape == given.shape and x.dtype == given.dtype
-        if alike and _same(place, given.data_ptr(), x.nbytes):
-            return ready
-        if (leader := self.leader()) is not None:
-            leader.part_with(layer)
-        return None
-
-    def put(self, members: Sequence[Prepared], x: Tensor, place: int, results: Sequence[Tensor]) -> None:
-        """Keep the results of a layer's companions, or make it the companion of the one before; it is the first of the members."""
-        if self.waiting and (leader := self.leader()) is not None:
-            for member in leader.members[1:]:
-                if member.number in self.waiting:
-                    leader.part_with(member)
-        if len(results) > 1:
-            self.given = x.clone()
-            self.waiting = {member.number: y for member, y in zip(members[1:], results[1:], strict=True)}
-        else:
-            self.waiting = {}
-            if place == self.place and (leader := self.leader()) is not None and leader.join(members[0]):
-                return
-        self.leader, self.place = members[0].reference, place
-
-
-_thread = _Thread()
+        _multiply(plan_at, room)
+    return keep(thread_at, plan[MEMBERS + 2], plan[COUNT], x, size, kind)
 
 
 class _Crowd:
@@ -265,15 +251,37 @@ class _Crowd:
         self.until = 0.0
         self._compiled = False
 
-    def watch(self, work: int, started: float, took: float) -> None:
-        """See how long a product of so many weights times tokens took on several threads, in seconds; the first is compiled."""
-        if self._compiled and took > LATE + work / SLOW:
+    def late(self, started: float, took: float) -> None:
+        """Learn of a product that took too long on several threads, in seconds; the first is taken to have been compiled."""
+        if self._compiled:
             self.until = started + took + min(20 * took, 1.0)
         self._compiled = True
 
 
-_crowd = _Crowd()
-_numbers = numbers()
+_thread, _crowd, _numbers = Thread(), _Crowd(), numbers()
+_layers: WeakValueDictionary[int, Prepared] = (
+    WeakValueDictionary()
+)  # by their numbers, of which none is ever given again
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a layer and its companions compute together for a count of tokens.
+
+    Attributes:
+        at: the address of its words; `held`: they, and the members.
+        room: numbers of 32 bits that it takes.
+        shared: it is worth several threads.
+        late: seconds that are too long for it on several.
+        torchs: the threads are torch's.
+    """
+
+    at: int
+    held: object
+    room: int
+    shared: bool
+    late: float
+    torchs: bool
 
 
 class Prepared(Product):
@@ -328,65 +336,76 @@ class Prepared(Product):
         for tensor, copy in zip(tensors, copies, strict=True):
             words += [tensor.data_ptr(), copy.data_ptr(), copy.nbytes]
         self._words = np.array(words, np.int64)
-        self.at, self.rows, self.columns, self.planes = self._words.ctypes.data, rows, columns, planes
-        self._share, self._shares = share, dict[int, tuple[int, int]]()
-        self._pattern = pattern(way(), layout.weights)
-        self.most_tokens, self.number = FEW_TOKENS // planes, next(_numbers)
+        self.rows, self.columns, self.planes = rows, columns, planes
+        self._share, self._pattern = share, pattern(way(), layout.weights)
+        self.most_tokens, self._number = FEW_TOKENS // planes, next(_numbers)
         self.members = [self]  # this, and its companions
+        self._plans: dict[int, _Plan] = {}  # by tokens
         self._strangers: set[int] = set()  # former companions
-        self.reference = weakref.ref(self)
+        _layers[self._number] = self
 
-    def join(self, other: Prepared) -> bool:
+    def _set_members(self, members: list[Prepared]) -> None:
+        self.members, self._plans = members, {}
+
+    def _join(self, other: Prepared) -> bool:
         """Make a layer a companion, unless it has been one, or has other activations."""
-        if other.columns != self.columns or other.planes != self.planes or other.number in self._strangers:
+        if other.columns != self.columns or other.planes != self.planes or other._number in self._strangers:
             return False
         if other not in self.members:
-            if len(self.members) == MOST_MEMBERS:
+            if len(self.members) == MOST:
                 return False
-            self.members = [*self.members, other]
-        return other is not self
+            self._set_members([*self.members, other])
+        return True
 
-    def part_with(self, other: Prepared) -> None:
+    def _part_with(self, number: int) -> None:
         """Make a layer a companion no more."""
-        self._strangers.add(other.number)
-        self.members = [member for member in self.members if member is not other]
+        self._strangers.add(number)
+        self._set_members([member for member in self.members if member._number != number])
 
-    def share(self, tokens: int) -> tuple[int, int]:
-        """Return the address of the function that takes rows, and the room that its call takes, in numbers of 32 bits."""
-        known = self._shares.get(tokens)
-        if known is None:
-            share = self._share(padded_token_count(tokens * self.planes))
-            known = self._shares[tokens] = share.address, 2 * WORDS + sum(_scratch(self._words, tokens))
-        return known
+    def _plan(self, tokens: int) -> _Plan:
+        members, region = self.members, parallel_region()
+        room = sum(2 * WORDS + sum(_scratch(member._words, tokens)) for member in members)
+        words = [len(members), tokens, tokens * self.columns, room, *self._pattern, region, _rows_left().address]
+        for member in members:
+            product = member._share(padded_token_count(tokens * self.planes))
+            words += [member._words.ctypes.data, product.address, member._number]
+        held = np.array(words + [0] * MEMBER * (MOST - len(members)), np.int64)
+        work = tokens * self.columns * sum(member.rows for member in members)
+        plan = _Plan(held.ctypes.data, (held, members), room, work > ALONE, LATE + work / SLOW, region != 0)
+        self._plans[tokens] = plan
+        return plan
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return the product of x [..., columns], contiguous float32 or bfloat16, of few tokens, in its dtype; None if the
         parts have changed."""
-        thread, place = _thread, x.data_ptr()
-        if thread.waiting and (ready := thread.take(self, x, place)) is not None:
-            return ready
-        members, words, at, rows, size = self.members, thread.words, 0, 0, 0
-        dtype, (*shape, columns) = x.dtype, x.shape
-        tokens, results = x.numel() // columns, []
-        for member in members:
-            results.append(y := torch.empty((*shape, member.rows), dtype=dtype))
-            words[at] = member.at
-            words[at + 1], room = member.share(tokens)
-            size += room
-            words[at + 2] = y.data_ptr()
-            at += MEMBER
-            rows += member.rows
-        work, started = rows * columns * tokens, perf_counter()
-        threads = 1 if work <= ALONE or started < _crowd.until else torch_thread_count()
-        given = thread.at, len(members), place, tokens, KINDS[dtype], *self._pattern, threads, thread.room(size)
-        region = parallel_region()
-        if not (_run(*given, region, _take().address) if region or threads == 1 else _run_by_numba(*given)):
-            self.members = [self]
+        tokens = x.numel() // self.columns
+        plan = self._plans.get(tokens) or self._plan(tokens)
+        y = torch.empty((*x.shape[:-1], self.rows), dtype=x.dtype)
+        started = perf_counter()
+        threads = torch_thread_count() if plan.shared and started >= _crowd.until else 1
+        run = _run if plan.torchs or threads == 1 else _run_by_numba
+        end = run(plan.at, x.data_ptr(), y.data_ptr(), KINDS[x.dtype], threads, _thread.at)
+        if threads > 1 and (took := perf_counter() - started) > plan.late:
+            _crowd.late(started, took)
+        return y if end == DONE else self._settle(end, x, y, plan)
+
+    def _settle(self, end: int, x: Tensor, y: Tensor, plan: _Plan) -> Tensor | None:
+        """Do what a call asks for that did not just end, and call again where nothing was computed."""
+        thread, leader = _thread, _layers.get(_thread.words[FIRST])
+        if end == NEIGHBOUR:
+            if leader is None or not leader._join(self):
+                thread.words[FIRST] = self._number
+            return y
+        if end == STALE:
+            self._set_members([self])
             return None
-        if threads > 1:
-            _crowd.watch(work, started, perf_counter() - started)
-        thread.put(members, x, place, results)
-        return results[0]
+        if end == NO_ROOM:
+            thread.make_room(plan.room)
+        elif end == PARTED:
+            for number in thread.parted():
+                if leader is not None:
+                    leader._part_with(number)
+        return self(x)
 
 
 def address(tensor: Tensor | None) -> int:
