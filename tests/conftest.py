@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from seedpack.loader.layers import PackedModule
+from seedpack.loader.parameters import PackedParameters
 from tests.helpers.nets import OddNet
 
 if not torch.cuda.is_available():
@@ -32,13 +33,15 @@ def _seed() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _exact() -> None:
     """Packed layers multiply floats, so that results can be compared closely; a test marked `rounds` takes the default."""
-    PackedModule.int8_activations = False
+    for kind in (PackedModule, PackedParameters):
+        kind.int8_activations = False
 
 
 @pytest.fixture(autouse=True)
 def _rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "rounds" in request.keywords:
-        monkeypatch.setattr(PackedModule, "int8_activations", None)
+        for kind in (PackedModule, PackedParameters):
+            monkeypatch.setattr(kind, "int8_activations", None)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,8 @@ from seedpack.codecs.base import Codec, Parts
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint, View
 from seedpack.loader.dense import require_decodable, stored_dense, stored_names, stored_parts, viewed
-from seedpack.loader.layers import PackedLinear, PackedModule, is_transposed, packed_class
-from seedpack.loader.parameters import PackedParameters, can_pack, is_packed, pack_
+from seedpack.loader.layers import PackedModule, is_transposed, packed_class
+from seedpack.loader.parameters import PackedParameters, can_pack, is_packed, pack_, product_codecs
 from seedpack.loader.trained import Bases, Coefficients, bases_of, joined
 from seedpack.loader.wrapped import is_optional, names_in_module
 from seedpack.units import count
@@ -59,19 +60,19 @@ def copy_(model: nn.Module) -> None:
 
 
 def use_int8_activations_(model: nn.Module, use: bool = True) -> None:
-    """Have packed linear layers round their input to 8 bits in groups of 256 where their codec can, for any count of tokens;
-    or have none round it at all.
+    """Have products with packed weights round their input to 8 bits in groups of 256 where their codec can, for any count of
+    tokens; or have none round it at all.
 
     Raises:
-        ModelError: they shall, and no layer can.
+        ModelError: they shall, and no weight's codec can.
     """
-    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    able = [layer for layer in layers if layer.codec.int8_activations]
+    codecs = {module: found for module in model.modules() if (found := product_codecs(module))}
+    able = [module for module, found in codecs.items() if any(codec.int8_activations for codec in found)]
     if use and not able:
-        codecs = ", ".join(sorted({layer.codec.id for layer in layers})) or "none"
-        raise ModelError(f"activations of 8 bits: no packed linear layer's codec takes them (found: {codecs})")
-    for layer in able if use else layers:
-        layer.int8_activations = use
+        names = ", ".join(sorted({codec.id for found in codecs.values() for codec in found})) or "none"
+        raise ModelError(f"activations of 8 bits: no packed weight's codec takes them (found: {names})")
+    for module in able if use else codecs:
+        cast(Any, module).int8_activations = use
 
 
 class _Filler:

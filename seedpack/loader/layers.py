@@ -58,7 +58,7 @@ class PackedModule(PartHolder):
     transposed: bool
     compute_dtype: torch.dtype
     dense_class: type[nn.Module]
-    int8_activations: bool | None = None  # of linear layers, see `ops.linear`: set by `fill.use_int8_activations_`
+    int8_activations: bool | None = None  # of linear layers, see `ops.linear`
 
     def packed_parts(self) -> dict[str, Tensor]:
         """Return the parts, by name."""
@@ -98,11 +98,11 @@ class PackedModule(PartHolder):
         if not input.is_floating_point() or input.shape[-1] != self.matrix[1]:
             self._require_float(input)
             require_columns("a packed Linear", input, self.matrix[1])
-        int8, held = self.int8_activations, self._parameters
-        if input.is_cpu and ops.is_plain(input, bias):
-            parts = [held[name] for name in self.held_names]
-            return ops.product(input, parts, self.part_names, self.codec, self.matrix, bias, int8)  # type: ignore[arg-type]
-        return ops.linear(input, self.packed_parts(), self.codec_text, self.matrix, bias, int8)
+        held: dict[str, Any] = self._parameters
+        parts = [held[name] for name in self.held_names]
+        return ops.linear(
+            input, parts, self.part_names, self.codec, self.codec_text, self.matrix, bias, self.int8_activations
+        )
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the rows [..., in] of the weight that an index [...] names; no others are decoded."""

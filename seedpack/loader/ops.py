@@ -21,18 +21,17 @@ from seedpack.codecs.prepared import few_tokens
 from seedpack.codecs.registry import codec_from_json
 from seedpack.errors import ModelError
 
-
 _library = torch.library.Library("seedpack", "FRAGMENT")
 
 
-def _operator(name: str) -> Callable[[Callable[..., Tensor]], Any]:
-    """Register a function as an operator, for every device; called without what `torch.library.custom_op` wraps around it, which
-    takes as long as a small product."""
+def _operator(name: str, empty: Callable[..., Tensor]) -> Callable[[Callable[..., Tensor]], Any]:
+    """Register a function as an operator, for every device, and one that gives an unfilled result, for compilers. It is called
+    without what `torch.library.custom_op` wraps around a function, which takes as long as a small product."""
 
     def register(function: Callable[..., Tensor]) -> Any:
-        schema = torch.library.infer_schema(function, mutates_args=())
-        _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.define(name + torch.library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
         _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"seedpack::{name}", empty)
         return getattr(torch.ops.seedpack, name).default
 
     return register
@@ -42,18 +41,16 @@ def _named(parts: list[Tensor], names: str) -> dict[str, Tensor]:
     return dict(zip(names.split(","), parts, strict=True))
 
 
-@_operator("decode")
+@_operator("decode", lambda parts, names, codec, shape, dtype: parts[0].new_empty(shape, dtype=dtype))
 def _decode(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
     decoder = codec_from_json(codec)
     return decoder.decode(_named(parts, names), (shape[0], shape[1]), dtype).contiguous()
 
 
-@torch.library.register_fake(_decode.name())
-def _(parts: list[Tensor], names: str, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=parts[0].device)
-
-
-@_operator("decode_rows")
+@_operator(
+    "decode_rows",
+    lambda parts, names, index, codec, shape, dtype: parts[0].new_empty((index.shape[0], shape[1]), dtype=dtype),
+)
 def _decode_rows(
     parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
@@ -61,11 +58,6 @@ def _decode_rows(
     if index.is_cpu and index.numel() and int(index.min()) < 0:
         raise IndexError(f"embedding index {int(index.min())} is out of range")
     return decoder.decode_rows(_named(parts, names), index, (shape[0], shape[1]), dtype).contiguous()
-
-
-@torch.library.register_fake(_decode_rows.name())
-def _(parts: list[Tensor], names: str, index: Tensor, codec: str, shape: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.empty(index.shape[0], shape[1], dtype=dtype, device=parts[0].device)
 
 
 def product(
@@ -77,7 +69,7 @@ def product(
     bias: Tensor | None,
     int8: bool | None,
 ) -> Tensor:
-    """Return x [..., in] times the packed weight, plus bias, without a gradient; `int8` is `linear`'s."""
+    """Do as `linear`, without a gradient."""
     if int8 is not False:
         planes = 1 if int8 or codec.int8_by_default else 2
         if (y := few_tokens(codec, x, parts, names, shape, bias, planes)) is not None:
@@ -86,29 +78,17 @@ def product(
     return codec.matmul(x, dict(zip(names, parts, strict=True)), shape, bias, **options).contiguous()
 
 
-@_operator("linear")
+@_operator("linear", lambda x, parts, names, bias, codec, shape, int8: x.new_empty((*x.shape[:-1], shape[0])))
 def _linear(
     x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool | None
 ) -> Tensor:
     return product(x, parts, names.split(","), codec_from_json(codec), (shape[0], shape[1]), bias, int8)
 
 
-@torch.library.register_fake(_linear.name())
-def _(
-    x: Tensor, parts: list[Tensor], names: str, bias: Tensor | None, codec: str, shape: list[int], int8: bool | None
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], shape[0]))
-
-
-@_operator("linear_transposed")
+@_operator("linear_transposed", lambda grad, parts, names, codec, shape: grad.new_empty((*grad.shape[:-1], shape[1])))
 def _linear_transposed(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int]) -> Tensor:
     decoder = codec_from_json(codec)
     return decoder.matmul_transposed(grad, _named(parts, names), (shape[0], shape[1])).contiguous()
-
-
-@torch.library.register_fake(_linear_transposed.name())
-def _(grad: Tensor, parts: list[Tensor], names: str, codec: str, shape: list[int]) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], shape[1]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -250,24 +230,28 @@ def decode_rows(
 
 def linear(
     x: Tensor,
-    parts: Mapping[str, Tensor],
-    codec: str,
+    parts: Sequence[Tensor],
+    names: Sequence[str],
+    codec: Codec,
+    text: str,
     shape: tuple[int, int],
     bias: Tensor | None,
-    int8: bool | None = False,
+    int8: bool | None,
 ) -> Tensor:
     """Multiply x [..., in] by the packed weight [out, in], transposed, and add bias [out]; differentiable in both.
 
     With `int8` x is rounded to 8 bits, which the gradient ignores; None: for few tokens on the CPU, to 8 bits where that costs
-    little, else to 16. Under autocast x has its dtype, as in nn.Linear.
+    little, else to 16. Under autocast x has its dtype, as in nn.Linear. `text` is the codec as operators take it.
     """
+    if x.is_cpu and is_plain(x, bias):
+        return product(x, parts, names, codec, shape, bias, int8)
     if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    rest = list(parts.values()), ",".join(parts)
+    joined = ",".join(names)
     if forward_ad._current_level >= 0 or _are_functorch_transforms_active():
-        return _apply(x, bias, False, int8, rest[1], codec, list(shape), *rest[0])  # type: ignore[no-any-return]
-    y = _linear(x, *rest, bias, codec, list(shape), int8)
+        return _apply(x, bias, False, int8, joined, text, list(shape), *parts)  # type: ignore[no-any-return]
+    y = _linear(x, list(parts), joined, bias, text, list(shape), int8)
     if y.requires_grad and not torch.compiler.is_compiling():
         y = torch.ops.aten._unsafe_view(y, y.shape)  # autograd refuses to write into a view of what an operator returns
     return y  # type: ignore[no-any-return]

@@ -23,6 +23,7 @@ from seedpack.loader import ops
 from seedpack.loader.holder import NO_VALUES, PartHolder
 from seedpack.loader.layers import (
     LAYERS,
+    PackedLinear,
     PackedModule,
     as_parameter,
     codec_matrix,
@@ -79,10 +80,13 @@ class PackedTensor:
     Args:
         pieces: its rows, one piece after the other, with their parts.
         dtype: of decoded values.
+        int8: activations are rounded in products, see `ops.linear`.
     """
 
-    def __init__(self, pieces: Sequence[tuple[Piece, Parts]], dtype: torch.dtype):
+    def __init__(self, pieces: Sequence[tuple[Piece, Parts]], dtype: torch.dtype, int8: bool | None = None):
         first, rows = pieces[0][0].shape, sum(piece.shape[-2] for piece, _ in pieces)
+        self._int8 = int8
+        self._matrices: dict[int, tuple[list[int], PackedTensor]] = {}
         self._pieces, self.compute_dtype = pieces, dtype
         self.weight_shape = first if len(pieces) == 1 else (*first[:-2], rows, first[-1])
         self.transposed = any(piece.transposed for piece, _ in pieces)
@@ -103,15 +107,20 @@ class PackedTensor:
     def product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         """Return input [..., in] times the transposed matrix [out, in], plus bias [out]."""
         if len(self._pieces) == 1:
-            return _linear(input, *self._pieces[0], bias)
-        product = torch.cat([_linear(input, piece, parts) for piece, parts in self._pieces], -1)
+            return self._linear(input, *self._pieces[0], bias)
+        product = torch.cat([self._linear(input, piece, parts) for piece, parts in self._pieces], -1)
         return product if bias is None else product + bias.to(product.dtype)
 
     def product_from_left(self, input: Tensor) -> Tensor:
         """Return input [..., in] times the matrix [in, out]."""
         if not self.transposed or len(self._pieces) != 1:
             return input @ self.dense_weight(input.dtype)
-        return _linear(input, *self._pieces[0])
+        return self._linear(input, *self._pieces[0])
+
+    def _linear(self, input: Tensor, piece: Piece, parts: Parts, bias: Tensor | None = None) -> Tensor:
+        require_columns("a packed matrix", input, piece.matrix[1])
+        int8 = self._int8 if piece.codec.int8_activations or not self._int8 else None
+        return ops.linear(input, [*parts.values()], [*parts], piece.codec, piece.text, piece.matrix, bias, int8)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return the rows [..., in] of the matrix that an index [...] names."""
@@ -127,13 +136,14 @@ class PackedTensor:
             return None
         if not -(count := self.weight_shape[0]) <= index < count:
             raise IndexError(f"index {index} is out of range for a stack of {count} matrices")
-        pieces = [(cast(Piece, piece.one), StackCodec.at(parts, index)) for piece, parts in self._pieces]
-        return PackedTensor(pieces, self.compute_dtype)
-
-
-def _linear(input: Tensor, piece: Piece, parts: Parts, bias: Tensor | None = None) -> Tensor:
-    require_columns("a packed matrix", input, piece.matrix[1])
-    return ops.linear(input, parts, piece.text, piece.matrix, bias)
+        known, places = (
+            self._matrices.get(index),
+            [part.data_ptr() for _, parts in self._pieces for part in parts.values()],
+        )
+        if known is None or known[0] != places:  # kept, as products are prepared for what lies in one place
+            pieces = [(cast(Piece, piece.one), StackCodec.at(parts, index)) for piece, parts in self._pieces]
+            known = self._matrices[index] = places, PackedTensor(pieces, self.compute_dtype, self._int8)
+        return known[1]
 
 
 class PackedParameters(PartHolder):
@@ -142,17 +152,19 @@ class PackedParameters(PartHolder):
     Attributes:
         pieces: by the name of the parameter.
         codebooks: the names of those that are buffers when dense.
+        int8_activations: of products, see `ops.linear`.
         dense_class: the module's class before a parameter was packed.
     """
 
     pieces: dict[str, tuple[Piece, ...]]
     codebooks: frozenset[str]
+    int8_activations: bool | None = None
     dense_class: type[nn.Module]
 
     def packed_tensor(self, leaf: str) -> PackedTensor:
         """Return the parameter of a name."""
         parts = [(piece, self.packed_parts(piece)) for piece in self.pieces[leaf]]
-        return PackedTensor(parts, self.compute_dtype)
+        return PackedTensor(parts, self.compute_dtype, self.int8_activations)
 
     def packed_parts(self, piece: Piece) -> Parts:
         """Return the parts of a piece, or those of the first levels."""
@@ -194,7 +206,7 @@ def _view(module: PackedParameters, leaf: str) -> Tensor:
         return module.packed_tensor(leaf).dense_weight()
     views: dict[str, tuple[tuple[object, ...], PackedWeight]] = module.__dict__.setdefault("_views", {})
     names = [name for piece in module.pieces[leaf] for name in piece.names.values()]
-    state = (module.compute_dtype, *(module._parameters.get(name) for name in names))
+    state = (module.compute_dtype, module.int8_activations, *(module._parameters.get(name) for name in names))
     known = views.get(leaf)
     if known is None or any(a is not b for a, b in zip(known[0], state, strict=True)):
         owner = module.packed_tensor(leaf)
@@ -321,6 +333,13 @@ def packed_leaves(module: nn.Module) -> tuple[str, ...]:
     return ("weight",) if isinstance(module, PackedModule) else ()
 
 
+def product_codecs(module: nn.Module) -> list[Codec]:
+    """Return the codecs of the matrices that a module multiplies by: those of a packed linear layer or of packed parameters."""
+    if isinstance(module, PackedParameters):
+        return [(piece.one or piece).codec for pieces in module.pieces.values() for piece in pieces]
+    return [module.codec] if isinstance(module, PackedLinear) else []
+
+
 def is_packed(module: nn.Module, leaf: str) -> bool:
     """Return whether a parameter of a module is packed."""
     return leaf in packed_leaves(module)
@@ -354,7 +373,7 @@ def unpack_parameters_(module: PackedParameters, dtype: torch.dtype | None = Non
     module._parameters.pop(NO_VALUES, None)
     module.__class__ = module.__dict__.pop("dense_class")
     codebooks = module.codebooks
-    for name in ("pieces", "codebooks", "compute_dtype", "_views"):
+    for name in ("pieces", "codebooks", "compute_dtype", "int8_activations", "_views"):
         module.__dict__.pop(name, None)
     for leaf, value in dense.items():
         if leaf in codebooks:

@@ -166,7 +166,7 @@ def test_activations_of_8_bits_are_an_option() -> None:
     unpack_module_(packed)
     assert "int8_activations" not in layer.__dict__
     pack_module_(other, CODEC)
-    with pytest.raises(ModelError, match=r"no packed linear layer's codec takes them \(found: seedlm\)"):
+    with pytest.raises(ModelError, match=r"no packed weight's codec takes them \(found: seedlm\)"):
         use_int8_activations_(other)
 
 

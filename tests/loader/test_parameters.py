@@ -7,6 +7,7 @@ import pickle  # noqa: TID251 (of what was made here)
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import ModelError
+from seedpack.loader.fill import use_int8_activations_
 from seedpack.loader.layers import PackedModule
-from seedpack.loader.parameters import PackedParameters, can_pack, unpack_
+from seedpack.loader.parameters import PackedParameters, can_pack, pack_, unpack_
 from seedpack.loader.weight import PackedWeight
 
 CODEC = SeedLMCodec(9, 8, 3)
@@ -200,6 +203,43 @@ def test_only_what_is_indexed_is_decoded(tmp_path: Path, monkeypatch: pytest.Mon
     chosen = packed.up[torch.tensor([1, 1, 1])]
     assert decoded == [(64, 40)]
     torch.testing.assert_close(chosen, dense.up[[1, 1, 1]])
+
+
+@pytest.mark.rounds
+def test_one_matrix_multiplies_few_tokens_as_a_layer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to 8 bits unless told otherwise, prepared once, and anew once the parts lie elsewhere."""
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(3, 64, 256))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return functional.linear(x, self.up[1])
+
+    prepared: list[int] = []
+    prepare = TrellisCodec.prepare
+
+    def counted(self: TrellisCodec, *args: Any) -> Any:
+        prepared.append(1)
+        return prepare(self, *args)
+
+    monkeypatch.setattr(TrellisCodec, "prepare", counted)
+    stack, x = Stack(), torch.randn(2, 256)
+    codec = StackCodec.over(TrellisCodec(4, effort="fast"), 64, 256)
+    packed = pack_(stack, "up", codec, codec.encode(stack.up.detach().flatten(1)))
+    assert isinstance(packed, PackedParameters)
+    exact = x @ packed.packed_tensor("up").dense_weight()[1].T
+    with torch.no_grad():
+        few = [stack(x) for _ in range(3)]
+        assert len(prepared) == 1 and torch.equal(few[0], few[2])
+        assert 1e-3 < float((few[0] - exact).norm() / exact.norm()) < 1.5e-2
+        for part in stack.parameters():
+            part.data = part.flip(0)
+        assert float((stack(x) - few[0]).norm() / few[0].norm()) < 1e-6  # the one in the middle
+        assert len(prepared) == 2
+        use_int8_activations_(stack, False)
+        torch.testing.assert_close(stack(x), exact)
 
 
 def test_they_compile_whole(tmp_path: Path) -> None:
