@@ -19,6 +19,8 @@ from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.kernels.common import few_tokens as calls
 from seedpack.kernels.common.byte_dots import way
+from seedpack.kernels.common.companions import Thread
+from seedpack.kernels.common.crowd import Crowd
 from seedpack.kernels.common.few_tokens import Prepared
 from seedpack.kernels.trellis.few_tokens_cpu import emit_dots
 from tests.helpers.marks import slow_but
@@ -37,7 +39,7 @@ SHAPES = [
 @pytest.fixture(autouse=True)
 def _strangers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No layer of another test is a companion."""
-    monkeypatch.setattr(calls, "_thread", calls.Thread())
+    monkeypatch.setattr(calls, "_thread", Thread())
 
 
 @pytest.mark.parametrize(
@@ -254,7 +256,7 @@ def test_threads_have_companions_of_their_own() -> None:
 
 
 def test_products_keep_to_their_thread_where_cores_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    crowd, threads, run = calls._Crowd(), [], calls._run
+    crowd, threads, run = Crowd(), [], calls._run
 
     def watched(*arguments: int) -> int:
         threads.append(arguments[4])
@@ -263,7 +265,7 @@ def test_products_keep_to_their_thread_where_cores_are_taken(monkeypatch: pytest
     monkeypatch.setattr(calls, "_crowd", crowd)
     monkeypatch.setattr(calls, "_run", watched)
     monkeypatch.setattr(calls, "torch_thread_count", lambda: 2)
-    monkeypatch.setattr(calls, "LATE", 10.0)
+    monkeypatch.setattr(calls, "too_long", lambda work: 10.0)
     weight = few_tokens(4, 16, 400, 576)
     x = torch.randn(1, 576)
     first = weight.product(x)  # called twice, as the thread had no room

@@ -39,6 +39,7 @@ from seedpack.kernels.common.companions import (
     keep,
     take,
 )
+from seedpack.kernels.common.crowd import Crowd, too_long
 from seedpack.kernels.common.jit import jit, torch_thread_count
 from seedpack.kernels.common.memory import array, call_at, call_together, on_stack
 from seedpack.kernels.common.native import Native
@@ -48,7 +49,6 @@ from seedpack.kernels.common.vectors import LANES
 from seedpack.kernels.rotation.cpu import mix_row
 
 ALONE = 1 << 16  # weights, times tokens, up to which one thread is faster than two
-LATE, SLOW = 1e-3, 2e9  # seconds, and weights times tokens a second: slower than any product on cores that are free
 PIECES = 2, 16  # of a layer's rows for each thread, at least and at most
 PIECE = 1 << 17  # weights of a piece at least, where there are more pieces than the least
 
@@ -239,26 +239,7 @@ def _run_by_numba(plan_at: int, x: int, y: int, kind: int, threads: int, thread_
     return keep(thread_at, plan[MEMBERS + 2], plan[COUNT], x, size, kind)
 
 
-class _Crowd:
-    """Other programs on the cores. A region waits for all of its threads, also for one whose core another program holds; after
-    one that took far too long, products keep to their own thread for a while.
-
-    Attributes:
-        until: when they share work out again, by `time.perf_counter`.
-    """
-
-    def __init__(self) -> None:
-        self.until = 0.0
-        self._compiled = False
-
-    def late(self, started: float, took: float) -> None:
-        """Learn of a product that took too long on several threads, in seconds; the first is taken to have been compiled."""
-        if self._compiled:
-            self.until = started + took + min(20 * took, 1.0)
-        self._compiled = True
-
-
-_thread, _crowd, _numbers = Thread(), _Crowd(), numbers()
+_thread, _crowd, _numbers = Thread(), Crowd(), numbers()
 _layers: WeakValueDictionary[int, Prepared] = (
     WeakValueDictionary()
 )  # by their numbers, of which none is ever given again
@@ -266,7 +247,7 @@ _layers: WeakValueDictionary[int, Prepared] = (
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What a layer and its companions compute together for a count of tokens.
+    """The work of a layer and its companions for a count of tokens.
 
     Attributes:
         at: the address of its words; `held`: they, and the members.
@@ -371,7 +352,7 @@ class Prepared(Product):
             words += [member._words.ctypes.data, product.address, member._number]
         held = np.array(words + [0] * MEMBER * (MOST - len(members)), np.int64)
         work = tokens * self.columns * sum(member.rows for member in members)
-        plan = _Plan(held.ctypes.data, (held, members), room, work > ALONE, LATE + work / SLOW, region != 0)
+        plan = _Plan(held.ctypes.data, (held, members), room, work > ALONE, too_long(work), region != 0)
         self._plans[tokens] = plan
         return plan
 
