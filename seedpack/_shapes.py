@@ -9,17 +9,18 @@ from seedpack.errors import ModelError
 if TYPE_CHECKING:
     from jaxtyping import Float as Float
     from jaxtyping import Int as Int
+    from jaxtyping import Int8 as Int8
     from jaxtyping import UInt8 as UInt8
 else:
     try:
-        from jaxtyping import Float, Int, UInt8
+        from jaxtyping import Float, Int, Int8, UInt8
     except ImportError:
 
         class _Unchecked:
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:
                 return item[0]
 
-        Float = Int = UInt8 = _Unchecked
+        Float = Int = Int8 = UInt8 = _Unchecked
 
 
 def require_columns(what: str, x: Any, columns: int) -> None:

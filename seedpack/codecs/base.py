@@ -70,6 +70,11 @@ class Codec:
         """True where that adds at most about 1% to the error of the weight, so that it is done where it is faster; else 16 bits are."""
         return False
 
+    def rounds_many(self, x: Tensor) -> bool:
+        """Return whether products with many tokens x [..., in] are made with int8=True where nothing is asked for: where that is
+        faster, and adds at most about 1% to the error of the weight."""
+        return False
+
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Return (dtype name, shape) of each stored part of a weight [out, in]; "weight" is the principal one."""
         raise NotImplementedError

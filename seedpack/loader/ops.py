@@ -74,7 +74,8 @@ def product(
         planes = 1 if int8 or codec.int8_by_default else 2
         if (y := few_tokens(codec, x, parts, names, shape, bias, planes)) is not None:
             return y
-    options: dict[str, Any] = {"int8": True} if int8 else {}
+    rounds = codec.rounds_many(x) if int8 is None else int8
+    options: dict[str, Any] = {"int8": True} if rounds else {}
     return codec.matmul(x, dict(zip(names, parts, strict=True)), shape, bias, **options).contiguous()
 
 

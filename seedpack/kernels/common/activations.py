@@ -22,6 +22,7 @@ from seedpack.kernels.common.vectors import (
     LANES,
     intrinsic,
     load,
+    nearest,
     splat,
     spread,
     store,
@@ -83,12 +84,11 @@ def _round16(
         values, to, sums = (builder.inttoptr(args[i], I8.as_pointer()) for i in (1, 3, 4))
         mask, factor = (spread(builder, builder.trunc(arg, I32), INTS) for arg in args[6:])
         step = spread(builder, args[2], FLOATS)
-        nearest = cgutils.get_or_insert_function(builder.module, ir.FunctionType(FLOATS, [FLOATS]), "llvm.rint.v16f32")
         codes = []
         for i in range(weights.count):
             at = builder.gep(values, [ir.Constant(I32, 4 * LANES * i)])
             value = load(builder, at, FLOATS)
-            multiple = builder.call(nearest, [builder.fdiv(value, step)])
+            multiple = nearest(builder, builder.fdiv(value, step))
             store(builder, builder.fsub(value, builder.fmul(multiple, step)), at)
             codes.append(builder.fptosi(multiple, INTS))
         codes = taken_in_turn(builder, codes)

@@ -42,9 +42,9 @@ def pad_tokens(x: Tensor, columns: int) -> Tensor:
     return x.contiguous()
 
 
-def row_slices(rows: int, columns: int) -> list[slice]:
-    """Return the rows of a weight, a tile at a time."""
-    step = max(16, TILE_WEIGHTS // columns)
+def row_slices(rows: int, columns: int, weights: int = TILE_WEIGHTS) -> list[slice]:
+    """Return the rows of a weight, a tile of so many weights at a time."""
+    step = max(16, weights // columns)
     return [slice(row, min(rows, row + step)) for row in range(0, rows, step)]
 
 

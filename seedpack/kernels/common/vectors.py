@@ -70,6 +70,13 @@ def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     return builder.fadd(builder.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
+def nearest(builder: Any, vector: Any) -> Any:
+    """Emit IR that rounds a vector of floats to whole numbers, halves to even."""
+    kind = ir.FunctionType(vector.type, [vector.type])
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.rint.v{vector.type.count}f32")
+    return builder.call(function, [vector])
+
+
 def total(builder: Any, vector: Any) -> Any:
     """Emit IR for the sum of a vector of floats, by halves."""
     count = vector.type.count

@@ -19,6 +19,7 @@ from torch import Tensor
 from seedpack.kernels.common.jit import jit
 from seedpack.kernels.common.vectors import (
     FLOATS,
+    I8,
     I64,
     INTS,
     LANES,
@@ -27,10 +28,13 @@ from seedpack.kernels.common.vectors import (
     data,
     interleaved,
     intrinsic,
+    nearest,
+    splat,
     spread,
     store,
     words_at,
 )
+from seedpack.kernels.trellis.bytes_reference import LARGEST, steps_of_one
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.prng import TRELLIS_SUMS
 
@@ -52,7 +56,7 @@ def window_values(
 def _decode16(
     context: Any, bits: Any, per_window: Any, row: Any, group: Any, mask: Any, multiplier: Any, key: Any, scale: Any, out: Any, at: Any
 ) -> Any:  # fmt: skip
-    """Store scale·values of a group of 16 windows in out, from `at` on."""
+    """Store scale·values of a group of 16 windows in out, from `at` on: float32, or rounded to int8."""
     signature = types.void(bits, per_window, row, types.int64, *(types.uint32,) * 3, types.float32, out, types.int64)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -60,6 +64,11 @@ def _decode16(
         values = window_values(builder, row_at, args[3], bits.count, per_window.count, *args[4:7])
         for i, vector in enumerate(interleaved(builder, values)):
             scaled = builder.fmul(vector, spread(builder, args[7], FLOATS))
+            if signature.args[8].dtype == types.int8:
+                whole = builder.fptosi(nearest(builder, scaled), INTS)
+                for sign, bound in ((">", splat(INTS, LARGEST)), ("<", splat(INTS, -LARGEST))):
+                    whole = builder.select(builder.icmp_signed(sign, whole, bound), bound, whole)
+                scaled = builder.trunc(whole, ir.VectorType(I8, LANES))
             store(builder, scaled, builder.gep(out_at, [builder.add(args[9], ir.Constant(I64, i * LANES))]))
         return ctx.get_dummy_value()
 
@@ -111,7 +120,7 @@ def _dense(
     inside = min(groups, whole_groups(stream.shape[1], len(bits)))
     for chunk in prange(-(-rows // ROWS_AT_ONCE)):
         tail = tail_buffer(stream.shape[1], inside, len(bits))
-        cut = np.empty(group_weights, np.float32)
+        cut = np.empty(group_weights, out.dtype)
         for r in range(chunk * ROWS_AT_ONCE, min(rows, (chunk + 1) * ROWS_AT_ONCE)):
             for group in range(inside):
                 at = group * group_weights
@@ -134,7 +143,17 @@ def constants(code: TrellisCode) -> tuple[Any, ...]:
 
 def dense(stream: Tensor, scale: Tensor, code: TrellisCode, columns: int) -> Tensor:
     """Do as `decode_reference.dense`, bit for bit."""
-    out = torch.empty(stream.shape[0], columns, dtype=torch.float32)
+    return _filled(torch.empty(stream.shape[0], columns, dtype=torch.float32), stream, scale, code)
+
+
+def eight_bits(stream: Tensor, code: TrellisCode, columns: int, *, out: Tensor | None = None) -> Tensor:
+    """Do as `bytes_reference.eight_bits`, bit for bit, in int8 `out` [rows, columns] if it is given."""
+    steps = torch.full((stream.shape[0],), steps_of_one(code), dtype=torch.float32)
+    out = torch.empty(stream.shape[0], columns, dtype=torch.int8) if out is None else out
+    return _filled(out, stream, steps, code)
+
+
+def _filled(out: Tensor, stream: Tensor, scale: Tensor, code: TrellisCode) -> Tensor:
     bits, per_window, mask, a, c = constants(code)
     rows = stream.contiguous().flatten(1).numpy()
     _dense(bits, per_window, rows, mask, a, c, code.tail_biting, scale.contiguous().numpy(), out.numpy())
