@@ -1,35 +1,40 @@
-"""Measure the cost of rounding activations to 8 bits, and of busy cores, to decoding on a CPU."""
+"""Measure the cost of rounding in products, and of busy cores, to decoding on a CPU."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import unittest.mock
 
 import seedpack
 from benchmarks.language.generation import in_a_process
 from benchmarks.lib import models, report
 from seedpack.eval.language import compare_language_models, windows
 from seedpack.hf.language_model import load_language_model
+from seedpack.kernels.trellis import bytes as byte_products
 
 
 def rounding(result: report.Result) -> None:
-    """Measure the divergence that rounding activations to 8 bits adds, for any count of tokens."""
+    """Measure the divergence that rounding adds: activations in groups as few tokens have, and many tokens in bytes."""
     name, text = models.text()
     original, tokenizer = load_language_model(models.smollm2())
     ids, rows = windows(tokenizer, text, 1024, 16384), []
     for bits in (4, 3, 2):
         path = models.packed_smollm2("trellis", bits)
-        packed = [seedpack.load(path, dtype="float32", int8_activations=int8) for int8 in (False, True)]
-        floats, rounded = compare_language_models(original, packed, ids)
-        ratio = rounded.kl_mean / floats.kl_mean
-        rows.append((bits, f"{floats.kl_mean:.5f}", f"{rounded.kl_mean:.5f}", f"{ratio:.4f}"))
-        print(rows[-1], flush=True)
+        for label, int8, in_bytes in (("groups of 256", True, False), ("bytes, the default here", None, True)):
+            packed = [seedpack.load(path, dtype="float32", int8_activations=choice) for choice in (False, int8)]
+            with unittest.mock.patch.object(byte_products, "_multiplies_bytes", lambda choice=in_bytes: choice):
+                floats, rounded = compare_language_models(original, packed, ids)
+            ratio = rounded.kl_mean / floats.kl_mean
+            rows.append((bits, label, f"{floats.kl_mean:.5f}", f"{rounded.kl_mean:.5f}", f"{ratio:.4f}"))
+            print(rows[-1], flush=True)
     result.say(
-        f"Rounding all activations of packed SmolLM2-135M to 8 bits, not only those of few tokens, on {floats.tokens:,} tokens of {name}, "
-        "context 1024: KL divergence to the dense model with floats, and with 8 bits."
+        f"Rounding in all products of packed SmolLM2-135M, on {floats.tokens:,} tokens of {name}, context 1024: KL divergence to "
+        "the dense model with floats, with activations of 8 bits in groups of 256 (as few tokens have, here for all), and in "
+        "bytes (weights too; activations of 8 bits, of 4-bit weights 16), as many tokens are multiplied on CPUs with VNNI."
     )
-    result.table(["bits", "floats", "8 bits", "times as much"], rows)
+    result.table(["bits", "rounded", "floats", "rounded", "times as much"], rows)
 
 
 BUSY = "while True: pass"
