@@ -365,6 +365,7 @@ def fastest() -> str:
         float(large[name]["tokens/s"])
         for name in ("seedpack, 4 bits", "seedpack, 2 bits", "llama.cpp Q4_K_M", "bfloat16")
     )
+    prompts = [large[name]["prompt, tokens/s"] for name in ("seedpack, 4 bits", "llama.cpp Q4_K_M")]
     few = {name: float(row["tokens/s"]) for name, row in small.items()}
     size = next(cells for cells in tables("kernels")[-1] if cells[0] == "trellis, 4 bits")[4]
     spent = rows("generation", 1)["seedpack, 4 bits"]
@@ -373,8 +374,8 @@ def fastest() -> str:
         f"**Speed.** On 2 CPU cores, in transformers, a 4-bit model of Llama 3.2 1B's shape generates {ours:.0f} tokens a second, of 2 bits {half:.0f} "
         f"(dense bfloat16 {dense:.0f}, llama.cpp Q4_K_M {peer:.0f}), SmolLM2-135M {few['seedpack, 4 bits']:.0f} (dense float32 "
         f"{few['float32']:.0f}, llama.cpp Q4_0 {few['llama.cpp Q4_0']:.0f}; of {float(spent['token']):.0f} ms a token {float(rest):.0f} are "
-        "transformers' own). Activations of up to 8 tokens have 8 bits "
-        f"unless `int8_activations=False`. They take {size.rstrip('×')} of float32's memory. No GPU yet. "
+        f"transformers' own). Prompts: {prompts[0]} (Q4_K_M {prompts[1]}). Activations are rounded "
+        f"unless `int8_activations=False`. They take {size.rstrip('×')} of float32's memory. "
         "[More](docs/results.md#speed)"
     )
 
