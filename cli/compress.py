@@ -109,6 +109,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     help="basis and mask: a private key (16 bytes or 32 hexadecimal digits) for the seed.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where to fit: cpu, cuda, or cuda:N.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that fit: with a share of the cores, or a GPU."
+)
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")

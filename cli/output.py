@@ -215,12 +215,16 @@ def progress(label: str, total: int, unit: str) -> Iterator[Callable[[str, int],
 def stages() -> Iterator[Callable[..., None]]:
     """Show the progress of work in stages, one after the other.
 
-    Yields a function of (stage, units done since the last call, units in all or 0, unit, current item).
+    Yields a function of (stage, units done since the last call, units in all or 0, unit, current item), which prints an item that
+    has no unit.
     """
     with contextlib.ExitStack() as stack:
         current: dict[str, Callable[[str, int], None]] = {}
 
         def advance(stage: str, count: int, total: int, unit: str = "", item: str = "") -> None:
+            if item and not unit:
+                note(item)
+                return
             if stage not in current:
                 stack.close()
                 current.clear()

@@ -32,7 +32,8 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
     """Yield a path beside `target` to write to; it takes the target's place if the block succeeds.
 
     On any exception (an interrupt too) the new output is removed and the target is left as it was. One run at a time
-    writes a target; what a killed one left behind is removed by the next. A folder gets a record of its files.
+    writes a target; what a killed one left behind is removed by the next. A folder gets a record of its files. What is put
+    into `kept_of(target)` stays for a run to come, until the output stands.
 
     Args:
         target: the file or folder to be made.
@@ -42,7 +43,7 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
     """
     if target.name in ("", ".."):
         raise OutputError(f"{target}: is no name for an output; name a file or a folder in it")
-    stage = target.parent / f".{target.name}.partial"
+    stage = stage_of(target)
     new, old = stage / "new", stage / "old"
     try:
         with locked(stage, f"{target}: another run is writing it", "name another output"):
@@ -58,12 +59,23 @@ def staged(target: Path, *, force: bool = False, directory: bool = False) -> Ite
                 if os.path.lexists(target) and directory:
                     os.rename(target, old)
                 os.replace(new, target)
+                shutil.rmtree(kept_of(target), ignore_errors=True)
             finally:
                 _clear(new, target, old)
     except OSError as error:
         if isinstance(error, OutputError):
             raise
         raise OutputError(f"{target}: cannot be written: {error.strerror or error}; nothing was changed") from error
+
+
+def stage_of(target: Path) -> Path:
+    """Return the folder beside an output in which it is made."""
+    return target.parent / f".{target.name}.partial"
+
+
+def kept_of(target: Path) -> Path:
+    """Return the folder of what a run keeps for the next one, should it not end."""
+    return stage_of(target) / "kept"
 
 
 def exists_already(target: Path) -> str:

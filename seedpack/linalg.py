@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from seedpack._shapes import Float
 from seedpack.errors import CodecError
 from seedpack.prng import rademacher
+
+
+@contextmanager
+def fixed_order() -> Iterator[None]:
+    """Have torch's CPU work on one thread: how sums are split, and so their last bits, would follow from the count of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def randomized_svd(

@@ -25,6 +25,7 @@ from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
 from seedpack.keys import keystream_words
+from seedpack.linalg import fixed_order
 from seedpack.prng import philox_words, signs
 
 WORD_BYTES = 4
@@ -90,8 +91,15 @@ class MaskCodec(Codec, HessianFitting):
         backend: Backend = "auto",
     ) -> Parts:
         """Keep the weights that agree most with their frozen sign; the scale is their mean."""
-        value = weight.detach().float()
-        importance = Importance.of(importance).require(self.id, value.shape[1])
+        importance = Importance.of(importance).require(self.id, weight.shape[1])
+        with fixed_order():
+            mask, scale = self._fitted(weight.detach().float(), importance)
+        if progress:
+            progress(weight.numel())
+        return self.stored(mask, scale)
+
+    def _fitted(self, value: Tensor, importance: Importance) -> tuple[Tensor, float]:
+        """Return the mask, bool [out, in], and the scale."""
         root = (
             importance.channel_weights().sqrt().float()
             if importance
@@ -103,10 +111,7 @@ class MaskCodec(Codec, HessianFitting):
         mask = torch.zeros(value.numel(), dtype=torch.bool, device=value.device)
         mask[kept] = True
         h = root.square().expand_as(value).flatten()[kept]
-        scale = max(0.0, float((agreeing.flatten()[kept] * h).sum() / h.sum().clamp_min(1e-30)))
-        if progress:
-            progress(weight.numel())
-        return self.stored(mask.view(value.shape), scale)
+        return mask.view(value.shape), max(0.0, float((agreeing.flatten()[kept] * h).sum() / h.sum().clamp_min(1e-30)))
 
     def stored(self, mask: Tensor, scale: float) -> Parts:
         """Return the parts of a mask, bool [out, in], that keeps exactly the share that it should."""

@@ -19,7 +19,7 @@ from seedpack.codecs.registry import nested_codec
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
 from seedpack.kernels.dispatch import Backend
-from seedpack.linalg import randomized_svd
+from seedpack.linalg import fixed_order, randomized_svd
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,36 @@ class SVDCodec(Codec, HessianFitting):
         S is √h of each channel's importance, or the Cholesky factor of a Hessian S·Sᵀ, which whitens the input (SVD-LLM,
         Wang et al., arXiv 2403.07378, ICLR 2025).
         """
+        importance = Importance.of(importance).require(self.id, weight.shape[1])
+        with fixed_order():
+            left, right = self._factorise(weight, importance)
+        inner = self._inner()
+        if inner is None:
+            if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
+                raise CodecError(
+                    f"{self.id}: the weights are so large that their factors do not fit float16; set factors, or exclude the tensor"
+                )
+            if progress:
+                progress(weight.numel())
+            left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
+            slices = level_slices(right.shape[0], self._levels(right.shape[0]))
+            parts = {name: left[:, None, level].contiguous() for name, level in slices.items()}
+            return parts | {_right(name): right[level].contiguous() for name, level in slices.items()}
+        left_importance = Importance()
+        if not isinstance(inner, HessianFitting):
+            importance = importance.per_channel()
+        elif importance.has_hessian:
+            with fixed_order():
+                left_importance = importance.through(right).zero_as_none()
+        left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)
+        right_parts = inner.encode(right.contiguous(), importance, backend=backend)
+        if progress:
+            progress(weight.numel())
+        return left_parts | {f"right_{name}": part for name, part in right_parts.items()}
+
+    def _factorise(self, weight: Tensor, importance: Importance) -> tuple[Tensor, Tensor]:
+        """Return the factors [out, rank] and [rank, in], float32."""
         rows, columns = weight.shape
-        importance = Importance.of(importance).require(self.id, columns)
         whitened = weight.float()
         if importance.has_hessian:
             factor = importance.cholesky(weight.device)
@@ -147,28 +175,7 @@ class SVDCodec(Codec, HessianFitting):
             right = torch.linalg.solve_triangular(factor, right.double(), upper=False, left=False).float()
         elif importance:
             right = right / root
-        inner = self._inner()
-        if inner is None:
-            if max(float(left.abs().max()), float(right.abs().max())) > torch.finfo(torch.float16).max:
-                raise CodecError(
-                    f"{self.id}: the weights are so large that their factors do not fit float16; set factors, or exclude the tensor"
-                )
-            if progress:
-                progress(weight.numel())
-            left, right = (f.to(torch.float16).view(torch.int16) for f in (left, right))
-            slices = level_slices(right.shape[0], self._levels(right.shape[0]))
-            parts = {name: left[:, None, level].contiguous() for name, level in slices.items()}
-            return parts | {_right(name): right[level].contiguous() for name, level in slices.items()}
-        left_importance = Importance()
-        if not isinstance(inner, HessianFitting):
-            importance = importance.per_channel()
-        elif importance.has_hessian:
-            left_importance = importance.through(right).zero_as_none()
-        left_parts = inner.encode(left.contiguous(), left_importance, backend=backend)
-        right_parts = inner.encode(right.contiguous(), importance, backend=backend)
-        if progress:
-            progress(weight.numel())
-        return left_parts | {f"right_{name}": part for name, part in right_parts.items()}
+        return left, right
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Return A·B, computed in float32."""

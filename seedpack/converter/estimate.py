@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -15,8 +17,10 @@ from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.stack import StackCodec
 from seedpack.converter.options import CompressOptions, fitting_device
 from seedpack.converter.plan import Plan, TensorPlan
+from seedpack.errors import ModelError, OutputError
 from seedpack.formats.header import DTYPE_BYTES
-from seedpack.memory import resident_bytes
+from seedpack.formats.staging import kept_of
+from seedpack.memory import free_bytes, resident_bytes
 from seedpack.units import duration, size
 
 SAMPLE_SECONDS, MOST_SAMPLED, FIRST_SAMPLED = 0.3, 1 << 22, 1 << 12
@@ -60,6 +64,37 @@ def estimate(plan: Plan, options: CompressOptions) -> Estimate:
     seconds = _seconds(packed, options) if known else None
     memory = resident_bytes() + WORKSPACE + max(map(bytes_to_fit, packed), default=0)
     return Estimate(seconds, memory, int(plan.totals()["stored_bytes"]), options.calibrated is not None)
+
+
+def require_room(plan: Plan, output: Path, jobs: int = 1) -> None:
+    """Refuse, before hours are spent, a plan for which the disk or the memory is too small.
+
+    Args:
+        plan: the plan.
+        output: of the run.
+        jobs: tensors that are fitted at once.
+
+    Raises:
+        OutputError: the output, with the tensors that are kept until it stands, does not fit the disk.
+        ModelError: the largest tensors that are fitted at once do not fit the memory.
+    """
+    packed = [tensor for tensor in plan.tensors if tensor.packed]
+    disk = next(folder for folder in output.absolute().parents if folder.is_dir())
+    kept = sum(file.stat().st_size for file in kept_of(output).glob("*.safetensors"))
+    needed = int(plan.totals()["stored_bytes"]) + sum(tensor.stored_bytes for tensor in packed) - kept
+    if needed > (free := shutil.disk_usage(disk).free):
+        raise OutputError(
+            f"{output}: takes {size(needed)} of disk (what is packed is kept twice until it stands), and {disk} has {size(free)} "
+            "free; free space, name an output elsewhere, or ask for fewer bits"
+        )
+    at_once = sorted(map(bytes_to_fit, packed))[-jobs:]
+    if (needed := sum(WORKSPACE + taken for taken in at_once)) > (free := free_bytes()):
+        largest = max(packed, key=bytes_to_fit).name
+        what = f"fitting {largest}" if jobs == 1 else f"fitting {jobs} tensors at once, as {largest},"
+        raise ModelError(
+            f"{what} takes {size(needed)} of memory, and {size(free)} are free; end other programs, ask for fewer jobs, or leave "
+            "large tensors raw (--exclude, exclude=…)"
+        )
 
 
 def bytes_to_fit(tensor: TensorPlan) -> int:

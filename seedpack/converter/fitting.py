@@ -78,13 +78,17 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     def progress(done: int) -> None:
         run.progress("Fitting", done, run.weights, "weights", tensor.name)
 
-    journal = statistics.journal
-    if journal is not None and (known := journal.get(tensor)) is not None:
-        progress(math.prod(tensor.shape))
-        return known
-    matrix = matrix_of(run.source, tensor).to(run.device).float()
+    value = run.source.read(tensor.name)
+    matrix = as_matrix(value, tensor).to(run.device).float()
     measured = statistics.importance(tensor.name)
     importance = _importance(run.source, tensor, matrix, measured)
+    journal, key = run.journal, ""
+    if journal is not None:
+        key = journal.key(tensor, value, measured if measured else importance)
+        if (known := journal.get(key, tensor)) is not None:
+            progress(math.prod(tensor.shape))
+            return known
+    del value
     try:
         parts = tensor.codec.encode(matrix, importance, progress=progress, backend=run.options.backend)
     except CodecError as refused:
@@ -93,7 +97,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
     report = _measured(tensor, parts, matrix, measured, time.perf_counter() - started)
     if journal is not None:
-        journal.put(parts, report)
+        journal.put(key, parts, report)
     return parts, report
 
 
@@ -144,8 +148,12 @@ def decoded(tensor: TensorPlan, parts: Parts, device: torch.device) -> Tensor:
 
 def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
     """Return a tensor as its codec sees it [out, in]."""
-    weight = source.read(tensor.name)
-    return (weight.mT if tensor.transposed else weight).reshape(tensor.codec_shape)
+    return as_matrix(source.read(tensor.name), tensor)
+
+
+def as_matrix(value: Tensor, tensor: TensorPlan) -> Tensor:
+    """Return the value of a tensor as its codec sees it [out, in]."""
+    return (value.mT if tensor.transposed else value).reshape(tensor.codec_shape)
 
 
 def _require_fits(tensor: TensorPlan, largest: float) -> None:

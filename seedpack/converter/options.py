@@ -28,7 +28,8 @@ class Progress(Protocol):
     """Called as work is done."""
 
     def __call__(self, stage: str, done: int, total: int, unit: str = "", item: str = "", /) -> None:
-        """Take note of `done` units of a stage since the last call, of `total` in all, on an item."""
+        """Take note of `done` units of a stage since the last call, of `total` in all, on an item; without a unit an item is a
+        message."""
         ...
 
 
@@ -102,6 +103,7 @@ class CompressOptions:
         force: replace an existing output.
         shard_bytes: in a folder, start a new file before one exceeds this.
         device: where tensors are fitted, one at a time: "cpu", "cuda" or "cuda:1".
+        jobs: processes that fit tensors, of a model on disk: each has its share of the cores, or with "cuda" a GPU.
         backend: which kernels to use.
     """
 
@@ -122,6 +124,7 @@ class CompressOptions:
     force: bool = False
     shard_bytes: int | None = None
     device: str | torch.device = "cpu"
+    jobs: int = 1
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -129,6 +132,8 @@ class CompressOptions:
             raise OptionError(f"bits: expected a number of bits per weight, got {self.bits!r}")
         if self.bits is not None:
             object.__setattr__(self, "bits", float(self.bits))
+        if type(self.jobs) is not int or self.jobs < 1:
+            raise OptionError(f"jobs: expected a count of processes, got {self.jobs!r}")
         if self.target_size is not None and self.bits is not None:
             raise OptionError("give bits or a target size, not both")
         if self.dtype is not None:

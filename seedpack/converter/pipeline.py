@@ -19,7 +19,9 @@ from seedpack.converter.calibration.calibrate import (
     tune_packed,
 )
 from seedpack.converter.calibration.store import FOLDER
+from seedpack.converter.estimate import require_room
 from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
+from seedpack.converter.journal import Journal
 from seedpack.converter.options import CompressOptions, Progress, checking_options, fitting_device, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
 from seedpack.converter.progress import shown
@@ -29,9 +31,11 @@ from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
 from seedpack.converter.trust import trusting_remote_code
+from seedpack.converter.workers import fit_by_workers, require_reopened
 from seedpack.dtypes import dtype_name, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
+from seedpack.formats.staging import kept_of, stage_of
 from seedpack.formats.writer import file_bytes
 from seedpack.units import count
 
@@ -73,11 +77,25 @@ def compress(
         asked_for = run.options.exclude or plan is not None or run.options.is_raw
         if not planned.packed_weights and not asked_for:
             raise ModelError(_nothing_packed(run.source.name, planned))
+        require_room(planned, run.output, run.options.jobs)
         with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
-            planned, statistics = calibrate_plan(run, planned, plan)
-            report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
-        if statistics.journal is not None:
-            statistics.journal.clear()
+            journal = Journal(kept_of(run.output), f"{run.device.type} {run.options.backend}")
+            run = replace(run, journal=journal)
+            try:
+                planned, statistics = calibrate_plan(run, planned, plan)
+                if run.options.jobs > 1:
+                    fit_by_workers(replace(run, weights=planned.packed_weights), planned, statistics)
+                report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
+            except KeyboardInterrupt:
+                if done := journal.done(planned):
+                    told(
+                        "Interrupted",
+                        0,
+                        0,
+                        "",
+                        f"{count(done, 'tensor')} kept in {stage_of(run.output)}: the same command goes on from there",
+                    )
+                raise
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -126,6 +144,8 @@ def open_run(
         source.take_tokenizer(tokenizer)
     run = Run(source, options, Path(output), progress)
     run.check()
+    if options.jobs > 1:
+        require_reopened(run)
     return run
 
 
@@ -210,6 +230,8 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
     folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
+    if run.journal is not None and (done := run.journal.done(plan)):
+        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {sum(t.packed for t in plan.tensors)} tensors done")
     run.progress("Fitting", 0, run.weights, "weights")
     with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
         for tensor in plan.tensors:

@@ -33,6 +33,9 @@ class _Bars:
     def __call__(self, stage: str, done: int, total: int, unit: str = "", item: str = "", /) -> None:
         from tqdm.auto import tqdm
 
+        if item and not unit:
+            tqdm.write(item)
+            return
         if stage != self._stage:
             self.close()
             self._stage, self._bar = (

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from seedpack.converter.journal import Journal
 from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, silent
 from seedpack.converter.sources.base import Source
 from seedpack.errors import ModelError
@@ -25,6 +26,7 @@ class Run:
         output: a file; for a Hugging Face model a folder.
         progress: told of progress.
         weights: to be fitted in all, for progress.
+        journal: where fitted tensors are kept until the output stands.
         locks: of the folders that this run uses, released when it ends.
     """
 
@@ -33,6 +35,7 @@ class Run:
     output: Path
     progress: Progress = silent
     weights: int = 0
+    journal: Journal | None = None
     locks: dict[Path, AbstractContextManager[None]] = field(default_factory=dict)
 
     @property

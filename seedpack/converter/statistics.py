@@ -9,8 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from seedpack.codecs.importance import Importance
-from seedpack.converter.plan import Plan, TensorPlan
-from seedpack.converter.report import TensorReport
+from seedpack.converter.plan import Plan
 from seedpack.converter.sources.base import Source
 
 
@@ -24,22 +23,6 @@ class SecondMoments(Protocol):
         ...
 
 
-class Journal(Protocol):
-    """A place where fitted tensors are kept until all are."""
-
-    def get(self, tensor: TensorPlan, /) -> tuple[dict[str, Tensor], TensorReport] | None:
-        """Return a tensor's parts and report, if it was fitted before."""
-        ...
-
-    def put(self, parts: Mapping[str, Tensor], report: TensorReport, /) -> None:
-        """Keep them."""
-        ...
-
-    def clear(self) -> None:
-        """Forget all of them: the output stands."""
-        ...
-
-
 @dataclass(frozen=True)
 class Statistics:
     """Statistics of the inputs of layers, by the names of a source's tensors.
@@ -48,13 +31,11 @@ class Statistics:
         source: the model.
         given: by tensor name, the importance of each channel [in], or the Hessian [in, in]; it wins.
         moments: by the model's parameter, the second moment of the layer's input [in, in].
-        journal: of tensors that are fitted with these statistics.
     """
 
     source: Source
     given: Mapping[str, Tensor] = field(default_factory=dict)
     moments: SecondMoments = field(default_factory=dict[str, Tensor])
-    journal: Journal | None = None
 
     def tensors_with_hessian(self, plan: Plan) -> set[str]:
         """Return the names of a plan's tensors that a Hessian is known for."""

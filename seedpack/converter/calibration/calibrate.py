@@ -53,7 +53,7 @@ def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
     tensors = {name: t for t in plan.tensors if t.packed for name in run.source.parameters(t.name)}
 
     def packed_weights(model: Any, store: Store, values: dict[str, Tensor]) -> AbstractContextManager[None]:
-        statistics = Statistics(run.source, moments=values, journal=store.journal)
+        statistics = Statistics(run.source, moments=values)
         layer = {name: tensors[name].with_hessian() for name in values if name in tensors}
         return with_packed_weights(run, model, layer, statistics)
 
@@ -112,10 +112,10 @@ def tune_packed(run: Run, plan: Plan, statistics: Statistics) -> Tuned:
 
     All tensors are fitted first, and taken from the journal then. Both models are in memory.
     """
-    calibration, journal = run.calibration, statistics.journal
+    calibration = run.calibration
     assert calibration is not None
-    if journal is None:
-        raise ModelError("tuning is for language models calibrated on text, without importance of your own")
+    if not calibration.is_text:
+        raise ModelError("tuning is for language models calibrated on text")
     if any(tensor.kind == "expert" and tensor.packed for tensor in plan.tensors):
         raise ModelError(f"{run.source.name}: tuning does not know mixtures of experts yet; leave it out")
     for tensor in plan.tensors:
@@ -175,9 +175,7 @@ def with_packed_weights(run: Run, model: Any, tensors: dict[str, TensorPlan], st
 
 
 def _statistics(run: Run, store: Store) -> Statistics:
-    """Return the statistics of a store; tensors are journaled unless the user's own importance has a part in them."""
-    given = run.options.importance or {}
-    return Statistics(run.source, given, store, None if given else store.journal)
+    return Statistics(run.source, run.options.importance or {}, store)
 
 
 def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = None) -> Store:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +11,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from seedpack._version import __version__
-from seedpack.converter.plan import TensorPlan
-from seedpack.converter.report import TensorReport
-from seedpack.errors import ModelError, OutputError
+from seedpack.converter.journal import write_file
+from seedpack.errors import ModelError
 from seedpack.formats.reader import read_json
 
 FOLDER = "seedpack-calibration"
 VERSION = 2  # 1: texts without the token that a tokenizer puts first
-
-
-NUMBERS = ("error", "energy", "seconds", "output_error", "output_energy")  # of a report
 
 
 class Store:
@@ -42,11 +34,6 @@ class Store:
             if not _sound(found) or found.get("made_of") != self._index["made_of"]:
                 raise ModelError(f"{folder}: holds another calibration; delete that folder")
             self._index = found
-
-    @property
-    def journal(self) -> FittedTensors:
-        """Tensors that were fitted with these statistics."""
-        return FittedTensors(self.folder / "fitted")
 
     @property
     def complete(self) -> bool:
@@ -135,51 +122,3 @@ def _sound(index: Any) -> bool:
         return named and Path(where[0]).name == where[0]
 
     return all(map(is_place, index["weights"].values()))
-
-
-class FittedTensors:
-    """A journal of fitted tensors, for the run that goes on where an interrupted one stopped."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def get(self, tensor: TensorPlan) -> tuple[dict[str, Tensor], TensorReport] | None:
-        """Return a tensor's parts and report, if it was fitted with this codec."""
-        path = self._path(tensor)
-        if not path.is_file():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                numbers = file.metadata()
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            tensor.codec.check(parts, tensor.codec_shape)
-            return parts, TensorReport(tensor, **{name: float(numbers[name]) for name in NUMBERS})
-        except Exception:  # half of a file, or another's: it is fitted again
-            return None
-
-    def put(self, parts: Mapping[str, Tensor], report: TensorReport) -> None:
-        """Keep a tensor's parts."""
-        path = self._path(report.plan)
-        numbers = {name: repr(getattr(report, name)) for name in NUMBERS}
-        tensors = {name: part.cpu().contiguous() for name, part in parts.items()}
-        write_file(path, lambda partial: save_file(tensors, partial, numbers))
-
-    def clear(self) -> None:
-        """Remove all of it: the output is written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _path(self, tensor: TensorPlan) -> Path:
-        text = json.dumps([__version__, tensor.name, tensor.codec.spec().to_json()], sort_keys=True)
-        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
-
-
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside a file, and put it in its place when it is whole."""
-    partial = path.parent / f".{path.name}.partial"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path.parent}: cannot be written: {error.strerror or error}") from error

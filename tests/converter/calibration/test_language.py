@@ -301,12 +301,12 @@ def test_an_interrupted_fit_goes_on(folder: Path, tmp_path: Path, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         seedpack.compress(folder, tmp_path / "parts" / "out", **options)
     assert not (tmp_path / "parts" / "out").exists()
-    (place,) = (tmp_path / "parts" / "seedpack-calibration").iterdir()
-    kept = sorted((place / "fitted").iterdir())
+    place = tmp_path / "parts" / ".out.partial"
+    kept = sorted((place / "kept").iterdir())
     assert len(kept) == 4
     kept[0].write_bytes(kept[0].read_bytes()[:-3])  # damaged: fitted again
     report = seedpack.compress(folder, tmp_path / "parts" / "out", **options)
-    assert len(fitted) == 5 + len(report.tensors) - 3 and not (place / "fitted").exists()
+    assert len(fitted) == 5 + len(report.tensors) - 3 and not place.exists()
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "parts" / "out" / name).read_bytes() == (tmp_path / "whole" / "out" / name).read_bytes()
 

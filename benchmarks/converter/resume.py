@@ -1,0 +1,93 @@
+"""Kill `seedpack compress` at random moments, go on with the same command, and compare the bytes with an uninterrupted run's."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.lib import report
+
+KILLS = 25  # of each kind of run
+CONFIG = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128,
+}  # fmt: skip
+KINDS = {
+    "one job": ["--effort", "fast"],
+    "two jobs": ["--effort", "fast", "--jobs", "2"],
+    "calibrated, one job": ["--effort", "fast", "--calibration", "self", "--calibration-tokens", "2048",
+                            "--calibration-context", "64"],
+    "calibrated, two jobs": ["--effort", "fast", "--jobs", "2", "--calibration", "self", "--calibration-tokens", "2048",
+                             "--calibration-context", "64"],
+}  # fmt: skip
+
+
+def digest(folder: Path) -> str:
+    """Return the digest of all files of a folder, with their names."""
+    whole = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        whole.update(f"{file.relative_to(folder)}\n".encode() + file.read_bytes())
+    return whole.hexdigest()
+
+
+def command(options: list[str]) -> list[str]:
+    return [sys.executable, "-m", "seedpack", "-q", "compress", "model", "-o", "packed", *options]
+
+
+def killed(folder: Path, options: list[str], after: float) -> bool:
+    """Run and kill the process group after so many seconds; return whether it was still at work."""
+    process = subprocess.Popen(
+        command(options), cwd=folder, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    try:
+        process.wait(after)
+    except subprocess.TimeoutExpired:
+        os.kill(process.pid, signal.SIGKILL)  # its workers end by themselves
+        process.wait()
+        return True
+    return False
+
+
+def measure(result: report.Result) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    generator, rows = random.Random(0), []
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder / "model")  # type: ignore[arg-type]
+        for name, options in KINDS.items():
+            started = time.perf_counter()
+            subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            whole, expected = time.perf_counter() - started, digest(folder / "packed")
+            same = stopped = clean = 0
+            for count in range(KILLS):
+                shutil.rmtree(folder / "packed")
+                shutil.rmtree(folder / "seedpack-calibration", ignore_errors=True)
+                while killed(folder, options, generator.uniform(0.2, 1.0) * whole):
+                    stopped += 1
+                same += digest(folder / "packed") == expected
+                left = {path.name for path in folder.iterdir()} - {"model", "packed", "seedpack-calibration"}
+                clean += not left
+                print(f"{name}: {count + 1} of {KILLS}, {stopped} kills, {same} the same", file=sys.stderr, flush=True)
+            rows.append((name, f"{whole:.1f}", stopped, f"{same} of {KILLS}", f"{clean} of {KILLS}"))
+            shutil.rmtree(folder / "packed")
+    result.say(
+        "A small Llama (4 layers, 3 million weights) is packed by `seedpack compress`, which is killed (SIGKILL) at a random moment "
+        "and started again with the same command, until it ends. Its folder is compared with that of an uninterrupted run."
+    )
+    result.table(["run", "seconds, uninterrupted", "kills", "byte-identical", "nothing else left"], rows)
+
+
+if __name__ == "__main__":
+    report.run("resume", "Killed at any moment", measure)
