@@ -48,8 +48,8 @@ def load(
         dense: return a state dict of dense tensors instead.
         dtype: of dense tensors, or of a Hugging Face model's computation.
         int8_activations: round the input of packed linear layers to 8 bits where their codec can: faster, for about 1%
-            more error at 4 bits per weight. By default on the CPU up to 4 bits, for up to 8 tokens, and for more where the
-            processor has VNNI (then the weight has 8 bits too); False: never.
+            more error at 4 bits per weight. By default on the CPU for up to 8 tokens, up to 4 bits; for more where the processor
+            has VNNI (then the weight has 8 bits too), up to 3 bits. False: never.
         fraction: use no more than this share of the levels of tensors that have levels (`reparam.basis_`, codec svd); the
             file may be cut off behind them. For a module, or dense.
         key: the 16 bytes of a private key, for weights that are regenerated with one; known to the process from then on.

@@ -25,6 +25,7 @@ from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
 from seedpack.kernels.basis import noise_basis
 from seedpack.kernels.common import few_tokens
+from seedpack.kernels.common.row_tiles import FEW_TOKENS
 from seedpack.loader.layers import pack_module_
 
 SIDE, NEW_TOKENS = 8192, 128
@@ -98,13 +99,16 @@ def measure(result: report.Result) -> None:
     half = dense.bfloat16()
     read = read_bandwidth(torch.ones(1 << 28))
     layers = {name: packed_layer(codec, shape) for name, codec in CODECS.items()}
-    layers["trellis, 4 bits, floats"] = packed_layer(TrellisCodec(4), shape, False)
+    for name, int8 in (("floats", False), ("bytes", True)):
+        layers[f"trellis, 4 bits, {name}"] = packed_layer(TrellisCodec(4), shape, int8)
     rows = []
     for tokens in (1, 2, 4, 8, 16, 256):
         x = torch.randn(tokens, SIDE)
         x_half = x.bfloat16()
         rounds = 9 if tokens < 100 else 3
         for name, layer in layers.items():
+            if tokens <= FEW_TOKENS and name.endswith("bytes"):
+                continue  # as by default
             ours, single, bfloat = milliseconds(
                 functools.partial(layer, x),
                 functools.partial(linear, x, dense),
@@ -122,7 +126,7 @@ def measure(result: report.Result) -> None:
         f"`torch.nn.functional.linear` with the dense weight in float32 and in bfloat16, in turn in one run; medians, milliseconds. The "
         f"floor is the time to read the packed weight at the rate of a sum over 1 GB in the same run, {read:.1f} GB/s; its share is how "
         "much of that rate the product reaches. Random streams. Up to 8 tokens activations of trellis layers have 8 bits; 'floats' is "
-        "`int8_activations=False`."
+        "`int8_activations=False`. More tokens are multiplied in bytes up to 3 bits, at 4 with `int8_activations=True`, 'bytes'."
     )
     result.table(
         [

@@ -22,7 +22,8 @@ def rounding(result: report.Result) -> None:
     ids, rows = windows(tokenizer, text, 1024, 16384), []
     for bits in (4, 3, 2):
         path = models.packed_smollm2("trellis", bits)
-        for label, int8, in_bytes in (("groups of 256", True, False), ("bytes, the default here", None, True)):
+        many = (f"bytes{'' if bits == 4 else ', the default'}", True if bits == 4 else None, True)
+        for label, int8, in_bytes in (("groups of 256", True, False), many):
             packed = [seedpack.load(path, dtype="float32", int8_activations=choice) for choice in (False, int8)]
             with unittest.mock.patch.object(byte_products, "_multiplies_bytes", lambda choice=in_bytes: choice):
                 floats, rounded = compare_language_models(original, packed, ids)
@@ -32,7 +33,8 @@ def rounding(result: report.Result) -> None:
     result.say(
         f"Rounding in all products of packed SmolLM2-135M, on {floats.tokens:,} tokens of {name}, context 1024: KL divergence to "
         "the dense model with floats, with activations of 8 bits in groups of 256 (as few tokens have, here for all), and in "
-        "bytes (weights too; activations of 8 bits, of 4-bit weights 16), as many tokens are multiplied on CPUs with VNNI."
+        "bytes (weights too; activations of 8 bits, of 4-bit weights 16), as many tokens are multiplied on CPUs with VNNI: up to 3 "
+        "bits by default, at 4 with int8_activations=True."
     )
     result.table(["bits", "rounded", "floats", "rounded", "times as much"], rows)
 

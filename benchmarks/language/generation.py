@@ -133,8 +133,8 @@ def one(name: str, kind: str) -> dict[str, Any]:
     """Measure a model in this process."""
     with torch.inference_mode():
         model = model_of(name, kind)
-        if "floats" in kind:
-            use_int8_activations_(model, False)
+        if "floats" in kind or "bytes" in kind:
+            use_int8_activations_(model, "bytes" in kind)
         decode, prompt, whole = generate(model, "compiled" in kind, 32 if "few" in kind else NEW)
         found: dict[str, Any] = {"decode": decode, "prompt": prompt, "generate": whole}
         found["bytes"] = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
@@ -168,7 +168,16 @@ SUBJECTS = {
     "smollm2": ("SmolLM2-135M", ["Q4_0", "Q4_1"]),
     "1b": ("Llama-3.2-1B-shaped, random weights", ["Q4_0", "Q4_K_M", "IQ4_XS"]),
 }
-KINDS = ["float32", "bfloat16", "4 bits", "4 bits, floats", "4 bits, compiled", "2 bits", "2 bits, compiled"]
+KINDS = [
+    "float32",
+    "bfloat16",
+    "4 bits",
+    "4 bits, floats",
+    "4 bits, bytes",
+    "4 bits, compiled",
+    "2 bits",
+    "2 bits, compiled",
+]
 
 
 def measure(result: report.Result) -> None:
@@ -178,7 +187,7 @@ def measure(result: report.Result) -> None:
         f"one run on the same {threads} cores. 'Floor' is the time to read the model's bytes once at {read / 1e9:.1f} GB/s, the rate of a "
         "sum over 1 GB in the same run. llama.cpp is the wheel `xllamacpp`; packed models and dense ones run in transformers. "
         "'Compiled' is `torch.compile` of the model's forward pass with a static cache, for the decoding alone. 'Floats' is "
-        "`int8_activations=False`. Packed embeddings and heads have one bit more than the layers."
+        "`int8_activations=False`, 'bytes' True. Packed embeddings and heads have one bit more than the layers."
     )
     for name, (title, mixes) in SUBJECTS.items():
         if not result.wanted(name):

@@ -108,7 +108,8 @@ def test_what_other_choices_have_in_common_is_kept(model: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("change", ["weight", "importance", "dtype"])
 def test_nothing_else_is_taken(model: Path, tmp_path: Path, fitted: list[TrellisCodec], change: str) -> None:
-    output, options = tmp_path / "out.safetensors", {}
+    output = tmp_path / "out.safetensors"
+    options: dict[str, Any] = {}
     interrupt(model, output, 5)
     if change == "weight":
         state = torch.load(model)
@@ -131,7 +132,7 @@ def test_damaged_entries_are_fitted_again(model: Path, tmp_path: Path, fitted: l
     entry = sorted((tmp_path / ".out.safetensors.partial" / "kept").iterdir())[0]
     data = bytearray(entry.read_bytes())
     data[-1] ^= 4
-    entry.write_bytes({"truncated": data[:-3], "a flipped bit": data, "empty": b""}[damage])
+    entry.write_bytes(bytes({"truncated": data[:-3], "a flipped bit": data, "empty": b""}[damage]))
     del fitted[:]
     seedpack.compress(model, output, **OPTIONS)
     assert len(fitted) == 4 and output.read_bytes() == expected

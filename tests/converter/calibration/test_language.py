@@ -19,6 +19,7 @@ from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration import layerwise, moments, sensitivity, store, tokens
 from seedpack.converter.calibration.calibrate import calibrate
 from seedpack.converter.calibration.store import Store
+from seedpack.converter.journal import write_file
 from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import open_source
@@ -410,7 +411,7 @@ def test_what_language_models_cannot_do(tmp_path: Path) -> None:
 def test_a_kill_between_an_output_and_its_index(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, calibration = open_source(folder), Calibration(ids(), context=16)
     whole = calibrated(source, calibration, tmp_path / "one" / "x")
-    write, count = store.write_file, [0]
+    write, count = write_file, [0]
 
     def killed(path: Path, content: Any) -> None:
         count[0] += path.name == "index.json"
