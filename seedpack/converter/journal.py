@@ -40,6 +40,7 @@ class Journal:
 
     def __init__(self, folder: Path, kind: str):
         self.folder, self._kind = folder, kind
+        self._found = set(folder.glob("*.safetensors"))  # by runs before
 
     def key(self, tensor: TensorPlan, value: Tensor, importance: Importance) -> str:
         """Return the name of an entry.
@@ -90,12 +91,15 @@ class Journal:
         notes = {**numbers, "tensor": plan.name, "codec": codec_to_json(plan.codec), "digest": _digest(kept)}
         write_file(self._path(key), lambda partial: save_file(kept, partial, notes))
 
-    def done(self, plan: Plan) -> int:
-        """Return how many packed tensors of a plan have an entry of their name and codec, which is theirs unless the source or the
-        statistics are others now."""
+    def __len__(self) -> int:
+        return len(list(self.folder.glob("*.safetensors")))
+
+    def done_before(self, plan: Plan) -> int:
+        """Return how many packed tensors of a plan had an entry of their name and codec before this run, which is theirs unless the
+        source or the statistics are others now."""
         wanted = {(tensor.name, codec_to_json(tensor.codec)) for tensor in plan.tensors if tensor.packed}
         found = set()
-        for path in self.folder.glob("*.safetensors"):
+        for path in self._found:
             with suppress(Exception), safe_open(path, "pt") as file:  # the library's own errors differ by version
                 found.add((file.metadata()["tensor"], file.metadata()["codec"]))
         return len(wanted & found)

@@ -80,23 +80,26 @@ def compress(
         require_room(planned, run.output, run.options.jobs)
         with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
             journal = Journal(kept_of(run.output), f"{run.device.type} {run.options.backend}")
-            run = replace(run, journal=journal)
             try:
-                planned, statistics = calibrate_plan(run, planned, plan)
-                if run.options.jobs > 1:
-                    fit_by_workers(replace(run, weights=planned.packed_weights), planned, statistics)
-                report = fit_and_write(replace(run, weights=planned.packed_weights), planned, statistics, partial)
+                report = _pack(replace(run, journal=journal), planned, plan, partial)
             except KeyboardInterrupt:
-                if done := journal.done(planned):
-                    told(
-                        "Interrupted",
-                        0,
-                        0,
-                        "",
-                        f"{count(done, 'tensor')} kept in {stage_of(run.output)}: the same command goes on from there",
-                    )
+                if len(journal):
+                    place = f"kept in {stage_of(run.output)}: the same command goes on from there"
+                    told("Interrupted", 0, 0, "", f"{count(len(journal), 'tensor')} {place}")
                 raise
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _pack(run: Run, plan: Plan, given: Plan | Edits | None, partial: Path) -> Report:
+    """Calibrate, fit and write by a plan, as far as runs before have not."""
+    plan, statistics = calibrate_plan(run, plan, given)
+    run = replace(run, weights=plan.packed_weights)
+    assert run.journal is not None
+    if done := run.journal.done_before(plan):
+        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {sum(t.packed for t in plan.tensors)} tensors done")
+    if run.options.jobs > 1:
+        fit_by_workers(run, plan, statistics)
+    return fit_and_write(run, plan, statistics, partial)
 
 
 def plan(
@@ -230,8 +233,6 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
     folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
-    if run.journal is not None and (done := run.journal.done(plan)):
-        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {sum(t.packed for t in plan.tensors)} tensors done")
     run.progress("Fitting", 0, run.weights, "weights")
     with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
         for tensor in plan.tensors:
