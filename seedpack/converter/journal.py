@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +30,7 @@ NUMBERS = ("error", "energy", "seconds", "output_error", "output_energy")  # of 
 
 
 class Journal:
-    """A folder of fitted tensors.
+    """A folder of fitted tensors, which `formats.staging` removes once the output stands.
 
     Args:
         folder: made with the first entry.
@@ -103,10 +102,6 @@ class Journal:
             with suppress(Exception), safe_open(path, "pt") as file:  # the library's own errors differ by version
                 found.add((file.metadata()["tensor"], file.metadata()["codec"]))
         return len(wanted & found)
-
-    def clear(self) -> None:
-        """Remove all of it: the output stands."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"

@@ -129,10 +129,8 @@ def _begin(plan_at: int, x: int, y: int, kind: int, threads: int, thread_at: int
 
     Returns whether the members' parts are still the same; if not, nothing is to be run.
     """
-    plan, thread = (
-        array(plan_at, np.int64, MEMBERS + MEMBER * MOST),
-        array(thread_at, np.int64, RESULTS + RESULT * MOST),
-    )
+    plan = array(plan_at, np.int64, MEMBERS + MEMBER * MOST)
+    thread = array(thread_at, np.int64, RESULTS + RESULT * MOST)
     count, tokens, room = plan[COUNT], plan[OF_TOKENS], thread[ROOM]
     at = room + 8 * WORDS * count
     for m in range(count):
