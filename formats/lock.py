@@ -22,6 +22,10 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 _ATTEMPTS = 1000
 
 
+class HeldError(OutputError):
+    """Another run holds a lock."""
+
+
 @contextlib.contextmanager
 def locked(folder: Path, what: str, remedy: str) -> Iterator[None]:
     """Hold the lock of a folder, which is made where it is not there, and removed at the end where it is empty.
@@ -34,7 +38,7 @@ def locked(folder: Path, what: str, remedy: str) -> Iterator[None]:
         remedy: beside waiting, as "name another output".
 
     Raises:
-        OutputError: another run holds the lock.
+        HeldError: another run holds the lock.
     """
     descriptor = _acquire(folder, what, remedy)
     try:
@@ -60,7 +64,7 @@ def _acquire(folder: Path, what: str, remedy: str) -> int:
             if (taken := _take(descriptor)) is False or (taken is None and not created):
                 holder = os.read(descriptor, 200).decode("utf-8", "replace") or "it has just begun"
                 dead = "" if taken is False else f", or if it is dead remove {folder} (this file system has no locks)"
-                raise OutputError(f"{what} ({holder}); wait for it, or {remedy}{dead}")
+                raise HeldError(f"{what} ({holder}); wait for it, or {remedy}{dead}")
             if _is(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from seedpack.formats.manifest import (
     require_integer,
     require_own_shape,
 )
+from seedpack.formats.places import is_remote, reaching, read_range
 from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
 
 QUANT_METHOD = "seedpack"
@@ -45,6 +47,17 @@ class Part:
     dtype: str
     shape: tuple[int, ...]
     data: memoryview
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a safetensors file, here or in remote storage."""
+    try:
+        with reaching(path) if is_remote(path) else nullcontext():
+            size = path.stat().st_size
+        length = header_length(bytes(read_range(path, 0, 8)), size, str(path))
+        return parse_header(bytes(read_range(path, 8, length)), size, str(path))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 class SafetensorsFile:

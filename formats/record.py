@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 from seedpack._version import WRITER
@@ -12,12 +12,13 @@ from seedpack.formats.header import dumps_canonical, loads_strict
 from seedpack.formats.version import FORMAT_VERSION
 
 RECORD_FILE = "seedpack.json"
+NO_FILES: Mapping[str, str] = {}
 _KEYS = {"seedpack", "writer", "files", "digest"}
 
 
-def write_record(folder: Path) -> None:
-    """Write the record of all files that are in a folder."""
-    files = {name: file_digest(folder / name) for name in _names(folder)}
+def write_record(folder: Path, others: Mapping[str, str] = NO_FILES) -> None:
+    """Write the record of all files that are in a folder, and of others by their digests."""
+    files = {name: file_digest(folder / name) for name in _names(folder)} | dict(others)
     document = {"seedpack": FORMAT_VERSION, "writer": WRITER, "files": files}
     (folder / RECORD_FILE).write_text(dumps_canonical({**document, "digest": _digest(document)}), "utf-8")
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -72,12 +73,10 @@ class FileWriter:
         self._infos = layout(_specs(tensors))
         self._digests: dict[str, str] = {}
         self._path = path
-        header = self._header()
-        self._data_start = len(header)
-        end = max((info.end for info in self._infos.values()), default=0)
+        self._data_start = len(self._header())
         self._file = open(path, "xb")  # noqa: SIM115 (closed by close)
         try:
-            _reserve(self._file.fileno(), self._data_start + end, path)
+            _reserve(self._file.fileno(), self.file_bytes, path)
         except BaseException:
             self._file.close()
             raise
@@ -86,6 +85,16 @@ class FileWriter:
     def manifest(self) -> Manifest:
         """The manifest so far: digests of parts not yet written are placeholders."""
         return with_digests(self._manifest, {key: self._digests.get(key, PLACEHOLDER) for key in self._infos})
+
+    @property
+    def is_complete(self) -> bool:
+        """True once every part is written."""
+        return self._infos.keys() == self._digests.keys()
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the whole file."""
+        return self._data_start + max((info.end for info in self._infos.values()), default=0)
 
     def write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]) -> None:
         """Store the parts of one tensor, each as (dtype, shape, bytes), which must be the planned ones."""
@@ -104,7 +113,9 @@ class FileWriter:
             self._digests[part_key(name, part)] = part_digest(dtype, shape, data)
 
     def close(self) -> None:
-        """Write the header with all digests and flush to disk."""
+        """Write the header with all digests and flush to disk, unless that is done."""
+        if self._file.closed:
+            return
         missing = self._infos.keys() - self._digests.keys()
         if missing:
             self._file.close()
@@ -146,6 +157,8 @@ class CheckpointWriter:
         shard_bytes: in a folder, start a new shard before the parts of one exceed this.
         manifest: False writes a plain safetensors file, for dense models.
         views: tensors of the model that are pieces of stored ones.
+        finished: called with each file as soon as it is whole, which may take it away; then no more than one is begun at a time, as
+            long as tensors are written in their order. By default all files claim their disk space at once.
     """
 
     def __init__(
@@ -158,36 +171,57 @@ class CheckpointWriter:
         shard_bytes: int | None = None,
         manifest: bool = True,
         views: Mapping[str, View] = NO_VIEWS,
+        finished: Callable[[Path], None] | None = None,
     ):
+        self._path, self._finished = path, finished
         self._folder = path if path.is_dir() else None
         shards = _shards(tensors, shard_bytes) if self._folder else [list(tensors)]
         self._writers: dict[str, FileWriter] = {}
         self._file_of: dict[str, str] = {}
+        self._begin: dict[str, Callable[[], FileWriter]] = {}
+        for number, shard in enumerate(shards, 1):
+            names = {tensor.name for tensor in shard}
+            file = _shard_name(number, len(shards))
+            self._begin[file] = partial(
+                FileWriter,
+                path / file if self._folder else path,
+                shard,
+                {alias: stored for alias, stored in shared.items() if stored in names},
+                writer,
+                manifest=manifest,
+                views={alias: view for alias, view in views.items() if view.tensor in names},
+            )
+            self._file_of |= dict.fromkeys(names, file)
         try:
-            for number, shard in enumerate(shards, 1):
-                names = {tensor.name for tensor in shard}
-                file = _shard_name(number, len(shards))
-                self._writers[file] = FileWriter(
-                    path / file if self._folder else path,
-                    shard,
-                    {alias: stored for alias, stored in shared.items() if stored in names},
-                    writer,
-                    manifest=manifest,
-                    views={alias: view for alias, view in views.items() if view.tensor in names},
-                )
-                self._file_of |= dict.fromkeys(names, file)
+            for file in [] if finished else self._begin:
+                self._writer(file)
         except BaseException:
             self.__exit__(OSError, None, None)
             raise
+
+    def _writer(self, file: str) -> FileWriter:
+        if file not in self._writers:
+            self._writers[file] = self._begin[file]()
+        return self._writers[file]
 
     @property
     def manifest(self) -> Manifest:
         """The manifest of the whole checkpoint."""
         return merge([writer.manifest for writer in self._writers.values()], "checkpoint")
 
+    @property
+    def file_bytes(self) -> int:
+        """Size of all files that are begun."""
+        return sum(writer.file_bytes for writer in self._writers.values())
+
     def write(self, name: str, parts: Mapping[str, tuple[str, tuple[int, ...], bytes | memoryview]]) -> None:
         """Store the parts of one tensor; see `FileWriter.write`."""
-        self._writers[self._file_of[name]].write(name, parts)
+        file = self._file_of[name]
+        writer = self._writer(file)
+        writer.write(name, parts)
+        if self._finished is not None and writer.is_complete:
+            writer.close()
+            self._finished(self._path / file if self._folder else self._path)
 
     def __enter__(self) -> CheckpointWriter:
         return self

@@ -37,18 +37,17 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     Raises:
         NonfiniteError: others hold NaN or Inf, and the options do not allow them.
     """
-    found: dict[str, str] = {}
-    for tensor in (tensor for tensor in plan.tensors if tensor.packed):
+    known = run.journal.checked if run.journal is not None else {}
+    looked: dict[str, str] = {}
+    for tensor in (tensor for tensor in plan.tensors if tensor.packed and run.fits(tensor)):
         run.progress("Checking values", math.prod(tensor.shape), plan.packed_weights, "weights", tensor.name)
-        value = run.source.read(tensor.name)
-        if not _usable(value):
-            found[tensor.name] = NONFINITE
-        if (
-            guesses
-            and tensor.kind == "guess"
-            and (tensor.name in found or 4 * int((value == 0).sum()) >= value.numel())
-        ):
-            found[tensor.name] = TABLE
+        looked[tensor.name] = known[tensor.name] if tensor.name in known else look(run.source.read(tensor.name))
+    kinds = {tensor.name: tensor.kind for tensor in plan.tensors}
+    found = {
+        name: TABLE if guesses and kinds[name] == "guess" else note
+        for name, note in looked.items()
+        if note == NONFINITE or (note == TABLE and guesses and kinds[name] == "guess")
+    }
     bad = [name for name, note in found.items() if note == NONFINITE]
     if bad and not run.options.allow_nonfinite:
         raise NonfiniteError(
@@ -56,12 +55,16 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
             f"{' …' if len(bad) > 4 else ''}; correct the model, or pass --allow-nonfinite (allow_nonfinite=True) to store "
             "them raw"
         )
+    if run.journal is not None:
+        run.journal.add_checked({name: note for name, note in looked.items() if name not in known})
     return found
 
 
-def _usable(weight: Tensor) -> bool:
-    """Return whether every value is finite and small enough for float32 arithmetic; looked at in pieces."""
-    return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
+def look(value: Tensor) -> str:
+    """Return why a tensor's values are not those of a weight, or ""; looked at in pieces."""
+    if not all(bool((piece.float().abs() < 1e33).all()) for piece in value.flatten().split(WEIGHTS_AT_ONCE)):
+        return NONFINITE  # or too large for arithmetic in float32
+    return TABLE if 4 * int((value == 0).sum()) >= value.numel() else ""
 
 
 def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, TensorReport]:
@@ -78,14 +81,17 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     def progress(done: int) -> None:
         run.progress("Fitting", done, run.weights, "weights", tensor.name)
 
+    measured, journal, place, name = statistics.importance(tensor.name), run.journal, "", ""
+    if journal is not None and (known := journal.at_place(tensor, measured)) is not None:
+        progress(math.prod(tensor.shape))
+        return known
     value = run.source.read(tensor.name)
     matrix = as_matrix(value, tensor).to(run.device).float()
-    measured = statistics.importance(tensor.name)
     importance = _importance(run.source, tensor, matrix, measured)
-    journal, key = run.journal, ""
     if journal is not None:
-        key = journal.key(tensor, value, measured if measured else importance)
-        if (known := journal.get(key, tensor)) is not None:
+        place = journal.place_name(tensor, measured)
+        name = journal.bytes_name(tensor, value, measured if measured else importance)
+        if (known := journal.of_bytes(name, tensor)) is not None:
             progress(math.prod(tensor.shape))
             return known
     del value
@@ -97,7 +103,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
     report = _measured(tensor, parts, matrix, measured, time.perf_counter() - started)
     if journal is not None:
-        journal.put(key, parts, report)
+        journal.put(place, name, parts, report)
     return parts, report
 
 

@@ -1,7 +1,8 @@
 """Tensors that are fitted are kept beside the output until it stands, so that an interrupted run goes on where it stopped.
 
 An entry is named by all that its bytes follow from: the tensor's own, the codec with its settings, the statistics that it is
-fitted with, the device's kind. So a run of other choices takes what is the same, and nothing else.
+fitted with, the device's kind. So a run of other choices takes what is the same, and nothing else. A second name has the state
+of the source's files in place of the tensor's bytes: by that an entry is found without reading the source.
 """
 
 from __future__ import annotations
@@ -9,69 +10,88 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from seedpack._version import __version__
 from seedpack.codecs.importance import Importance
 from seedpack.codecs.registry import codec_to_json
-from seedpack.converter.plan import Plan, TensorPlan
+from seedpack.converter.plan import TensorPlan
 from seedpack.converter.report import TensorReport
 from seedpack.dtypes import to_bytes
-from seedpack.errors import OutputError
+from seedpack.errors import OutputError, first_line
 from seedpack.formats.digest import part_digest
+from seedpack.formats.header import header_length, parse_header
+from seedpack.formats.places import is_remote
 
 NUMBERS = ("error", "energy", "seconds", "output_error", "output_energy")  # of a report
+Entry = tuple[dict[str, Tensor], TensorReport]
 
 
 class Journal:
     """A folder of fitted tensors, which `formats.staging` removes once the output stands.
 
     Args:
-        folder: made with the first entry.
+        folder: made with the first entry; here or in remote storage.
         kind: of the device that fits, and the backend: they may round in their own ways.
+        state: of the source's files, "" for one in memory (see `Source.state`).
     """
 
-    def __init__(self, folder: Path, kind: str):
-        self.folder, self._kind = folder, kind
-        self._found = set(folder.glob("*.safetensors"))  # by runs before
+    def __init__(self, folder: Path, kind: str, state: str):
+        self.folder, self._kind, self._state = folder, kind, state
+        self._checked: dict[str, str] = {}
+        self._new_checks: dict[str, str] = {}
+        self.refresh()
+        self._before = set(self._of_place)
 
-    def key(self, tensor: TensorPlan, value: Tensor, importance: Importance) -> str:
-        """Return the name of an entry.
+    def refresh(self) -> None:
+        """Take note of what other processes have put here."""
+        found = list(self.folder.glob("*.safetensors")) if self.folder.exists() else []
+        self._of_place = {path.name.split("-")[0]: path for path in found}
+        self._of_bytes = {path.stem.rpartition("-")[2]: path for path in found}
+
+    def place_name(self, tensor: TensorPlan, measured: Importance) -> str:
+        """Return the name of an entry by where its tensor lies.
+
+        Args:
+            tensor: how it is packed.
+            measured: the importance that it is fitted with, as far as that does not follow from the source.
+        """
+        return _name([*self._how(tensor), tensor.name, self._state], [measured.values])
+
+    def bytes_name(self, tensor: TensorPlan, value: Tensor, importance: Importance) -> str:
+        """Return the name of an entry by the bytes of its tensor.
 
         Args:
             tensor: how it is packed.
             value: the tensor as the source has it.
             importance: that it is fitted with.
         """
-        how = [
-            __version__,
-            self._kind,
-            codec_to_json(tensor.codec),
-            list(tensor.shape),
-            tensor.transposed,
-            tensor.dtype,
-        ]
-        digest = hashlib.sha256(json.dumps(how).encode())
-        digest.update(part_digest(*to_bytes(value)).encode())
-        if importance.values is not None:
-            digest.update(part_digest(*to_bytes(importance.values)).encode())
-        return digest.hexdigest()[:32]
+        return _name(self._how(tensor), [value, importance.values])
 
-    def get(self, key: str, tensor: TensorPlan) -> tuple[dict[str, Tensor], TensorReport] | None:
-        """Return the parts and the report of an entry, if it is there and whole."""
-        path = self._path(key)
-        if not path.is_file():
-            return None
+    def _how(self, tensor: TensorPlan) -> list[object]:
+        codec = codec_to_json(tensor.codec)
+        return [__version__, self._kind, codec, list(tensor.shape), tensor.transposed, tensor.dtype]
+
+    def at_place(self, tensor: TensorPlan, measured: Importance) -> Entry | None:
+        """Return the parts and the report of a tensor, if they are here and whole, and its file is as it was."""
+        path = self._of_place.get(self.place_name(tensor, measured)) if self._state else None
+        return None if path is None else self._read(path, tensor)
+
+    def of_bytes(self, name: str, tensor: TensorPlan) -> Entry | None:
+        """Return the parts and the report of an entry by the name that `bytes_name` has given, if it is here and whole."""
+        path = self._of_bytes.get(name)
+        return None if path is None else self._read(path, tensor)
+
+    def _read(self, path: Path, tensor: TensorPlan) -> Entry | None:
         try:
-            with safe_open(path, "pt") as file:
-                kept = file.metadata()
-                parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            data = path.read_bytes()
+            length = header_length(data[:8], len(data), str(path))
+            kept, parts = parse_header(data[8 : 8 + length], len(data), str(path)).metadata, load(data)
             if kept["digest"] != _digest(parts):
                 return None
             tensor.codec.check(parts, tensor.codec_shape)
@@ -79,32 +99,69 @@ class Journal:
         except Exception:  # half of a file, or another's: it is fitted again
             return None
 
-    def put(self, key: str, parts: Mapping[str, Tensor], report: TensorReport) -> None:
+    def put(self, place: str, name: str, parts: Mapping[str, Tensor], report: TensorReport) -> None:
         """Keep a tensor's parts.
+
+        Args:
+            place: as `place_name` gives it.
+            name: as `bytes_name` gives it.
+            parts: of the tensor.
+            report: of the tensor.
 
         Raises:
             OutputError: the disk is full, or cannot be written.
         """
-        kept = {name: part.cpu().contiguous() for name, part in parts.items()}
-        plan, numbers = report.plan, {name: repr(getattr(report, name)) for name in NUMBERS}
-        notes = {**numbers, "tensor": plan.name, "codec": codec_to_json(plan.codec), "digest": _digest(kept)}
-        write_file(self._path(key), lambda partial: save_file(kept, partial, notes))
+        kept = {part: value.cpu().contiguous() for part, value in parts.items()}
+        numbers = {number: repr(getattr(report, number)) for number in NUMBERS}
+        data = save(kept, {**numbers, "digest": _digest(kept)})
+        path = self.folder / f"{place}-{name}.safetensors"
+        write_file(path, lambda partial: partial.write_bytes(data))
+        self._of_place[place] = self._of_bytes[name] = path
+        self.write_checked()
 
     def __len__(self) -> int:
-        return len(list(self.folder.glob("*.safetensors")))
+        return len(self._of_place)
 
-    def done_before(self, plan: Plan) -> int:
-        """Return how many packed tensors of a plan had an entry of their name and codec before this run, which is theirs unless the
-        source or the statistics are others now."""
-        wanted = {(tensor.name, codec_to_json(tensor.codec)) for tensor in plan.tensors if tensor.packed}
-        found = set()
-        for path in self._found:
-            with suppress(Exception), safe_open(path, "pt") as file:  # the library's own errors differ by version
-                found.add((file.metadata()["tensor"], file.metadata()["codec"]))
-        return len(wanted & found)
+    def missing(
+        self, tensors: Iterable[TensorPlan], importance: Callable[[str], Importance], *, before: bool = False
+    ) -> list[TensorPlan]:
+        """Return which of some tensors have no entry; one in memory may have changed since its entry was made.
 
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
+        Args:
+            tensors: to look for.
+            importance: by name, as for `place_name`.
+            before: take only entries that were here before this run.
+        """
+        known = self._before if before else self._of_place.keys()
+        return [t for t in tensors if not known or self.place_name(t, importance(t.name)) not in known]
+
+    @property
+    def checked(self) -> Mapping[str, str]:
+        """By the names of tensors whose values were looked at: why not to pack them, or ""."""
+        if not self._checked and self._state and self.folder.exists():
+            for path in self.folder.glob(f"values-{self._state[:32]}-*.json"):
+                with suppress(Exception):  # half of a file: they are looked at again
+                    self._checked |= {str(key): str(value) for key, value in json.loads(path.read_bytes()).items()}
+        return self._checked
+
+    def add_checked(self, found: Mapping[str, str]) -> None:
+        """Take note of what values were found to be, with the first entry to come."""
+        self._new_checks |= found
+
+    def write_checked(self) -> None:
+        """Keep what values were found to be, for runs to come; done by the first `put` too."""
+        if self._new_checks and self._state:
+            text, names = json.dumps(self._new_checks), _name(sorted(self._new_checks), [])
+            path = self.folder / f"values-{self._state[:32]}-{names}.json"
+            write_file(path, lambda partial: partial.write_text(text))
+        self._new_checks = {}
+
+
+def _name(how: Iterable[object], values: Iterable[Tensor | None]) -> str:
+    digest = hashlib.sha256(json.dumps(list(how)).encode())
+    for value in values:
+        digest.update(b"" if value is None else part_digest(*to_bytes(value)).encode())
+    return digest.hexdigest()[:32]
 
 
 def _digest(parts: Mapping[str, Tensor]) -> str:
@@ -113,7 +170,13 @@ def _digest(parts: Mapping[str, Tensor]) -> str:
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside a file, and put it in its place when it is whole and on the disk."""
+    """Write beside a file, and put it in its place when it is whole and on the disk; in remote storage a file is whole at once."""
+    if is_remote(path):
+        try:
+            write(path)
+        except Exception as error:  # each storage has its own
+            raise OutputError(f"{path}: cannot be written: {first_line(error)}; run the same command again") from error
+        return
     partial = path.parent / f".{path.name}.partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ from seedpack.converter.calibration.calibrate import (
     measured_sensitivities,
     tune_packed,
 )
-from seedpack.converter.calibration.store import FOLDER
 from seedpack.converter.estimate import require_room
 from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
 from seedpack.converter.journal import Journal
 from seedpack.converter.options import CompressOptions, Progress, checking_options, fitting_device, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
 from seedpack.converter.progress import shown
-from seedpack.converter.report import Report
+from seedpack.converter.report import Report, TensorReport
 from seedpack.converter.run import Run
+from seedpack.converter.shards import Shard, require_fitted
 from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
@@ -35,11 +36,16 @@ from seedpack.converter.workers import fit_by_workers, require_reopened
 from seedpack.dtypes import dtype_name, to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
+from seedpack.formats.lock import locked
+from seedpack.formats.places import is_remote, place
+from seedpack.formats.remote import RemoteOutput
 from seedpack.formats.staging import kept_of, stage_of
 from seedpack.formats.writer import file_bytes
 from seedpack.units import count
 
 Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
+Finished = Callable[[Path], None]
+SENT_BYTES = 5_000_000_000  # of a file of a folder in remote storage, which is made here first
 
 
 def compress(
@@ -68,38 +74,133 @@ def compress(
         NonfiniteError: naming the tensors.
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
+    return _compress(model, output, CompressOptions.of(options, changes), plan, tokenizer, progress, is_fitted=False)
+
+
+def merge(
+    model: Model,
+    output: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    plan: Plan | Edits | None = None,
+    progress: Progress | bool = False,
+    **changes: Any,
+) -> Report:
+    """Write the checkpoint whose tensors shards have fitted (see `fit_shard`); arguments as theirs.
+
+    Raises:
+        ModelError: tensors are not fitted yet, with the shards that they belong to.
+    """
+    return _compress(model, output, CompressOptions.of(options, changes), plan, None, progress, is_fitted=True)
+
+
+def fit_shard(
+    model: Model,
+    output: str | Path,
+    options: CompressOptions | None = None,
+    *,
+    shard: Shard,
+    plan: Plan | Edits | None = None,
+    progress: Progress | bool = False,
+    **changes: Any,
+) -> list[TensorReport]:
+    """Fit one share of a model's tensors, and keep them beside the output for `merge`; other processes fit the others.
+
+    All need the same model, options and storage. Of a calibration one of them runs the model, and the others wait for it.
+
+    Args:
+        model: as for `compress`; not one in memory.
+        output: as for `compress`; nothing is written there.
+        options: as for `compress`.
+        shard: which share.
+        plan: as for `compress`.
+        progress: as for `compress`.
+        changes: options by name.
+
+    Returns:
+        The reports of the share's tensors.
+
+    Raises:
+        OutputError: the output stands already, or the same shard is being fitted.
+    """
+    options = CompressOptions.of(options, changes)
+    with shown(progress) as told, open_run(model, output, options, told) as run:
+        shard.require_possible(run)
+        planned = _planned(run, plan)
+        folder = stage_of(run.output)
+        lock = (
+            nullcontext()
+            if is_remote(run.output)
+            else locked(folder / f"shard-{shard.number}", *shard.refusal(run.output))
+        )
+        with lock:
+            run = replace(run, journal=_journal(run), share=shard.of(planned))
+            followed, statistics = calibrate_plan(run, planned, plan)
+            run.release()
+            tensors = tuple(tensor for tensor in followed.tensors if tensor.packed and run.fits(tensor))
+            part = replace(followed, tensors=tensors, shared={})
+            run = replace(run, weights=part.packed_weights)
+            fit_all(run, part, statistics)
+            run.progress("Fitting", 0, run.weights, "weights")
+            reports = [fit(run, tensor, statistics)[1] for tensor in tensors]
+            run.source.require_unchanged()
+    return reports
+
+
+def _compress(
+    model: Model,
+    output: str | Path,
+    options: CompressOptions,
+    plan: Plan | Edits | None,
+    tokenizer: Any,
+    progress: Progress | bool,
+    *,
+    is_fitted: bool,
+) -> Report:
     started = time.perf_counter()
-    with (
-        shown(progress) as told,
-        open_run(model, output, CompressOptions.of(options, changes), told, tokenizer) as run,
-    ):
-        planned = make_plan(run.source, run.options, plan)
-        asked_for = run.options.exclude or plan is not None or run.options.is_raw
-        if not planned.packed_weights and not asked_for:
-            raise ModelError(_nothing_packed(run.source.name, planned))
+    with shown(progress) as told, open_run(model, output, options, told, tokenizer) as run:
+        planned = _planned(run, plan)
         require_room(planned, run.output, run.options.jobs)
-        with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
-            journal = Journal(kept_of(run.output), f"{run.device.type} {run.options.backend}")
+        with _staged(run) as (partial, finished):
+            journal = _journal(run)
+            run = replace(run, journal=journal)
             try:
-                report = _pack(replace(run, journal=journal), planned, plan, partial)
+                followed, statistics = calibrate_plan(run, planned, plan)
+                run = replace(run, weights=followed.packed_weights)
+                if is_fitted:
+                    require_fitted(run, followed, statistics)
+                fit_all(run, followed, statistics)
+                report = fit_and_write(run, followed, statistics, partial, finished)
             except KeyboardInterrupt:
                 if len(journal):
-                    place = f"kept in {stage_of(run.output)}: the same command goes on from there"
-                    told("Interrupted", 0, 0, "", f"{count(len(journal), 'tensor')} {place}")
+                    kept = f"kept in {stage_of(run.output)}: the same command goes on from there"
+                    told("Interrupted", 0, 0, "", f"{count(len(journal), 'tensor')} {kept}")
                 raise
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _pack(run: Run, plan: Plan, given: Plan | Edits | None, partial: Path) -> Report:
-    """Calibrate, fit and write by a plan, as far as runs before have not."""
-    plan, statistics = calibrate_plan(run, plan, given)
-    run = replace(run, weights=plan.packed_weights)
-    assert run.journal is not None
-    if done := run.journal.done_before(plan):
-        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {sum(t.packed for t in plan.tensors)} tensors done")
-    if run.options.jobs > 1:
-        fit_by_workers(run, plan, statistics)
-    return fit_and_write(run, plan, statistics, partial)
+def _planned(run: Run, given: Plan | Edits | None) -> Plan:
+    """Return the plan of a run, which packs something."""
+    planned = make_plan(run.source, run.options, given)
+    asked_for = run.options.exclude or given is not None or run.options.is_raw
+    if not planned.packed_weights and not asked_for:
+        raise ModelError(_nothing_packed(run.source.name, planned))
+    return planned
+
+
+def _journal(run: Run) -> Journal:
+    return Journal(kept_of(run.output), f"{run.device.type} {run.options.backend}", run.source.state)
+
+
+@contextmanager
+def _staged(run: Run) -> Iterator[tuple[Path, Finished | None]]:
+    """Yield where to write the output, and what takes a file that is whole from there."""
+    if is_remote(run.output):
+        with RemoteOutput(run.output, force=run.options.force, directory=run.writes_folder) as stage:
+            yield stage.path, stage.send
+    else:
+        with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
+            yield partial, None
 
 
 def plan(
@@ -142,10 +243,10 @@ def open_run(
     fitting_device(options.device)
     progress("Reading the model", 0, 0)
     with trusting_remote_code(options.trust_remote_code):
-        source = open_source(model, as_file=Path(output).suffix == ".safetensors", state_key=options.state_key)
+        source = open_source(model, as_file=place(output).suffix == ".safetensors", state_key=options.state_key)
     if tokenizer is not None:
         source.take_tokenizer(tokenizer)
-    run = Run(source, options, Path(output), progress)
+    run = Run(source, options, place(output), progress)
     run.check()
     if options.jobs > 1:
         require_reopened(run)
@@ -228,13 +329,35 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     return plan, statistics
 
 
-def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -> Report:
-    """Fit every tensor of a plan, and write the checkpoint under a name that is not yet the output's."""
+def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
+    """Say what runs before have done, and where there are workers, have them fit the rest."""
+    assert run.journal is not None
+    packed = [tensor for tensor in plan.tensors if tensor.packed]
+    if done := len(packed) - len(run.journal.missing(packed, statistics.importance, before=True)):
+        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {len(packed)} tensors done")
+    if run.options.jobs > 1:
+        fit_by_workers(run, run.journal.missing(packed, statistics.importance), statistics)
+
+
+def fit_and_write(
+    run: Run, plan: Plan, statistics: Statistics, partial: Path, finished: Finished | None = None
+) -> Report:
+    """Fit every tensor of a plan, and write the checkpoint under a name that is not yet the output's.
+
+    Args:
+        run: the run.
+        plan: its plan.
+        statistics: to fit with.
+        partial: the file, or the existing folder.
+        finished: as for `CheckpointWriter`.
+    """
     tuned = tune_packed(run, plan, statistics) if run.calibration is not None and run.calibration.tune else None
     planned = [tensor.for_writer() for tensor in plan.tensors]
     folder, shard_bytes, reports = run.writes_folder, run.options.shard_bytes, []
     run.progress("Fitting", 0, run.weights, "weights")
-    with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes) as writer:
+    if finished is not None and folder:
+        shard_bytes = shard_bytes or SENT_BYTES
+    with CheckpointWriter(partial, planned, plan.shared, WRITER, shard_bytes=shard_bytes, finished=finished) as writer:
         for tensor in plan.tensors:
             parts, report = fit(run if tuned is None else run.quiet(), tensor, statistics)
             if tuned is not None:
@@ -246,19 +369,17 @@ def fit_and_write(run: Run, plan: Plan, statistics: Statistics, partial: Path) -
         dtype = float_dtype(plan.dtype) if plan.dtype else None
         run.source.complete_output(partial, writer.manifest, dtype)
     run.source.require_unchanged()
-    files = partial.glob("*.safetensors") if folder else [partial]
-    size = sum(file.stat().st_size for file in files)
     reads_text = run.calibration is not None and run.calibration.is_text
     return Report(
         run.output,
         plan,
         tuple(reports),
-        size,
+        writer.file_bytes,
         0.0,
         tuple(run.source.notes),
         run.source.name,
         run.source.input_bytes,
-        run.output.parent / FOLDER if reads_text else None,
+        run.calibrations if reads_text else None,
     )
 
 

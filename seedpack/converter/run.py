@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,10 +11,15 @@ import torch
 
 from seedpack.converter.journal import Journal
 from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, silent
+from seedpack.converter.plan import TensorPlan
 from seedpack.converter.sources.base import Source
 from seedpack.errors import ModelError
-from seedpack.formats.lock import locked
+from seedpack.formats.lock import HeldError, locked
+from seedpack.formats.places import is_remote
 from seedpack.formats.staging import require_apart, require_name
+
+FOLDER = "seedpack-calibration"
+POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Run:
         progress: told of progress.
         weights: to be fitted in all, for progress.
         journal: where fitted tensors are kept until the output stands.
+        share: the names of the tensors that this run fits, of which others fit the rest; None for all.
         locks: of the folders that this run uses, released when it ends.
     """
 
@@ -36,6 +43,7 @@ class Run:
     progress: Progress = silent
     weights: int = 0
     journal: Journal | None = None
+    share: frozenset[str] | None = None
     locks: dict[Path, AbstractContextManager[None]] = field(default_factory=dict)
 
     @property
@@ -53,21 +61,44 @@ class Run:
         """True if the output is a folder."""
         return self.source.config is not None
 
+    @property
+    def calibrations(self) -> Path:
+        """The folder of calibrations: beside the output, or for one in remote storage the current folder."""
+        return (Path() if is_remote(self.output) else self.output.parent) / FOLDER
+
+    def fits(self, tensor: TensorPlan) -> bool:
+        """Return whether a tensor is among those that this run fits."""
+        return self.share is None or tensor.name in self.share
+
     def hold(self, folder: Path) -> None:
-        """Keep other runs from a folder until this one ends.
+        """Keep other runs from a folder until this one ends; one that fits only a share waits for its turn.
 
         Raises:
             OutputError: another run uses it.
         """
         if folder not in self.locks:
             lock = locked(folder, f"{folder}: another run is calibrating with it", "name an output in another folder")
-            lock.__enter__()
+            while True:
+                try:
+                    lock.__enter__()
+                except HeldError:
+                    if self.share is None:
+                        raise
+                    self.progress("Waiting for a shard that calibrates", 0, 0)  # for all
+                    time.sleep(POLL_SECONDS)
+                    lock = locked(folder, "", "")
+                else:
+                    break
             self.locks[folder] = lock
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other runs have the folders that this one kept from them."""
         while self.locks:
             self.locks.popitem()[1].__exit__(None, None, None)
 
@@ -81,7 +112,11 @@ class Run:
         Raises:
             ModelError: the output cannot be what the model becomes, or an option does not fit the model.
         """
-        require_apart(self.output, Path(self.source.name))
+        if is_remote(self.output) or is_remote(self.source.name):
+            if str(self.output) == self.source.name:
+                raise ModelError(f"{self.output}: is the model itself; name another output")
+        else:
+            require_apart(self.output, Path(self.source.name))
         require_name(self.output, is_folder=self.writes_folder)
         if self.writes_folder and self.output.suffix == ".safetensors":
             raise ModelError(f"{self.output}: a Hugging Face model becomes a folder; name one without .safetensors")

@@ -9,16 +9,16 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from seedpack.converter.fitting import fit
-from seedpack.converter.plan import Plan, TensorPlan
+from seedpack.converter.plan import TensorPlan
 from seedpack.converter.run import Run
 from seedpack.converter.sources.open import open_source
 from seedpack.converter.statistics import Statistics
@@ -35,22 +35,24 @@ def require_reopened(run: Run) -> None:
     Raises:
         ModelError: it is in memory.
     """
-    if not Path(run.source.name).exists():
+    if not run.source.state:
         raise ModelError(
             f"{run.source.name}: several workers each open the model, and this one is in memory; save it, or leave jobs out"
         )
 
 
-def fit_by_workers(run: Run, plan: Plan, statistics: Statistics) -> None:
-    """Fit the packed tensors of a plan, the largest first, by as many processes as the options say.
+def fit_by_workers(run: Run, tensors: Sequence[TensorPlan], statistics: Statistics) -> None:
+    """Fit packed tensors of a plan, the largest first, by as many processes as the options say.
 
     Raises:
         ModelError: a worker was killed.
     """
-    tensors = sorted((t for t in plan.tensors if t.packed), key=lambda tensor: -math.prod(tensor.shape))
+    assert run.journal is not None
+    tensors = sorted(tensors, key=lambda tensor: -math.prod(tensor.shape))
     jobs = min(run.options.jobs, len(tensors))
     if jobs < 2:
         return
+    run.journal.write_checked()  # not by every worker
     context = multiprocessing.get_context("spawn")
     shown = replace(run, source=None, progress=None, locks={})  # type: ignore[arg-type]
     given = shown, run.source.name, statistics.moments, max(1, torch.get_num_threads() // jobs), context.Value("i", 0)
@@ -69,6 +71,7 @@ def fit_by_workers(run: Run, plan: Plan, statistics: Statistics) -> None:
                     "there"
                 ) from error
             raise
+    run.journal.refresh()
 
 
 def _start(run: Run, name: str, moments: Any, threads: int, count: Any, parent: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -9,6 +10,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -81,6 +83,12 @@ class FolderSource(Source):
             files=self._weights.files,
             notes=self._weights.notes,
         )
+
+    @property
+    def state(self) -> str:
+        """Tells these tensors from others: by the files, and what makes tensors of them."""
+        made_by = [self._weights.state, self._beside["config.json"], version("transformers")]
+        return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
 
     def _read(self, name: str) -> Tensor:
         return self._weights._read(self._renamed.get(name, name))

@@ -16,7 +16,7 @@ from torch import Tensor
 from seedpack.codecs.importance import column_power
 from seedpack.codecs.interfaces import Rates, RowScaling
 from seedpack.converter.calibration import layerwise, moments, sensitivity, tokens
-from seedpack.converter.calibration.store import FOLDER, VERSION, Store
+from seedpack.converter.calibration.store import VERSION, Store
 from seedpack.converter.calibration.tuning import Student, Tuned, tune
 from seedpack.converter.fitting import decoded, fit, matrix_of
 from seedpack.converter.options import Text
@@ -236,7 +236,7 @@ def _store(run: Run, plan: Plan | None = None) -> Store:
     if plan is not None:
         made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
-    folder = run.output.parent / FOLDER / key
+    folder = run.calibrations / key
     run.hold(folder)
     return Store(folder, made_of)
 

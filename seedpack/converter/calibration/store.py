@@ -15,7 +15,6 @@ from seedpack.converter.journal import write_file
 from seedpack.errors import ModelError
 from seedpack.formats.reader import read_json
 
-FOLDER = "seedpack-calibration"
 VERSION = 2  # 1: texts without the token that a tokenizer puts first
 
 

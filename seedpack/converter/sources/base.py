@@ -19,6 +19,7 @@ from seedpack.errors import ModelError
 from seedpack.formats import Manifest
 from seedpack.formats.digest import part_digest
 from seedpack.formats.header import nbytes
+from seedpack.formats.places import is_remote, reaching
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,21 @@ class FileState:
     @classmethod
     def of(cls, path: Path) -> FileState:
         """Return the state of a file now; of none that is there, one that no file has."""
+        if is_remote(path):
+            return cls._of_remote(path)
         try:
             found = path.stat()
         except OSError:
             return cls(0, 0, -1, 0)
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+    @classmethod
+    def _of_remote(cls, path: Any) -> FileState:
+        """Return the state of a file in remote storage, whose listing has its size, and a digest or a time."""
+        with reaching(path):
+            path.fs.invalidate_cache()
+            key, size = path.fs.ukey(path.path), path.stat().st_size
+        return cls(0, int(hashlib.sha256(str(key).encode()).hexdigest()[:15], 16), size, 0)
 
     @classmethod
     def of_all(cls, paths: Iterable[Path]) -> dict[Path, FileState]:
@@ -149,7 +160,7 @@ class Source(ABC):
             ModelError: its file was cut off or written to since it was opened.
         """
         for path, state in self.files.items():
-            if FileState.of(path).size != state.size:
+            if not is_remote(path) and FileState.of(path).size != state.size:
                 raise self._changed(path)
         tensor = self._read(name)
         if self.files:
@@ -217,6 +228,17 @@ class Source(ABC):
             dtype: that the model is to be loaded in, if it was asked for.
         """
         raise NotImplementedError(f"{type(self).__name__} has no config, so its output is a file")
+
+    @property
+    def state(self) -> str:
+        """Tells these tensors from others without reading them, by the state of their files; empty for what is in memory.
+
+        It is the same on all machines that see the files.
+        """
+        if not self.files:
+            return ""
+        files = [(path.name, state.number, state.size, state.time) for path, state in self.files.items()]
+        return hashlib.sha256(json.dumps([files, self.config], sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:

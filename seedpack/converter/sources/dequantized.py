@@ -57,6 +57,11 @@ class DequantizedSource(Source):
             notes=[*source.notes, *_notes(weights, dtype)],
         )
 
+    @property
+    def state(self) -> str:
+        """Tells these tensors from others; see `Source`."""
+        return self._source.state
+
     def _read(self, name: str) -> Tensor:
         if name in self._weights:
             return self._weights[name].dense(self._read_stored, TORCH_DTYPES[self._dtype])

@@ -68,7 +68,18 @@ def open_torch_file(path: Path, key: str | None = None) -> Source:
     """Open the state dict of one file, which may be under a key."""
     files = FileState.of_all([path])
     tensors, dropped = load_state_dict(path, key)
-    return StateDictSource(str(path), tensors, dropped=dropped, files=files)
+    return _TorchFileSource(str(path), tensors, dropped=dropped, files=files, key=key)
+
+
+class _TorchFileSource(StateDictSource):
+    def __init__(self, *args: Any, key: str | None, **more: Any):
+        super().__init__(*args, **more)
+        self._key = key
+
+    @property
+    def state(self) -> str:
+        """Tells these tensors from others: a file may hold several state dicts."""
+        return f"{super().state} {self._key}"
 
 
 def _load(path: Path) -> object:
