@@ -9,6 +9,7 @@ from seedpack.codecs.names import codec_ids, require_bits
 from seedpack.converter.sources.paths import require_path_or_id
 from seedpack.errors import CodecError, ModelError, OptionError, OutputError
 from seedpack.formats import Checkpoint
+from seedpack.formats.places import is_remote
 from seedpack.formats.staging import exists_already, require_name
 
 
@@ -36,6 +37,8 @@ def check_compress(
     if head_bits is not None and not 1 <= head_bits <= 8:
         raise OptionError(f"head_bits must be from 1 to 8, got {head_bits}")
     require_path_or_id(model)
+    if is_remote(model) or (output is not None and is_remote(output)):
+        return  # the run looks there
     is_file = Path(model).is_file()
     into_folder = (
         is_file and output is not None and Path(output).is_dir() and not (Path(output) / "config.json").exists()

@@ -13,6 +13,8 @@ import click
 
 from seedpack.cli import output as screen
 from seedpack.cli.checks import check_compress, check_output
+from seedpack.cli.merge import keep_command
+from seedpack.formats.places import is_remote, place
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less
 MUCH_USED = 0.9  # of a size that was allowed
@@ -116,6 +118,19 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     show_default=True,
     help="Processes that fit: with a share of the cores, or a GPU.",
 )
+@click.option(
+    "--shard",
+    metavar="I/N",
+    help="Fit only the I-th of N shares of the tensors, for seedpack merge; env takes RANK and WORLD_SIZE.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(["processes", "ray"]),
+    default="processes",
+    show_default=True,
+    help="What fits: processes here, or the workers of a Ray cluster.",
+)
+@click.option("--address", help="Of the Ray cluster; default the one that this machine belongs to.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
@@ -125,19 +140,23 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @screen.trust_option
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, output: str | None, dry_run: bool, as_json: bool, **given: Any) -> None:
+def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard: str | None, **given: Any) -> None:
     """Pack MODEL into a seed + coefficient checkpoint.
 
-    MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, or a hub id.
+    MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, a hub id, or an address
+    (s3://, gs://, hf://, https://).
     """
     if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
     check_compress(model, None if dry_run else output, **given)
+    asked = dict(given)
     with screen.stages() as progress:
         progress("Starting", 0, 0)
         from seedpack import api
         from seedpack.converter.estimate import estimate
-        from seedpack.converter.pipeline import make_plan
+        from seedpack.converter.pipeline import fit_shard
+        from seedpack.converter.planning import make_plan
+        from seedpack.converter.shards import Shard
         from seedpack.converter.sources.open import open_source
         from seedpack.converter.trust import trusting_remote_code
 
@@ -155,6 +174,10 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
             plan = api.plan(source, options, output=path, edits=edits, progress=progress)
             progress("Estimating", 0, 0)
             estimated = None if as_json else estimate(plan, options)
+        elif shard is not None:
+            chosen = Shard.parse(shard)
+            keep_command(path, model, asked)
+            fitted = fit_shard(source, path, options, shard=chosen, plan=edits, progress=progress)
         else:
             check_output(path, options.force, is_folder=source.config is not None)
             if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
@@ -163,6 +186,12 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, **give
             report = api.compress(source, path, options, plan=edits, progress=progress)
     if dry_run:
         screen.show_json(plan.to_json()) if as_json else show_plan(model, plan, estimated)
+    elif shard is not None:
+        if as_json:
+            screen.show_json({"shard": str(chosen), "tensors": {t.plan.name: t.error_db for t in fitted}})
+        else:
+            screen.echo(f"shard {chosen}: {screen.count(len(fitted), 'tensor')} fitted; once all {chosen.count} are:")
+            screen.echo(f"next: seedpack merge {shlex.quote(str(path))}")
     else:
         screen.show_json(report.to_json()) if as_json else show_report(report, options)
 
@@ -194,7 +223,7 @@ def output_path(model: str, output: str | None, options: CompressOptions, *, is_
     """Return where to write: the path that was given, or a name by model, codec and bits, in a folder that was given or here."""
     into_folder = output is not None and not is_folder and goes_into(output)
     if output is not None and not into_folder:
-        return Path(output)
+        return place(output)
     codec = options.codec if isinstance(options.codec, str) else options.codec.id
     chosen = {key: value for key, value in (options.settings or {}).items() if key not in ("effort", "seed", "key")}
     if options.target_size is not None:
@@ -204,7 +233,7 @@ def output_path(model: str, output: str | None, options: CompressOptions, *, is_
     else:
         rate = [f"{4 if options.bits is None else options.bits:g}bit"]
     name = Path(model.rstrip("/"))
-    stem = name.stem if name.is_file() else name.resolve().name
+    stem = name.stem if is_remote(model) or name.is_file() else name.resolve().name
     labels = [
         stem,
         codec.replace("+", "-"),
@@ -217,6 +246,8 @@ def output_path(model: str, output: str | None, options: CompressOptions, *, is_
 def goes_into(output: str) -> bool:
     """Return whether an output is a folder to put a file in: no model lies there, which it would become a part of."""
     folder = Path(output)
+    if is_remote(output):
+        return False
     return output.endswith(os.sep) or (folder.is_dir() and not (folder / "config.json").exists())
 
 

@@ -26,6 +26,7 @@ log = logging.getLogger("seedpack")
 
 COMMANDS = {
     "compress": "Pack a model into a seed + coefficient checkpoint.",
+    "merge": "Write the checkpoint that the shards of a compress have fitted.",
     "run": "Generate text with a packed language model, or talk to it.",
     "load": "Load a packed model, report its layers, memory and time.",
     "inspect": "Show the tensors of any checkpoint, packed or not.",

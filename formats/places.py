@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from seedpack.errors import BackendError, FormatError, first_line
+from seedpack.errors import BackendError, FormatError, SeedpackError, first_line
 
 ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 PIECE, AT_ONCE = 1 << 25, 8  # bytes of a range request, and requests at once
@@ -56,7 +56,7 @@ def reaching(where: object) -> Iterator[None]:
     """
     try:
         yield
-    except (FormatError, BackendError):
+    except SeedpackError:
         raise
     except Exception as error:  # each storage has its own
         raise FormatError(

@@ -12,6 +12,7 @@ from seedpack.errors import OutputError, first_line
 from seedpack.formats.record import RECORD_FILE, file_digest, write_record
 from seedpack.formats.staging import exists_already, stage_of
 
+SENT_BYTES = 5_000_000_000  # of a folder's file, by default: it is made here before it is sent
 LAST = ("config.json", RECORD_FILE)  # a folder without them is no model yet
 
 

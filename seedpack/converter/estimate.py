@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from seedpack.converter.options import CompressOptions, fitting_device
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.errors import ModelError, OutputError
 from seedpack.formats.header import DTYPE_BYTES
+from seedpack.formats.places import is_remote
+from seedpack.formats.remote import SENT_BYTES
 from seedpack.formats.staging import kept_of
 from seedpack.memory import free_bytes, resident_bytes
 from seedpack.units import duration, size
@@ -79,9 +82,7 @@ def require_room(plan: Plan, output: Path, jobs: int = 1) -> None:
         ModelError: the largest tensors that are fitted at once do not fit the memory.
     """
     packed = [tensor for tensor in plan.tensors if tensor.packed]
-    disk = next(folder for folder in output.absolute().parents if folder.is_dir())
-    kept = sum(file.stat().st_size for file in kept_of(output).glob("*.safetensors"))
-    needed = int(plan.totals()["stored_bytes"]) + sum(tensor.stored_bytes for tensor in packed) - kept
+    disk, needed = _disk(plan, output)
     if needed > (free := shutil.disk_usage(disk).free):
         raise OutputError(
             f"{output}: takes {size(needed)} of disk (what is packed is kept twice until it stands), and {disk} has {size(free)} "
@@ -95,6 +96,16 @@ def require_room(plan: Plan, output: Path, jobs: int = 1) -> None:
             f"{what} takes {size(needed)} of memory, and {size(free)} are free; end other programs, ask for fewer jobs, or leave "
             "large tensors raw (--exclude, exclude=…)"
         )
+
+
+def _disk(plan: Plan, output: Path) -> tuple[Path, int]:
+    """Return where a run takes disk, and how much is still to be taken there."""
+    stored = int(plan.totals()["stored_bytes"])
+    if is_remote(output):
+        return Path(tempfile.gettempdir()), min(stored, SENT_BYTES)
+    disk = next(folder for folder in output.absolute().parents if folder.is_dir())
+    kept = sum(file.stat().st_size for file in kept_of(output).glob("*.safetensors"))
+    return disk, stored + sum(tensor.stored_bytes for tensor in plan.tensors if tensor.packed) - kept
 
 
 def bytes_to_fit(tensor: TensorPlan) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -38,10 +39,12 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
         NonfiniteError: others hold NaN or Inf, and the options do not allow them.
     """
     known = run.journal.checked if run.journal is not None else {}
-    looked: dict[str, str] = {}
-    for tensor in (tensor for tensor in plan.tensors if tensor.packed and run.fits(tensor)):
+    tensors = [tensor for tensor in plan.tensors if tensor.packed and run.fits(tensor)]
+    looked = {tensor.name: known[tensor.name] for tensor in tensors if tensor.name in known}
+    looks = run.cluster.look if run.cluster is not None else partial(_look_at, run.source)
+    for tensor, note in looks(tensor for tensor in tensors if tensor.name not in known):
         run.progress("Checking values", math.prod(tensor.shape), plan.packed_weights, "weights", tensor.name)
-        looked[tensor.name] = known[tensor.name] if tensor.name in known else look(run.source.read(tensor.name))
+        looked[tensor.name] = note
     kinds = {tensor.name: tensor.kind for tensor in plan.tensors}
     found = {
         name: TABLE if guesses and kinds[name] == "guess" else note
@@ -58,6 +61,11 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     if run.journal is not None:
         run.journal.add_checked({name: note for name, note in looked.items() if name not in known})
     return found
+
+
+def _look_at(source: Source, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, str]]:
+    for tensor in tensors:
+        yield tensor, look(source.read(tensor.name))
 
 
 def look(value: Tensor) -> str:

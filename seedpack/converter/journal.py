@@ -42,7 +42,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, kind: str, state: str):
-        self.folder, self._kind, self._state = folder, kind, state
+        self.folder, self.kind, self.state = folder, kind, state
         self._checked: dict[str, str] = {}
         self._new_checks: dict[str, str] = {}
         self.refresh()
@@ -61,7 +61,7 @@ class Journal:
             tensor: how it is packed.
             measured: the importance that it is fitted with, as far as that does not follow from the source.
         """
-        return _name([*self._how(tensor), tensor.name, self._state], [measured.values])
+        return _name([*self._how(tensor), tensor.name, self.state], [measured.values])
 
     def bytes_name(self, tensor: TensorPlan, value: Tensor, importance: Importance) -> str:
         """Return the name of an entry by the bytes of its tensor.
@@ -75,11 +75,11 @@ class Journal:
 
     def _how(self, tensor: TensorPlan) -> list[object]:
         codec = codec_to_json(tensor.codec)
-        return [__version__, self._kind, codec, list(tensor.shape), tensor.transposed, tensor.dtype]
+        return [__version__, self.kind, codec, list(tensor.shape), tensor.transposed, tensor.dtype]
 
     def at_place(self, tensor: TensorPlan, measured: Importance) -> Entry | None:
         """Return the parts and the report of a tensor, if they are here and whole, and its file is as it was."""
-        path = self._of_place.get(self.place_name(tensor, measured)) if self._state else None
+        path = self._of_place.get(self.place_name(tensor, measured)) if self.state else None
         return None if path is None else self._read(path, tensor)
 
     def of_bytes(self, name: str, tensor: TensorPlan) -> Entry | None:
@@ -138,8 +138,8 @@ class Journal:
     @property
     def checked(self) -> Mapping[str, str]:
         """By the names of tensors whose values were looked at: why not to pack them, or ""."""
-        if not self._checked and self._state and self.folder.exists():
-            for path in self.folder.glob(f"values-{self._state[:32]}-*.json"):
+        if not self._checked and self.state and self.folder.exists():
+            for path in self.folder.glob(f"values-{self.state[:32]}-*.json"):
                 with suppress(Exception):  # half of a file: they are looked at again
                     self._checked |= {str(key): str(value) for key, value in json.loads(path.read_bytes()).items()}
         return self._checked
@@ -150,9 +150,9 @@ class Journal:
 
     def write_checked(self) -> None:
         """Keep what values were found to be, for runs to come; done by the first `put` too."""
-        if self._new_checks and self._state:
+        if self._new_checks and self.state:
             text, names = json.dumps(self._new_checks), _name(sorted(self._new_checks), [])
-            path = self.folder / f"values-{self._state[:32]}-{names}.json"
+            path = self.folder / f"values-{self.state[:32]}-{names}.json"
             write_file(path, lambda partial: partial.write_text(text))
         self._new_checks = {}
 

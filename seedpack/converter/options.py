@@ -20,6 +20,7 @@ from seedpack.kernels.dispatch import Backend
 from seedpack.keys import add_key, default_seed
 
 TOKENS, CONTEXT = 16384, 512
+ENGINES = ("processes", "ray")
 PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "dtype", "head_bits", "target_size"})
 Text = str | Path | Tensor | Iterable[Any]
 
@@ -104,6 +105,8 @@ class CompressOptions:
         shard_bytes: in a folder, start a new file before one exceeds this.
         device: where tensors are fitted, one at a time: "cpu", "cuda" or "cuda:1".
         jobs: processes that fit tensors, of a model on disk: each has its share of the cores, or with "cuda" a GPU.
+        engine: what several workers are: "processes" on this machine, or "ray", tasks on a cluster; then `jobs` is not used.
+        address: of the Ray cluster; default the one that this machine belongs to.
         backend: which kernels to use.
     """
 
@@ -125,6 +128,8 @@ class CompressOptions:
     shard_bytes: int | None = None
     device: str | torch.device = "cpu"
     jobs: int = 1
+    engine: str = "processes"
+    address: str | None = None
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
@@ -134,6 +139,12 @@ class CompressOptions:
             object.__setattr__(self, "bits", float(self.bits))
         if type(self.jobs) is not int or self.jobs < 1:
             raise OptionError(f"jobs: expected a count of processes, got {self.jobs!r}")
+        if self.engine not in ENGINES:
+            raise OptionError(f"engine {self.engine!r}: expected one of {', '.join(ENGINES)}")
+        if self.address is not None and self.engine != "ray":
+            raise OptionError(
+                "address is that of a Ray cluster; choose the engine ray too (--engine ray, engine='ray')"
+            )
         if self.target_size is not None and self.bits is not None:
             raise OptionError("give bits or a target size, not both")
         if self.dtype is not None:

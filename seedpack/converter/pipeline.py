@@ -3,49 +3,40 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from seedpack._version import WRITER
-from seedpack.codecs.base import Codec
-from seedpack.converter.budget import is_budget, with_bits, with_size
 from seedpack.converter.calibration.calibrate import (
-    calibrate,
-    calibrate_in_sequence,
-    measured_sensitivities,
     tune_packed,
 )
 from seedpack.converter.estimate import require_room
-from seedpack.converter.fitting import apply_tuning, fit, raw_by_value
+from seedpack.converter.fitting import apply_tuning, fit
 from seedpack.converter.journal import Journal
-from seedpack.converter.options import CompressOptions, Progress, checking_options, fitting_device, float_dtype
-from seedpack.converter.plan import Plan, codec_for, default_plan
+from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype
+from seedpack.converter.plan import Plan
+from seedpack.converter.planning import Edits, calibrate_plan, make_plan, plan_of
 from seedpack.converter.progress import shown
 from seedpack.converter.report import Report, TensorReport
 from seedpack.converter.run import Run
 from seedpack.converter.shards import Shard, require_fitted
-from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
 from seedpack.converter.trust import trusting_remote_code
 from seedpack.converter.workers import fit_by_workers, require_reopened
-from seedpack.dtypes import dtype_name, to_bytes
+from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
 from seedpack.formats.lock import locked
 from seedpack.formats.places import is_remote, place
-from seedpack.formats.remote import RemoteOutput
+from seedpack.formats.remote import SENT_BYTES, RemoteOutput
 from seedpack.formats.staging import kept_of, stage_of
-from seedpack.formats.writer import file_bytes
 from seedpack.units import count
 
-Edits = str | Path | Mapping[str, Any]  # a plan document, or a file that holds one
 Finished = Callable[[Path], None]
-SENT_BYTES = 5_000_000_000  # of a file of a folder in remote storage, which is made here first
 
 
 def compress(
@@ -74,7 +65,7 @@ def compress(
         NonfiniteError: naming the tensors.
         OutputError: the output exists or cannot be written; what was there is untouched.
     """
-    return _compress(model, output, CompressOptions.of(options, changes), plan, tokenizer, progress, is_fitted=False)
+    return _compress(model, output, CompressOptions.of(options, changes), plan, tokenizer, progress)
 
 
 def merge(
@@ -83,15 +74,25 @@ def merge(
     options: CompressOptions | None = None,
     *,
     plan: Plan | Edits | None = None,
+    fitted_on: str = "cpu",
     progress: Progress | bool = False,
     **changes: Any,
 ) -> Report:
-    """Write the checkpoint whose tensors shards have fitted (see `fit_shard`); arguments as theirs.
+    """Write the checkpoint whose tensors shards have fitted (see `fit_shard`).
+
+    Args:
+        model: as the shards'.
+        output: as the shards'.
+        options: as the shards'; the device may be another.
+        plan: as the shards'.
+        fitted_on: the kind of the shards' devices, "cpu" or "cuda".
+        progress: as for `compress`.
+        changes: options by name.
 
     Raises:
         ModelError: tensors are not fitted yet, with the shards that they belong to.
     """
-    return _compress(model, output, CompressOptions.of(options, changes), plan, None, progress, is_fitted=True)
+    return _compress(model, output, CompressOptions.of(options, changes), plan, None, progress, fitted_on)
 
 
 def fit_shard(
@@ -126,7 +127,7 @@ def fit_shard(
     options = CompressOptions.of(options, changes)
     with shown(progress) as told, open_run(model, output, options, told) as run:
         shard.require_possible(run)
-        planned = _planned(run, plan)
+        planned = plan_of(run, plan)
         folder = stage_of(run.output)
         lock = (
             nullcontext()
@@ -154,20 +155,19 @@ def _compress(
     plan: Plan | Edits | None,
     tokenizer: Any,
     progress: Progress | bool,
-    *,
-    is_fitted: bool,
+    fitted_on: str | None = None,
 ) -> Report:
     started = time.perf_counter()
     with shown(progress) as told, open_run(model, output, options, told, tokenizer) as run:
-        planned = _planned(run, plan)
+        planned = plan_of(run, plan)
         require_room(planned, run.output, run.options.jobs)
         with _staged(run) as (partial, finished):
-            journal = _journal(run)
+            journal = _journal(run, fitted_on)
             run = replace(run, journal=journal)
             try:
                 followed, statistics = calibrate_plan(run, planned, plan)
                 run = replace(run, weights=followed.packed_weights)
-                if is_fitted:
+                if fitted_on is not None:
                     require_fitted(run, followed, statistics)
                 fit_all(run, followed, statistics)
                 report = fit_and_write(run, followed, statistics, partial, finished)
@@ -179,17 +179,9 @@ def _compress(
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _planned(run: Run, given: Plan | Edits | None) -> Plan:
-    """Return the plan of a run, which packs something."""
-    planned = make_plan(run.source, run.options, given)
-    asked_for = run.options.exclude or given is not None or run.options.is_raw
-    if not planned.packed_weights and not asked_for:
-        raise ModelError(_nothing_packed(run.source.name, planned))
-    return planned
-
-
-def _journal(run: Run) -> Journal:
-    return Journal(kept_of(run.output), f"{run.device.type} {run.options.backend}", run.source.state)
+def _journal(run: Run, fitted_on: str | None = None) -> Journal:
+    kind = run.kind if fitted_on is None else f"{fitted_on} {run.options.backend}"
+    return Journal(kept_of(run.output), kind, run.source.state)
 
 
 @contextmanager
@@ -248,85 +240,13 @@ def open_run(
         source.take_tokenizer(tokenizer)
     run = Run(source, options, place(output), progress)
     run.check()
-    if options.jobs > 1:
+    if options.jobs > 1 or options.engine == "ray":
         require_reopened(run)
+    if options.engine == "ray":
+        from seedpack.converter.cluster import Cluster
+
+        return replace(run, cluster=Cluster(run))
     return run
-
-
-def make_plan(
-    source: Source,
-    options: CompressOptions,
-    given: Plan | Edits | None = None,
-    sensitivities: Mapping[str, float] | None = None,
-    hessians: Collection[str] = (),
-) -> Plan:
-    """Make the plan of a source.
-
-    Args:
-        source: the model.
-        options: the choices.
-        given: a plan of this source, which is followed, or a plan document or file whose choices win.
-        sensitivities: by tensor name, as for `budget.allocate`.
-        hessians: the names of tensors that a Hessian is known for.
-    """
-    if unknown := sorted((options.importance or {}).keys() - source.tensors.keys()):
-        raise ModelError(f"importance is given for {unknown[0]!r}; no such tensor in the model")
-    if isinstance(given, Plan):
-        options.require_no_choices()
-        given.require_source(source.tensors)
-        return given
-    codec = options.codec
-    if not isinstance(codec, Codec):
-        with checking_options():
-            codec = codec_for(codec, options.bits, options.settings or {})
-    dtype = dtype_name(float_dtype(options.dtype)) if options.dtype else None
-    result = default_plan(
-        source.tensors,
-        source.shared,
-        codec,
-        include=options.include,
-        exclude=options.exclude,
-        dtype=dtype,
-    )
-    if options.target_size is not None:
-        result = with_size(
-            result,
-            options.target_size,
-            lambda p: _file_bytes(p.with_hessians(hessians)),
-            options.head_bits,
-            sensitivities,
-        )
-    elif isinstance(options.codec, str) or options.head_bits is not None:
-        result = with_bits(result, options.bits, options.head_bits, sensitivities)
-    if given is not None:
-        result = result.edited_by_file(given) if isinstance(given, (str, Path)) else result.edited(given)
-    result.check_experts()
-    return result
-
-
-def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Plan, Statistics]:
-    """Return the plan that is followed, and the statistics that it is fitted with.
-
-    A budget is allocated once more by measured sensitivities. Calibration in sequence follows the plan; only where it has
-    to be measured first the layers' inputs before packing are needed too.
-    """
-    options, calibration = run.options, run.calibration
-    stay_raw = raw_by_value(run, plan, guesses=given is None)
-    plan = plan.raw(stay_raw)
-    in_sequence = calibration is not None and calibration.sequential
-    has_budget = options.target_size is not None or is_budget(plan, options.bits)
-    measures = calibration is not None and has_budget and not isinstance(given, Plan)
-    if measures or not in_sequence:
-        statistics = calibrate(run)
-    if measures:
-        sensitivities = measured_sensitivities(run, plan, statistics)
-        plan = make_plan(run.source, options, given, sensitivities, statistics.tensors_with_hessian(plan))
-        plan = plan.raw(stay_raw)
-    if in_sequence:
-        statistics = calibrate_in_sequence(run, plan)
-    plan = plan.with_hessians(statistics.tensors_with_hessian(plan))
-    plan.check_experts()
-    return plan, statistics
 
 
 def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
@@ -335,7 +255,9 @@ def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
     packed = [tensor for tensor in plan.tensors if tensor.packed]
     if done := len(packed) - len(run.journal.missing(packed, statistics.importance, before=True)):
         run.progress("Resuming", 0, 0, "", f"resuming: {done} of {len(packed)} tensors done")
-    if run.options.jobs > 1:
+    if run.cluster is not None:
+        run.cluster.finish(run, run.journal.missing(packed, statistics.importance), statistics)
+    elif run.options.jobs > 1:
         fit_by_workers(run, run.journal.missing(packed, statistics.importance), statistics)
 
 
@@ -381,17 +303,3 @@ def fit_and_write(
         run.source.input_bytes,
         run.calibrations if reads_text else None,
     )
-
-
-def _nothing_packed(name: str, plan: Plan) -> str:
-    """Return why none of a plan's tensors is packed, and what to do."""
-    reasons = Counter(tensor.note for tensor in plan.tensors)
-    listed = "; ".join(f"{number}: {note}" for note, number in reasons.most_common(3))
-    return (
-        f"{name}: nothing can be packed of {count(len(plan.tensors), 'tensor')} ({listed}): it would only grow. Pass a model with "
-        "matrices of float32, float16 or bfloat16, or another codec or number of bits (codec=…, bits=…)"
-    )
-
-
-def _file_bytes(plan: Plan) -> int:
-    return file_bytes([tensor.for_writer() for tensor in plan.tensors], plan.shared, WRITER)

@@ -6,6 +6,7 @@ import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +18,9 @@ from seedpack.errors import ModelError
 from seedpack.formats.lock import HeldError, locked
 from seedpack.formats.places import is_remote
 from seedpack.formats.staging import require_apart, require_name
+
+if TYPE_CHECKING:
+    from seedpack.converter.cluster import Cluster
 
 FOLDER = "seedpack-calibration"
 POLL_SECONDS = 1.0
@@ -33,6 +37,7 @@ class Run:
         progress: told of progress.
         weights: to be fitted in all, for progress.
         journal: where fitted tensors are kept until the output stands.
+        cluster: whose workers look and fit.
         share: the names of the tensors that this run fits, of which others fit the rest; None for all.
         locks: of the folders that this run uses, released when it ends.
     """
@@ -43,6 +48,7 @@ class Run:
     progress: Progress = silent
     weights: int = 0
     journal: Journal | None = None
+    cluster: Cluster | None = None
     share: frozenset[str] | None = None
     locks: dict[Path, AbstractContextManager[None]] = field(default_factory=dict)
 
@@ -50,6 +56,11 @@ class Run:
     def device(self) -> torch.device:
         """The device to run and fit on."""
         return fitting_device(self.options.device)
+
+    @property
+    def kind(self) -> str:
+        """What fits: the kind of device, and the backend, which may round in their own ways."""
+        return f"{self.device.type} {self.options.backend}"
 
     @property
     def calibration(self) -> Calibration | None:
@@ -96,6 +107,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+        if self.cluster is not None:
+            self.cluster.close()
 
     def release(self) -> None:
         """Let other runs have the folders that this one kept from them."""

@@ -54,8 +54,13 @@ def fit_by_workers(run: Run, tensors: Sequence[TensorPlan], statistics: Statisti
         return
     run.journal.write_checked()  # not by every worker
     context = multiprocessing.get_context("spawn")
-    shown = replace(run, source=None, progress=None, locks={})  # type: ignore[arg-type]
-    given = shown, run.source.name, statistics.moments, max(1, torch.get_num_threads() // jobs), context.Value("i", 0)
+    given = (
+        without_process(run),
+        run.source.name,
+        statistics.moments,
+        max(1, torch.get_num_threads() // jobs),
+        context.Value("i", 0),
+    )
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(*given, os.getpid())) as workers:
         try:
             for done in as_completed([workers.submit(_fit, tensor) for tensor in tensors]):
@@ -83,15 +88,25 @@ def _start(run: Run, name: str, moments: Any, threads: int, count: Any, parent: 
     torch.set_num_threads(threads)
     with count.get_lock():
         number, count.value = count.value, count.value + 1
-    options = run.options
     if run.device.type == "cuda" and run.device.index is None:
-        options = replace(options, device=f"cuda:{number % torch.cuda.device_count()}")
+        run = replace(run, options=replace(run.options, device=f"cuda:{number % torch.cuda.device_count()}"))
+    own = reopened(run, name)
+    _work = own, Statistics(own.source, own.options.importance or {}, moments)
+
+
+def without_process(run: Run) -> Run:
+    """Return what of a run can be sent to another process."""
+    return replace(run, source=None, progress=None, locks={}, cluster=None)  # type: ignore[arg-type]
+
+
+def reopened(run: Run, name: str) -> Run:
+    """Return a run that was sent here, with its model opened again by its name."""
+    options = run.options
     if options.key is not None:
         add_key(options.key)
     with trusting_remote_code(options.trust_remote_code):
         source = open_source(name, state_key=options.state_key)
-    own = replace(run, source=source, options=options).quiet()
-    _work = own, Statistics(source, options.importance or {}, moments)
+    return replace(run, source=source).quiet()
 
 
 def _end_with(parent: int) -> None:

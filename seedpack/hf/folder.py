@@ -27,6 +27,7 @@ from seedpack.converter.trust import trusting_remote_code, trusts_remote_code
 from seedpack.dtypes import to_bytes
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import CheckpointWriter, Manifest
+from seedpack.formats.places import is_remote
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.formats.writer import SINGLE_FILE
@@ -50,17 +51,24 @@ class FolderSource(Source):
         files: the files of weights to read; default those that transformers reads unasked.
         names: of the model that these are for, where it is another one than config.json says: it may lack some of their tensors,
             and they some of its own.
+        remote: the folder in remote storage whose weights these are, where `path` has all but them.
     """
 
-    def __init__(self, path: Path, files: Sequence[Path] = (), names: CheckpointNames | None = None):
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[Path] = (),
+        names: CheckpointNames | None = None,
+        remote: Path | None = None,
+    ):
         config = read_config(path)
         documents = quantizations(config)
         require_read(documents, path)
         config = without_quantization(config)
         self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
-        self._path, self._names = path, names or names_of_folder(path, config)
+        self._path, self._remote, self._names = path, remote, names or names_of_folder(path, config)
         self._trust = trusts_remote_code()
-        weights = _open_weights(path, self._names, files)
+        weights = _open_weights(path, self._names, files, remote or path)
         self._weights = dequantized(
             weights, self._names.kind, dense_dtype(config), block_sizes(documents), is_quantised=bool(documents)
         )
@@ -70,13 +78,13 @@ class FolderSource(Source):
             del self._beside[name]
         stored = self._weights.named
         if names is None:
-            require_complete(self._names, stored, str(path))
+            require_complete(self._names, stored, str(remote or path))
         if any(self._names.converted_by(name) is not None for name in stored):
             self._weights = ConvertedSource(self._weights, self._names)
             self._names = self._names.restricted(self._weights.tensors)
         tensors, self._renamed, self._stored = _without_ties(self._weights, self._names)
         super().__init__(
-            str(path),
+            str(remote or path),
             tensors,
             config=config,
             dropped=[*self._weights.dropped, *stale],
@@ -110,12 +118,12 @@ class FolderSource(Source):
         return self._names.parameters(name)
 
     def open_model(self) -> OpenModel:
-        """Open the model with its tokenizer: that of the folder itself, or where it is quantised, of a dense copy."""
+        """Open the model with its tokenizer: that of the folder itself, or where it is quantised or remote, of a dense copy."""
         with trusting_remote_code(self._trust):
             return self._open_model()
 
     def _open_model(self) -> OpenModel:
-        if self._is_dense:
+        if self._is_dense and self._remote is None:
             return open_folder_model(self._path)
         copy = tempfile.TemporaryDirectory(prefix="seedpack-dense-")
         with ExitStack() as stack:
@@ -192,13 +200,16 @@ def _write_config(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _open_weights(path: Path, names: CheckpointNames, files: Sequence[Path]) -> Source:
+def _open_weights(path: Path, names: CheckpointNames, files: Sequence[Path], place: Path) -> Source:
     """Open the weights of a folder by their own names."""
-    files = files or _weight_files(path, "model.safetensors") or _weight_files(path, "pytorch_model.bin")
     if not files:
-        raise ModelError(f"{path}: holds neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+        old = [] if is_remote(place) else _weight_files(path, "pytorch_model.bin", place)
+        files = _weight_files(path, SINGLE_FILE, place) or old
+    if not files:
+        either = "no" if is_remote(place) else "neither pytorch_model.bin nor"
+        raise ModelError(f"{place}: holds {either} {SINGLE_FILE}, nor an index of shards")
     if all(file.suffix == ".safetensors" for file in files):
-        return SafetensorsSource(files, str(path), names.kind)
+        return SafetensorsSource(files, str(place), names.kind)
     states, state = FileState.of_all(files), dict[str, Tensor]()
     for file in files:
         state |= load_state_dict(file)[0]
@@ -234,38 +245,46 @@ def _without_ties(
     return tensors, renamed, stored
 
 
-def _weight_files(path: Path, single: str) -> list[Path]:
-    """Return a folder's file of weights, or its shards; none where there is neither."""
+def _weight_files(path: Path, single: str, place: Path) -> list[Path]:
+    """Return a folder's file of weights, or its shards, where they lie; none where there is neither."""
     index = path / f"{single}.index.json"
     if not index.is_file():
-        return [path / single] if (path / single).is_file() else []
+        return [place / single] if (place / single).is_file() else []
     document = read_json(index)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or len(name) > 255 or not (path / name).is_file():
+        if Path(name).name != name or len(name) > 255 or not (place / name).is_file():
             raise ModelError(f"{index}: names the shard {name[:120]!r}, which is not in the folder")
-    return [path / name for name in names]
+    return [place / name for name in names]
 
 
 def _further_files(path: Path) -> list[str]:
-    """Return the relative names of the files beside the weights that a folder made of this one should keep.
+    """Return the relative names of the files beside the weights that a folder made of this one should keep."""
+    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
+    return [name for name in beside_weights(names, sentence_modules(path)) if name != "config.json"]
+
+
+def beside_weights(names: Iterable[PurePath], modules: Sequence[str]) -> list[str]:
+    """Return which of a folder's files are not its weights, nor an index of them.
 
     Subfolders come along: of processors, chat templates, and of sentence-transformers' modules, with the weights of these.
+
+    Args:
+        names: relative to the folder.
+        modules: as `sentence_modules` returns them.
     """
-    modules = sentence_modules(path)
 
     def is_kept(name: PurePath) -> bool:
-        if len(name.parts) == 1 and (name.name in ("config.json", RECORD_FILE) or name.name.endswith(".index.json")):
+        if len(name.parts) == 1 and (name.name == RECORD_FILE or name.name.endswith(".index.json")):
             return False
         is_weights = name.suffix.lower() in WEIGHT_SUFFIXES and not any(
             name.is_relative_to(module) for module in modules
         )
         return not is_weights and not any(part.startswith(".") for part in name.parts)
 
-    names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
     return sorted(name.as_posix() for name in names if is_kept(name))
 
 

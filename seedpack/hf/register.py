@@ -23,6 +23,7 @@ SOURCES = {
     "folder": "seedpack.hf.folder:FolderSource",
     ".gguf": "seedpack.hf.gguf:GGUFSource",
     "pretrained": "seedpack.hf.pretrained:open_live",
+    "remote": "seedpack.hf.remote:open_remote",
     "hub": "seedpack.hf.hub:download",
 }
 

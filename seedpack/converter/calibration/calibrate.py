@@ -31,16 +31,17 @@ from seedpack.errors import ModelError
 PackedWeights = Callable[[Any, Store, dict[str, Tensor]], AbstractContextManager[None]]
 
 
-def calibrate(run: Run) -> Statistics:
+def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
     """Return the statistics of the inputs of a model's layers as it is.
 
-    Those of a language model are kept in a folder beside the output, and found there again.
+    Those of a language model are kept in a folder beside the output, and found there again. A run's cluster fits the tensors of
+    each layer by a plan, if one is given, while the next ones are calibrated.
     """
     given = run.options.importance or {}
     if run.calibration is None:
         return Statistics(run.source, given)
     if run.calibration.is_text:
-        return _statistics(run, _read_text(run, _store(run)))
+        return _statistics(run, _read_text(run, _store(run), plan=plan if run.cluster is not None else None))
     model = run.source.open_model().module
     return Statistics(run.source, given, moments.run(model.to(run.device), run.calibration.text, run.device))
 
@@ -50,7 +51,7 @@ def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
 
     Layers are fitted on the way, by `plan`: the journal has their parts then.
     """
-    tensors = {name: t for t in plan.tensors if t.packed for name in run.source.parameters(t.name)}
+    tensors = _by_parameter(run, plan)
 
     def packed_weights(model: Any, store: Store, values: dict[str, Tensor]) -> AbstractContextManager[None]:
         statistics = Statistics(run.source, moments=values)
@@ -61,6 +62,10 @@ def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
     if not run.calibration.is_text:
         raise ModelError("calibration in sequence is for language models calibrated on text; leave it out")
     return _statistics(run, _read_text(run, _store(run, plan), packed_weights))
+
+
+def _by_parameter(run: Run, plan: Plan) -> dict[str, TensorPlan]:
+    return {name: t for t in plan.tensors if t.packed for name in run.source.parameters(t.name)}
 
 
 def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict[str, float]:
@@ -178,8 +183,9 @@ def _statistics(run: Run, store: Store) -> Statistics:
     return Statistics(run.source, run.options.importance or {}, store)
 
 
-def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = None) -> Store:
+def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = None, plan: Plan | None = None) -> Store:
     """Have a language model read its text, layer by layer, from where the store ends."""
+    tensors = _by_parameter(run, plan) if plan is not None else {}
     run.progress("Loading the model to calibrate", 0, 0)
     if store.complete:
         return store
@@ -196,6 +202,9 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
 
     def layer_done(layer: str, values: dict[str, Tensor], output: Tensor | None) -> None:
         store.add(layer, values, output)
+        if run.cluster is not None:
+            known = [tensors[name].with_hessian() for name in values if name in tensors]
+            run.cluster.submit(run, known, Statistics(run.source, run.options.importance or {}, values))
         run.progress("Calibrating", 1 if layer else 0, len(opened.layer_names), "layers")
 
     change = None if packed_weights is None else lambda values: packed_weights(model, store, values)

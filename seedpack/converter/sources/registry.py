@@ -13,7 +13,7 @@ def register_source(kind: str, opener: str) -> None:
     """Register what opens a kind of model.
 
     Args:
-        kind: "folder", "hub", "pretrained" (a live module that can save itself), or a file's suffix such as ".gguf".
+        kind: "folder", "remote" (a folder in remote storage), "hub", "pretrained" (a live module that can save itself), or a file's suffix such as ".gguf".
         opener: "module:function"; the function takes the path and returns a `Source`; that of "pretrained" takes the module,
             and whether it becomes a file; that of "hub" takes a name and returns the path to open.
     """
