@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from seedpack.converter.workers import reopened, without_process
 from seedpack.errors import BackendError, ModelError, SeedpackError, first_line
 
 Work = tuple[Run, str, str]  # as sent: without its source, which has a name and a state
+CONNECT_SECONDS = 10
 RETRIES = 5  # of a task whose worker dies
 
 
@@ -120,9 +123,13 @@ def _connected(address: str | None) -> Any:
         import ray
     except ImportError:
         raise BackendError("engine ray: Ray is not installed; pip install 'seedpack-torch[ray]'") from None
+    where = address or os.environ.get("RAY_ADDRESS", "auto")
+    host, _, port = where.rpartition(":")
     try:
-        ray.init(address or "auto", log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        if host and port.isdigit():
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()  # Ray itself would try for minutes
+        ray.init(where, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
         raise BackendError(
             f"engine ray: no cluster to join ({first_line(error)}); start one with ray start --head, or name its address"
         ) from None

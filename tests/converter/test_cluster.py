@@ -13,10 +13,9 @@ import torch
 
 import seedpack
 from seedpack.errors import BackendError, ModelError, NonfiniteError, OptionError
-from tests.helpers.marks import slow
 from tests.helpers.models import llama
 
-pytestmark = slow
+pytestmark = pytest.mark.slow
 OPTIONS: dict[str, Any] = {"codec": "trellis", "settings": {"effort": "fast"}}
 
 
@@ -60,9 +59,7 @@ def test_layers_are_fitted_as_they_are_calibrated(cluster: Any, tmp_path: Path) 
 
     seedpack.compress(tmp_path / "dense", tmp_path / "one" / "out", **options)
     many = tmp_path / "many" / "out"
-    seedpack.compress(
-        tmp_path / "dense", many, **options, engine="ray", address=cluster.address, progress=progress
-    )
+    seedpack.compress(tmp_path / "dense", many, **options, engine="ray", address=cluster.address, progress=progress)
     assert (many / "model.safetensors").read_bytes() == (tmp_path / "one" / "out" / "model.safetensors").read_bytes()
     assert "Fitting" in seen[: len(seen) - seen[::-1].index("Calibrating")]
 
@@ -105,8 +102,7 @@ def test_errors_are_those_of_the_run(cluster: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
-def test_no_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+def test_no_cluster(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match="no cluster to join"):
         seedpack.compress(model(tmp_path), tmp_path / "out", **OPTIONS, engine="ray", address="127.0.0.1:1")
     with pytest.raises(OptionError, match="choose the engine ray too"):

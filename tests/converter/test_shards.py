@@ -113,12 +113,17 @@ def test_the_commands(model: Path, tmp_path: Path) -> None:
         assert result.exit_code == code, result.output
         return result.output
 
-    output, command = tmp_path / "out.safetensors", ["compress", model, "-o", tmp_path / "out.safetensors", "--effort", "fast"]
+    output, command = (
+        tmp_path / "out.safetensors",
+        ["compress", model, "-o", tmp_path / "out.safetensors", "--effort", "fast"],
+    )
     assert "no shard of it was begun here" in run("merge", output, code=1)
     text = run(*command, "--shard", "1/2")
     assert "shard 1/2: 4 tensors fitted; once all 2 are:" in text or "shard 1/2: 3 tensors fitted" in text
     assert f"next: seedpack merge {output}" in text.replace("\n", "")
-    assert "shards were begun with another bits" in run(*command, "--bits", 3, "--shard", "2/2", code=2).replace("\n", " ")
+    assert "shards were begun with another bits" in run(*command, "--bits", 3, "--shard", "2/2", code=2).replace(
+        "\n", " "
+    )
     assert "are not fitted yet" in run("merge", output, code=1)
     assert json.loads(run(*command, "--shard", "2/2", "--jobs", 1, "--json"))["shard"] == "2/2"
     assert "Packed" in run("merge", output)
