@@ -13,7 +13,7 @@ import click
 
 from seedpack.cli import output as screen
 from seedpack.cli.checks import check_compress, check_output
-from seedpack.cli.merge import keep_command
+from seedpack.cli.shards import keep_command
 from seedpack.formats.places import is_remote, place
 
 MUCH_RAW = 0.2  # of the weights: who packs a model expects less

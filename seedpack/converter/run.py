@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
@@ -14,16 +15,34 @@ from seedpack.converter.journal import Journal
 from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, silent
 from seedpack.converter.plan import TensorPlan
 from seedpack.converter.sources.base import Source
+from seedpack.converter.statistics import Statistics
 from seedpack.errors import ModelError
 from seedpack.formats.lock import HeldError, locked
 from seedpack.formats.places import is_remote
 from seedpack.formats.staging import require_apart, require_name
 
-if TYPE_CHECKING:
-    from seedpack.converter.cluster import Cluster
-
 FOLDER = "seedpack-calibration"
 POLL_SECONDS = 1.0
+
+
+class Workers(Protocol):
+    """Workers on other machines; see `cluster`."""
+
+    def look(self, tensors: Iterable[TensorPlan], /) -> Iterable[tuple[TensorPlan, str]]:
+        """Look at the values of tensors; see `fitting.look`."""
+        ...
+
+    def submit(self, run: Run, tensors: Iterable[TensorPlan], statistics: Statistics, /) -> None:
+        """Have tensors fitted, and take what is done."""
+        ...
+
+    def finish(self, run: Run, tensors: Iterable[TensorPlan], statistics: Statistics, /) -> None:
+        """Have tensors fitted, and wait for all that is being fitted."""
+        ...
+
+    def close(self) -> None:
+        """Give up what is not done."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ class Run:
     progress: Progress = silent
     weights: int = 0
     journal: Journal | None = None
-    cluster: Cluster | None = None
+    cluster: Workers | None = None
     share: frozenset[str] | None = None
     locks: dict[Path, AbstractContextManager[None]] = field(default_factory=dict)
 
@@ -59,7 +78,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """What fits: the kind of device, and the backend, which may round in their own ways."""
+        """The kind of device that fits, and the backend: each may round in its own way."""
         return f"{self.device.type} {self.options.backend}"
 
     @property

@@ -60,7 +60,12 @@ def test_the_source_is_not_read_again(model: Path, tmp_path: Path, monkeypatch: 
     for number in (1, 2):
         fit_shard(model, output, **OPTIONS, shard=Shard(number, 2))
     read, seen = Source.read, list[str]()
-    monkeypatch.setattr(Source, "read", lambda self, name: (seen.append(name), read(self, name))[1])
+
+    def recorded(self: Source, name: str) -> torch.Tensor:
+        seen.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Source, "read", recorded)
     merge(model, output, **OPTIONS)
     assert sorted(seen) == [f"{i}.bias" for i in range(7)]
 
