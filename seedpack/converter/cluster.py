@@ -40,6 +40,8 @@ class Cluster:
         run: the run.
     """
 
+    streams = True
+
     def __init__(self, run: Run):
         self._ray, self._gpus = _connected(run.options.address), int(run.device.type == "cuda")
         self._tasks: dict[Any, TensorPlan] = {}

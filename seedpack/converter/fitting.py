@@ -41,7 +41,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     known = run.journal.checked if run.journal is not None else {}
     tensors = [tensor for tensor in plan.tensors if tensor.packed and run.fits(tensor)]
     looked = {tensor.name: known[tensor.name] for tensor in tensors if tensor.name in known}
-    looks = run.cluster.look if run.cluster is not None else partial(_look_at, run.source)
+    looks = run.workers.look if run.workers is not None else partial(look_at, run.source)
     for tensor, note in looks(tensor for tensor in tensors if tensor.name not in known):
         run.progress("Checking values", math.prod(tensor.shape), plan.packed_weights, "weights", tensor.name)
         looked[tensor.name] = note
@@ -63,7 +63,8 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     return found
 
 
-def _look_at(source: Source, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, str]]:
+def look_at(source: Source, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, str]]:
+    """Look at the values of tensors, one after the other; see `look`."""
     for tensor in tensors:
         yield tensor, look(source.read(tensor.name))
 

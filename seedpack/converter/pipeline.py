@@ -26,7 +26,7 @@ from seedpack.converter.shards import Shard, require_fitted
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
 from seedpack.converter.trust import trusting_remote_code
-from seedpack.converter.workers import fit_by_workers, require_reopened
+from seedpack.converter.workers import Processes, require_reopened
 from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError
 from seedpack.formats import CheckpointWriter, staged
@@ -245,8 +245,8 @@ def open_run(
     if options.engine == "ray":
         from seedpack.converter.cluster import Cluster
 
-        return replace(run, cluster=Cluster(run))
-    return run
+        return replace(run, workers=Cluster(run))
+    return replace(run, workers=Processes(run)) if options.jobs > 1 else run
 
 
 def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
@@ -255,10 +255,8 @@ def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
     packed = [tensor for tensor in plan.tensors if tensor.packed]
     if done := len(packed) - len(run.journal.missing(packed, statistics.importance, before=True)):
         run.progress("Resuming", 0, 0, "", f"resuming: {done} of {len(packed)} tensors done")
-    if run.cluster is not None:
-        run.cluster.finish(run, run.journal.missing(packed, statistics.importance), statistics)
-    elif run.options.jobs > 1:
-        fit_by_workers(run, run.journal.missing(packed, statistics.importance), statistics)
+    if run.workers is not None:
+        run.workers.finish(run, run.journal.missing(packed, statistics.importance), statistics)
 
 
 def fit_and_write(

@@ -26,7 +26,13 @@ POLL_SECONDS = 1.0
 
 
 class Workers(Protocol):
-    """Workers on other machines; see `cluster`."""
+    """Other processes that look at a run's tensors and fit them: `workers.Processes`, or `cluster.Cluster`.
+
+    Attributes:
+        streams: tensors are to be submitted as soon as their statistics are known.
+    """
+
+    streams: bool
 
     def look(self, tensors: Iterable[TensorPlan], /) -> Iterable[tuple[TensorPlan, str]]:
         """Look at the values of tensors; see `fitting.look`."""
@@ -56,7 +62,7 @@ class Run:
         progress: told of progress.
         weights: to be fitted in all, for progress.
         journal: where fitted tensors are kept until the output stands.
-        cluster: whose workers look and fit.
+        workers: other processes that look and fit.
         share: the names of the tensors that this run fits, of which others fit the rest; None for all.
         locks: of the folders that this run uses, released when it ends.
     """
@@ -67,7 +73,7 @@ class Run:
     progress: Progress = silent
     weights: int = 0
     journal: Journal | None = None
-    cluster: Workers | None = None
+    workers: Workers | None = None
     share: frozenset[str] | None = None
     locks: dict[Path, AbstractContextManager[None]] = field(default_factory=dict)
 
@@ -126,8 +132,8 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self.release()
-        if self.cluster is not None:
-            self.cluster.close()
+        if self.workers is not None:
+            self.workers.close()
 
     def release(self) -> None:
         """Let other runs have the folders that this one kept from them."""

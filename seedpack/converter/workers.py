@@ -1,5 +1,5 @@
-"""Several processes that fit the tensors of one run: each has its share of the cores, or a GPU of its own, opens the model itself,
-and puts what it fits into the run's journal."""
+"""Several processes that look at and fit the tensors of one run: each has its share of the cores, or a GPU of its own, opens the model
+itself, and puts what it fits into the run's journal."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from seedpack.converter.fitting import fit
+from seedpack.converter.fitting import fit, look, look_at
+from seedpack.converter.journal import Journal
 from seedpack.converter.plan import TensorPlan
 from seedpack.converter.run import Run
 from seedpack.converter.sources.open import open_source
-from seedpack.converter.statistics import Statistics
+from seedpack.converter.statistics import SecondMoments, Statistics
 from seedpack.converter.trust import trusting_remote_code
 from seedpack.errors import ModelError
 from seedpack.keys import add_key
-
-_work: tuple[Run, Statistics]  # of this process, if it is a worker
 
 
 def require_reopened(run: Run) -> None:
@@ -41,62 +41,76 @@ def require_reopened(run: Run) -> None:
         )
 
 
-def fit_by_workers(run: Run, tensors: Sequence[TensorPlan], statistics: Statistics) -> None:
-    """Fit packed tensors of a plan, the largest first, by as many processes as the options say.
+class Processes:
+    """The processes of one run, on this machine; they begin with the first work.
 
-    Raises:
-        ModelError: a worker was killed.
+    Args:
+        run: whose model can be opened by its name.
     """
-    assert run.journal is not None
-    tensors = sorted(tensors, key=lambda tensor: -math.prod(tensor.shape))
-    jobs = min(run.options.jobs, len(tensors))
-    if jobs < 2:
-        return
-    run.journal.write_checked()  # not by every worker
-    context = multiprocessing.get_context("spawn")
-    given = (
-        without_process(run),
-        run.source.name,
-        statistics.moments,
-        max(1, torch.get_num_threads() // jobs),
-        context.Value("i", 0),
-    )
-    with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(*given, os.getpid())) as workers:
+
+    streams = False  # while it is calibrated, the model takes all cores
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._pool: ProcessPoolExecutor | None = None
+
+    def look(self, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, str]]:
+        """Look at the values of tensors; see `fitting.look`."""
+        tensors = list(tensors)
+        if len(tensors) < 2:
+            yield from look_at(self._run.source, tensors)
+        else:
+            yield from self._done({self._workers().submit(_look, tensor): tensor for tensor in tensors})
+
+    def submit(self, run: Run, tensors: Iterable[TensorPlan], statistics: Statistics) -> None:
+        """Do nothing yet."""
+
+    def finish(self, run: Run, tensors: Iterable[TensorPlan], statistics: Statistics) -> None:
+        """Fit tensors, the largest first, into the run's journal.
+
+        Raises:
+            ModelError: a worker was killed.
+        """
+        tensors = sorted(tensors, key=lambda tensor: -math.prod(tensor.shape))
+        if len(tensors) < 2:
+            return
+        journal = run.journal
+        assert journal is not None
+        journal.write_checked()  # not by every worker
+        place = journal.folder, journal.kind, journal.state
+        tasks = {self._workers().submit(_fit, tensor, place, statistics.moments): tensor for tensor in tensors}
+        for tensor, _ in self._done(tasks):
+            run.progress("Fitting", math.prod(tensor.shape), run.weights, "weights", tensor.name)
+        journal.refresh()
+
+    def _workers(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            jobs, context = self._run.options.jobs, multiprocessing.get_context("spawn")
+            threads = max(1, torch.get_num_threads() // jobs)
+            given = without_process(self._run), self._run.source.name, threads, context.Value("i", 0), os.getpid()
+            self._pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=given)
+        return self._pool
+
+    def _done(self, tasks: dict[Future[Any], TensorPlan]) -> Iterator[tuple[TensorPlan, Any]]:
         try:
-            for done in as_completed([workers.submit(_fit, tensor) for tensor in tensors]):
-                tensor = done.result()
-                run.progress("Fitting", math.prod(tensor.shape), run.weights, "weights", tensor.name)
-        except BaseException as error:
-            for process in multiprocessing.active_children():
+            for task in as_completed(tasks):
+                yield tasks[task], task.result()
+        except BrokenProcessPool as error:
+            raise ModelError(
+                "a worker was killed (memory may have run out); run the same command again, with fewer jobs: it goes on from there"
+            ) from error
+
+    def close(self) -> None:
+        """Give up what is not done."""
+        if self._pool is not None:
+            for process in list(self._pool._processes.values() if self._pool._processes else ()):
                 process.terminate()
-            workers.shutdown(cancel_futures=True)
-            if isinstance(error, BrokenProcessPool):
-                raise ModelError(
-                    "a worker was killed (memory may have run out); run the same command again, with fewer jobs: it goes on from "
-                    "there"
-                ) from error
-            raise
-    run.journal.refresh()
-
-
-def _start(run: Run, name: str, moments: Any, threads: int, count: Any, parent: int) -> None:
-    """Open the model in a worker, which ends with its parent, and leaves interrupts to it."""
-    global _work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(threads)
-    with count.get_lock():
-        number, count.value = count.value, count.value + 1
-    if run.device.type == "cuda" and run.device.index is None:
-        run = replace(run, options=replace(run.options, device=f"cuda:{number % torch.cuda.device_count()}"))
-    own = reopened(run, name)
-    _work = own, Statistics(own.source, own.options.importance or {}, moments)
+            self._pool.shutdown(cancel_futures=True)
 
 
 def without_process(run: Run) -> Run:
     """Return what of a run can be sent to another process."""
-    return replace(run, source=None, progress=None, locks={}, cluster=None)  # type: ignore[arg-type]
+    return replace(run, source=None, progress=None, locks={}, workers=None)  # type: ignore[arg-type]
 
 
 def reopened(run: Run, name: str) -> Run:
@@ -109,13 +123,35 @@ def reopened(run: Run, name: str) -> Run:
     return replace(run, source=source).quiet()
 
 
+_own: Run  # of this process, if it is a worker
+
+
+def _start(run: Run, name: str, threads: int, count: Any, parent: int) -> None:
+    """Open the model in a worker, which ends with its parent, and leaves interrupts to it."""
+    global _own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(threads)
+    with count.get_lock():
+        number, count.value = count.value, count.value + 1
+    if run.device.type == "cuda" and run.device.index is None:
+        run = replace(run, options=replace(run.options, device=f"cuda:{number % torch.cuda.device_count()}"))
+    _own = reopened(run, name)
+
+
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _fit(tensor: TensorPlan) -> TensorPlan:
-    run, statistics = _work
-    fit(run, tensor, statistics)
-    return tensor
+def _look(tensor: TensorPlan) -> str:
+    return look(_own.source.read(tensor.name))
+
+
+def _fit(tensor: TensorPlan, place: tuple[Path, str, str], moments: SecondMoments) -> None:
+    global _own
+    if _own.journal is None:
+        _own = replace(_own, journal=Journal(*place))
+    fit(_own, tensor, Statistics(_own.source, _own.options.importance or {}, moments))

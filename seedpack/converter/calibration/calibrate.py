@@ -34,14 +34,16 @@ PackedWeights = Callable[[Any, Store, dict[str, Tensor]], AbstractContextManager
 def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
     """Return the statistics of the inputs of a model's layers as it is.
 
-    Those of a language model are kept in a folder beside the output, and found there again. A run's cluster fits the tensors of
-    each layer by a plan, if one is given, while the next ones are calibrated.
+    Those of a language model are kept in a folder beside the output, and found there again. Workers on other machines fit the
+    tensors of each layer by a plan, if one is given, while the next ones are calibrated.
     """
     given = run.options.importance or {}
     if run.calibration is None:
         return Statistics(run.source, given)
     if run.calibration.is_text:
-        return _statistics(run, _read_text(run, _store(run), plan=plan if run.cluster is not None else None))
+        return _statistics(
+            run, _read_text(run, _store(run), plan=plan if run.workers is not None and run.workers.streams else None)
+        )
     model = run.source.open_model().module
     return Statistics(run.source, given, moments.run(model.to(run.device), run.calibration.text, run.device))
 
@@ -202,9 +204,9 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
 
     def layer_done(layer: str, values: dict[str, Tensor], output: Tensor | None) -> None:
         store.add(layer, values, output)
-        if run.cluster is not None:
+        if tensors and run.workers is not None:
             known = [tensors[name].with_hessian() for name in values if name in tensors]
-            run.cluster.submit(run, known, Statistics(run.source, run.options.importance or {}, values))
+            run.workers.submit(run, known, Statistics(run.source, run.options.importance or {}, values))
         run.progress("Calibrating", 1 if layer else 0, len(opened.layer_names), "layers")
 
     change = None if packed_weights is None else lambda values: packed_weights(model, store, values)
