@@ -72,7 +72,7 @@ class Journal:
             with safe_open(path, "pt") as file:
                 kept = file.metadata()
                 parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            if kept["digest"] != _digest(parts):
+            if kept["digest"] != tensors_digest(parts):
                 return None
             tensor.codec.check(parts, tensor.codec_shape)
             return parts, TensorReport(tensor, **{name: float(kept[name]) for name in NUMBERS})
@@ -87,7 +87,7 @@ class Journal:
         """
         kept = {name: part.cpu().contiguous() for name, part in parts.items()}
         plan, numbers = report.plan, {name: repr(getattr(report, name)) for name in NUMBERS}
-        notes = {**numbers, "tensor": plan.name, "codec": codec_to_json(plan.codec), "digest": _digest(kept)}
+        notes = {**numbers, "tensor": plan.name, "codec": codec_to_json(plan.codec), "digest": tensors_digest(kept)}
         write_file(self._path(key), lambda partial: save_file(kept, partial, notes))
 
     def __len__(self) -> int:
@@ -107,8 +107,9 @@ class Journal:
         return self.folder / f"{key}.safetensors"
 
 
-def _digest(parts: Mapping[str, Tensor]) -> str:
-    digests = {name: part_digest(*to_bytes(part)) for name, part in sorted(parts.items())}
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest of some tensors with their names."""
+    digests = {name: part_digest(*to_bytes(tensor)) for name, tensor in sorted(tensors.items())}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

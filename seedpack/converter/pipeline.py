@@ -95,8 +95,7 @@ def _pack(run: Run, plan: Plan, given: Plan | Edits | None, partial: Path) -> Re
     plan, statistics = calibrate_plan(run, plan, given)
     run = replace(run, weights=plan.packed_weights)
     assert run.journal is not None
-    if done := run.journal.done_before(plan):
-        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {sum(t.packed for t in plan.tensors)} tensors done")
+    run.resuming(run.journal.done_before(plan), f"{sum(t.packed for t in plan.tensors)} tensors done")
     if run.options.jobs > 1:
         fit_by_workers(run, plan, statistics)
     return fit_and_write(run, plan, statistics, partial)

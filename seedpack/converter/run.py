@@ -67,9 +67,18 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         while self.locks:
-            self.locks.popitem()[1].__exit__(None, None, None)
+            folder, lock = self.locks.popitem()
+            lock.__exit__(None, None, None)
+            if kind is KeyboardInterrupt and folder.exists():  # with a calibration, or the beginning of one
+                text = f"calibration kept in {folder}: the same command goes on from there"
+                self.progress("Interrupted", 0, 0, "", text)
+
+    def resuming(self, done: int, goal: str) -> None:
+        """Say what earlier runs have done, if anything, of a goal such as "30 layers calibrated"."""
+        if done:
+            self.progress("Resuming", 0, 0, "", f"resuming: {done} of {goal}")
 
     def quiet(self) -> Run:
         """Return this run without progress."""
