@@ -92,7 +92,7 @@ class Journal:
             data = path.read_bytes()
             length = header_length(data[:8], len(data), str(path))
             kept, parts = parse_header(data[8 : 8 + length], len(data), str(path)).metadata, load(data)
-            if kept["digest"] != _digest(parts):
+            if kept["digest"] != tensors_digest(parts):
                 return None
             tensor.codec.check(parts, tensor.codec_shape)
             return parts, TensorReport(tensor, **{name: float(kept[name]) for name in NUMBERS})
@@ -113,7 +113,7 @@ class Journal:
         """
         kept = {part: value.cpu().contiguous() for part, value in parts.items()}
         numbers = {number: repr(getattr(report, number)) for number in NUMBERS}
-        data = save(kept, {**numbers, "digest": _digest(kept)})
+        data = save(kept, {**numbers, "digest": tensors_digest(kept)})
         path = self.folder / f"{place}-{name}.safetensors"
         write_file(path, lambda partial: partial.write_bytes(data))
         self._of_place[place] = self._of_bytes[name] = path
@@ -164,8 +164,9 @@ def _name(how: Iterable[object], values: Iterable[Tensor | None]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _digest(parts: Mapping[str, Tensor]) -> str:
-    digests = {name: part_digest(*to_bytes(part)) for name, part in sorted(parts.items())}
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the digest of some tensors with their names."""
+    digests = {name: part_digest(*to_bytes(tensor)) for name, tensor in sorted(tensors.items())}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 

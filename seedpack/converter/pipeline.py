@@ -176,6 +176,7 @@ def _compress(
                     kept = f"kept in {stage_of(run.output)}: the same command goes on from there"
                     told("Interrupted", 0, 0, "", f"{count(len(journal), 'tensor')} {kept}")
                 raise
+        run.tuning.unlink(missing_ok=True)
     return replace(report, seconds=time.perf_counter() - started)
 
 
@@ -253,8 +254,8 @@ def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
     """Say what runs before have done, and where there are workers, have them fit the rest."""
     assert run.journal is not None
     packed = [tensor for tensor in plan.tensors if tensor.packed]
-    if done := len(packed) - len(run.journal.missing(packed, statistics.importance, before=True)):
-        run.progress("Resuming", 0, 0, "", f"resuming: {done} of {len(packed)} tensors done")
+    done = len(packed) - len(run.journal.missing(packed, statistics.importance, before=True))
+    run.resuming(done, f"{len(packed)} tensors done")
     if run.workers is not None:
         run.workers.finish(run, run.journal.missing(packed, statistics.importance), statistics)
 

@@ -19,7 +19,7 @@ from seedpack.converter.statistics import Statistics
 from seedpack.errors import ModelError
 from seedpack.formats.lock import HeldError, locked
 from seedpack.formats.places import is_remote
-from seedpack.formats.staging import require_apart, require_name
+from seedpack.formats.staging import kept_of, require_apart, require_name
 
 FOLDER = "seedpack-calibration"
 POLL_SECONDS = 1.0
@@ -102,6 +102,11 @@ class Run:
         """The folder of calibrations: beside the output, or for one in remote storage the current folder."""
         return (Path() if is_remote(self.output) else self.output.parent) / FOLDER
 
+    @property
+    def tuning(self) -> Path:
+        """The file that tuning keeps its state in, until the output stands."""
+        return (self.calibrations if is_remote(self.output) else kept_of(self.output)) / "tuning.begun"
+
     def fits(self, tensor: TensorPlan) -> bool:
         """Return whether a tensor is among those that this run fits."""
         return self.share is None or tensor.name in self.share
@@ -130,15 +135,24 @@ class Run:
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.release()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.release(is_interrupted=kind is KeyboardInterrupt)
         if self.workers is not None:
             self.workers.close()
 
-    def release(self) -> None:
+    def release(self, *, is_interrupted: bool = False) -> None:
         """Let other runs have the folders that this one kept from them."""
         while self.locks:
-            self.locks.popitem()[1].__exit__(None, None, None)
+            folder, lock = self.locks.popitem()
+            lock.__exit__(None, None, None)
+            if is_interrupted and folder.exists():  # with a calibration, or the beginning of one
+                text = f"calibration kept in {folder}: the same command goes on from there"
+                self.progress("Interrupted", 0, 0, "", text)
+
+    def resuming(self, done: int, goal: str) -> None:
+        """Say what earlier runs have done, if anything, of a goal such as "30 layers calibrated"."""
+        if done:
+            self.progress("Resuming", 0, 0, "", f"resuming: {done} of {goal}")
 
     def quiet(self) -> Run:
         """Return this run without progress."""

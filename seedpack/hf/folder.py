@@ -206,8 +206,8 @@ def _open_weights(path: Path, names: CheckpointNames, files: Sequence[Path], pla
         old = [] if is_remote(place) else _weight_files(path, "pytorch_model.bin", place)
         files = _weight_files(path, SINGLE_FILE, place) or old
     if not files:
-        either = "no" if is_remote(place) else "neither pytorch_model.bin nor"
-        raise ModelError(f"{place}: holds {either} {SINGLE_FILE}, nor an index of shards")
+        wanted = f"no {SINGLE_FILE}" if is_remote(place) else f"neither {SINGLE_FILE} nor pytorch_model.bin"
+        raise ModelError(f"{place}: holds {wanted}, nor an index of shards")
     if all(file.suffix == ".safetensors" for file in files):
         return SafetensorsSource(files, str(place), names.kind)
     states, state = FileState.of_all(files), dict[str, Tensor]()

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from seedpack.converter.calibration.moments import evaluated
+from seedpack.converter.snapshot import Snapshot
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.trust import trusts_remote_code
 from seedpack.errors import ModelError, first_line
 from seedpack.formats.reader import read_json
 from seedpack.hf.complete import load_complete
-from seedpack.hf.internals import decoder_layers
+from seedpack.hf.internals import cache_name, decoder_layers
 from seedpack.hf.remote_code import model_class
 from seedpack.hf.tasks import LANGUAGE, load_for_task, load_processor
 from seedpack.memory import free_bytes
@@ -77,7 +80,12 @@ def tokenizer_of(path: Path) -> Any:
 
 
 def generate_tokens(
-    model: Any, tokens: int, context: int, seed: int = 0, progress: Callable[[int], None] | None = None
+    model: Any,
+    tokens: int,
+    context: int,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+    snapshot: Snapshot | None = None,
 ) -> Tensor:
     """Have a causal language model write text, int64 [n, context] (self-calibration: Williams et al., NAACL 2025).
 
@@ -89,6 +97,7 @@ def generate_tokens(
         context: tokens per sequence.
         seed: of the sampling.
         progress: called with the tokens written since the last call.
+        snapshot: where to begin, and where to keep what is written; the text is the same then.
     """
     from transformers import GenerationConfig
 
@@ -97,38 +106,101 @@ def generate_tokens(
     first = getattr(model.config, "bos_token_id", None)
     first = first[0] if isinstance(first, list) else first
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    options = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=context - 1,
-        min_new_tokens=context - 1,
-        pad_token_id=0,
-    )
-    sequences = []
-    with torch.random.fork_rng(), torch.inference_mode(), evaluated(model):
+    writing = _Writing(model, device, context, progress or (lambda done: None), snapshot or Snapshot())
+    with torch.random.fork_rng(), torch.inference_mode(), evaluated(model), writing.watched():
         torch.manual_seed(seed)
-        for indices in torch.arange(count).split(SEQUENCES_AT_ONCE):
-            shape = (len(indices), 1)
-            start = torch.randint(vocabulary, shape) if first is None else torch.full(shape, first)
-            start = start.to(device)
-            written = model.generate(
-                start,
-                attention_mask=torch.ones_like(start),
-                generation_config=options,
-                logits_processor=[_ProgressProcessor(progress)] if progress else None,
+        begun, cache = writing.resumed()
+        while len(writing.written) < count:
+            if begun is None:
+                shape = (min(SEQUENCES_AT_ONCE, count - len(writing.written)), 1)
+                begun = torch.randint(vocabulary, shape) if first is None else torch.full(shape, first)
+            begun, left = begun.to(device), context - begun.shape[1]
+            options = GenerationConfig(
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=left,
+                min_new_tokens=left,
+                pad_token_id=0,
             )
-            sequences.append(written[:, :context].cpu())
-    return torch.cat(sequences)
+            sequences = model.generate(
+                begun,
+                attention_mask=torch.ones_like(begun),
+                generation_config=options,
+                logits_processor=[writing],
+                **({} if cache is None else {cache_name(): cache}),
+            )
+            writing.written = torch.cat([writing.written, sequences[:, :context].cpu()])
+            begun = cache = None
+    return writing.written
 
 
-class _ProgressProcessor:
-    """Reports each token written, and changes nothing."""
+class _Writing:
+    """Text that is written: sees each token before it is drawn, reports it, and keeps the state from time to time.
 
-    def __init__(self, progress: Callable[[int], None]):
-        self._progress = progress
+    The state is the text, the generators of random numbers, and the keys and values, which would come out in other last bits
+    if they were computed anew. Where a cache holds something else, or not all, there is a state where sequences begin.
+
+    Args:
+        model: that writes.
+        device: that tokens are drawn on.
+        context: tokens per sequence.
+        progress: called with the tokens written since the last call.
+        snapshot: the state.
+
+    Attributes:
+        written: the sequences that are whole, int64 [n, context].
+    """
+
+    def __init__(
+        self, model: Any, device: torch.device, context: int, progress: Callable[[int], None], snapshot: Snapshot
+    ):
+        self._model, self._device, self._progress, self._snapshot = model, device, progress, snapshot
+        self._cache: Any = None
+        self.written = snapshot.tensors.get("written", torch.empty(0, context, dtype=torch.int64))
+
+    def resumed(self) -> tuple[Tensor | None, DynamicCache | None]:
+        """Set the generators to the state; return the sequences that are begun, and the cache that belongs to them."""
+        state, self._snapshot.tensors = self._snapshot.tensors, {}  # which hold memory
+        if not state:
+            return None, None
+        self._progress(self._snapshot.done)
+        torch.set_rng_state(state["generator"])
+        if "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self._device)
+        layers = [(state[f"{i} keys"], state[f"{i} values"]) for i in range(len(state)) if f"{i} keys" in state]
+        parts = [tuple(part.to(self._device) for part in layer) for layer in layers]
+        return state["begun"], DynamicCache(parts, config=self._model.config) if parts else None
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """See the cache that the model is called with."""
+
+        def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            self._cache = kwargs.get(cache_name())
+
+        hook = self._model.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Report tokens, and change nothing."""
+        layers = [] if ids.shape[1] == 1 else getattr(self._cache, "layers", [None])
+        if all(_holds(layer, ids.shape[1]) for layer in layers):
+            state = {"written": self.written, "begun": ids, "generator": torch.get_rng_state()}
+            if self._device.type == "cuda":
+                state["cuda"] = torch.cuda.get_rng_state(self._device)
+            for i, layer in enumerate(layers):  # less what the last token gave
+                state |= {f"{i} keys": layer.keys[..., :-1, :], f"{i} values": layer.values[..., :-1, :]}
+            self._snapshot.keep(self.written.numel() - len(self.written) + ids.numel() - len(ids), state)
         self._progress(len(ids))
         return scores
+
+
+def _holds(layer: Any, count: int) -> bool:
+    """Return whether a layer of a cache is the keys and values of so many tokens, and nothing else."""
+    plain = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) and layer.is_initialized
+    return plain and layer.keys.shape[-2] == count

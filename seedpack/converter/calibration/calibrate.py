@@ -19,9 +19,11 @@ from seedpack.converter.calibration import layerwise, moments, sensitivity, toke
 from seedpack.converter.calibration.store import VERSION, Store
 from seedpack.converter.calibration.tuning import Student, Tuned, tune
 from seedpack.converter.fitting import decoded, fit, matrix_of
+from seedpack.converter.journal import tensors_digest
 from seedpack.converter.options import Text
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.run import Run
+from seedpack.converter.snapshot import Snapshot
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.statistics import Statistics
@@ -87,10 +89,12 @@ def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict
         opened.module.to(run.device)
         ids = _tokens(run, opened, store)
         total = min(ids.numel(), sensitivity.ENOUGH_TOKENS)
+        snapshot = _begun(run, store, "costs", f"{total} tokens measured")
         outputs = sensitivity.output_sensitivities(
-            opened, ids, lambda count: run.progress("Measuring sensitivities", count, total, "tokens")
+            opened, ids, lambda count: run.progress("Measuring sensitivities", count, total, "tokens"), snapshot
         )
         store.save_sensitivities(outputs)
+        snapshot.remove()
         del opened
     packed = [tensor for tensor in plan.tensors if isinstance(tensor.codec, Rates)]
     measured = {}
@@ -120,13 +124,12 @@ def tune_packed(run: Run, plan: Plan, statistics: Statistics) -> Tuned:
     All tensors are fitted first, and taken from the journal then. Both models are in memory.
     """
     calibration = run.calibration
-    assert calibration is not None
+    assert calibration is not None and run.journal is not None
     if not calibration.is_text:
         raise ModelError("tuning is for language models calibrated on text")
     if any(tensor.kind == "expert" and tensor.packed for tensor in plan.tensors):
         raise ModelError(f"{run.source.name}: tuning does not know mixtures of experts yet; leave it out")
-    for tensor in plan.tensors:
-        fit(run, tensor, statistics)
+    fitted = [tensors_digest(fit(run, tensor, statistics)[0]) for tensor in plan.tensors]
     opened = run.source.open_model()
     if layerwise.on_disk(opened.module):
         raise ModelError(f"{run.source.name}: does not fit memory, and tuning needs it there twice; leave it out")
@@ -136,7 +139,17 @@ def tune_packed(run: Run, plan: Plan, statistics: Statistics) -> Tuned:
     teacher = opened.module
     if teacher.dtype != torch.float32:
         teacher = copy.deepcopy(teacher).float()  # a live one stays as it is
-    return tune(student, teacher, ids, epochs=calibration.tune, seed=calibration.seed, progress=run.progress)
+    made_of = [fitted, run.source.fingerprint, calibration.tune, calibration.seed, tensors_digest({"ids": ids})]
+    key = f"{run.device.type} {hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}"
+    return tune(
+        student,
+        teacher,
+        ids,
+        epochs=calibration.tune,
+        seed=calibration.seed,
+        progress=run.progress,
+        snapshot=Snapshot(run.tuning, key),
+    )
 
 
 def _student(run: Run, opened: OpenModel, plan: Plan, statistics: Statistics) -> Student:
@@ -202,6 +215,9 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
     ids = _tokens(run, opened, _store(run))
     _require_readable(name, model, ids)
 
+    run.resuming(store.done, f"{len(opened.layer_names)} layers calibrated")
+    run.progress("Calibrating", store.done, len(opened.layer_names), "layers")
+
     def layer_done(layer: str, values: dict[str, Tensor], output: Tensor | None) -> None:
         store.add(layer, values, output)
         if tensors and run.workers is not None:
@@ -252,6 +268,13 @@ def _store(run: Run, plan: Plan | None = None) -> Store:
     return Store(folder, made_of)
 
 
+def _begun(run: Run, store: Store, work: str, goal: str) -> Snapshot:
+    """Return the state of work that an earlier run may have begun, and say how far that came."""
+    snapshot = store.snapshot(work, run.device.type)
+    run.resuming(snapshot.done, goal)
+    return snapshot
+
+
 def _tokens(run: Run, opened: OpenModel, store: Store) -> Tensor:
     """Return the tokens to read, int64 [n, context]: given, from a text, or written by the model and kept."""
     calibration = run.calibration
@@ -264,14 +287,17 @@ def _tokens(run: Run, opened: OpenModel, store: Store) -> Tensor:
         if ids is None:
             assert opened.generate is not None
             _require_context(run.source.name, opened.module, context)
+            snapshot = _begun(run, store, "tokens", f"{count} tokens written")
             ids = opened.generate(
                 opened.module,
                 count,
                 context,
                 calibration.seed,
                 lambda done: run.progress("Writing text", done, count, "tokens"),
+                snapshot,
             )
             store.save_tokens(ids)
+            snapshot.remove()
         return ids
     if opened.tokenizer is None:
         raise ModelError(f"calibration on {text}: the model has no tokenizer; give token ids [n, context]")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.converter.calibration.layerwise import differentiable, recomputed
+from seedpack.converter.snapshot import Snapshot
 from seedpack.converter.sources.base import OpenModel
 from seedpack.errors import ModelError
 from seedpack.loader.layers import packed_class
@@ -23,7 +24,9 @@ COLUMNS = ":columns"
 TOKENS_AT_ONCE, ENOUGH_TOKENS = 1024, 8192
 
 
-def output_sensitivities(opened: OpenModel, tokens: Tensor, progress: Callable[[int], None]) -> dict[str, Tensor]:
+def output_sensitivities(
+    opened: OpenModel, tokens: Tensor, progress: Callable[[int], None], snapshot: Snapshot | None = None
+) -> dict[str, Tensor]:
     """Return ½·E[g_r²] of each output channel of a causal language model's layers, float64 [out], by the names of weights.
 
     Of an embedding, whose channels are the columns of its weight, under the name and `COLUMNS`. Activations are
@@ -33,14 +36,15 @@ def output_sensitivities(opened: OpenModel, tokens: Tensor, progress: Callable[[
         opened: the model, in memory.
         tokens: int64 [n, context]; not all are needed.
         progress: called with the tokens done since the last call.
+        snapshot: where to begin, and where to keep sums; it counts tokens.
     """
-    model = opened.module
+    model, snapshot = opened.module, snapshot or Snapshot()
     layers = {
         name: layer
         for name, layer in model.named_modules()
         if packed_class(layer) is not None and isinstance(getattr(layer, "weight", None), nn.Parameter)
     }
-    sums: dict[str, Tensor] = {}
+    sums = {name: total.to(model.device) for name, total in snapshot.tensors.items()}
 
     def watch_output(name: str, output: Any) -> None:
         def add_gradient(gradient: Tensor) -> None:
@@ -63,13 +67,17 @@ def output_sensitivities(opened: OpenModel, tokens: Tensor, progress: Callable[[
             for name, layer in layers.items()
         ]
         try:
-            for batch in tokens.split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
+            done = snapshot.done
+            progress(done)
+            for batch in tokens[done // tokens.shape[1] :].split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
                 ids = batch.to(model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
                 loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
                 if not torch.isfinite(loss):
                     raise ModelError("the model's logits on the calibration text are not finite")
                 loss.backward()
+                done += batch.numel()
+                snapshot.keep(done, sums)
                 progress(batch.numel())
         finally:
             for hook in hooks:

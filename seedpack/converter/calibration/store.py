@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from seedpack.converter.journal import write_file
+from seedpack.converter.snapshot import Snapshot
 from seedpack.errors import ModelError
 from seedpack.formats.reader import read_json
 
@@ -39,20 +40,25 @@ class Store:
         """True if all layers are there."""
         return "" in self._index["layers"]
 
+    @property
+    def done(self) -> int:
+        """The number of layers that are there."""
+        return len(self._index["layers"])
+
     def add(self, layer: str, moments: Mapping[str, Tensor], output: Tensor | None) -> None:
         """Keep a layer's moments by the names of weights, and its output to go on from; "" is the last one."""
-        file = f"layer-{len(self._index['layers']):04d}.safetensors"
+        file = f"layer-{self.done:04d}.safetensors"
         firsts: dict[int, str] = {}
         for name, value in moments.items():
             firsts.setdefault(id(value), name)
         self._save({name: moments[name] for name in firsts.values()}, file)
         if output is not None:
-            self._save({"output": output.contiguous()}, f"output-{len(self._index['layers']):04d}.safetensors")
+            self._save({"output": output.contiguous()}, f"output-{self.done:04d}.safetensors")
         self._index["weights"] |= {name: [file, firsts[id(value)]] for name, value in moments.items()}
         self._index["layers"].append(layer)
         text = json.dumps(self._index, indent=1)
         write_file(self.folder / "index.json", lambda path: path.write_text(text))
-        last = len(self._index["layers"]) - 1
+        last = self.done - 1
         for old in self.folder.glob("output-*.safetensors"):
             if not layer or old.name != f"output-{last:04d}.safetensors":
                 old.unlink(missing_ok=True)
@@ -93,6 +99,10 @@ class Store:
     def tokens(self) -> Tensor | None:
         """Return the text that the model wrote, if it is there."""
         return self.tensor("tokens.safetensors", "tokens") if (self.folder / "tokens.safetensors").is_file() else None
+
+    def snapshot(self, work: str, device: str) -> Snapshot:
+        """Return the state of work that has not ended, which one kind of device does."""
+        return Snapshot(self.folder / f"{work}.begun", device)
 
     def tensor(self, file: str, name: str) -> Tensor:
         """Read one tensor of one of the folder's files."""

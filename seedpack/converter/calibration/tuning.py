@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from seedpack.converter.calibration.layerwise import (
 )
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.options import Progress, silent
+from seedpack.converter.snapshot import Snapshot
 from seedpack.loader.layers import is_transposed
 
 RATE = 1e-3  # learning rate of factors
@@ -67,7 +69,14 @@ class Tuned:
 
 
 def tune(
-    student: Student, teacher: Any, tokens: Tensor, *, epochs: int = 1, seed: int = 0, progress: Progress = silent
+    student: Student,
+    teacher: Any,
+    tokens: Tensor,
+    *,
+    epochs: int = 1,
+    seed: int = 0,
+    progress: Progress = silent,
+    snapshot: Snapshot | None = None,
 ) -> Tuned:
     """Tune a causal language model with decoded weights to another.
 
@@ -78,17 +87,23 @@ def tune(
         epochs: passes over the tokens, of the whole model.
         seed: of their order.
         progress: told of layers and tokens.
+        snapshot: where to begin, and where to keep what is learnt; it counts layers, and then steps. The result is the same.
     """
     if not student.rows and not student.values:
         return Tuned({}, {})
-    model = student.model
+    model, snapshot, layers = student.model, snapshot or Snapshot(), len(student.layer_names)
     before = {name: model.get_parameter(name).detach().clone() for name in student.values}
     shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     try:
         with _row_factors(student) as factors, differentiable(model, student.values) as tuned, evaluated(teacher):
             values = dict(zip(student.values, tuned, strict=True))
-            tune_layers(student, teacher, factors, values, shuffled, progress)
-            distil(student, teacher, [*factors.values()], tuned, shuffled, epochs, progress)
+            learner = _Learner(factors, values, snapshot)
+            if snapshot.done:
+                goal = layers + epochs * len(_batches(tokens))
+                progress("Resuming", 0, 0, "", f"resuming: {snapshot.done} of {goal} layers and steps tuned")
+            if snapshot.done < layers:
+                tune_layers(student, teacher, learner, shuffled, progress)
+            distil(student, teacher, learner, shuffled, epochs, progress)
             learnt = {name: parameter.detach().clone() for name, parameter in values.items()}
     finally:
         with torch.no_grad():
@@ -97,29 +112,46 @@ def tune(
     return Tuned({name: factor.detach() for name, factor in factors.items()}, learnt)
 
 
-def tune_layers(
-    student: Student,
-    teacher: Any,
-    factors: Mapping[str, Tensor],
-    values: Mapping[str, nn.Parameter],
-    tokens: Tensor,
-    progress: Progress,
-) -> None:
+class _Learner:
+    """The factors and values that are learnt, from their last state on.
+
+    Args:
+        factors: by name.
+        values: by parameter.
+        snapshot: the state.
+    """
+
+    def __init__(self, factors: Mapping[str, Tensor], values: Mapping[str, nn.Parameter], snapshot: Snapshot):
+        self.factors, self.values, self.snapshot = factors, values, snapshot
+        self._tensors = {f"factor {n}": t for n, t in factors.items()} | {f"value {n}": t for n, t in values.items()}
+        if snapshot.done:
+            with torch.no_grad():
+                for name, tensor in self._tensors.items():
+                    tensor.copy_(snapshot.tensors[name])
+
+    def keep(self, done: int, optimiser: _Adam | None = None) -> None:
+        """Keep the state, and that of the optimiser if the next step needs it."""
+        self.snapshot.keep(done, self._tensors if optimiser is None else self._tensors | optimiser.tensors())
+
+
+def tune_layers(student: Student, teacher: Any, learner: _Learner, tokens: Tensor, progress: Progress) -> None:
     """Make one pass over the tokens for each decoder layer, in order.
 
     The loss is the squared error of each token's output over the squared norm of the original's, as the norm that
     follows divides by it. The teacher's layers take the teacher's inputs.
     """
     layers = {name: student.model.get_submodule(name) for name in student.layer_names}
-    hidden, batches = first_input(student.model, student.layer_names, tokens), _batches(tokens)
+    hidden, batches, done = first_input(student.model, student.layer_names, tokens), _batches(tokens), 0
 
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
-        nonlocal hidden
+        nonlocal hidden, done
+        done += 1
         inputs.require_one_stream(teacher, tokens)
         prefix = f"{name}."
-        own = {name: factors[name] for parameter, name in student.rows.items() if parameter.startswith(prefix)}.values()
-        gains = [value for key, value in values.items() if key.startswith(prefix)]
-        optimiser = _Adam([*own], gains) if own or gains else None
+        own = {key: learner.factors[key] for parameter, key in student.rows.items() if parameter.startswith(prefix)}
+        gains = [value for key, value in learner.values.items() if key.startswith(prefix)]
+        learns = (own or gains) and done > learner.snapshot.done
+        optimiser = _Adam([*own.values()], gains) if learns else None
         outputs = []
         for share, batch in zip(_shares(len(batches)), batches, strict=True):
             outputs.append(inputs.run_batch(forward, batch))
@@ -131,6 +163,7 @@ def tune_layers(
                 error = (output - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
                 optimiser.learn(error.mean(), share)
         hidden = torch.cat([hidden_in(inputs.run_batch(layers[name], batch, hidden[batch])) for batch in batches])
+        learner.keep(done)
         progress("Tuning layers", 1, len(layers), "layers")
         return joined(outputs)
 
@@ -138,20 +171,17 @@ def tune_layers(
         teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
 
 
-def distil(
-    student: Student,
-    teacher: Any,
-    factors: Sequence[Tensor],
-    values: Sequence[nn.Parameter],
-    tokens: Tensor,
-    epochs: int,
-    progress: Progress,
-) -> None:
+def distil(student: Student, teacher: Any, learner: _Learner, tokens: Tensor, epochs: int, progress: Progress) -> None:
     """Minimise the KL divergence of a model to another over all tokens, some at a time; activations are recomputed."""
-    model, batches = student.model, _batches(tokens) * epochs
-    optimiser = _Adam(factors, values)
+    model, batches, layers = student.model, _batches(tokens) * epochs, len(student.layer_names)
+    optimiser = _Adam([*learner.factors.values()], [*learner.values.values()])
+    if learner.snapshot.done > layers:
+        optimiser.load(learner.snapshot.tensors)
     with recomputed(model, student.layer_names):
-        for share, batch in zip(_shares(len(batches)), batches, strict=True):
+        for done, share, batch in zip(count(layers + 1), _shares(len(batches)), batches):
+            if done <= learner.snapshot.done:
+                progress("Tuning", tokens[batch].numel(), tokens.numel() * epochs, "tokens")
+                continue
             ids = tokens[batch].to(model.device)
             with torch.no_grad():
                 target = teacher(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
@@ -160,6 +190,7 @@ def distil(
                 output.flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean"
             )
             optimiser.learn(loss, share)
+            learner.keep(done, optimiser)
             progress("Tuning", ids.numel(), tokens.numel() * epochs, "tokens")
 
 
@@ -178,6 +209,21 @@ class _Adam(torch.optim.Adam):
         self.zero_grad()
         loss.backward()
         self.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the state."""
+        moments = {f"{i} {key}": value for i, own in self.state_dict()["state"].items() for key, value in own.items()}
+        return {"rates": torch.tensor([group["rate"] for group in self.param_groups], dtype=torch.float64), **moments}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over the state of another, which `tensors` returned, among other tensors."""
+        state = self.state_dict()
+        for group, rate in zip(state["param_groups"], tensors["rates"].tolist(), strict=True):
+            group["rate"] = rate
+        for name, value in tensors.items():
+            if (index := name.partition(" ")[0]).isdecimal():
+                state["state"].setdefault(int(index), {})[name.partition(" ")[2]] = value
+        self.load_state_dict(state)
 
 
 def _shares(steps: int) -> Iterable[float]:
@@ -198,9 +244,9 @@ def _row_factors(student: Student) -> Iterator[dict[str, Tensor]]:
         for parameter, name in student.rows.items():
             layer = student.model.get_submodule(parameter.rpartition(".")[0])
             weight = student.model.get_parameter(parameter)
-            count = len(weight) if not is_transposed(layer) else weight.shape[1]
+            length = len(weight) if not is_transposed(layer) else weight.shape[1]
             factor = factors.setdefault(
-                name, torch.ones(count, dtype=torch.float32, device=weight.device, requires_grad=True)
+                name, torch.ones(length, dtype=torch.float32, device=weight.device, requires_grad=True)
             )
             hooks.append(
                 layer.register_forward_hook(lambda layer, args, out, factor=factor: _scaled(layer, args, out, factor))

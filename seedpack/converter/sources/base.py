@@ -111,14 +111,15 @@ class OpenModel:
         module: in float32, or partly on disk.
         tokenizer: where the model has one.
         layer_names: of a causal language model, the names of its decoder layers; empty for anything else.
-        generate: of a causal language model, (module, tokens, context, seed, progress) -> int64 [n, context], text that
-            the model samples itself; progress is called with the tokens written since the last call.
+        generate: of a causal language model, (module, tokens, context, seed, progress, snapshot) -> int64 [n, context],
+            text that the model samples itself; progress is called with the tokens written since the last call, the snapshot is
+            where to begin and where to keep what is written.
     """
 
     module: Any
     tokenizer: Any = None
     layer_names: tuple[str, ...] = ()
-    generate: Callable[[Any, int, int, int, Callable[[int], None]], Tensor] | None = None
+    generate: Callable[..., Tensor] | None = None
 
 
 class Source(ABC):
