@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import logging
 import os
@@ -113,6 +114,14 @@ def cli(ctx: click.Context, quiet: bool, verbose: bool) -> None:
         ctx.call_on_close(lambda: log.setLevel(logging.NOTSET))
 
 
+def _end(code: int) -> None:
+    """End at once: taking torch and compiled code down orderly takes seconds. Temporary folders are removed."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Run the program `seedpack`."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # half-written output is removed
@@ -126,7 +135,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
-        sys.exit(130)
+        _end(130)
     except BrokenPipeError:
         sys.exit(1)
     except (OSError, MemoryError) as error:

@@ -301,4 +301,5 @@ def fit_and_write(
         run.source.name,
         run.source.input_bytes,
         run.calibrations if reads_text else None,
+        run.workers is not None,
     )

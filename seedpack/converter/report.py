@@ -54,6 +54,7 @@ class Report:
         source: the model, as it was given.
         input_bytes: of what was given: the files, or the tensors in memory.
         calibration: the folder with what was measured, which other runs find; None for no calibration on text.
+        has_workers: whether several processes fitted.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Report:
     source: str = ""
     input_bytes: int = 0
     calibration: Path | None = None
+    has_workers: bool = False
 
     @property
     def error_db(self) -> float:
@@ -89,9 +91,9 @@ class Report:
             lines["left raw"] = f"{sum(shares.values()):.1%} of the weights ({listed})"
         if self.tensors:
             lines |= self._errors()
-            lines["time"] = (
-                f"{duration(self.seconds)}, {totals['packed_weights'] / self._fitting():,.0f} weights/s while fitting"
-            )
+            rate = totals["packed_weights"] / self._fitting()
+            each = " by each worker" if self.has_workers else ""
+            lines["time"] = f"{duration(self.seconds)}, {rate:,.0f} weights/s while fitting{each}"
         if self.calibration is not None:
             found = sum(file.stat().st_size for file in self.calibration.rglob("*") if file.is_file())
             lines["calibration"] = f"{self.calibration} ({size(found)}) serves other runs; remove it when you need none"
