@@ -60,6 +60,22 @@ def killed(folder: Path, options: list[str], after: float) -> bool:
     return False
 
 
+def remove(folder: Path) -> None:
+    """Remove all that a run leaves, but the model."""
+    for path in folder.iterdir():
+        if path.name != "model":
+            shutil.rmtree(path)
+
+
+def uninterrupted(folder: Path, options: list[str]) -> tuple[float, str]:
+    """The seconds of a run, and the digest of its output."""
+    started = time.perf_counter()
+    subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    seconds, found = time.perf_counter() - started, digest(folder / "packed")
+    remove(folder)
+    return seconds, found
+
+
 def measure(result: report.Result) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,25 +85,23 @@ def measure(result: report.Result) -> None:
         folder = Path(place)
         LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder / "model")  # type: ignore[arg-type]
         for name, (runs, options) in KINDS.items():
-            started = time.perf_counter()
-            subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
-            whole, expected = time.perf_counter() - started, digest(folder / "packed")
-            same = stopped = clean = 0
+            expected = uninterrupted(folder, options)[1]  # which compiles what is not compiled yet
+            whole, again = uninterrupted(folder, options)
+            assert again == expected
+            same = clean = 0
             for count in range(runs):
-                shutil.rmtree(folder / "packed")
-                shutil.rmtree(folder / "seedpack-calibration", ignore_errors=True)
-                while killed(folder, options, generator.uniform(0.2, 1.0) * whole):
-                    stopped += 1
+                while not killed(folder, options, generator.uniform(0.05, 1.0) * whole):
+                    remove(folder)
+                subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
                 same += digest(folder / "packed") == expected
                 left = {path.name for path in folder.iterdir()} - {"model", "packed", "seedpack-calibration"}
                 clean += not left
-                print(f"{name}: {count + 1} of {runs}, {stopped} kills, {same} the same", file=sys.stderr, flush=True)
-            rows.append((name, f"{whole:.1f}", stopped, f"{same} of {runs}", f"{clean} of {runs}"))
-            shutil.rmtree(folder / "packed")
-            shutil.rmtree(folder / "seedpack-calibration", ignore_errors=True)
+                remove(folder)
+                print(f"{name}: {count + 1} of {runs} kills, {same} the same", file=sys.stderr, flush=True)
+            rows.append((name, f"{whole:.1f}", runs, f"{same} of {runs}", f"{clean} of {runs}"))
     result.say(
         "A small Llama (4 layers, 3 million weights) is packed by `seedpack compress`, which is killed (SIGKILL) at a random moment "
-        "and started again with the same command, until it ends. Its folder is compared with that of an uninterrupted run. The state "
+        "and started again with the same command. Its folder is compared with that of an uninterrupted run. The state "
         "of long work is kept every 0.2 s here, in place of every 5."
     )
     result.table(["run", "seconds, uninterrupted", "kills", "byte-identical", "nothing else left"], rows)
