@@ -50,6 +50,8 @@ def check_compress(
 def check_output(path: Path, force: bool, *, is_folder: bool) -> None:
     """Refuse an output that exists, or whose name says another format."""
     require_name(path, is_folder=is_folder)
+    if is_remote(path):
+        return  # the run looks there
     if path.exists() and not force:
         raise OutputError(exists_already(path))
 

@@ -176,7 +176,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
             estimated = None if as_json else estimate(plan, options)
         elif shard is not None:
             chosen = Shard.parse(shard)
-            keep_command(path, model, asked)
+            keep_command(path, model, source.state, asked)
             fitted = fit_shard(source, path, options, shard=chosen, plan=edits, progress=progress)
         else:
             check_output(path, options.force, is_folder=source.config is not None)

@@ -4,57 +4,111 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-OWN = ("jobs", "force", "as_json", "engine", "address")  # options that shards may differ in
-PATHS = ("plan", "key_file", "calibration")
+# Options that shards may differ in, and what nobody else's record may say: which code is trusted, and which key is read.
+OWN = frozenset({"jobs", "force", "as_json", "engine", "address", "trust_remote_code", "key_file"})
+WORDS = ("none", "self")
+Record = tuple[str, dict[str, Any]]
 
 
-def keep_command(path: Path, model: str, given: dict[str, Any]) -> None:
+def keep_command(path: Path, model: str, state: str, given: dict[str, Any]) -> None:
     """Keep what shards of an output are begun with, for those to come and for `merge`.
+
+    Args:
+        path: of the output.
+        model: as it was given.
+        state: of the model's files.
+        given: the options.
 
     Raises:
         OptionError: others were begun with something else.
     """
-    from seedpack.converter.journal import write_file
     from seedpack.errors import OptionError
 
     options = {name: value for name, value in given.items() if name not in OWN}
-    for name in PATHS:
-        if options[name] is not None and Path(options[name]).exists():
+    options["device"] = str(options["device"]).partition(":")[0]
+    for name in ("plan", "calibration"):
+        if options[name] not in (None, *WORDS) and Path(options[name]).exists():
             options[name] = os.path.abspath(options[name])
-    mine = {"model": os.path.abspath(model) if Path(model).exists() else model, "options": options}
+    mine = {"model": os.path.abspath(model) if Path(model).exists() else model, "state": state, "options": options}
     document = json.loads(json.dumps(mine, default=str))
-    record = _record(path)
-    if not record.exists():
-        write_file(record, lambda partial: partial.write_text(json.dumps(document, indent=1)))
-    begun = json.loads(record.read_text())
-    if begun != document:
-        differs = [name for name in options if begun["options"].get(name) != document["options"].get(name)]
-        raise OptionError(
-            f"{path}: shards were begun with another {', '.join(differs) or 'model'}; give the same, or remove {record.parent.parent}"
+    begun = _read(path)
+    if begun is None:
+        _write(path, json.dumps(document, indent=1))
+        begun = _read(path) or document
+    if begun == document:
+        return
+    differs = [name for name in options if begun["options"].get(name) != document["options"].get(name)]
+    if not differs:
+        what = (
+            "model"
+            if begun["model"] != document["model"]
+            else "state of the model's files (of a copy, or changed since)"
         )
+        differs = [what]
+    raise OptionError(
+        f"{path}: shards were begun with another {', '.join(differs)}; give the same, or remove {_record(path).parent.parent}"
+    )
 
 
-def read_command(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the model and the options that shards of an output were begun with.
+def read_command(path: Path) -> tuple[str, str, dict[str, Any]]:
+    """Return the model, the state of its files and the options that shards of an output were begun with.
 
     Raises:
         ModelError: none was begun, or the record cannot be read.
     """
     from seedpack.errors import ModelError
 
-    record = _record(path)
-    if not record.exists():
+    begun = _read(path)
+    if begun is None:
         raise ModelError(
             f"{path}: no shard of it was begun here; run seedpack compress MODEL -o {path} --shard 1/2, and so on"
         )
+    return begun["model"], begun["state"], {**begun["options"], "settings": tuple(begun["options"]["settings"])}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a record; None where there is none, or it cannot be read."""
+    from seedpack.cli.compress import command
+    from seedpack.formats.places import is_remote, reaching
+
+    names = {str(option.name) for option in command.params} - OWN - {"model", "output", "dry_run", "shard"}
+    record = _record(path)
+    with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        if is_remote(record):
+            with reaching(record):
+                text = record.read_bytes() if record.exists() else b""
+        else:
+            text = record.read_bytes()
+        begun = json.loads(text)
+        if all(isinstance(begun[key], str) for key in ("model", "state")) and begun["options"].keys() == names:
+            return begun  # type: ignore[no-any-return]
+    return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a record where none can be read; the first of several processes wins."""
+    from seedpack.formats.places import is_remote, reaching
+
+    record = _record(path)
+    if is_remote(record):
+        with reaching(record):
+            record.write_text(text)
+        return
+    record.parent.mkdir(parents=True, exist_ok=True)
+    partial = record.with_name(f".command.{os.getpid()}-{secrets.token_hex(4)}.partial")
+    partial.write_text(text)
     try:
-        begun = json.loads(record.read_text())
-        return str(begun["model"]), {**begun["options"], "settings": tuple(begun["options"]["settings"])}
-    except (ValueError, KeyError, TypeError):
-        raise ModelError(f"{record}: cannot be read; run a shard again, which writes it") from None
+        os.link(partial, record)
+    except FileExistsError:
+        if _read(path) is None:
+            os.replace(partial, record)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _record(path: Path) -> Path:

@@ -64,7 +64,8 @@ def _acquire(folder: Path, what: str, remedy: str) -> int:
             if (taken := _take(descriptor)) is False or (taken is None and not created):
                 holder = os.read(descriptor, 200).decode("utf-8", "replace") or "it has just begun"
                 dead = "" if taken is False else f", or if it is dead remove {folder} (this file system has no locks)"
-                raise HeldError(f"{what} ({holder}); wait for it, or {remedy}{dead}")
+                refusal = HeldError if taken is False else OutputError
+                raise refusal(f"{what} ({holder}); wait for it, or {remedy}{dead}")
             if _is(path, descriptor):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())

@@ -10,18 +10,20 @@ from typing import Any
 
 from seedpack.errors import BackendError, FormatError, SeedpackError, first_line
 
-ADDRESS = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
+ADDRESS = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
+LOCAL = ("file", "local")
 PIECE, AT_ONCE = 1 << 25, 8  # bytes of a range request, and requests at once
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 
 
 def is_remote(place: str | Path) -> bool:
-    """Return whether a text or a path is an address.
+    """Return whether a text or a path is the address of remote storage.
 
-    >>> is_remote("s3://models/llama"), is_remote("models/llama")
-    (True, False)
+    >>> is_remote("s3://models/llama"), is_remote("models/llama"), is_remote("file:///models/llama")
+    (True, False, False)
     """
-    return ADDRESS.match(str(place)) is not None
+    found = ADDRESS.match(str(place))
+    return found is not None and found[1].lower() not in LOCAL
 
 
 def place(name: str | Path) -> Path:
@@ -31,9 +33,11 @@ def place(name: str | Path) -> Path:
         FormatError: no storage has addresses of this form.
         BackendError: packages are missing.
     """
-    if not isinstance(name, str) or not is_remote(name):
-        return Path(name) if isinstance(name, str) else name
+    if not isinstance(name, str):
+        return name
     scheme = name.partition("://")[0].lower()
+    if not is_remote(name):
+        return Path(name.partition("://")[2] if scheme in LOCAL else name)
     try:
         from upath import UPath
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,9 @@ LAST = ("config.json", RECORD_FILE)  # a folder without them is no model yet
 class RemoteOutput:
     """An output in remote storage: `path` is a local place to write it to; what is finished is sent and removed here.
 
-    Nothing stands under the output's name before all is there; then the files are copied there inside the storage. Storage has no
-    locks: two runs of one output are not kept apart.
+    Nothing stands under the output's name before all is there; then the files are copied there inside the storage. A run that is
+    killed while it does so leaves no model there: the same command again goes on. Storage has no locks: two runs of one output are
+    not kept apart.
 
     Args:
         target: its address.
@@ -74,30 +76,47 @@ class RemoteOutput:
                 self.send(file)
         self._require_replaceable()
         with _refusals(self._target):
-            storage = self._target.fs
-            before = {found.path for found in self._target.rglob("*")} if self._target.is_dir() else set()
+            storage, old = self._target.fs, self._own_names()
+            self._moving.write_text(json.dumps(sorted(old | self._sent.keys())))
+            for name in [name for name in LAST if name in old]:  # what is half replaced is no model
+                storage.rm_file((self._target / name).path)
             for name in sorted(self._sent, key=lambda name: (name in LAST, name)):
                 place = self._target / name if name else self._target
                 storage.copy((self._new / name if name else self._new).path, place.path)
-                before.discard(place.path)
-            for path in before:  # of the output that is replaced
-                if storage.isfile(path):
-                    storage.rm_file(path)
+            for name in old - self._sent.keys():
+                if storage.exists((self._target / name).path):
+                    storage.rm_file((self._target / name).path)
             _remove(stage_of(self._target))
 
+    @property
+    def _moving(self) -> Any:
+        """The names of files that a run was moving into place, or removing there."""
+        return stage_of(self._target) / "moving.json"
+
+    def _own_names(self) -> set[str]:
+        """Return the names of the target's files that seedpack has written: by its record, or by a run that was moving them."""
+        own = set(json.loads(self._moving.read_bytes())) if self._moving.exists() else set()
+        if self._directory and (self._target / RECORD_FILE).exists():
+            own |= {RECORD_FILE, *json.loads((self._target / RECORD_FILE).read_bytes())["files"]}
+        return own
+
     def _require_replaceable(self) -> None:
-        """Refuse to replace what exists unasked, or what seedpack has not written."""
+        """Refuse to replace what exists unasked, or what seedpack has not written; but what a killed run was moving is gone on with."""
         with _refusals(self._target):
+            self._target.fs.invalidate_cache()
             if not self._target.exists():
                 return
-            if not self._force:
+            if not self._force and not self._moving.exists():
                 raise OutputError(exists_already(self._target))
-            if self._target.is_dir() != self._directory or (
-                self._directory and not (self._target / RECORD_FILE).exists()
-            ):
-                raise OutputError(
-                    f"{self._target}: was not written by seedpack; remove it yourself, or name another output"
+            top = self._target.path.rstrip("/")
+            names = {str(path).removeprefix(top).lstrip("/") for path in self._target.fs.find(top)}
+            if self._directory != ("" not in names) or (self._directory and (others := names - self._own_names())):
+                what = (
+                    f"holds {min(others)!r}, which seedpack did not write"
+                    if self._directory and "" not in names
+                    else "is of another kind"
                 )
+                raise OutputError(f"{self._target}: {what}; remove it yourself, or name another output")
 
 
 def _remove(place: Any) -> None:

@@ -90,8 +90,8 @@ def measure(result: report.Result) -> None:
             assert again == expected
             same = clean = 0
             for count in range(runs):
-                while not killed(folder, options, generator.uniform(0.05, 1.0) * whole):
-                    remove(folder)
+                while not killed(folder, options, generator.uniform(0.05, 1.0) * whole) or (folder / "packed").exists():
+                    remove(folder)  # it had ended, or had only to close
                 subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
                 same += digest(folder / "packed") == expected
                 left = {path.name for path in folder.iterdir()} - {"model", "packed", "seedpack-calibration"}

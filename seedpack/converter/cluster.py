@@ -163,7 +163,7 @@ def _open(work: Work) -> Run:
     if state not in _opened:
         _opened.clear()
         again = reopened(run, name)
-        if again.source.state != state:
+        if again.source.state != state or not state:
             raise ModelError(f"{name}: a worker finds other files there; name storage that all machines share")
         _opened[state] = again
     return replace(_opened[state], options=run.options)

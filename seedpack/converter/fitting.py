@@ -39,7 +39,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
         NonfiniteError: others hold NaN or Inf, and the options do not allow them.
     """
     known = run.journal.checked if run.journal is not None else {}
-    tensors = [tensor for tensor in plan.tensors if tensor.packed and run.fits(tensor)]
+    tensors = [tensor for tensor in plan.tensors if tensor.packed and (run.fits(tensor) or tensor.name in known)]
     looked = {tensor.name: known[tensor.name] for tensor in tensors if tensor.name in known}
     looks = run.workers.look if run.workers is not None else partial(look_at, run.source)
     for tensor, note in looks(tensor for tensor in tensors if tensor.name not in known):
@@ -92,6 +92,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
 
     measured, journal, place, name = statistics.importance(tensor.name), run.journal, "", ""
     if journal is not None and (known := journal.at_place(tensor, measured)) is not None:
+        run.source.rely_on_state()
         progress(math.prod(tensor.shape))
         return known
     value = run.source.read(tensor.name)
@@ -101,8 +102,11 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
         place = journal.place_name(tensor, measured)
         name = journal.bytes_name(tensor, value, measured if measured else importance)
         if (known := journal.of_bytes(name, tensor)) is not None:
+            journal.put(place, name, *known)
             progress(math.prod(tensor.shape))
             return known
+    if not run.fits(tensor):
+        raise ModelError(f"{tensor.name}: what a shard has kept of it is damaged; run that shard again")
     del value
     try:
         parts = tensor.codec.encode(matrix, importance, progress=progress, backend=run.options.backend)

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save
 from torch import Tensor
@@ -26,7 +28,7 @@ from seedpack.dtypes import to_bytes
 from seedpack.errors import OutputError, first_line
 from seedpack.formats.digest import part_digest
 from seedpack.formats.header import header_length, parse_header
-from seedpack.formats.places import is_remote
+from seedpack.formats.places import is_remote, reaching
 
 NUMBERS = ("error", "energy", "seconds", "output_error", "output_energy")  # of a report
 Entry = tuple[dict[str, Tensor], TensorReport]
@@ -50,7 +52,11 @@ class Journal:
 
     def refresh(self) -> None:
         """Take note of what other processes have put here."""
-        found = list(self.folder.glob("*.safetensors")) if self.folder.exists() else []
+        remote: Any = self.folder
+        with reaching(remote) if is_remote(remote) else nullcontext():
+            if is_remote(remote):
+                remote.fs.invalidate_cache()
+            found = list(remote.glob("*.safetensors")) if remote.exists() else []
         self._of_place = {path.name.split("-")[0]: path for path in found}
         self._of_bytes = {path.stem.rpartition("-")[2]: path for path in found}
 
@@ -115,7 +121,9 @@ class Journal:
         numbers = {number: repr(getattr(report, number)) for number in NUMBERS}
         data = save(kept, {**numbers, "digest": tensors_digest(kept)})
         path = self.folder / f"{place}-{name}.safetensors"
-        write_file(path, lambda partial: partial.write_bytes(data))
+        if self._of_place and not is_remote(path) and not self.folder.exists():
+            raise OutputError(f"{self.folder}: was removed by a run that has written the output meanwhile")
+        write_file(path, lambda partial: partial.write_bytes(data), shared=True)
         self._of_place[place] = self._of_bytes[name] = path
         self.write_checked()
 
@@ -153,7 +161,7 @@ class Journal:
         if self._new_checks and self.state:
             text, names = json.dumps(self._new_checks), _name(sorted(self._new_checks), [])
             path = self.folder / f"values-{self.state[:32]}-{names}.json"
-            write_file(path, lambda partial: partial.write_text(text))
+            write_file(path, lambda partial: partial.write_text(text), shared=True)
         self._new_checks = {}
 
 
@@ -170,15 +178,22 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
-def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside a file, and put it in its place when it is whole and on the disk; in remote storage a file is whole at once."""
+def write_file(path: Path, write: Callable[[Path], object], *, shared: bool = False) -> None:
+    """Write beside a file, and put it in its place when it is whole and on the disk; in remote storage a file is whole at once.
+
+    Args:
+        path: the file.
+        write: what writes it, to the path that it is called with.
+        shared: other processes may be writing it too.
+    """
     if is_remote(path):
         try:
             write(path)
         except Exception as error:  # each storage has its own
             raise OutputError(f"{path}: cannot be written: {first_line(error)}; run the same command again") from error
         return
-    partial = path.parent / f".{path.name}.partial"
+    own = f"{os.getpid()}-{secrets.token_hex(4)}." if shared else ""
+    partial = path.parent / f".{path.name}.{own}partial"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)

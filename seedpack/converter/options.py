@@ -145,6 +145,10 @@ class CompressOptions:
             raise OptionError(
                 "address is that of a Ray cluster; choose the engine ray too (--engine ray, engine='ray')"
             )
+        if self.engine == "ray" and self.key is not None:
+            raise OptionError(
+                "a private key would be sent to the cluster's machines; leave the engine out (--jobs serves one)"
+            )
         if self.target_size is not None and self.bits is not None:
             raise OptionError("give bits or a target size, not both")
         if self.dtype is not None:

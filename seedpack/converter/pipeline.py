@@ -22,7 +22,7 @@ from seedpack.converter.planning import Edits, calibrate_plan, make_plan, plan_o
 from seedpack.converter.progress import shown
 from seedpack.converter.report import Report, TensorReport
 from seedpack.converter.run import Run
-from seedpack.converter.shards import Shard, require_fitted
+from seedpack.converter.shards import Shard, require_fitted, shards_kept_out
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
 from seedpack.converter.trust import trusting_remote_code
@@ -163,7 +163,7 @@ def _compress(
         require_room(planned, run.output, run.options.jobs)
         with _staged(run) as (partial, finished):
             journal = _journal(run, fitted_on)
-            run = replace(run, journal=journal)
+            run = replace(run, journal=journal, share=None if fitted_on is None else frozenset())
             try:
                 followed, statistics = calibrate_plan(run, planned, plan)
                 run = replace(run, weights=followed.packed_weights)
@@ -192,7 +192,10 @@ def _staged(run: Run) -> Iterator[tuple[Path, Finished | None]]:
         with RemoteOutput(run.output, force=run.options.force, directory=run.writes_folder) as stage:
             yield stage.path, stage.send
     else:
-        with staged(run.output, force=run.options.force, directory=run.writes_folder) as partial:
+        with (
+            staged(run.output, force=run.options.force, directory=run.writes_folder) as partial,
+            shards_kept_out(run.output),
+        ):
             yield partial, None
 
 

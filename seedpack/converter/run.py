@@ -118,16 +118,20 @@ class Run:
             OutputError: another run uses it.
         """
         if folder not in self.locks:
-            lock = locked(folder, f"{folder}: another run is calibrating with it", "name an output in another folder")
+            waited = 0
             while True:
+                lock = locked(
+                    folder, f"{folder}: another run is calibrating with it", "name an output in another folder"
+                )
                 try:
                     lock.__enter__()
-                except HeldError:
+                except HeldError as held:
                     if self.share is None:
                         raise
-                    self.progress("Waiting for a shard that calibrates", 0, 0)  # for all
+                    if waited == 0:
+                        self.progress("Waiting", 0, 0, "", f"waiting for the shard that calibrates: {held}")
+                    waited += 1
                     time.sleep(POLL_SECONDS)
-                    lock = locked(folder, "", "")
                 else:
                     break
             self.locks[folder] = lock
@@ -165,8 +169,8 @@ class Run:
             ModelError: the output cannot be what the model becomes, or an option does not fit the model.
         """
         if is_remote(self.output) or is_remote(self.source.name):
-            if str(self.output) == self.source.name:
-                raise ModelError(f"{self.output}: is the model itself; name another output")
+            if f"{self.source.name}/".startswith(f"{self.output}/"):
+                raise ModelError(f"{self.output}: is the model itself or holds it; name another output")
         else:
             require_apart(self.output, Path(self.source.name))
         require_name(self.output, is_folder=self.writes_folder)

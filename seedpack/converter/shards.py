@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from seedpack.converter.run import Run
 from seedpack.converter.statistics import Statistics
 from seedpack.converter.workers import require_reopened
 from seedpack.errors import ModelError, OptionError, OutputError
-from seedpack.formats.places import is_remote
-from seedpack.formats.staging import exists_already
+from seedpack.formats.lock import locked
+from seedpack.formats.places import is_remote, reaching
+from seedpack.formats.staging import exists_already, stage_of
 from seedpack.units import count
 
 
@@ -70,15 +73,22 @@ class Shard:
         """Refuse what shares of a model cannot be made of.
 
         Raises:
+            OptionError: a private key is given.
             ModelError: the model is in memory, or calibrated with an output in remote storage.
             OutputError: the output stands already.
         """
         require_reopened(run)
+        if run.options.key is not None:
+            raise OptionError(
+                "each shard would draw a seed of its own for a private key; leave one of them out (--jobs N)"
+            )
         if run.calibration is not None and is_remote(run.output):
             raise ModelError(
                 f"{run.output}: shards share one calibration, which needs a file system; name an output there, and copy it"
             )
-        if run.output.exists() and not run.options.force:
+        with reaching(run.output) if is_remote(run.output) else nullcontext():
+            stands = run.output.exists()
+        if stands and not run.options.force:
             raise OutputError(exists_already(run.output))
 
     def refusal(self, output: Path) -> tuple[str, str]:
@@ -99,3 +109,17 @@ def require_fitted(run: Run, plan: Plan, statistics: Statistics) -> None:
             f"{run.output}: {count(len(missing), 'tensor')} of {len(packed)} are not fitted yet, such as {missing[0].name!r}; run their "
             "shards (again: they go on where they stopped), with the same model and options"
         )
+
+
+@contextmanager
+def shards_kept_out(output: Path) -> Iterator[None]:
+    """Refuse to write an output while shards of it are being fitted, and them meanwhile.
+
+    Raises:
+        OutputError: one is.
+    """
+    with ExitStack() as stack:
+        for folder in sorted(stage_of(output).glob("shard-*")):
+            what = f"{output}: its {folder.name.replace('-', ' ')} is still being fitted"
+            stack.enter_context(locked(folder, what, "stop it"))
+        yield

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,7 @@ def require_reopened(run: Run) -> None:
     Raises:
         ModelError: it is in memory.
     """
-    if not run.source.state:
+    if not run.source.files:
         raise ModelError(
             f"{run.source.name}: several workers each open the model, and this one is in memory; save it, or leave jobs out"
         )
@@ -53,6 +54,7 @@ class Processes:
     def __init__(self, run: Run):
         self._run = run
         self._pool: ProcessPoolExecutor | None = None
+        self._place = tempfile.TemporaryDirectory(prefix="seedpack-workers-")  # of their own temporary folders
 
     def look(self, tensors: Iterable[TensorPlan]) -> Iterator[tuple[TensorPlan, str]]:
         """Look at the values of tensors; see `fitting.look`."""
@@ -87,7 +89,14 @@ class Processes:
         if self._pool is None:
             jobs, context = self._run.options.jobs, multiprocessing.get_context("spawn")
             threads = max(1, torch.get_num_threads() // jobs)
-            given = without_process(self._run), self._run.source.name, threads, context.Value("i", 0), os.getpid()
+            given = (
+                without_process(self._run),
+                self._run.source.local_name,
+                self._place.name,
+                threads,
+                context.Value("i", 0),
+                os.getpid(),
+            )
             self._pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=given)
         return self._pool
 
@@ -106,6 +115,7 @@ class Processes:
             for process in list(self._pool._processes.values() if self._pool._processes else ()):
                 process.terminate()
             self._pool.shutdown(cancel_futures=True)
+        self._place.cleanup()
 
 
 def without_process(run: Run) -> Run:
@@ -126,13 +136,14 @@ def reopened(run: Run, name: str) -> Run:
 _own: Run  # of this process, if it is a worker
 
 
-def _start(run: Run, name: str, threads: int, count: Any, parent: int) -> None:
+def _start(run: Run, name: str, place: str, threads: int, count: Any, parent: int) -> None:
     """Open the model in a worker, which ends with its parent, and leaves interrupts to it."""
     global _own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(threads)
+    tempfile.tempdir = place
     with count.get_lock():
         number, count.value = count.value, count.value + 1
     if run.device.type == "cuda" and run.device.index is None:

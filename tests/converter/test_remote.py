@@ -130,7 +130,7 @@ def test_what_is_refused(s3: Any, folder: Path, tmp_path: Path) -> None:
         open_source("s3://models/none.safetensors")
     other = s3 / "six" / "other"
     (other / "mine.txt").write_text("precious")
-    with pytest.raises(OutputError, match="was not written by seedpack"):
+    with pytest.raises(OutputError, match="holds 'mine.txt', which seedpack did not write"):
         seedpack.compress(folder, str(other), **OPTIONS, force=True)
     assert files(other) == {"mine.txt": b"precious"}
     with pytest.raises(OutputError, match="cannot be written"):
@@ -147,3 +147,44 @@ def test_a_file_that_changes_is_found(s3: Any, folder: Path) -> None:
     data[-1000:] = bytes(1000)
     shard.write_bytes(bytes(data))
     assert source.state != open_source(str(model)).state
+
+
+def test_only_its_own_files_are_replaced(s3: Any, folder: Path) -> None:
+    output = s3 / "eight"
+    seedpack.compress(folder, str(output), **OPTIONS, shard_bytes=8_000)
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="holds 'notes.txt', which seedpack did not write"):
+        seedpack.compress(folder, str(output), **OPTIONS, force=True)
+    assert len(files(output)) > 5
+    output.fs.rm_file((output / "notes.txt").path)
+    seedpack.compress(folder, str(output), **OPTIONS, force=True)
+    assert "model.safetensors" in files(output) and not any("-of-" in name for name in files(output))
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_stop_while_files_are_moved(s3: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, old: bool) -> None:
+    """Leaves no model, and the same command goes on."""
+    output = s3 / f"nine-{old}"
+    if old:
+        seedpack.compress(folder, str(output), **OPTIONS, shard_bytes=8_000)
+    copy, count = output.fs.copy, [0]
+
+    def failing(*args: Any, **more: Any) -> None:
+        count[0] += 1
+        if count[0] == 3:
+            raise OSError("the network is down")
+        copy(*args, **more)
+
+    monkeypatch.setattr(output.fs, "copy", failing)
+    with pytest.raises(OutputError, match="run the same command again"):
+        seedpack.compress(folder, str(output), **OPTIONS, force=old)
+    assert "config.json" not in files(output)
+    monkeypatch.setattr(output.fs, "copy", copy)
+    seedpack.compress(folder, str(output), **OPTIONS)
+    assert "config.json" in files(output) and not any("-of-" in name for name in files(output))
+
+
+def test_an_output_that_holds_its_source(s3: Any, folder: Path) -> None:
+    model = upload(folder, s3 / "ten" / "dense")
+    with pytest.raises(ModelError, match="is the model itself or holds it"):
+        seedpack.compress(str(model), "s3://models/ten", **OPTIONS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.options import Calibration
 from seedpack.converter.pipeline import fit_shard, merge
 from seedpack.converter.shards import Shard
-from seedpack.errors import ModelError, OptionError, OutputError
+from seedpack.errors import ModelError, NonfiniteError, OptionError, OutputError
 from seedpack.formats.lock import locked
 from tests.helpers.models import llama
 
@@ -135,3 +137,94 @@ def test_the_commands(model: Path, tmp_path: Path) -> None:
     seedpack.compress(model, tmp_path / "whole.safetensors", **OPTIONS)
     assert output.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert not (tmp_path / ".out.safetensors.partial").exists()
+
+
+def test_equal_tensors_and_copied_models(tmp_path: Path) -> None:
+    """What is found by its bytes is found by its place from then on."""
+    same = torch.randn(64, 96)
+    torch.save({"a.weight": same, "b.weight": same.clone()}, tmp_path / "net.pt")
+    output = tmp_path / "out.safetensors"
+    fit_shard(tmp_path / "net.pt", output, **OPTIONS, shard=Shard(1, 1))
+    os.utime(tmp_path / "net.pt")
+    with pytest.raises(ModelError, match="are not fitted yet"):
+        merge(tmp_path / "net.pt", output, **OPTIONS)
+    fit_shard(tmp_path / "net.pt", output, **OPTIONS, shard=Shard(1, 1))
+    assert len(merge(tmp_path / "net.pt", output, **OPTIONS).tensors) == 2
+
+
+def test_a_model_that_changes_under_what_is_kept(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    for number in (1, 2):
+        fit_shard(model, output, **OPTIONS, shard=Shard(number, 2))
+
+    def change(stage: str, *rest: Any) -> None:
+        if stage == "Fitting" and rest[3:4] == ("3.weight",):
+            torch.save({name: value + 1 for name, value in torch.load(model).items()}, model)
+
+    with pytest.raises(ModelError, match="changed while the model was being read"):
+        merge(model, output, **OPTIONS, progress=change)
+    assert not output.exists()
+
+
+def test_damage_is_not_mended_by_a_merge(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    fit_shard(model, output, **OPTIONS, shard=Shard(1, 1))
+    entry = sorted((tmp_path / ".out.safetensors.partial" / "kept").glob("*.safetensors"))[0]
+    entry.write_bytes(entry.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="what a shard has kept of it is damaged; run that shard again"):
+        merge(model, output, **OPTIONS)
+    fit_shard(model, output, **OPTIONS, shard=Shard(1, 1))
+    merge(model, output, **OPTIONS)
+
+
+def test_values_are_those_of_one_state_dict(tmp_path: Path) -> None:
+    """A file may hold several, of the same names."""
+    good, bad = (
+        {"w.weight": torch.randn(64, 96), "v.weight": torch.randn(64, 96)},
+        {"w.weight": torch.randn(64, 96), "v.weight": torch.full((64, 96), torch.nan)},
+    )
+    torch.save({"model": good, "ema": bad}, tmp_path / "net.pt")
+    output = tmp_path / "out.safetensors"
+    fit_shard(tmp_path / "net.pt", output, **OPTIONS, shard=Shard(1, 2), state_key="model")
+    with pytest.raises(NonfiniteError, match="in 1 tensor: v.weight"):
+        for number in (1, 2):
+            fit_shard(tmp_path / "net.pt", output, **OPTIONS, shard=Shard(number, 2), state_key="ema")
+
+
+def test_the_output_waits_for_shards(model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.safetensors"
+    fit_shard(model, output, **OPTIONS, shard=Shard(1, 1))
+    with (
+        locked(tmp_path / ".out.safetensors.partial" / "shard-2", "", ""),
+        pytest.raises(OutputError, match="its shard 2 is still being fitted"),
+    ):
+        merge(model, output, **OPTIONS)
+
+
+def test_a_private_key_is_for_one_process(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="each shard would draw a seed of its own"):
+        fit_shard(model, tmp_path / "out.safetensors", codec="basis", key=bytes(16), shard=Shard(1, 2))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"model": 1}', '{"model": "m", "state": "", "options": {"bits": 3}}'])
+def test_the_record_of_another(model: Path, tmp_path: Path, text: str) -> None:
+    """Is no command to follow: neither damaged, nor with options that say what to trust."""
+    record = tmp_path / ".out.safetensors.partial" / "kept" / "command.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(text)
+    result = CliRunner().invoke(cli, ["merge", str(tmp_path / "out.safetensors")])
+    assert result.exit_code == 1 and "no shard of it was begun here" in result.output
+    command = ["compress", str(model), "-o", str(tmp_path / "out.safetensors"), "--effort", "fast", "--shard", "1/1"]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 0, result.output
+    assert set(json.loads(record.read_text())["options"]).isdisjoint({"trust_remote_code", "key_file"})
+
+
+def test_shards_that_begin_together(model: Path, tmp_path: Path) -> None:
+    """As a scheduler starts them: one record, of the first."""
+    output = str(tmp_path / "out.safetensors")
+    command = [sys.executable, "-m", "seedpack", "compress", str(model), "-o", output, "--effort", "fast", "--shard"]
+    begun = [subprocess.Popen([*command, f"{n}/3"], stderr=subprocess.PIPE, text=True) for n in (1, 2, 3)]
+    ends = [process.communicate()[1] for process in begun]
+    assert [process.returncode for process in begun] == [0, 0, 0], ends
+    assert CliRunner().invoke(cli, ["merge", output]).exit_code == 0

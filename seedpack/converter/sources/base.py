@@ -55,12 +55,16 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class FileState:
-    """Tells whether a file is still the one that it was: its device, number, size and time of change."""
+    """Tells whether a file is still the one that it was: its device, number, size, and times of change, of its content and at all.
+
+    In remote storage the number is a digest of what tells its version, or 0 where nothing does.
+    """
 
     device: int
     number: int
     size: int
     time: int
+    changed: int = 0
 
     @classmethod
     def of(cls, path: Path) -> FileState:
@@ -71,15 +75,17 @@ class FileState:
             found = path.stat()
         except OSError:
             return cls(0, 0, -1, 0)
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     @classmethod
     def _of_remote(cls, path: Any) -> FileState:
         """Return the state of a file in remote storage, whose listing has its size, and a digest or a time."""
         with reaching(path):
             path.fs.invalidate_cache()
-            key, size = path.fs.ukey(path.path), path.stat().st_size
-        return cls(0, int(hashlib.sha256(str(key).encode()).hexdigest()[:15], 16), size, 0)
+            found = path.fs.info(path.path)
+        version = [str(found[key]) for key in VERSIONS if found.get(key)]
+        number = int(hashlib.sha256(" ".join(version).encode()).hexdigest()[:15], 16) if version else 0
+        return cls(0, number, found["size"] or 0, 0)
 
     @classmethod
     def of_all(cls, paths: Iterable[Path]) -> dict[Path, FileState]:
@@ -87,6 +93,7 @@ class FileState:
         return {path: cls.of(path) for path in paths}
 
 
+VERSIONS = ("ETag", "etag", "LastModified", "last_modified", "mtime", "updated", "created", "last_commit", "blob_id")
 NO_FILES: Mapping[Path, FileState] = {}
 
 
@@ -134,6 +141,7 @@ class Source(ABC):
         files: that the tensors are read from, as they were when they were opened.
         input_bytes: of what was given: the files, or the tensors in memory.
         notes: on what was done to the tensors, a line each.
+        local_name: what other processes of this machine open it by.
     """
 
     def __init__(
@@ -150,9 +158,11 @@ class Source(ABC):
         if not tensors:
             raise ModelError(f"{name}: holds no tensors; is it a state dict?")
         self.name, self.tensors, self.shared, self.config = name, tensors, shared or {}, config
+        self.local_name = name
         self.dropped, self.files, self.notes = list(dropped), files, list(notes)
         self.input_bytes = sum(state.size for state in files.values()) or sum(t.source_bytes for t in tensors.values())
         self._digests: dict[str, str] = {}
+        self._relied = False
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU; nothing of it stays in memory here.
@@ -179,12 +189,19 @@ class Source(ABC):
     def _read(self, name: str) -> Tensor:
         """Return one tensor on the CPU."""
 
+    def rely_on_state(self) -> None:
+        """Take note that a tensor is known by the state of the files alone, without being read."""
+        self._relied = True
+
     def require_unchanged(self) -> None:
         """Refuse files that were written to since they were opened: what was read could be parts of two models.
 
-        Where a file's size, time or place differs, all tensors that were read are read again, and compared by digest.
+        Where a file's size, time or place differs, all tensors that were read are read again, and compared by digest; but where it
+        was relied on the files' state, that is an error.
         """
         if any(FileState.of(path) != state for path, state in self.files.items()):
+            if self._relied:
+                raise self._changed("its files")
             for name in list(self._digests):
                 self.read(name)
 
@@ -232,13 +249,13 @@ class Source(ABC):
 
     @property
     def state(self) -> str:
-        """Tells these tensors from others without reading them, by the state of their files; empty for what is in memory.
+        """Tells these tensors from others without reading them, by the state of their files; empty where that cannot tell.
 
         It is the same on all machines that see the files.
         """
-        if not self.files:
+        if not self.files or not all(state.number for state in self.files.values()):
             return ""
-        files = [(path.name, state.number, state.size, state.time) for path, state in self.files.items()]
+        files = [(path.name, s.number, s.size, s.time, s.changed) for path, s in self.files.items()]
         return hashlib.sha256(json.dumps([files, self.config], sort_keys=True, default=str).encode()).hexdigest()
 
     @cached_property

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from seedpack.converter.sources.base import Source
+from seedpack.converter.sources.base import FileState, Source
 from seedpack.converter.sources.dequantized import dequantized
 from seedpack.converter.sources.module import ModuleSource
 from seedpack.converter.sources.paths import looks_like_hub_id as looks_like_hub_id
@@ -50,7 +50,7 @@ def open_source(model: Model, *, as_file: bool = False, state_key: str | None = 
         raise ModelError(f"a model is a path, a hub id, a module or a state dict, got {_kind(model)}")
     if is_remote(str(model)):
         return _open_remote(place(model), state_key)
-    path = Path(model)
+    path = place(model) if isinstance(model, str) else Path(model)
     if len(path.name) > 255 or "\0" in str(path):
         raise ModelError(f"{str(path)[:80]!r}: not a valid path")
     if path.is_dir() and (open_folder := opener_of("folder")):
@@ -81,7 +81,7 @@ def _open_remote(path: Path, state_key: str | None) -> Source:
     except BaseException:
         folder.cleanup()
         raise
-    source.name = str(path)
+    source.name, source.files = str(path), {path: FileState.of(path)}
     source.notes.append(f"fetched whole: of remote files only safetensors can be read in parts ({path.name})")
     weakref.finalize(source, folder.cleanup)
     return source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seedpack.errors import ModelError
-from seedpack.formats.places import is_remote
+from seedpack.formats.places import is_remote, place
 
 
 def looks_like_hub_id(text: str) -> bool:
@@ -21,7 +21,7 @@ def require_path_or_id(model: str) -> None:
         ModelError: saying so.
     """
     try:
-        is_there = is_remote(model) or Path(model).exists() or looks_like_hub_id(model)
+        is_there = is_remote(model) or place(model).exists() or looks_like_hub_id(model)
     except (OSError, ValueError):
         raise ModelError(f"{model[:80]!r}: not a valid path") from None
     if not is_there:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle  # noqa: TID251 (its error class; torch.load raises it)
 import re
 import warnings
@@ -79,7 +80,7 @@ class _TorchFileSource(StateDictSource):
     @property
     def state(self) -> str:
         """Tells these tensors from others: a file may hold several state dicts."""
-        return f"{super().state} {self._key}"
+        return hashlib.sha256(f"{super().state} {self._key}".encode()).hexdigest()
 
 
 def _load(path: Path) -> object:
