@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from seedpack.cli import compress
 from seedpack.cli import output as screen
 from seedpack.cli.shards import read_command
 
@@ -21,12 +22,11 @@ def command(output: str, trust_remote_code: bool, force: bool, as_json: bool) ->
     from seedpack.formats.places import place
 
     path = place(output)
-    model, state, given = read_command(path)
+    model, state, given = read_command(path, [str(option.name) for option in compress.command.params])
     with screen.stages() as progress:
         progress("Starting", 0, 0)
         import torch
 
-        from seedpack.cli.compress import options_of, show_report
         from seedpack.converter.pipeline import merge
         from seedpack.converter.sources.open import open_source
         from seedpack.converter.trust import trusting_remote_code
@@ -36,10 +36,10 @@ def command(output: str, trust_remote_code: bool, force: bool, as_json: bool) ->
         edits, fitted_on = given.pop("plan"), str(given["device"]).partition(":")[0]
         if fitted_on == "cuda" and not torch.cuda.is_available():
             given["device"] = "cpu"
-        options = options_of(**given, key_file=None, trust_remote_code=trust_remote_code, force=force)
+        options = compress.options_of(**given, key_file=None, trust_remote_code=trust_remote_code, force=force)
         with trusting_remote_code(trust_remote_code):
             source = open_source(model, state_key=options.state_key)
         if source.state != state:
             raise ModelError(f"{model}: its files are not as the shards found them; run the shards again")
         report = merge(source, path, options, plan=edits, fitted_on=fitted_on, progress=progress)
-    screen.show_json(report.to_json()) if as_json else show_report(report, options)
+    screen.show_json(report.to_json()) if as_json else compress.show_report(report, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from typing import Any
 # Options that shards may differ in, and what nobody else's record may say: which code is trusted, and which key is read.
 OWN = frozenset({"jobs", "force", "as_json", "engine", "address", "trust_remote_code", "key_file"})
 WORDS = ("none", "self")
-Record = tuple[str, dict[str, Any]]
 
 
 def keep_command(path: Path, model: str, state: str, given: dict[str, Any]) -> None:
@@ -36,10 +36,10 @@ def keep_command(path: Path, model: str, state: str, given: dict[str, Any]) -> N
             options[name] = os.path.abspath(options[name])
     mine = {"model": os.path.abspath(model) if Path(model).exists() else model, "state": state, "options": options}
     document = json.loads(json.dumps(mine, default=str))
-    begun = _read(path)
+    begun = _read(path, options)
     if begun is None:
-        _write(path, json.dumps(document, indent=1))
-        begun = _read(path) or document
+        _write(path, json.dumps(document, indent=1), options)
+        begun = _read(path, options) or document
     if begun == document:
         return
     differs = [name for name in options if begun["options"].get(name) != document["options"].get(name)]
@@ -55,15 +55,19 @@ def keep_command(path: Path, model: str, state: str, given: dict[str, Any]) -> N
     )
 
 
-def read_command(path: Path) -> tuple[str, str, dict[str, Any]]:
+def read_command(path: Path, names: Collection[str]) -> tuple[str, str, dict[str, Any]]:
     """Return the model, the state of its files and the options that shards of an output were begun with.
+
+    Args:
+        path: of the output.
+        names: of all options of `compress`.
 
     Raises:
         ModelError: none was begun, or the record cannot be read.
     """
     from seedpack.errors import ModelError
 
-    begun = _read(path)
+    begun = _read(path, set(names) - OWN - {"model", "output", "dry_run", "shard"})
     if begun is None:
         raise ModelError(
             f"{path}: no shard of it was begun here; run seedpack compress MODEL -o {path} --shard 1/2, and so on"
@@ -71,12 +75,10 @@ def read_command(path: Path) -> tuple[str, str, dict[str, Any]]:
     return begun["model"], begun["state"], {**begun["options"], "settings": tuple(begun["options"]["settings"])}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, names: Collection[str]) -> dict[str, Any] | None:
     """Return a record; None where there is none, or it cannot be read."""
-    from seedpack.cli.compress import command
     from seedpack.formats.places import is_remote, reaching
 
-    names = {str(option.name) for option in command.params} - OWN - {"model", "output", "dry_run", "shard"}
     record = _record(path)
     with suppress(FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         if is_remote(record):
@@ -85,12 +87,12 @@ def _read(path: Path) -> dict[str, Any] | None:
         else:
             text = record.read_bytes()
         begun = json.loads(text)
-        if all(isinstance(begun[key], str) for key in ("model", "state")) and begun["options"].keys() == names:
+        if all(isinstance(begun[key], str) for key in ("model", "state")) and begun["options"].keys() == set(names):
             return begun  # type: ignore[no-any-return]
     return None
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, names: Collection[str]) -> None:
     """Write a record where none can be read; the first of several processes wins."""
     from seedpack.formats.places import is_remote, reaching
 
@@ -105,7 +107,7 @@ def _write(path: Path, text: str) -> None:
     try:
         os.link(partial, record)
     except FileExistsError:
-        if _read(path) is None:
+        if _read(path, names) is None:
             os.replace(partial, record)
     finally:
         partial.unlink(missing_ok=True)
