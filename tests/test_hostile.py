@@ -19,6 +19,7 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import CodecError, FormatError, LimitError, ModelError, OutputError, SeedpackError, VersionError
 from seedpack.eval.tensors import compare_tensors
 from seedpack.formats import Checkpoint
+from seedpack.formats.listing import list_safetensors
 from seedpack.formats.manifest import _document_digest
 from seedpack.loader.layers import pack_module_
 from tests.helpers import checkpoints as make
@@ -81,6 +82,26 @@ def test_forged_svd_settings(file: Path, config: dict[str, Any], kind: type[Exce
     make.edit_manifest(file, forge)
     with pytest.raises(kind, match=r"a.weight"):
         load_all(file)
+
+
+def test_codecs_in_codecs_in_codecs(file: Path) -> None:
+    """Each level would be built twice, so that thirty of them never end."""
+    spec = SVDCodec(rank=1).spec().to_json()
+    for _ in range(30):
+        stack = {"matrix_rows": 1, "matrix_columns": 1, "of": spec, "transposed": False}
+        spec = SVDCodec(rank=1).spec().to_json()
+        spec["config"]["factors"] = {"id": "stack", "version": 0, "config": stack}
+    make.edit_manifest(file, lambda m: next(c for c in m["codecs"] if c["id"] == "seedlm").update(spec))
+    started = time.perf_counter()
+    with pytest.raises(CodecError, match="factors cannot be stack"):
+        load_all(file)
+    assert time.perf_counter() - started < 1
+
+
+@pytest.mark.parametrize("of", [{"id": [], "version": 0, "config": {}}, {"id": "a", "version": 0, "config": [1]}, "x"])
+def test_labels_of_forged_stacks(file: Path, of: object) -> None:
+    make.edit_manifest(file, lambda m: next(c for c in m["codecs"] if c["id"] == "seedlm")["config"].update(of=of))
+    assert [tensor.codec for tensor in list_safetensors(file).tensors] == ["seedlm", ""]
 
 
 def test_raw_is_checked_like_any_codec(file: Path) -> None:

@@ -62,6 +62,7 @@ class Codec:
     version: ClassVar[int]
     older: ClassVar[frozenset[int]] = frozenset()  # older versions that are read, and written where they suffice
     summary: ClassVar[str] = ""  # a line for `seedpack codecs`; by default the docstring's first
+    nestable: ClassVar[bool] = True  # whether another codec may pack its matrices by this one
     uses_norm_heuristic: ClassVar[bool] = False  # whether `Importance.from_norms` serves it, where there is no data
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
