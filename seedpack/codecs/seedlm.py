@@ -33,6 +33,7 @@ from seedpack.linalg import ldlq_correction
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
 BIAS_MIN, BIAS_MAX = -118, 120
 BATCH_BLOCKS = 1 << 15
+UNCOMPILED = 1 << 18  # weights that plain torch rebuilds in some milliseconds; a kernel takes seconds to compile for each K, C, P
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,17 @@ class SeedLMCodec(Codec, HessianFitting):
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Multiply each block's matrix by its coefficients; see `kernels.seedlm.decode_reference`, the definition."""
+        if backend == "auto" and parts["weight"].is_cpu and self.seed_bits <= 16 and math.prod(shape) <= UNCOMPILED:
+            backend = "reference"
+        return self._decode(parts, shape, dtype, backend)
+
+    def decode_rows(
+        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
+    ) -> Tensor:
+        """Rebuild some rows, which is done again and again."""
+        return self._decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
+
+    def _decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend) -> Tensor:
         return seedlm_decode(self._packed(parts), self.code, columns=shape[1], dtype=dtype, backend=backend)
 
     def prepare(self, parts: Parts, shape: Shape, bias: Tensor | None, planes: int) -> Product | None:
