@@ -92,7 +92,8 @@ class Listing:
 
 def natural_key(name: str) -> list[Any]:
     """Return the key that sorts numbers in names by their size."""
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    pieces = re.split(r"([0-9]+)", name)
+    return [(len(n := piece.lstrip("0")), n) if i % 2 else (-1, piece) for i, piece in enumerate(pieces)]
 
 
 def list_safetensors(path: Path) -> Listing:

@@ -33,7 +33,9 @@ from seedpack.linalg import ldlq_correction
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
 BIAS_MIN, BIAS_MAX = -118, 120
 BATCH_BLOCKS = 1 << 15
-UNCOMPILED = 1 << 18  # weights that plain torch rebuilds in some milliseconds; a kernel takes seconds to compile for each K, C, P
+UNCOMPILED = (
+    1 << 18
+)  # weights that plain torch rebuilds in some milliseconds; a kernel takes seconds to compile for each K, C, P
 
 
 @dataclass(frozen=True)

@@ -221,10 +221,14 @@ class SVDCodec(Codec, HessianFitting):
         return (rows_of_left @ inner.decode(right, (rank, shape[1]), torch.float32, backend)).to(dtype)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Check the parts' form, and the factors by their own codec."""
+        """Check the parts' form, that float16 factors are finite, and others by their own codec."""
         super().check(parts, shape)
         inner = self._inner()
-        if inner is not None:
+        if inner is None:
+            finite = (torch.isfinite(part.view(torch.float16)).all() for part in parts.values() if not part.is_meta)
+            if not all(finite):
+                raise CodecError(f"{self.id}: a factor is NaN or Inf; the file is corrupt")
+        else:
             rank = self.rank_of(shape)
             left, right = self._split(dict(parts))
             inner.check(left, (shape[0], rank))

@@ -101,6 +101,7 @@ def test_m02_json(file: Path) -> None:
         ('{"a":1,"a":1}', "duplicate key 'a'"),
         ('{"a":NaN}', "NaN is not JSON"),
         ("{" + '"a":{' * 100_000, "not valid JSON"),
+        ('{"a":' + "[" * 64 + "]" * 64 + "}", "nested more than 64 deep"),
         ('{"a":3}', "expected exactly dtype, shape and data_offsets"),
         ('{"__metadata__":{"a":1}}', "must map strings to strings"),
         ('{"__metadata__":[]}', "must map strings to strings"),
@@ -435,6 +436,7 @@ def test_m25_views(tmp_path: Path) -> None:
         ({"a": {**good, "shape": [2.0]}}, "shape must be a list"),
         ({"a": 3}, "expected a JSON object"),
         ({}, "must be left out where there are none"),
+        ({f"v{i}": {**good, "offset": 0, "shape": [60]} for i in range(2)}, "views use 120 of the 60 elements"),
     )
     for given, message in changed:
         path.write_bytes(data)
