@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A file's tests run on one core: they share fixtures and compiled kernels.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-slow test-all lint types bench bench-gpu wheel clean
+.PHONY: demo test test-slow test-all fuzz lint types bench bench-gpu wheel clean
 
 # Compress a real language model, load it back, and show what was gained and lost.
 demo: $(VENV)/demo
@@ -21,6 +21,11 @@ test-slow: $(VENV)/dev
 	$(PYTEST) -m "slow and not gpu"
 
 test-all: test test-slow
+
+# Give what reads files any bytes, guided by the code that they reach: RUNS inputs for each target (half an hour for 100000).
+RUNS ?= 100000
+fuzz: $(VENV)/fuzz
+	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -50,6 +55,10 @@ $(VENV)/demo: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
+	touch $@
+
+$(VENV)/fuzz: $(VENV)/dev
+	$(INSTALL) --editable '.[fuzz]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/demo benchmarks/requirements.txt
