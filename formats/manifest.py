@@ -316,13 +316,13 @@ def _view(value: object, name: str, tensors: Mapping[str, TensorEntry], shared: 
 
 
 def _require_covered(views: Mapping[str, View], tensors: Mapping[str, TensorEntry], at: str) -> None:
-    """Require views to use all of their tensor but less than a row, and no more: few bytes stand for many neither way."""
+    """Require views to use all but less than a row of their tensor, so that few bytes cannot decode to many for nothing."""
     used: dict[str, int] = {}
     for view in views.values():
         used[view.tensor] = used.get(view.tensor, 0) + math.prod(view.shape)
     for name, count in used.items():
         size, rows = math.prod(tensors[name].shape), (*tensors[name].shape, 1)[0]
-        if not size - max(0, rows - 1) <= count <= size:
+        if count < size - max(0, rows - 1):
             raise FormatError(f"{at}: views use {count} of the {size} elements of {name[:120]!r}")
 
 

@@ -436,7 +436,6 @@ def test_m25_views(tmp_path: Path) -> None:
         ({"a": {**good, "shape": [2.0]}}, "shape must be a list"),
         ({"a": 3}, "expected a JSON object"),
         ({}, "must be left out where there are none"),
-        ({f"v{i}": {**good, "offset": 0, "shape": [60]} for i in range(2)}, "views use 120 of the 60 elements"),
     )
     for given, message in changed:
         path.write_bytes(data)
