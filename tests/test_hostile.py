@@ -251,6 +251,20 @@ def test_odd_configs(folders: Folders, tmp_path: Path, change: dict[str, Any]) -
         assert not (tmp_path / "out").exists()
 
 
+def test_configs_of_many_layers(folders: Folders, tmp_path: Path) -> None:
+    """transformers would build them one by one, for hours."""
+    path, config = changed(folders, tmp_path)
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    started = time.perf_counter()
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000, but the weights are"):
+        seedpack.load(path)
+    shutil.copytree(folders.dense, tmp_path / "dense")
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "quantization_config": None, "n_layer": 500}))
+    with pytest.raises(ModelError, match="n_layer is 500"):
+        seedpack.compress(tmp_path / "dense", tmp_path / "out")
+    assert time.perf_counter() - started < 2
+
+
 def test_force_spares_what_is_not_its_own(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

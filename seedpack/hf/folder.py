@@ -29,7 +29,7 @@ from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.checkpoint_names import CheckpointNames
-from seedpack.hf.complete import require_complete
+from seedpack.hf.complete import require_complete, require_layers
 from seedpack.hf.converted import ConvertedSource
 from seedpack.hf.language_model import open_folder_model
 from seedpack.hf.quantization import FILES as QUANTIZATION_FILES
@@ -56,6 +56,7 @@ class FolderSource(Source):
         require_read(documents, path)
         config = without_quantization(config)
         self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
+        require_layers(path, config)
         self._path, self._names = path, names or names_of_folder(path, config)
         self._trust = trusts_remote_code()
         weights = _open_weights(path, self._names, files)
