@@ -62,7 +62,7 @@ def codec(id: str, data: bytes) -> None:
     made, matrix = stored_codec(checkpoint, name)
     if len(matrix) == 2:
         tensors = {part: to_tensor(stored) for part, stored in parts.items()}
-        made.decode_rows(tensors, torch.tensor([matrix[0] - 1, 0]), matrix, torch.float32)
+        made.decode_rows(tensors, torch.tensor([matrix[0] - 1, 0]), matrix, torch.float32, "reference")
 
 
 def _own_parts(file: Sound, manifest: Manifest, name: str) -> dict[str, Part]:
