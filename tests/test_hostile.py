@@ -265,6 +265,24 @@ def test_configs_of_many_layers(folders: Folders, tmp_path: Path) -> None:
     assert time.perf_counter() - started < 2
 
 
+def test_links_out_of_a_folder(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "ab").write_text("{}")
+    for kind in ("dense", "packed"):
+        path = shutil.copytree(getattr(folders, kind), tmp_path / kind)
+        (path / "tokenizer.json").symlink_to(tmp_path / "blobs" / "ab")  # as the hub's cache has it
+        (path / "same.json").symlink_to("config.json")
+        (path / "vocab.json").symlink_to(tmp_path / "id_rsa")
+        make_other = seedpack.unpack if kind == "packed" else seedpack.compress
+        with pytest.raises(ModelError, match="vocab.json: is a link out of the folder"):
+            make_other(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        (path / "vocab.json").unlink()
+        make_other(path, tmp_path / f"{kind}-out")
+        assert (tmp_path / f"{kind}-out" / "tokenizer.json").read_text() == "{}"
+
+
 def test_force_spares_what_is_not_its_own(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()

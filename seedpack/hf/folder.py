@@ -25,6 +25,7 @@ from seedpack.converter.trust import trusting_remote_code, trusts_remote_code
 from seedpack.dtypes import to_bytes
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import CheckpointWriter, Manifest
+from seedpack.formats.files import is_file
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.formats.writer import SINGLE_FILE
@@ -238,7 +239,7 @@ def _weight_files(path: Path, single: str) -> list[Path]:
         raise ModelError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or len(name) > 255 or not (path / name).is_file():
+        if Path(name).name != name or not is_file(path / name):
             raise ModelError(f"{index}: names the shard {name[:120]!r}, which is not in the folder")
     return [path / name for name in names]
 
@@ -259,7 +260,19 @@ def _further_files(path: Path) -> list[str]:
         return not is_weights and not any(part.startswith(".") for part in name.parts)
 
     names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    return sorted(name.as_posix() for name in names if is_kept(name))
+    kept = sorted(name.as_posix() for name in names if is_kept(name))
+    for name in kept:
+        _require_no_way_out(path, name)
+    return kept
+
+
+def _require_no_way_out(path: Path, name: str) -> None:
+    """Refuse a link out of a folder: what it leads to would be copied. In the hub's cache all files are links to its blobs."""
+    file = (path / name).resolve()
+    if not file.is_relative_to(path.resolve()) and file.parent.name != "blobs":
+        raise ModelError(
+            f"{path / name}: is a link out of the folder, so that another file would be copied; replace it by a copy"
+        )
 
 
 def sentence_modules(path: Path) -> list[str]:
