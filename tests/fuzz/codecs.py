@@ -85,7 +85,7 @@ def _made_up(manifest: Manifest, name: str, draws: Draws) -> dict[str, Part] | N
     sizes = {part: nbytes(*form) for part, form in forms.items()}
     if sum(sizes.values()) > LARGEST:
         return None
-    fill = draws.bytes(1 + draws.below(16))
+    fill = draws.take(1 + draws.below(16))
     return {
         part: Part(
             dtype, tuple(shape), memoryview(bytearray((fill * math.ceil(sizes[part] / len(fill)))[: sizes[part]]))
@@ -99,9 +99,9 @@ def coder(data: bytes) -> None:
     draws = Draws(data)
     mask, shape = MaskCodec((1 + draws.below(255)) / 256), (1 + draws.below(9), 1 + draws.below(200))
     _, size = mask.parts(shape)["weight"]
-    words = torch.frombuffer(bytearray(draws.bytes(size[0])), dtype=torch.uint8).view(size)
+    words = torch.frombuffer(bytearray(draws.take(size[0])), dtype=torch.uint8).view(size)
     image, matrix, _ = blank_image(1 + draws.below(20), 1 + draws.below(20), draws.pick((3, 1)))
-    tables = coding.Sizes.from_bytes(draws.bytes(coding.Sizes.nbytes(image.channels)), image.channels)
+    tables = coding.Sizes.from_bytes(draws.take(coding.Sizes.nbytes(image.channels)), image.channels)
     try:
         mask.mask({"weight": words}, shape)
         stream = draws.rest()

@@ -33,7 +33,7 @@ class Draws:
     def __init__(self, data: bytes):
         self._data, self._at = data, 0
 
-    def bytes(self, count: int) -> bytes:
+    def take(self, count: int) -> bytes:
         """Return the next bytes."""
         taken = self._data[self._at : self._at + count]
         self._at += count
@@ -41,11 +41,11 @@ class Draws:
 
     def rest(self) -> bytes:
         """Return all bytes that are left."""
-        return self.bytes(max(0, len(self._data) - self._at))
+        return self.take(max(0, len(self._data) - self._at))
 
     def below(self, count: int) -> int:
         """Return a number from 0 to count - 1."""
-        return int.from_bytes(self.bytes(1 if count <= 256 else 2), "little") % count
+        return int.from_bytes(self.take(1 if count <= 256 else 2), "little") % count
 
     def pick(self, items: Sequence[T]) -> T:
         """Return one of some items; the first one by default."""
@@ -57,9 +57,9 @@ class Draws:
         if kind == 0:
             return copied(self.pick(VALUES))
         if kind == 1:
-            return int.from_bytes(self.bytes(1 + self.below(9)), "little", signed=True)
+            return int.from_bytes(self.take(1 + self.below(9)), "little", signed=True)
         return (
-            struct.unpack("<d", self.bytes(8))[0] if kind == 2 else self.bytes(self.below(9)).decode("utf-8", "replace")
+            struct.unpack("<d", self.take(8))[0] if kind == 2 else self.take(self.below(9)).decode("utf-8", "replace")
         )
 
 

@@ -62,7 +62,9 @@ class Sound:
         tensors = document.get("tensors")
         for name, entry in tensors.items() if isinstance(tensors, dict) else ():
             parts = entry.get("parts") if isinstance(entry, dict) else None
-            for part in parts if isinstance(parts, dict) else ():
+            if not isinstance(parts, dict):
+                continue
+            for part in parts:
                 if info := self.header.get(part_key(name, part)):
                     start, end = info["data_offsets"]
                     parts[part] = part_digest(info["dtype"], info["shape"], body[start:end])
