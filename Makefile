@@ -62,7 +62,7 @@ $(VENV)/fuzz: $(VENV)/dev
 	touch $@
 
 $(VENV)/bench: $(VENV)/demo benchmarks/requirements.txt
-	$(INSTALL) --editable '.[gguf,mask,plot]' --requirement benchmarks/requirements.txt
+	$(INSTALL) --editable '.[fuzz,gguf,image,mask,plot]' --requirement benchmarks/requirements.txt
 	touch $@
 
 clean:

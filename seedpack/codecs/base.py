@@ -67,6 +67,11 @@ class Codec:
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
 
     @property
+    def key_check(self) -> str:
+        """The check of the private key that the weights come from, or ""."""
+        return getattr(self, "key", "")
+
+    @property
     def int8_by_default(self) -> bool:
         """True where that adds at most about 1% to the error of the weight, so that it is done where it is faster; else 16 bits are."""
         return False

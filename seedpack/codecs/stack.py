@@ -67,6 +67,11 @@ class StackCodec(Codec):
         return nested_codec(self.id, "of", self.of)
 
     @property
+    def key_check(self) -> str:
+        """That of the codec of each matrix."""
+        return self.inner.key_check
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """The shape of a matrix as its codec sees it."""
         return (self.matrix_columns, self.matrix_rows) if self.transposed else (self.matrix_rows, self.matrix_columns)

@@ -77,6 +77,12 @@ class SVDCodec(Codec, HessianFitting):
     def _inner(self) -> Codec | None:
         return None if self.factors is None else nested_codec(self.id, "factors", self.factors)
 
+    @property
+    def key_check(self) -> str:
+        """That of the codec of the factors."""
+        inner = self._inner()
+        return "" if inner is None else inner.key_check
+
     def with_hessian(self) -> SVDCodec:
         """Return this codec with the codec of the factors ready for a Hessian."""
         inner = self._inner()

@@ -50,7 +50,7 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
 
 def _usable_parts(checkpoint: Checkpoint, name: str, codec: Codec, shape: Shape) -> dict[str, Tensor]:
     with _naming(checkpoint, name):
-        require_key(getattr(codec, "key", ""))
+        require_key(codec.key_check)
         require_affordable(checkpoint, f"tensor {name!r}", codec.checking_cost(shape))
     return checked_parts(checkpoint, name, codec, shape)
 
