@@ -40,7 +40,7 @@ def measure(result: report.Result) -> None:
         "changes to a sound file, whose digests are made right again, so that what lies behind them is reached."
     )
     result.say(
-        f"A finding is an exception that is none of seedpack's own, more than {fuzzing.SECONDS:g} s for an input, or more than "
+        f"A finding is an exception that is none of seedpack's own, more than {fuzzing.SECONDS:g} s of CPU time for an input, or more than "
         f"{fuzzing.MEGABYTES} MB beyond the process that has run the corpus. Decoding may take 20 MB here (`max_bytes`)."
     )
     keep = Path(tempfile.mkdtemp())
