@@ -33,7 +33,8 @@ RUNS = {
 }
 
 
-def measure(result: report.Result) -> None:
+def introduce(result: report.Result) -> None:
+    """Say what is run and what counts."""
     result.say(
         f"Inputs that atheris {importlib.metadata.version('atheris')} makes, guided by the Python code that they reach, from the "
         "corpus in `tests/fuzz/corpus` on. The first targets take the text or the file itself. The others take a program of "
@@ -43,6 +44,10 @@ def measure(result: report.Result) -> None:
         f"A finding is an exception that is none of seedpack's own, more than {fuzzing.SECONDS:g} s of CPU time for an input, or more than "
         f"{fuzzing.MEGABYTES} MB beyond the process that has run the corpus. Decoding may take 20 MB here (`max_bytes`)."
     )
+
+
+def measure(result: report.Result) -> None:
+    introduce(result)
     keep = Path(tempfile.mkdtemp())
     rows = []
     for target, runs in RUNS.items():

@@ -28,7 +28,7 @@ def test_corpus(target: str) -> None:
     inputs = sorted((CORPUS / target).iterdir())
     assert inputs, "a target needs an input that is sound"
     for path in inputs:
-        with suppress(TypeCheckError):  # of these tests alone: settings of another type, told before the codec refuses them
+        with suppress(TypeCheckError):  # of pytest alone: settings of another type, before the codec refuses them
             targets.run(target, path.read_bytes())
 
 
