@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A file's tests run on one core: they share fixtures and compiled kernels.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-slow test-all lint types bench bench-gpu wheel clean
+.PHONY: demo test test-slow test-all fuzz lint types bench bench-gpu wheel clean
 
 # Compress a real language model, load it back, and show what was gained and lost.
 demo: $(VENV)/demo
@@ -21,6 +21,11 @@ test-slow: $(VENV)/dev
 	$(PYTEST) -m "slow and not gpu"
 
 test-all: test test-slow
+
+# Give what reads files any bytes, guided by the code that they reach: RUNS inputs for each target (about half an hour).
+RUNS ?= 20000
+fuzz: $(VENV)/fuzz
+	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -52,8 +57,12 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[dev]'
 	touch $@
 
+$(VENV)/fuzz: $(VENV)/dev
+	$(INSTALL) --editable '.[fuzz]'
+	touch $@
+
 $(VENV)/bench: $(VENV)/demo benchmarks/requirements.txt
-	$(INSTALL) --editable '.[gguf,mask,plot]' --requirement benchmarks/requirements.txt
+	$(INSTALL) --editable '.[fuzz,gguf,image,mask,plot]' --requirement benchmarks/requirements.txt
 	touch $@
 
 clean:

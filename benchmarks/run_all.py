@@ -20,6 +20,7 @@ MODULES = (
     "kernels.svd",
     "language.footprint",
     "language.damage",
+    "language.fuzzing",
     "language.packed_weights",
     "language.first_minutes",
     "language.table",

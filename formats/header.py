@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from seedpack.errors import FormatError
@@ -18,6 +19,7 @@ from seedpack.formats.foreign import foreign_kind
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32
+MAX_DEPTH = 64  # of JSON
 _LEVEL = re.compile(r"(?:^|[._])more_([1-9][0-9]{0,2})$")
 DTYPE_BYTES = (
     dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1)
@@ -61,7 +63,7 @@ def nbytes(dtype: str, shape: Iterable[int]) -> int:
 
 
 def loads_strict(text: str, where: str) -> Any:
-    """Parse JSON, refusing duplicate keys, NaN and absurd nesting with a `FormatError`."""
+    """Parse JSON, refusing duplicate keys, NaN and deep nesting with a `FormatError`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result: dict[str, Any] = {}
@@ -75,11 +77,24 @@ def loads_strict(text: str, where: str) -> Any:
         raise FormatError(f"{where}: {name} is not JSON")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
     except FormatError:
         raise
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not valid JSON ({type(error).__name__}: {str(error)[:120]})") from None
+    _require_shallow(document, where)
+    return document
+
+
+def _require_shallow(document: Any, where: str) -> None:
+    """Refuse nesting that functions which follow it could not bear."""
+    level = [document] if isinstance(document, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        members = chain.from_iterable(value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for value in members if isinstance(value, (dict, list))]
+        if not level:
+            return
+    raise FormatError(f"{where}: JSON is nested more than {MAX_DEPTH} deep")
 
 
 def dumps_canonical(value: Any) -> str:

@@ -92,7 +92,8 @@ class Listing:
 
 def natural_key(name: str) -> list[Any]:
     """Return the key that sorts numbers in names by their size."""
-    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    pieces = re.split(r"([0-9]+)", name)
+    return [(len(n := piece.lstrip("0")), n) if i % 2 else (-1, piece) for i, piece in enumerate(pieces)]
 
 
 def list_safetensors(path: Path) -> Listing:
@@ -142,8 +143,12 @@ def _list_packed(checkpoint: Checkpoint) -> Listing:
 
 def codec_label(spec: CodecSpec) -> str:
     """Return a codec's id, with its code bits where tensors may differ in them."""
-    config = spec.config
-    inner = config.get("of")
-    if isinstance(inner, dict) and {"id", "version", "config"} <= inner.keys():
-        return f"{codec_label(CodecSpec(inner['id'], inner['version'], inner['config']))}, stacked"
-    return f"{spec.id} {config['code_bits']}" if "code_bits" in config else spec.id
+    inner = spec.config.get("of")
+    if isinstance(inner, dict) and isinstance(inner.get("id"), str) and isinstance(inner.get("config"), dict):
+        return f"{_label(inner['id'], inner['config'])}, stacked"
+    return _label(spec.id, spec.config)
+
+
+def _label(id: str, config: dict[str, Any]) -> str:
+    bits = config.get("code_bits")
+    return f"{id} {bits}" if type(bits) is int else id

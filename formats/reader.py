@@ -13,13 +13,14 @@ from typing import BinaryIO
 
 from seedpack.errors import DigestError, FormatError, NotPackedError
 from seedpack.formats.digest import part_digest, pieces_digest, verifies
+from seedpack.formats.files import is_file
+from seedpack.formats.files import read_json as read_json
 from seedpack.formats.foreign import first_bytes, foreign_kind, is_compressible
 from seedpack.formats.header import (
     Header,
     header_length,
     layout,
     level_of,
-    loads_strict,
     parse_header,
     serialise_header,
 )
@@ -342,7 +343,7 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE_FILE]
     names = sorted(set(_weight_map(index).values()))
     for name in names:
-        if Path(name).name != name or len(name) > 255 or not (path / name).is_file():
+        if Path(name).name != name or not is_file(path / name):
             raise FormatError(f"{index}: names the shard {name[:120]!r}, which is not a file in {path}")
     return [path / name for name in names]
 
@@ -361,14 +362,3 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise FormatError(f"{index}: 'weight_map' must map tensor names to file names")
     return weight_map
-
-
-def read_json(path: Path) -> object:
-    """Read a JSON file of a checkpoint folder, refusing duplicate keys and NaN."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: not UTF-8 (byte {error.start})") from None
-    return loads_strict(text, str(path))

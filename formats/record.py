@@ -8,6 +8,7 @@ from pathlib import Path
 
 from seedpack._version import WRITER
 from seedpack.errors import DigestError, FormatError, VersionError
+from seedpack.formats.files import is_file, is_inside, read_text
 from seedpack.formats.header import dumps_canonical, loads_strict
 from seedpack.formats.version import FORMAT_VERSION
 
@@ -33,17 +34,20 @@ def read_record(folder: Path) -> dict[str, str] | None:
     path = folder / RECORD_FILE
     if not path.is_file():
         return None
-    text = path.read_bytes().decode("utf-8", "replace")
+    text = read_text(path)
     document = loads_strict(text, str(path))
     if not isinstance(document, dict) or document.keys() != _KEYS or not isinstance(document["files"], dict):
         raise FormatError(f"{path}: must be an object of {', '.join(sorted(_KEYS))}; fetch the folder again")
     version = document["seedpack"]
     if type(version) is int and version > FORMAT_VERSION:
         raise VersionError(f"{path}: version {version}, this seedpack reads up to {FORMAT_VERSION}; upgrade seedpack")
-    if document["digest"] != _digest(document) or text != dumps_canonical(document):
+    if text != dumps_canonical(document) or document["digest"] != _digest(document):
         raise DigestError(f"{path}: its bytes changed since it was written; fetch the folder again")
-    if not all(isinstance(digest, str) for digest in document["files"].values()):
-        raise FormatError(f"{path}: 'files' must map names to digests; fetch the folder again")
+    for name, digest in document["files"].items():
+        if not isinstance(digest, str) or not is_inside(name):
+            raise FormatError(
+                f"{path}: 'files' must map names of files in the folder to digests, got {name[:80]!r}; fetch the folder again"
+            )
     return document["files"]
 
 
@@ -63,7 +67,7 @@ def verify_record(folder: Path, without: Container[str] = ()) -> Iterator[tuple[
         if name in without:
             continue
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             yield name, FormatError(f"{path}: is missing; fetch the folder again")
         elif file_digest(path) != digest:
             remedy = "fetch it again, unless you changed it yourself"

@@ -19,9 +19,12 @@ from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import CodecError, FormatError, LimitError, ModelError, OutputError, SeedpackError, VersionError
 from seedpack.eval.tensors import compare_tensors
 from seedpack.formats import Checkpoint
+from seedpack.formats.listing import list_safetensors, natural_key
 from seedpack.formats.manifest import _document_digest
+from seedpack.hf.quantization import block_sizes
 from seedpack.loader.layers import pack_module_
 from tests.helpers import checkpoints as make
+from tests.helpers.bombs import write_tensors
 from tests.helpers.models import Folders, llama
 
 CODEC = SeedLMCodec(10, 8, 3)
@@ -81,6 +84,52 @@ def test_forged_svd_settings(file: Path, config: dict[str, Any], kind: type[Exce
     make.edit_manifest(file, forge)
     with pytest.raises(kind, match=r"a.weight"):
         load_all(file)
+
+
+def test_codecs_in_codecs_in_codecs(file: Path) -> None:
+    """Each level would be built twice, so that some of them take seconds and more of them hours."""
+    spec = SVDCodec(rank=1).spec().to_json()
+    for _ in range(14):
+        stack = {"matrix_rows": 1, "matrix_columns": 1, "of": spec, "transposed": False}
+        spec = SVDCodec(rank=1).spec().to_json()
+        spec["config"]["factors"] = {"id": "stack", "version": 0, "config": stack}
+    make.edit_manifest(file, lambda m: next(c for c in m["codecs"] if c["id"] == "seedlm").update(spec))
+    started = time.perf_counter()
+    with pytest.raises(CodecError, match="factors cannot be stack"):
+        load_all(file)
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.mark.parametrize("of", [{"id": [], "version": 0, "config": {}}, {"id": "a", "version": 0, "config": [1]}, "x"])
+def test_labels_of_forged_stacks(file: Path, of: object) -> None:
+    make.edit_manifest(file, lambda m: next(c for c in m["codecs"] if c["id"] == "seedlm")["config"].update(of=of))
+    assert [tensor.codec for tensor in list_safetensors(file).tensors] == ["seedlm", ""]
+
+
+def test_numbers_of_any_length_are_sorted() -> None:
+    names = ["a10", "a9", "a" + "9" * 5000, "a", "b\u0661", "9"]
+    assert sorted(names, key=natural_key) == ["9", "a", "a9", "a10", "a" + "9" * 5000, "b\u0661"]
+
+
+@pytest.mark.parametrize("bits", [0x7C00, 0x7E00], ids=["Inf", "NaN"])
+def test_factors_that_are_not_finite(tmp_path: Path, bits: int) -> None:
+    codec = SVDCodec(rank=2)
+    parts = codec.encode(torch.randn(8, 8))
+    parts["right"][1, 3] = bits
+    path = write_tensors(tmp_path / "a", {"w": (codec, (8, 8), parts)})
+    with pytest.raises(CodecError, match="'w': svd: a factor is NaN or Inf; the file is corrupt"):
+        load_all(path)
+
+
+def test_shards_whose_names_no_file_has(tmp_path: Path) -> None:
+    for name in ("é" * 200, "..", ".", "a\0b", "/etc/passwd", "../a.safetensors", "\udcff"):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(FormatError, match="names the shard"):
+            Checkpoint(tmp_path)
+
+
+def test_quantisations_of_other_forms() -> None:
+    assert block_sizes(["fp8", 3, {"weight_block_size": [4, 8]}]) == [(4, 8)]
 
 
 def test_raw_is_checked_like_any_codec(file: Path) -> None:
@@ -200,6 +249,38 @@ def test_odd_configs(folders: Folders, tmp_path: Path, change: dict[str, Any]) -
         seedpack.compress(dense, tmp_path / "out", codec="svd", settings={"rank": 1})
     except SeedpackError:
         assert not (tmp_path / "out").exists()
+
+
+def test_configs_of_many_layers(folders: Folders, tmp_path: Path) -> None:
+    """transformers would build them one by one, for hours."""
+    path, config = changed(folders, tmp_path)
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**6}))
+    started = time.perf_counter()
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000, but the weights are"):
+        seedpack.load(path)
+    shutil.copytree(folders.dense, tmp_path / "dense")
+    (tmp_path / "dense" / "config.json").write_text(json.dumps({**config, "quantization_config": None, "n_layer": 500}))
+    with pytest.raises(ModelError, match="n_layer is 500"):
+        seedpack.compress(tmp_path / "dense", tmp_path / "out")
+    assert time.perf_counter() - started < 2
+
+
+def test_links_out_of_a_folder(folders: Folders, tmp_path: Path) -> None:
+    (tmp_path / "id_rsa").write_text("secret")
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "ab").write_text("{}")
+    for kind in ("dense", "packed"):
+        path = shutil.copytree(getattr(folders, kind), tmp_path / kind)
+        (path / "tokenizer.json").symlink_to(tmp_path / "blobs" / "ab")  # as the hub's cache has it
+        (path / "same.json").symlink_to("config.json")
+        (path / "vocab.json").symlink_to(tmp_path / "id_rsa")
+        make_other = seedpack.unpack if kind == "packed" else seedpack.compress
+        with pytest.raises(ModelError, match="vocab.json: is a link out of the folder"):
+            make_other(path, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        (path / "vocab.json").unlink()
+        make_other(path, tmp_path / f"{kind}-out")
+        assert (tmp_path / f"{kind}-out" / "tokenizer.json").read_text() == "{}"
 
 
 def test_force_spares_what_is_not_its_own(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,23 @@ from safetensors.torch import load_file, save_file
 import seedpack
 from benchmarks.lib import models, report
 from benchmarks.lib.models import CACHE
+from seedpack.codecs.base import Codec
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.mask import MaskCodec
+from seedpack.codecs.raw import RawCodec
+from seedpack.codecs.registry import codec_ids
+from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.stack import StackCodec
+from seedpack.codecs.svd import SVDCodec
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import SeedpackError
-from seedpack.formats import SafetensorsFile
+from seedpack.formats import Checkpoint, SafetensorsFile
+from seedpack.image.codec import HEAD, FieldCodec, head_bytes
+from seedpack.loader.verify import verify
 from tests.helpers.bombs import blank_image, parts_of, write_blank_image, write_tensors
 
 HERE = CACHE / "damage"
-PLACES, PAIRS, LOADS = 300, 20, 15
+PLACES, STEP, PAIRS, LOADS = 600, 32, 20, 15
 SMALL: dict[str, Any] = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -108,28 +118,104 @@ def left_out(folders: dict[str, Path]) -> list[tuple[str, int, int]]:
     return rows
 
 
-def flips(folder: Path, read: Callable[[Path], Any]) -> int:
-    """Return how many of some random bits of a folder's data are refused."""
-    path = folder / "model.safetensors"
-    content, refused = bytearray(path.read_bytes()), 0
+def flips(path: Path, places: Iterable[int], read: Callable[[], Any]) -> str:
+    """Flip bits of a file, one at a time, and return how many of them are refused by an error that names the file or its folder."""
+    found = count = 0
+    with path.open("r+b", buffering=0) as file:
+        for place in places:
+            (byte,) = os.pread(file.fileno(), 1, place // 8)
+            os.pwrite(file.fileno(), bytes([byte ^ 1 << place % 8]), place // 8)
+            said = outcome(read)
+            os.pwrite(file.fileno(), bytes([byte]), place // 8)
+            count += 1
+            found += said.startswith("refused") and path.parent.name in said
+            if not said.startswith("refused"):
+                print(f"{path}: bit {place % 8} of byte {place // 8}: {said}", file=sys.stderr)
+    return f"{found:,} of {count:,}"
+
+
+def places(path: Path, step: int) -> tuple[range, list[int]]:
+    """Return every bit of a file's header, and a random bit of every so many bytes behind it."""
     file = SafetensorsFile(path)
     file.close()
-    start = file.header.data_start
-    for place in random.Random(0).sample(range(8 * start, 8 * len(content)), PLACES):
-        content[place // 8] ^= 1 << place % 8
-        path.write_bytes(content)
-        refused += outcome(lambda: read(folder)).startswith("refused")
-        content[place // 8] ^= 1 << place % 8
-    path.write_bytes(content)
-    return refused
+    first = file.header.data_start
+    chance = random.Random(0)
+    return range(8 * first), [8 * byte + chance.randrange(8) for byte in range(first, file.size, step)]
+
+
+def whole_files() -> dict[str, Path]:
+    """Write a file of some 100 kB for each codec: a weight, and a raw tensor."""
+    seedlm, square = SeedLMCodec(), (440, 440)
+    weights: dict[str, tuple[Codec, tuple[int, int]]] = {
+        "basis": (BasisCodec(count=24_000), (256, 256)),
+        "field": (FieldCodec(sizes=(head_bytes(3) + 25_000, *(25_000,) * 3)), (256, 768)),
+        "mask": (MaskCodec(0.5), (880, 880)),
+        "raw": (RawCodec("F32"), (160, 150)),
+        "seedlm": (seedlm, square),
+        "stack": (StackCodec.over(seedlm, 110, 110), (16, 110 * 110)),
+        "svd": (SVDCodec(rank=96), (256, 256)),
+        "trellis": (TrellisCodec(4), square),
+    }
+    assert weights.keys() == set(codec_ids())
+    parts = {id: parts_of(codec, shape) for id, (codec, shape) in weights.items()}
+    for stream in parts["field"].values():
+        stream.zero_()
+    parts["field"]["weight"][head_bytes(3) - HEAD.size :][:8, 0, 0] = torch.tensor([0, 0, 128, 63] * 2)  # steps of 1
+    extra: tuple[Codec, tuple[int, ...], Any] = (RawCodec("F32"), (7,), {"weight": torch.ones(7)})
+    HERE.mkdir(parents=True, exist_ok=True)
+    return {
+        id: write_tensors(HERE / f"{id}.safetensors", {"w.weight": (codec, shape, parts[id]), "bias": extra})
+        for id, (codec, shape) in weights.items()
+    }
+
+
+def verify_all(path: Path) -> None:
+    """Raise the first error that `seedpack verify` finds."""
+    with Checkpoint(path) as checkpoint:
+        for result in verify(checkpoint):
+            if result.error is not None:
+                raise result.error
+
+
+def flips_of_codecs() -> list[tuple[str, ...]]:
+    """Flip bits of a whole file of each codec: (codec, bytes, of the header and of the data refused by verify and by load)."""
+    rows = []
+    for id, path in whole_files().items():
+        ways = (partial(verify_all, path), partial(seedpack.load, path, dense=True))
+        assert {outcome(read) for read in ways} == {"done"}, f"{id}: {outcome(ways[1])}"
+        header, data = places(path, STEP)
+        cells = [
+            flips(path, bits, read) for read, skip in zip(ways, (1, 7), strict=True) for bits in (header[::skip], data)
+        ]
+        rows.append((id, f"{path.stat().st_size:,}", *cells))
+        print(rows[-1], flush=True)
+        path.unlink()
+    return rows
+
+
+def flips_of_folder(folder: Path) -> list[tuple[str, str, str]]:
+    """Flip bits of a packed folder: (what reads, file, refused)."""
+    weights, chance = folder / "model.safetensors", random.Random(0)
+    ways: tuple[tuple[str, Callable[[Path], Any]], ...] = (
+        ("seedpack verify", verify_all),
+        ("seedpack.load", seedpack.load),
+        ("transformers' from_pretrained", from_pretrained),
+    )
+    assert all(outcome(lambda read=read: read(folder)) == "done" for _, read in ways)  # type: ignore[misc]
+    some = chance.sample(range(8 * weights.stat().st_size), PLACES)
+    rows = [(label, weights.name, flips(weights, some, lambda read=read: read(folder))) for label, read in ways]  # type: ignore[misc]
+    for name in ("config.json", "generation_config.json", "seedpack.json"):
+        bits = range(0, 8 * (folder / name).stat().st_size, 29)
+        rows.append(("seedpack verify", name, flips(folder / name, bits, lambda: verify_all(folder))))
+    return rows
 
 
 def seconds_to_load(path: Path) -> dict[str, list[float]]:
     """Return times to load with digests and without, in turn."""
     times: dict[str, list[float]] = {"1": [], "0": []}
     for _ in range(LOADS):
-        for verify, found in times.items():
-            os.environ["SEEDPACK_VERIFY"] = verify
+        for switch, found in times.items():
+            os.environ["SEEDPACK_VERIFY"] = switch
             started = time.perf_counter()
             from_pretrained(path)
             found.append(time.perf_counter() - started)
@@ -213,6 +299,21 @@ print(json.dumps(dict(said=said, seconds=time.process_time() - started, bytes=pe
 """
 
 
+def flipped_bits(result: report.Result, folder: Path) -> None:
+    result.say(
+        f"## Flipped bits\n\nA file of each codec with a raw tensor beside it: every bit of its header (for load every seventh), and "
+        f"a random bit of every {STEP} bytes behind it, one at a time. Refused means an error of seedpack's that names the file or its folder. No byte of a file is "
+        "padding that nothing covers: the header's bytes are canonical (M5), and a digest covers all bytes of each part (M12)."
+    )
+    columns = ["codec", "bytes", "verify, header", "verify, data", "load, header", "load, data"]
+    result.table(columns, flips_of_codecs())
+    result.say(
+        f"The packed Llama: {PLACES:,} random bits of its weight file, header and data, and every 29th bit of the files "
+        "beside it, which its record covers. Loading reads no record: of `config.json` it checks the manifest alone."
+    )
+    result.table(["what reads", "file", "refused"], flips_of_folder(folder))
+
+
 def measure(result: report.Result) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -223,15 +324,9 @@ def measure(result: report.Result) -> None:
     )
     result.table(["what reads", "tensors left out", "refused"], left_out(folders))
 
-    result.say(f"## Flipped bits\n\n{PLACES} random bits of the data of the packed Llama, one at a time.")
-    ways = (("seedpack.load(folder)", seedpack.load), ("transformers' from_pretrained", from_pretrained))
-    result.table(
-        ["what reads", "refused"],
-        [(label, f"{flips(folders['llama-packed'], read)} of {PLACES}") for label, read in ways],
-    )
-
+    flipped_bits(result, folders["llama-packed"])
     times = seconds_to_load(models.packed_smollm2("trellis", 4))
-    with_digests, plain = (statistics.median(times[verify]) for verify in ("1", "0"))
+    with_digests, plain = (statistics.median(times[switch]) for switch in ("1", "0"))
     result.say(
         f"## Cost of comparing digests\n\nSmolLM2-135M at 4 bits, `from_pretrained`, median of {LOADS} loads each, in turn. "
         "Target: at most 10%. Loading maps the file and copies nothing, so SHA-256 weighs: on one core alone it takes 43 ms for "

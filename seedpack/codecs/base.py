@@ -62,8 +62,14 @@ class Codec:
     version: ClassVar[int]
     older: ClassVar[frozenset[int]] = frozenset()  # older versions that are read, and written where they suffice
     summary: ClassVar[str] = ""  # a line for `seedpack codecs`; by default the docstring's first
+    nestable: ClassVar[bool] = True  # whether another codec may pack its matrices by this one
     uses_norm_heuristic: ClassVar[bool] = False  # whether `Importance.from_norms` serves it, where there is no data
     int8_activations: ClassVar[bool] = False  # whether `matmul` takes int8=True: activations rounded to 8 bits
+
+    @property
+    def key_check(self) -> str:
+        """The check of the private key that the weights come from, or ""."""
+        return getattr(self, "key", "")
 
     @property
     def int8_by_default(self) -> bool:

@@ -27,6 +27,7 @@ class RawCodec(Codec):
     id: ClassVar[str] = "raw"
     version: ClassVar[int] = 1
     summary: ClassVar[str] = "the tensor as it is"
+    nestable: ClassVar[bool] = False
     dtype: str = "F32"
 
     def __post_init__(self) -> None:

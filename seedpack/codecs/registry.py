@@ -53,6 +53,8 @@ def codec_from_spec(spec: CodecSpec) -> Codec:
         VersionError: its layout is newer than (or, while experimental, other than) what is implemented here.
     """
     codec = get_codec(spec.id)
+    if codec.parts is Codec.parts or codec.decode is Codec.decode:
+        raise CodecError(f"codec {spec.id!r} cannot decode; install another version of the package that provides it")
     if spec.version not in {codec.version, *codec.older}:
         remedy = "upgrade seedpack" if spec.version > codec.version else "pack the model again"
         raise VersionError(f"codec {spec.id!r}: the file has version {spec.version}, here is {codec.version}; {remedy}")
@@ -79,6 +81,8 @@ def nested_codec(owner: str, setting: str, value: object) -> Codec:
         raise CodecError(f"{owner}: {setting} must name a codec's id and version")
     if value["id"] == owner:
         raise CodecError(f"{owner}: {setting} cannot be {owner} again")
+    if not get_codec(value["id"]).nestable:  # so that codecs nest twice at most
+        raise CodecError(f"{owner}: {setting} cannot be {value['id']}; name a codec of single matrices, as trellis")
     return codec_from_spec(CodecSpec(value["id"], value["version"], value["config"]))
 
 

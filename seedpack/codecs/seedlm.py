@@ -33,6 +33,11 @@ from seedpack.linalg import ldlq_correction
 # The rule for a tensor's bias keeps every exponent, -8 … 7 with the bias added, a normal float32.
 BIAS_MIN, BIAS_MAX = -118, 120
 BATCH_BLOCKS = 1 << 15
+UNCOMPILED = (
+    1 << 18
+)  # weights that plain torch rebuilds in some milliseconds; a kernel takes seconds to compile for each K, C, P
+TABLE_BITS = 20  # K up to which plain torch has its tables in a fraction of a second
+COMPILING = 200_000_000  # what that takes else, as `Codec.decoding_cost` counts it: 4 s
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,22 @@ class SeedLMCodec(Codec, HessianFitting):
 
     def decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend = "auto") -> Tensor:
         """Multiply each block's matrix by its coefficients; see `kernels.seedlm.decode_reference`, the definition."""
+        if (
+            backend == "auto"
+            and parts["weight"].is_cpu
+            and self.seed_bits <= TABLE_BITS
+            and math.prod(shape) <= UNCOMPILED
+        ):
+            backend = "reference"
+        return self._decode(parts, shape, dtype, backend)
+
+    def decode_rows(
+        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
+    ) -> Tensor:
+        """Rebuild some rows, which is done again and again."""
+        return self._decode(self.rows(parts, index), (len(index), shape[1]), dtype, backend)
+
+    def _decode(self, parts: Parts, shape: Shape, dtype: torch.dtype, backend: Backend) -> Tensor:
         return seedlm_decode(self._packed(parts), self.code, columns=shape[1], dtype=dtype, backend=backend)
 
     def prepare(self, parts: Parts, shape: Shape, bias: Tensor | None, planes: int) -> Product | None:
@@ -157,9 +178,10 @@ class SeedLMCodec(Codec, HessianFitting):
         return seedlm_matmul_transposed(grad, self._packed(parts), self.code, columns=shape[1], backend=backend)
 
     def decoding_cost(self, shape: Shape) -> int:
-        """Return the matrix, twice; of blocks that the kernels do not take, the work of the reference and the register's cycle."""
+        """Return the matrix, twice, and for wide seeds the time to compile; of blocks that the kernels do not take, the work of the
+        reference and the register's cycle."""
         if self.code.unable["cpu"] is None:
-            return super().decoding_cost(shape)
+            return super().decoding_cost(shape) + (COMPILING if self.seed_bits > TABLE_BITS else 0)
         return 25 * math.prod(shape) + (20 << self.seed_bits)
 
     def rows(self, parts: Parts, index: Tensor) -> Parts:

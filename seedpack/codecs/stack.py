@@ -15,7 +15,6 @@ from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.interfaces import Rates
-from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import nested_codec
 from seedpack.errors import CodecError
 from seedpack.formats import PartSpec
@@ -38,6 +37,7 @@ class StackCodec(Codec):
     id: ClassVar[str] = "stack"
     version: ClassVar[int] = 0
     summary: ClassVar[str] = "matrices in one tensor, as of experts, each by another codec; chosen by itself"
+    nestable: ClassVar[bool] = False
     matrix_rows: int
     matrix_columns: int
     of: dict[str, Any]
@@ -55,8 +55,6 @@ class StackCodec(Codec):
         require_whole(self.id, "matrix_columns", self.matrix_columns, 1, 2**31)
         if type(self.transposed) is not bool:
             raise CodecError(f"{self.id}: transposed must be true or false, got {self.transposed!r}")
-        if isinstance(self.inner, RawCodec):
-            raise CodecError(f"{self.id}: cannot stack {self.inner.id}")
 
     @classmethod
     def over(cls, codec: Codec, rows: int, columns: int, *, transposed: bool = False) -> StackCodec:
@@ -67,6 +65,11 @@ class StackCodec(Codec):
     def inner(self) -> Codec:
         """The codec of each matrix."""
         return nested_codec(self.id, "of", self.of)
+
+    @property
+    def key_check(self) -> str:
+        """That of the codec of each matrix."""
+        return self.inner.key_check
 
     @property
     def matrix(self) -> tuple[int, int]:

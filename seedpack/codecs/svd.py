@@ -77,6 +77,12 @@ class SVDCodec(Codec, HessianFitting):
     def _inner(self) -> Codec | None:
         return None if self.factors is None else nested_codec(self.id, "factors", self.factors)
 
+    @property
+    def key_check(self) -> str:
+        """That of the codec of the factors."""
+        inner = self._inner()
+        return "" if inner is None else inner.key_check
+
     def with_hessian(self) -> SVDCodec:
         """Return this codec with the codec of the factors ready for a Hessian."""
         inner = self._inner()
@@ -208,19 +214,27 @@ class SVDCodec(Codec, HessianFitting):
         left, right = self._decode_factors(parts, shape, x.dtype, backend)
         return torch.nn.functional.linear(x @ right.mT, left, bias)
 
-    def rows(self, parts: Parts, index: Tensor) -> Parts:
-        """Return rows of the left factor, and all of the right one."""
-        inner = self._inner()
-        left = {name: part for name, part in parts.items() if not name.startswith("right")}
-        return parts | (
-            {name: part[index] for name, part in left.items()} if inner is None else inner.rows(left, index)
-        )
+    def decode_rows(
+        self, parts: Parts, index: Tensor, shape: Shape, dtype: torch.dtype, backend: Backend = "auto"
+    ) -> Tensor:
+        """Multiply these rows of the left factor by the right one."""
+        inner, rank = self._inner(), self.rank_of(shape)
+        if inner is None:
+            rows = {name: part[index] for name, part in parts.items() if not name.startswith("right")}
+            return self.decode(parts | rows, (len(index), shape[1]), dtype, backend)
+        left, right = self._split(parts)
+        rows_of_left = inner.decode_rows(left, index, (shape[0], rank), torch.float32, backend)
+        return (rows_of_left @ inner.decode(right, (rank, shape[1]), torch.float32, backend)).to(dtype)
 
     def check(self, parts: Mapping[str, Tensor], shape: Shape) -> None:
-        """Check the parts' form, and the factors by their own codec."""
+        """Check the parts' form, that float16 factors are finite, and others by their own codec."""
         super().check(parts, shape)
         inner = self._inner()
-        if inner is not None:
+        if inner is None:
+            finite = (torch.isfinite(part.view(torch.float16)).all() for part in parts.values() if not part.is_meta)
+            if not all(finite):
+                raise CodecError(f"{self.id}: a factor is NaN or Inf; the file is corrupt")
+        else:
             rank = self.rank_of(shape)
             left, right = self._split(dict(parts))
             inner.check(left, (shape[0], rank))
@@ -241,7 +255,7 @@ class SVDCodec(Codec, HessianFitting):
             right = torch.cat([parts[_right(name)] for name in names])
             return left.view(torch.float16).to(dtype), right.view(torch.float16).to(dtype)
         left_parts, right_parts = self._split(parts)
-        rank = parts["right_weight"].shape[0]
+        rank = self.rank_of(shape)
         return (
             inner.decode(left_parts, (shape[0], rank), dtype, backend),
             inner.decode(right_parts, (rank, shape[1]), dtype, backend),

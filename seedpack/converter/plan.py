@@ -106,8 +106,8 @@ class Plan:
 
     def has_most_bits(self) -> bool:
         """Return whether no packed tensor's codec has a variant of more bits."""
-        codecs = {tensor.codec for tensor in self.tensors if tensor.packed and isinstance(tensor.codec, Rates)}
-        return all(codec == codec.variants()[-1] for codec in codecs)
+        packed = {codec_to_json(tensor.codec): tensor.codec for tensor in self.tensors if tensor.packed}
+        return all(codec == codec.variants()[-1] for codec in packed.values() if isinstance(codec, Rates))
 
     def raw_shares(self) -> dict[str, float]:
         """Return the share of the weights that stays raw for each reason, largest first."""

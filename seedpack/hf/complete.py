@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from seedpack.converter.sources.base import SourceTensor
 from seedpack.dtypes import TORCH_DTYPES
-from seedpack.errors import ModelError, first_line
+from seedpack.errors import FormatError, ModelError, first_line
+from seedpack.formats import SafetensorsFile
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.internals import is_counter
+
+_LAYERS = re.compile(r"(?:^|_)(?:layers?|blocks|depth)$")
+SPARE_LAYERS = 100  # that a config may name beyond: defaults of settings that a small model does not use
 
 
 def load_complete(cls: Any, path: Any, where: object, **options: Any) -> Any:
@@ -61,6 +67,31 @@ def require_complete(names: CheckpointNames, tensors: Mapping[str, SourceTensor]
         raise ModelError(
             f"{where}: its tensors do not make up a {type(model).__name__} ({first_line(error)})"
         ) from None
+
+
+def require_layers(path: Path, config: object) -> None:
+    """Refuse a folder whose config names far more layers than its files have tensors, before transformers builds them one by one.
+
+    Raises:
+        ModelError: naming the setting.
+    """
+    tensors = 0
+    for file in path.glob("*.safetensors"):
+        with contextlib.suppress(FormatError), contextlib.closing(SafetensorsFile(file)) as opened:
+            tensors += len(opened.header.tensors)
+    for name, layers in _counts_of_layers(config) if tensors else ():
+        if layers > tensors + SPARE_LAYERS:
+            raise ModelError(
+                f"{path / 'config.json'}: {name} is {layers}, but the weights are {tensors} tensors; get the config.json that "
+                "belongs to them"
+            )
+
+
+def _counts_of_layers(config: object) -> Iterator[tuple[str, int]]:
+    for key, value in config.items() if isinstance(config, dict) else ():
+        if type(value) is int and _LAYERS.search(key):
+            yield key, value
+        yield from _counts_of_layers(value)
 
 
 def _incomplete(where: object, problem: str, names: Iterable[str]) -> ModelError:

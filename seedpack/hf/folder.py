@@ -27,12 +27,13 @@ from seedpack.converter.trust import trusting_remote_code, trusts_remote_code
 from seedpack.dtypes import to_bytes
 from seedpack.errors import FormatError, ModelError
 from seedpack.formats import CheckpointWriter, Manifest
+from seedpack.formats.files import is_file
 from seedpack.formats.places import is_remote
 from seedpack.formats.reader import QUANT_METHOD, read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.checkpoint_names import CheckpointNames
-from seedpack.hf.complete import require_complete
+from seedpack.hf.complete import require_complete, require_layers
 from seedpack.hf.converted import ConvertedSource
 from seedpack.hf.language_model import open_folder_model
 from seedpack.hf.quantization import FILES as QUANTIZATION_FILES
@@ -66,6 +67,7 @@ class FolderSource(Source):
         require_read(documents, path)
         config = without_quantization(config)
         self._beside = {name: file_digest(path / name) for name in ["config.json", *_further_files(path)]}
+        require_layers(path, config)
         self._path, self._remote, self._names = path, remote, names or names_of_folder(path, config)
         self._trust = trusts_remote_code()
         weights = _open_weights(path, self._names, files, remote or path)
@@ -256,7 +258,7 @@ def _weight_files(path: Path, single: str, place: Path) -> list[Path]:
         raise ModelError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in weight_map.values()})
     for name in names:
-        if Path(name).name != name or len(name) > 255 or not (place / name).is_file():
+        if Path(name).name != name or not is_file(place / name):
             raise ModelError(f"{index}: names the shard {name[:120]!r}, which is not in the folder")
     return [place / name for name in names]
 
@@ -264,7 +266,10 @@ def _weight_files(path: Path, single: str, place: Path) -> list[Path]:
 def _further_files(path: Path) -> list[str]:
     """Return the relative names of the files beside the weights that a folder made of this one should keep."""
     names = (file.relative_to(path) for file in path.rglob("*") if file.is_file())
-    return [name for name in beside_weights(names, sentence_modules(path)) if name != "config.json"]
+    kept = [name for name in beside_weights(names, sentence_modules(path)) if name != "config.json"]
+    for name in kept:
+        _require_no_way_out(path, name)
+    return kept
 
 
 def beside_weights(names: Iterable[PurePath], modules: Sequence[str]) -> list[str]:
@@ -286,6 +291,15 @@ def beside_weights(names: Iterable[PurePath], modules: Sequence[str]) -> list[st
         return not is_weights and not any(part.startswith(".") for part in name.parts)
 
     return sorted(name.as_posix() for name in names if is_kept(name))
+
+
+def _require_no_way_out(path: Path, name: str) -> None:
+    """Refuse a link out of a folder: what it leads to would be copied. In the hub's cache all files are links to its blobs."""
+    file = (path / name).resolve()
+    if not file.is_relative_to(path.resolve()) and file.parent.name != "blobs":
+        raise ModelError(
+            f"{path / name}: is a link out of the folder, so that another file would be copied; replace it by a copy"
+        )
 
 
 def sentence_modules(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from seedpack.converter.trust import trusting_remote_code
 from seedpack.errors import ModelError, SeedpackError, first_line
 from seedpack.formats import Checkpoint
 from seedpack.formats.reader import read_json
-from seedpack.hf.complete import load_complete
+from seedpack.hf.complete import load_complete, require_layers
 from seedpack.hf.remote_code import model_class
 
 
@@ -28,6 +28,7 @@ def load_pretrained(path: Path, dtype: torch.dtype | str = "auto", **options: An
     """
     config = read_json(path / "config.json")
     Checkpoint(path).close()  # headers and manifest are checked before transformers reads anything
+    require_layers(path, config)
     with trusting_remote_code(bool(options.get("trust_remote_code"))):
         cls = model_class(path, config)
     try:

@@ -67,7 +67,7 @@ def require_read(documents: list[Any], where: Path) -> None:
 def block_sizes(documents: list[Any]) -> list[tuple[int, ...]]:
     """Return the sizes of the blocks that have a scale each, where they are named."""
     sizes = []
-    for document in documents:
+    for document in (document for document in documents if isinstance(document, dict)):
         groups = document.get("config_groups")
         groups = list(groups.values()) if isinstance(groups, dict) else []
         weights = [group.get("weights") for group in groups if isinstance(group, dict)]

@@ -68,6 +68,7 @@ class FieldCodec(Codec):
     id: ClassVar[str] = "field"
     version: ClassVar[int] = 0
     summary: ClassVar[str] = "an image as a neural field; written by seedpack image compress"
+    nestable: ClassVar[bool] = False
     channels: int = 3
     hidden: int = 8
     count: int = 256

@@ -19,6 +19,9 @@ from seedpack.formats.header import nbytes
 from seedpack.keys import require_key
 from seedpack.loader.layers import codec_matrix
 from seedpack.loader.limits import require_affordable, shown
+from seedpack.units import count
+
+IN_TURN = 32  # times the limit that all tensors may take, one after the other: those of any codec whose weights fit it
 
 
 def stored_codec(checkpoint: Checkpoint, name: str) -> tuple[Codec, Shape]:
@@ -47,7 +50,7 @@ def stored_parts(checkpoint: Checkpoint, name: str) -> tuple[Codec, dict[str, Te
 
 def _usable_parts(checkpoint: Checkpoint, name: str, codec: Codec, shape: Shape) -> dict[str, Tensor]:
     with _naming(checkpoint, name):
-        require_key(getattr(codec, "key", ""))
+        require_key(codec.key_check)
         require_affordable(checkpoint, f"tensor {name!r}", codec.checking_cost(shape))
     return checked_parts(checkpoint, name, codec, shape)
 
@@ -86,14 +89,16 @@ def _naming(checkpoint: Checkpoint, name: str) -> Iterator[None]:
         ) from None
 
 
-def require_decodable(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Refuse tensors of which one takes too much decoded, before any is.
+def require_decodable(checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, int]:
+    """Refuse tensors of which one takes too much decoded, or all one after the other, before any is; return what each takes.
 
     Raises:
         LimitError: naming the tensor.
     """
-    for name in names:
-        _affordable_cost(checkpoint, name, *stored_codec(checkpoint, name))
+    costs = {name: _affordable_cost(checkpoint, name, *stored_codec(checkpoint, name)) for name in names}
+    work = sum(costs.values()) // IN_TURN
+    require_affordable(checkpoint, f"{count(len(costs), 'tensor')}, one after the other,", work, in_memory=False)
+    return costs
 
 
 def _affordable_cost(checkpoint: Checkpoint, name: str, codec: Codec, shape: Shape) -> int:
@@ -194,8 +199,7 @@ def _owns_memory(tensor: Tensor) -> bool:
 
 def _require_room(checkpoint: Checkpoint, dtype: torch.dtype | None) -> None:
     """Refuse tensors that take too much together: those that are there, and the one that is being decoded."""
-    tensors = checkpoint.manifest.tensors
-    costs = {name: _affordable_cost(checkpoint, name, *stored_codec(checkpoint, name)) for name in tensors}
+    costs = require_decodable(checkpoint, checkpoint.manifest.tensors)
     sizes = [nbytes(kind, shape) for _, kind, shape in dense_forms(checkpoint, dtype)]
     names = stored_names(checkpoint.manifest)
     kept = peak = 0

@@ -19,8 +19,8 @@ import seedpack
 from seedpack.cli import output
 from seedpack.cli.main import cli
 
-NAMES = ("a[/nope]b", "\x1b]0;PWNED\x07", "c\r\nall 9 tensors match\u202e", ":smile:[bold]d")
-FORGED = re.compile(r"\x1b\]|\x07|\u202e|^all 9 tensors", re.MULTILINE)
+NAMES = ("a[/nope]b", "\x1b]0;PWNED\x07", "c\r\nall 9 tensors match\u202e\u200f\u061c", ":smile:[bold]d")
+FORGED = re.compile(r"\x1b\]|\x07|[\u202e\u200f\u061c]|^all 9 tensors", re.MULTILINE)
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from seedpack.codecs.base import Codec, matrix_shape
+from seedpack.codecs.names import REGISTRY
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import codec_from_spec, codec_ids, get_codec, register_codec
+from seedpack.codecs.svd import SVDCodec
 from seedpack.errors import CodecError, UnknownCodecError, VersionError
 from seedpack.formats import CodecSpec
 from tests.helpers.codecs import check_config, check_contract
@@ -36,6 +38,18 @@ def test_an_id_cannot_be_taken_twice() -> None:
 def test_versions() -> None:
     with pytest.raises(VersionError, match="the file has version 0, here is 1; pack the model again"):
         codec_from_spec(CodecSpec("raw", 0, {"dtype": "F32"}))
+
+
+def test_codecs_that_cannot_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclass(frozen=True)
+    class Half(Codec):
+        id: ClassVar[str] = "half"
+        version: ClassVar[int] = 0
+
+    monkeypatch.setitem(REGISTRY, "half", Half)
+    for make in (lambda: codec_from_spec(Half().spec()), lambda: SVDCodec(rank=1, factors=Half().spec().to_json())):
+        with pytest.raises(CodecError, match="codec 'half' cannot decode; install another version of the package"):
+            make()
 
 
 def test_every_codec_class_is_registered() -> None:

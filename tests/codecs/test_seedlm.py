@@ -97,3 +97,14 @@ def test_exponent_bias_out_of_range() -> None:
     parts["exponent_bias"][0] = -128
     with pytest.raises(CodecError, match="exponent bias -128 is not in"):
         codec.check(parts, (2, 8))
+
+
+def test_small_weights_are_rebuilt_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel takes seconds to compile for each of the settings, of which a small file can name hundreds."""
+    weight, index = torch.randn(12, 40), torch.tensor([3, 0])
+    codec = SeedLMCodec(9, 5, 2)
+    parts = codec.encode(weight)
+    rows = codec.decode_rows(parts, index, (12, 40), torch.float32)
+    monkeypatch.setattr("seedpack.kernels.seedlm.decode_cpu.decode", lambda *_: pytest.fail("compiled"))
+    decoded = codec.decode(parts, (12, 40), torch.float32)
+    assert torch.equal(decoded[index], rows)

@@ -60,7 +60,10 @@ def test_settings() -> None:
         ({"matrix_rows": 0, "matrix_columns": 4, "of": spec}, "matrix_rows must be a whole number"),
         ({"matrix_rows": 4, "matrix_columns": 4, "of": "trellis"}, "of must be a codec's id, version and config"),
         ({"matrix_rows": 4, "matrix_columns": 4, "of": {**spec, "id": 3}}, "of must name a codec's id and version"),
-        ({"matrix_rows": 4, "matrix_columns": 4, "of": RawCodec().spec().to_json()}, "cannot stack raw"),
+        (
+            {"matrix_rows": 4, "matrix_columns": 4, "of": RawCodec().spec().to_json()},
+            "of cannot be raw; name a codec of single matrices",
+        ),
         ({"matrix_rows": 4, "matrix_columns": 4, "of": CODECS[0].spec().to_json()}, "of cannot be stack again"),
     ]
     for settings, message in wrong:

@@ -5,11 +5,17 @@ from typing import Any
 import pytest
 import torch
 
+from seedpack.codecs.base import Codec
+from seedpack.codecs.basis import BasisCodec
+from seedpack.codecs.mask import MaskCodec
+from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.registry import get_codec
 from seedpack.codecs.seedlm import SeedLMCodec
+from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.errors import CodecError
+from seedpack.image.codec import FieldCodec
 from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 
 SMALL = SeedLMCodec(10, 8, 3)
@@ -97,3 +103,18 @@ def test_first_levels_are_a_smaller_rank() -> None:
     del parts["more_1"]
     with pytest.raises(CodecError, match="expected parts"):
         whole.check(parts, shape)
+
+
+@pytest.mark.parametrize("inner", [BasisCodec(count=7), MaskCodec(0.4), SMALL, TrellisCodec(2, effort="fast")], ids=str)
+def test_rows_of_any_factors(inner: Codec) -> None:
+    """An embedding's rows come from factors whose codec has no rows of its own, too."""
+    codec, shape, index = SVDCodec.over(inner, rank=6), (20, 24), torch.tensor([19, 0, 7, 7])
+    parts = codec.encode(torch.randn(shape))
+    expected = codec.decode(parts, shape, torch.float32)[index]
+    torch.testing.assert_close(codec.decode_rows(parts, index, shape, torch.float32), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("inner", [RawCodec("I32"), StackCodec.over(SMALL, 4, 8), FieldCodec(sizes=(0,) * 4)], ids=str)
+def test_factors_that_are_no_matrices(inner: Codec) -> None:
+    with pytest.raises(CodecError, match=f"factors cannot be {inner.id}; name a codec of single matrices"):
+        SVDCodec.over(inner, rank=6)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from seedpack.errors import DigestError, FormatError, VersionError
 from seedpack.formats import staged
-from seedpack.formats.record import RECORD_FILE, foreign_files, read_record, verify_record
+from seedpack.formats.header import dumps_canonical
+from seedpack.formats.record import RECORD_FILE, _digest, foreign_files, read_record, verify_record
 
 
 @pytest.fixture
@@ -67,3 +69,22 @@ def test_what_is_no_record(folder: Path) -> None:
             read_record(folder)
         assert damaged(folder) == [RECORD_FILE]
         assert foreign_files(folder).startswith("its record of what seedpack wrote cannot be read")
+
+
+@pytest.mark.parametrize("name", ["../a", "/etc/passwd", "a//b", "./a", "a/..", "", "a\0b"])
+def test_names_that_lead_out_of_the_folder(folder: Path, name: str) -> None:
+    document = json.loads((folder / RECORD_FILE).read_text())
+    document["files"][name] = "0" * 64
+    (folder / RECORD_FILE).write_text(dumps_canonical({**document, "digest": _digest(document)}))
+    with pytest.raises(FormatError, match="must map names of files in the folder to digests"):
+        read_record(folder)
+
+
+def test_names_and_texts_that_no_file_has(folder: Path) -> None:
+    document = json.loads((folder / RECORD_FILE).read_text())
+    document["files"]["é" * 255] = "0" * 64
+    (folder / RECORD_FILE).write_text(dumps_canonical({**document, "digest": _digest(document)}))
+    assert damaged(folder) == ["é" * 255]
+    for text in (b'{"digest":"\\ud800","files":{},"seedpack":1,"writer":""}', b'"\xff"'):
+        (folder / RECORD_FILE).write_bytes(text)
+        assert damaged(folder) == [RECORD_FILE]

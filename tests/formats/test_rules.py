@@ -101,6 +101,7 @@ def test_m02_json(file: Path) -> None:
         ('{"a":1,"a":1}', "duplicate key 'a'"),
         ('{"a":NaN}', "NaN is not JSON"),
         ("{" + '"a":{' * 100_000, "not valid JSON"),
+        ('{"a":' + "[" * 64 + "]" * 64 + "}", "nested more than 64 deep"),
         ('{"a":3}', "expected exactly dtype, shape and data_offsets"),
         ('{"__metadata__":{"a":1}}', "must map strings to strings"),
         ('{"__metadata__":[]}', "must map strings to strings"),

@@ -27,7 +27,7 @@ from seedpack.eval.tensors import compare_tensors
 from seedpack.formats import Checkpoint, View
 from seedpack.image.codec import FieldCodec
 from seedpack.loader import limits
-from seedpack.loader.dense import require_decodable
+from seedpack.loader.dense import require_decodable, stored_codec
 from seedpack.loader.verify import verify
 from tests.helpers.bombs import blank_image, parts_of, write_blank_image, write_tensors
 
@@ -157,6 +157,21 @@ def test_the_sum_of_what_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(LimitError, match=r"together with all others would take 1\d\.\d MB"):
         seedpack.load(path, dense=True)
     seedpack.unpack(path, tmp_path / "out", max_bytes=11_000_000)
+
+
+def test_the_work_of_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them is small, and so is what stays; but one after the other they would take long."""
+    codec = BasisCodec(count=2000, generator="philox", coef_bits=2)
+    path = write_tensors(tmp_path / "a", {f"t{i}": (codec, (32, 32), parts_of(codec, (32, 32))) for i in range(40)})
+    with Checkpoint(path) as checkpoint:
+        cost = stored_codec(checkpoint, "t0")[0].decoding_cost((32, 32))
+    monkeypatch.setattr(limits, "LEAST", cost)
+    monkeypatch.setattr(limits, "RATIO", 1)
+    with pytest.raises(LimitError, match=r"40 tensors, one after the other, would take"):
+        seedpack.load(path, dense=True)
+    with pytest.raises(LimitError, match=r"40 tensors, one after the other, would take"):
+        seedpack.unpack(path, tmp_path / "out")
+    assert len(seedpack.load(path, dense=True, max_bytes=2 * cost)) == 40
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,11 @@ from seedpack.codecs.base import Codec, Shape
 from seedpack.codecs.basis import BasisCodec
 from seedpack.codecs.mask import WEIGHTS_AT_ONCE, MaskCodec
 from seedpack.codecs.raw import RawCodec
+from seedpack.codecs.stack import StackCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
-from seedpack.errors import DigestError
+from seedpack.errors import DigestError, KeyNeededError
 from seedpack.formats import Checkpoint, PartSpec
 from seedpack.image.codec import FieldCodec
 from seedpack.loader.verify import Verified, verify
@@ -128,6 +129,23 @@ def test_a_private_key_is_not_needed(tmp_path: Path) -> None:
     keys._in_use.set(frozenset())
     wrong = run(path, "--key-file", tmp_path / "other", code=1)
     assert wrong.stderr.count("the key given is another one") == 1 and not wrong.stdout
+
+
+@pytest.mark.usefixtures("no_key_in_use")
+def test_the_key_of_a_codec_in_another(tmp_path: Path) -> None:
+    mask = MaskCodec(0.5, key=keys.add_key(bytes(16)))
+    for codec in (
+        SVDCodec.over(mask, rank=4),
+        StackCodec.over(mask, 4, 10),
+        StackCodec.over(SVDCodec.over(mask, rank=4), 4, 10),
+    ):
+        path = write_tensors(tmp_path / "a", {"w": (codec, (8, 40), codec.encode(torch.randn(8, 40)))})
+        with pytest.raises(KeyNeededError, match="and none is given"):
+            seedpack.load(path, dense=True)
+        assert seedpack.load(path, dense=True, key=bytes(16))["w"].shape == (8, 40)
+        with keys.use_key(bytes(range(16))), pytest.raises(KeyNeededError, match="the key given is another one"):
+            results(path)
+        path.unlink()
 
 
 @dataclass(frozen=True)
