@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import pickle  # noqa: TID251
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -346,3 +347,16 @@ def test_few_bits_replaced_midway_are_refused(tmp_path: Path) -> None:
     change = Midway(lambda: save_file(stored | {"a.weight_scale_inv": torch.ones(3, 3)}, path))
     with pytest.raises(ModelError, match="tensor 'a.weight' changed while the model was being read"):
         seedpack.compress(path, tmp_path / "out", codec="trellis", settings={"effort": "fast"}, progress=change)
+
+
+def test_a_compressed_archive(tmp_path: Path) -> None:
+    """Is refused before it is read: of 66 kB it would make 67 MB."""
+    torch.save({"w": torch.zeros(1024, 1024)}, tmp_path / "plain.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pt") as plain,
+        zipfile.ZipFile(tmp_path / "net.pt", "w", zipfile.ZIP_DEFLATED) as deflated,
+    ):
+        for name in plain.namelist():
+            deflated.writestr(name, plain.read(name))
+    with pytest.raises(ModelError, match="is compressed, which torch.save never does"):
+        open_source(tmp_path / "net.pt")

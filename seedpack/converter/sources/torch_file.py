@@ -6,6 +6,7 @@ import hashlib
 import pickle  # noqa: TID251 (its error class; torch.load raises it)
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,7 @@ class _TorchFileSource(StateDictSource):
 
 
 def _load(path: Path) -> object:
+    _require_not_deflated(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is an error
@@ -100,6 +102,20 @@ def _load(path: Path) -> object:
         ) from None
     except Exception as error:  # the reader meets foreign bytes: whatever it raises, they are no state dict
         raise _not_torch(path, error) from None
+
+
+def _require_not_deflated(path: Path) -> None:
+    """Refuse an archive with compressed entries, which torch would inflate without a limit; it never writes one itself."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry.filename for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return  # none, or broken: torch says so
+    if packed:
+        raise ModelError(
+            f"{path}: its entry {packed[0][:80]!r} is compressed, which torch.save never does; load it where you trust it, and save it "
+            "again with torch.save"
+        )
 
 
 def _not_torch(path: Path, error: Exception) -> ModelError:
