@@ -134,8 +134,9 @@ def fit_shard(
             if is_remote(run.output)
             else locked(folder / f"shard-{shard.number}", *shard.refusal(run.output))
         )
-        with lock:
-            run = replace(run, journal=_journal(run), share=shard.of(planned))
+        journal = _journal(run)
+        with lock, _saying_what_is_kept(run, journal):
+            run = replace(run, journal=journal, share=shard.of(planned))
             followed, statistics = calibrate_plan(run, planned, plan)
             run.release()
             tensors = tuple(tensor for tensor in followed.tensors if tensor.packed and run.fits(tensor))
@@ -164,18 +165,13 @@ def _compress(
         with _staged(run) as (partial, finished):
             journal = _journal(run, fitted_on)
             run = replace(run, journal=journal, share=None if fitted_on is None else frozenset())
-            try:
+            with _saying_what_is_kept(run, journal):
                 followed, statistics = calibrate_plan(run, planned, plan)
                 run = replace(run, weights=followed.packed_weights)
                 if fitted_on is not None:
                     require_fitted(run, followed, statistics)
                 fit_all(run, followed, statistics)
                 report = fit_and_write(run, followed, statistics, partial, finished)
-            except KeyboardInterrupt:
-                if len(journal):
-                    kept = f"kept in {stage_of(run.output)}: the same command goes on from there"
-                    told("Interrupted", 0, 0, "", f"{count(len(journal), 'tensor')} {kept}")
-                raise
         run.tuning.unlink(missing_ok=True)
     return replace(report, seconds=time.perf_counter() - started)
 
@@ -183,6 +179,17 @@ def _compress(
 def _journal(run: Run, fitted_on: str | None = None) -> Journal:
     kind = run.kind if fitted_on is None else f"{fitted_on} {run.options.backend}"
     return Journal(kept_of(run.output), kind, run.source.state)
+
+
+@contextmanager
+def _saying_what_is_kept(run: Run, journal: Journal) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if len(journal):
+            kept = f"kept in {stage_of(run.output)}: the same command goes on from there"
+            run.progress("Interrupted", 0, 0, "", f"{count(len(journal), 'tensor')} {kept}")
+        raise
 
 
 @contextmanager

@@ -63,7 +63,8 @@ class Run:
         weights: to be fitted in all, for progress.
         journal: where fitted tensors are kept until the output stands.
         workers: other processes that look and fit.
-        share: the names of the tensors that this run fits, of which others fit the rest; None for all.
+        share: the names of the tensors that this run fits, of which others fit the rest; None for all, and none at all where others
+            have fitted everything.
         locks: of the folders that this run uses, released when it ends.
     """
 

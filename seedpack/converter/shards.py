@@ -61,12 +61,21 @@ class Shard:
         return f"{self.number}/{self.count}"
 
     def of(self, plan: Plan) -> frozenset[str]:
-        """Return the names of this share's packed tensors: the largest first, each to the share with the fewest weights."""
+        """Return the names of this share's packed tensors: the largest first, each to the share with the fewest weights.
+
+        Raises:
+            OptionError: there are more shares than tensors.
+        """
         weights, names = [0] * self.count, [list[str]() for _ in range(self.count)]
         for tensor in sorted((t for t in plan.tensors if t.packed), key=lambda t: (-math.prod(t.shape), t.name)):
             least = weights.index(min(weights))
             weights[least] += math.prod(tensor.shape)
             names[least].append(tensor.name)
+        if not names[-1]:
+            packed = sum(map(len, names))
+            raise OptionError(
+                f"shard {self}: the plan packs {count(packed, 'tensor')}; ask for no more shards than that"
+            )
         return frozenset(names[self.number - 1])
 
     def require_possible(self, run: Run) -> None:

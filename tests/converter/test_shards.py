@@ -80,11 +80,12 @@ def test_a_share_that_is_missing(model: Path, tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_calibrated_by_one_for_all(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sequential", [False, True])
+def test_calibrated_by_one_for_all(tmp_path: Path, sequential: bool) -> None:
     model, output = tmp_path / "dense", tmp_path / "out"
     llama().save_pretrained(model)
     ids = torch.arange(128).reshape(4, 32) % 64
-    options = {**OPTIONS, "bits": 3.3, "calibration": Calibration(ids, context=32)}
+    options = {**OPTIONS, "bits": 3.3, "calibration": Calibration(ids, context=32, sequential=sequential)}
     seedpack.compress(model, tmp_path / "whole", **options)
     for number in (2, 1):
         fit_shard(model, output, **options, shard=Shard(number, 2))
@@ -107,6 +108,8 @@ def test_what_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     for text in ("3", "0/4", "5/4", "1/0", "a/b", "-1/2"):
         with pytest.raises(OptionError, match="expected"):
             Shard.parse(text)
+    with pytest.raises(OptionError, match="the plan packs 7 tensors; ask for no more shards"):
+        fit_shard(model, tmp_path / "other.safetensors", **OPTIONS, shard=Shard(1, 8))
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(OptionError, match="expected numbers in RANK and WORLD_SIZE"):
         Shard.parse("env")
