@@ -46,7 +46,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
         if (
             guesses
             and tensor.kind == "guess"
-            and (tensor.name in found or 4 * int((value == 0).sum()) >= value.numel())
+            and (tensor.name in found or 4 * int(torch.count_nonzero(value)) <= 3 * value.numel())
         ):
             found[tensor.name] = TABLE
     bad = [name for name, note in found.items() if note == NONFINITE]
@@ -71,15 +71,14 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     if not tensor.packed:
         value = run.source.read(tensor.name)
         if value.is_floating_point() and TORCH_DTYPES[tensor.dtype] != value.dtype and value.numel():
-            finite = value.masked_fill(~torch.isfinite(value.float()), 0)
-            _require_fits(tensor, float(finite.double().abs().max()))
+            _require_fits(tensor, max(map(_largest, value.flatten().split(WEIGHTS_AT_ONCE))))
         return tensor.codec.encode(value), TensorReport(tensor, 0.0, 0.0, 0.0)
 
     def progress(done: int) -> None:
         run.progress("Fitting", done, run.weights, "weights", tensor.name)
 
     value = run.source.read(tensor.name)
-    matrix = as_matrix(value, tensor).to(run.device).float()
+    matrix = _in_float(as_matrix(value, tensor).to(run.device), tensor)
     measured = statistics.importance(tensor.name)
     importance = _importance(run.source, tensor, matrix, measured)
     journal, key = run.journal, ""
@@ -131,7 +130,7 @@ def apply_tuning(
     if tensor.name in factors:
         assert isinstance(tensor.codec, RowScaling)
         rescaled = tensor.codec.rescaled(parts, factors[tensor.name].to(device))
-        matrix = matrix_of(source, tensor).to(device).float()
+        matrix = _in_float(matrix_of(source, tensor).to(device), tensor)
         return rescaled, _measured(tensor, rescaled, matrix, statistics.importance(tensor.name), report.seconds)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
     if value is None:
@@ -154,6 +153,16 @@ def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
 def as_matrix(value: Tensor, tensor: TensorPlan) -> Tensor:
     """Return the value of a tensor as its codec sees it [out, in]."""
     return (value.mT if tensor.transposed else value).reshape(tensor.codec_shape)
+
+
+def _in_float(matrix: Tensor, tensor: TensorPlan) -> Tensor:
+    """Return a matrix in float32, or where its codec takes a few rows at a time, as it is."""
+    return matrix if tensor.codec.row_by_row and matrix.dtype != torch.float64 else matrix.float()
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude of values that are finite in float32."""
+    return float(values.masked_fill(~torch.isfinite(values.float()), 0).double().abs().max())
 
 
 def _require_fits(tensor: TensorPlan, largest: float) -> None:

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from seedpack.converter.sources.base import FileState, OpenModel, Source, SourceTensor
-from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError, first_line
 from seedpack.formats import Manifest
-from seedpack.formats.digest import part_digest
 from seedpack.hf.beside import Beside
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.complete import load_complete
@@ -202,14 +200,10 @@ def _open_by_tensor(path: Path) -> Source | None:
     source = GGUFSource(path, stored, conversion, members, model)
     for tied, origin in names.tied.items():
         if tied in members:
-            if _digest(source, tied) != _digest(source, origin):
+            if not source.same(tied, origin):
                 return None  # what becomes of them, loading decides
             del source.tensors[tied]
     return source
-
-
-def _digest(source: Source, name: str) -> str:
-    return part_digest(*to_bytes(source.read(name)))
 
 
 def _is_of_experts(name: str) -> bool:
