@@ -72,6 +72,12 @@ class Codec:
         return getattr(self, "key", "")
 
     @property
+    def row_by_row(self) -> bool:
+        """True where a row's parts follow from that row and what is told of its columns, so that a few rows are fitted and decoded
+        at a time; then `encode` takes weights of any float dtype, and makes no whole copy in another one."""
+        return False
+
+    @property
     def int8_by_default(self) -> bool:
         """True where that adds at most about 1% to the error of the weight, so that it is done where it is faster; else 16 bits are."""
         return False

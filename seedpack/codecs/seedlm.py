@@ -6,7 +6,7 @@ Shafipour et al., arXiv 2410.10714, ICLR 2025.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -106,9 +106,8 @@ class SeedLMCodec(Codec, HessianFitting):
         (rows, columns), device = weight.shape, weight.device
         importance = Importance.of(importance).require(self.id, columns)
         blocks, padding = -(-columns // self.block), -columns % self.block
-        padded = torch.nn.functional.pad(weight.detach().float(), (0, padding))
-        padded = padded.reshape(rows, blocks, self.block)
-        bias = self._exponent_bias(padded)
+        step = max(1, BATCH_BLOCKS // blocks)
+        bias = self._exponent_bias(map(self._blocks, weight.split(step)))
         seeds = torch.empty(rows, blocks, dtype=torch.int32, device=device)
         codes = torch.empty(rows, blocks, self.rank + 1, dtype=torch.int8, device=device)
 
@@ -122,13 +121,12 @@ class SeedLMCodec(Codec, HessianFitting):
                 progress(part.shape[0] * (min(columns, where[1].stop * self.block) - where[1].start * self.block))
 
         if importance.is_none:
-            step = max(1, BATCH_BLOCKS // blocks)
             for row in range(0, rows, step):
                 here = slice(row, min(rows, row + step)), slice(0, blocks)
-                fit(here, padded[here], None)
+                fit(here, self._blocks(weight[here[0]]), None)
         elif importance.has_hessian:
             c = importance.cholesky(device, padding)
-            targets = padded.flatten(1).double()
+            targets = self._blocks(weight).flatten(1).double()
             errors = torch.zeros_like(targets)
             for block in reversed(range(blocks)):
                 low, high = block * self.block, (block + 1) * self.block
@@ -139,7 +137,8 @@ class SeedLMCodec(Codec, HessianFitting):
             weights = torch.nn.functional.pad(importance.channel_weights(), (0, padding), value=1.0)
             for block, h in enumerate(weights.view(blocks, self.block)):
                 here = slice(0, rows), slice(block, block + 1)
-                fit(here, padded[here], torch.diag(h.sqrt()))
+                part = weight[:, block * self.block : (block + 1) * self.block]
+                fit(here, self._blocks(part), torch.diag(h.sqrt()))
         return {
             "weight": pack(seeds, self.seed_bits),
             "codes": self._pack_codes(codes),
@@ -202,6 +201,11 @@ class SeedLMCodec(Codec, HessianFitting):
         if not all(bool(unpack(part, blocks, self.seed_bits).all()) for part in parts["weight"].split(rows)):
             raise CodecError(f"{self.id}: a seed is 0, a state that the LFSR never leaves; the file is corrupt")
 
+    @property
+    def row_by_row(self) -> bool:
+        """True: beyond its row, a block's parts follow only from the one exponent bias."""
+        return True
+
     @cached_property
     def code(self) -> SeedLMCode:
         """K, C and P, as kernels take them."""
@@ -225,10 +229,14 @@ class SeedLMCodec(Codec, HessianFitting):
         parts = SeedLMParts(pack(seeds, self.seed_bits), self._pack_codes(codes), biases)
         return seedlm_decode(parts, self.code, columns=self.block, dtype=torch.float32, backend=backend).double()
 
+    def _blocks(self, weight: Tensor) -> Tensor:
+        """Return the blocks of some columns [rows, blocks, C], float32; zeros fill the last one."""
+        padded = torch.nn.functional.pad(weight.detach().float(), (0, -weight.shape[1] % self.block))
+        return padded.reshape(len(weight), -1, self.block)
+
     @staticmethod
-    def _exponent_bias(blocks: Tensor) -> int:
+    def _exponent_bias(batches: Iterable[Tensor]) -> int:
         """Return the bias that puts the largest block's exponent near the top of the range, an octave to spare."""
-        batches = blocks.flatten(0, 1).split(BATCH_BLOCKS)
         norm = max(float(torch.linalg.vector_norm(batch.double(), dim=-1).max()) for batch in batches)
         top = math.frexp(norm / 7.5)[1] + 1 if norm > 0 else 0
         return min(max(top - 7, BIAS_MIN), BIAS_MAX)

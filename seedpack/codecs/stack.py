@@ -72,6 +72,11 @@ class StackCodec(Codec):
         return self.inner.key_check
 
     @property
+    def row_by_row(self) -> bool:
+        """True where the codec of the matrices fits and decodes them so."""
+        return self.inner.row_by_row
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """The shape of a matrix as its codec sees it."""
         return (self.matrix_columns, self.matrix_rows) if self.transposed else (self.matrix_rows, self.matrix_columns)

@@ -73,7 +73,7 @@ def look(value: Tensor) -> str:
     """Return why a tensor's values are not those of a weight, or ""; looked at in pieces."""
     if not all(bool((piece.float().abs() < 1e33).all()) for piece in value.flatten().split(WEIGHTS_AT_ONCE)):
         return NONFINITE  # or too large for arithmetic in float32
-    return TABLE if 4 * int((value == 0).sum()) >= value.numel() else ""
+    return TABLE if 4 * int(torch.count_nonzero(value)) <= 3 * value.numel() else ""
 
 
 def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, TensorReport]:
@@ -83,8 +83,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     if not tensor.packed:
         value = run.source.read(tensor.name)
         if value.is_floating_point() and TORCH_DTYPES[tensor.dtype] != value.dtype and value.numel():
-            finite = value.masked_fill(~torch.isfinite(value.float()), 0)
-            _require_fits(tensor, float(finite.double().abs().max()))
+            _require_fits(tensor, max(map(_largest, value.flatten().split(WEIGHTS_AT_ONCE))))
         return tensor.codec.encode(value), TensorReport(tensor, 0.0, 0.0, 0.0)
 
     def progress(done: int) -> None:
@@ -96,7 +95,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
         progress(math.prod(tensor.shape))
         return known
     value = run.source.read(tensor.name)
-    matrix = as_matrix(value, tensor).to(run.device).float()
+    matrix = _in_float(as_matrix(value, tensor).to(run.device), tensor)
     importance = _importance(run.source, tensor, matrix, measured)
     if journal is not None:
         place = journal.place_name(tensor, measured)
@@ -150,7 +149,7 @@ def apply_tuning(
     if tensor.name in factors:
         assert isinstance(tensor.codec, RowScaling)
         rescaled = tensor.codec.rescaled(parts, factors[tensor.name].to(device))
-        matrix = matrix_of(source, tensor).to(device).float()
+        matrix = _in_float(matrix_of(source, tensor).to(device), tensor)
         return rescaled, _measured(tensor, rescaled, matrix, statistics.importance(tensor.name), report.seconds)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
     if value is None:
@@ -173,6 +172,16 @@ def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
 def as_matrix(value: Tensor, tensor: TensorPlan) -> Tensor:
     """Return the value of a tensor as its codec sees it [out, in]."""
     return (value.mT if tensor.transposed else value).reshape(tensor.codec_shape)
+
+
+def _in_float(matrix: Tensor, tensor: TensorPlan) -> Tensor:
+    """Return a matrix in float32, or where its codec takes a few rows at a time, as it is."""
+    return matrix if tensor.codec.row_by_row and matrix.dtype != torch.float64 else matrix.float()
+
+
+def _largest(values: Tensor) -> float:
+    """Return the largest magnitude of values that are finite in float32."""
+    return float(values.masked_fill(~torch.isfinite(values.float()), 0).double().abs().max())
 
 
 def _require_fits(tensor: TensorPlan, largest: float) -> None:

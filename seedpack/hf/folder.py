@@ -238,7 +238,7 @@ def _without_ties(
             info = tensors[name]
             tensors[origin] = replace(info, **names.kind(origin, info.shape)._asdict())
             renamed[origin] = stored[origin] = name
-        elif not torch.equal(source.read(renamed.get(stored[origin], stored[origin])), source.read(name)):
+        elif not source.same(renamed.get(stored[origin], stored[origin]), name):
             raise ModelError(
                 f"{source.name}: the config ties {name!r} to {stored[origin]!r}, but their values differ; "
                 'set "tie_word_embeddings": false in config.json'

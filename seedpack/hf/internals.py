@@ -23,6 +23,8 @@ What is used, and what breaks if it moves:
 - `GenerateDecoderOnlyOutput.cache`, which releases before 5.24 call `past_key_values`: a conversation is read again for
   every answer.
 - `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
+- `modeling_gguf_pytorch_utils`: `load_gguf_checkpoint`, `TensorProcessor`, `TENSOR_PROCESSORS`, `get_gguf_hf_weights_map`;
+  `integrations.gguf`, its `GGUF_ARCHS`: GGUF files are read whole.
 - `models.auto.modeling_auto`, its `MODEL_…_MAPPING_NAMES`: `eval` does not know what a model is for.
 
 `hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
@@ -328,3 +330,57 @@ def auto_class_names(mapping: str) -> set[str]:
 
     entries = getattr(modeling_auto, f"MODEL_{mapping}MAPPING_NAMES").values()
     return {name for entry in entries for name in ([entry] if isinstance(entry, str) else entry)}
+
+
+def gguf_config(path: str) -> dict[str, Any]:
+    """Return the config that transformers makes of a GGUF file's fields."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config: dict[str, Any] = load_gguf_checkpoint(path, return_tensors=False)["config"]
+    return config
+
+
+class GGUFConversion:
+    """The conversion by which transformers makes a model's tensors of those of a GGUF file, for some tensors at a time.
+
+    Args:
+        config: from `gguf_config`.
+        architecture: that the file names.
+        model: on the meta device.
+
+    Attributes:
+        names: of the model's tensors, by those of the file; experts' without their `.weight`.
+    """
+
+    def __init__(self, config: dict[str, Any], architecture: str, model: Any):
+        from transformers import modeling_gguf_pytorch_utils as legacy
+
+        processor: Any = legacy.TENSOR_PROCESSORS.get(architecture, legacy.TensorProcessor)
+        self._processor = processor(config=config)
+        self.names: dict[str, str] = legacy.get_gguf_hf_weights_map(model, self._processor)
+
+    def convert(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what becomes of some tensors, by the model's names.
+
+        Args:
+            tensors: dequantised NumPy arrays, by the file's names; all that one of the model's is made of.
+        """
+        import torch
+
+        made: dict[str, Any] = {}
+        for name, array in tensors.items():
+            result = self._processor.process(
+                weights=array, name=name, tensor_key_mapping=self.names, parsed_parameters={"tensors": made}
+            )
+            if result.name in self.names:
+                made[self.names[result.name]] = torch.from_numpy(result.weights)
+        return made
+
+
+def converts_gguf_at_once(architecture: str) -> bool:
+    """Return whether transformers loads the GGUF files of an architecture by another conversion than `GGUFConversion`."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:  # before 5.24
+        return False
+    return architecture in GGUF_ARCHS

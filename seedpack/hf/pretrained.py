@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import tempfile
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,10 +15,9 @@ from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.dtypes import find_shared
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
+from seedpack.hf.beside import Beside
 from seedpack.hf.checkpoint_names import CheckpointNames
-from seedpack.hf.folder import copy_files, write_packed_config
-from seedpack.hf.language_model import open_pretrained, tokenizer_of
-from seedpack.hf.quantization import strip_quantization
+from seedpack.hf.language_model import open_pretrained
 
 
 class PretrainedSource(StateDictSource):
@@ -35,30 +30,14 @@ class PretrainedSource(StateDictSource):
 
     def __init__(self, model: Any, name: str = ""):
         require_dense(model)
-        self._model, self._tokenizer = model, None
-        self._folder = tempfile.TemporaryDirectory(prefix="seedpack-beside-")
-        weakref.finalize(self, self._folder.cleanup)
-        self._save_beside()
+        self._model, self._beside = model, Beside(model)
         names = CheckpointNames(model)
         with torch.device("meta"):
             self._names = CheckpointNames(type(model)(model.config))
         state = _stored_once(model, names.tied)
         self._require_own_form(state)
         super().__init__(name or type(model).__name__, state, names.restricted(state).kind)
-        config: dict[str, Any] = json.loads((self._beside / "config.json").read_text())
-        self.config = {**config, "architectures": [type(model).__name__]}
-
-    @property
-    def _beside(self) -> Path:
-        return Path(self._folder.name)
-
-    def _save_beside(self) -> None:
-        config = copy.deepcopy(self._model.config)
-        strip_quantization(config)
-        config.dtype = self._model.dtype
-        config.save_pretrained(self._beside)
-        if self._model.can_generate():  # as it is: saving it by its own method refuses some that models come with
-            self._model.generation_config.to_json_file(self._beside / "generation_config.json")
+        self.config = self._beside.config
 
     def _require_own_form(self, state: Mapping[str, Tensor]) -> None:
         """Refuse a model that has other tensors than its config makes: a folder of it could not be loaded."""
@@ -74,10 +53,7 @@ class PretrainedSource(StateDictSource):
 
     def take_tokenizer(self, tokenizer: Any) -> None:
         """Put a tokenizer, or a processor, beside the packed weights, and calibrate with it."""
-        if not hasattr(tokenizer, "save_pretrained"):
-            raise ModelError(f"tokenizer: expected one of transformers, got a {type(tokenizer).__name__}")
-        tokenizer.save_pretrained(self._beside)
-        self._tokenizer = tokenizer
+        self._beside.take_tokenizer(tokenizer)
 
     def norm_power(self, name: str) -> Tensor | None:
         """Return the power that the norm before a layer gives each input channel."""
@@ -89,13 +65,11 @@ class PretrainedSource(StateDictSource):
 
     def open_model(self) -> OpenModel:
         """Return the model itself, ready to be calibrated on text where it is a causal language model."""
-        return open_pretrained(self._model, self._tokenizer or tokenizer_of(self._beside))
+        return open_pretrained(self._model, self._beside.tokenizer)
 
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Write config.json, and what else was saved beside the weights."""
-        assert self.config is not None
-        write_packed_config(folder, self.config, manifest, dtype)
-        copy_files(self._beside, (file.name for file in self._beside.iterdir() if file.name != "config.json"), folder)
+        self._beside.write(folder, manifest, dtype)
 
 
 def _form(shapes: Mapping[str, tuple[int, ...] | None], name: str) -> str:

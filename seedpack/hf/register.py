@@ -21,7 +21,7 @@ from seedpack.hf.internals import QUANTIZERS_MODULE, register_quantizer
 METHOD = "seedpack"
 SOURCES = {
     "folder": "seedpack.hf.folder:FolderSource",
-    ".gguf": "seedpack.hf.gguf:GGUFSource",
+    ".gguf": "seedpack.hf.gguf:open_gguf",
     "pretrained": "seedpack.hf.pretrained:open_live",
     "remote": "seedpack.hf.remote:open_remote",
     "hub": "seedpack.hf.hub:download",

@@ -23,6 +23,8 @@ from seedpack.units import count
 
 IN_TURN = 32  # times the limit that all tensors may take, one after the other: those of any codec whose weights fit it
 
+WEIGHTS_AT_ONCE = 1 << 22  # that are decoded
+
 
 def stored_codec(checkpoint: Checkpoint, name: str) -> tuple[Codec, Shape]:
     """Return the codec of a tensor and the shape that it sees; settings and the parts' form are checked, no byte is read."""
@@ -129,12 +131,22 @@ def stored_dense(
     if device is not None:
         parts = {part: value.to(device) for part, value in parts.items()}
     try:
-        weight = codec.decode(parts, matrix, dtype or TORCH_DTYPES[entry.dtype])
+        weight = _decoded(codec, parts, matrix, dtype or TORCH_DTYPES[entry.dtype])
     except SeedpackError:
         raise
     except (MemoryError, RuntimeError) as error:  # a few bytes can stand for a large weight
         raise _too_large(checkpoint, name, first_line(error)) from None
     return weight.mT.contiguous() if entry.transposed else weight.reshape(entry.shape)
+
+
+def _decoded(codec: Codec, parts: dict[str, Tensor], shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Return a weight; of many rows that are decoded each for itself, some rows at a time."""
+    if not codec.row_by_row or math.prod(shape) <= WEIGHTS_AT_ONCE:
+        return codec.decode(parts, shape, dtype)
+    weight = torch.empty(shape, dtype=dtype, device=parts["weight"].device)
+    for index in torch.arange(shape[0], device=weight.device).split(max(1, WEIGHTS_AT_ONCE // math.prod(shape[1:]))):
+        weight[int(index[0]) : int(index[-1]) + 1] = codec.decode_rows(parts, index, shape, dtype)
+    return weight
 
 
 def _too_large(checkpoint: Checkpoint, name: str, why: str) -> FormatError:

@@ -17,7 +17,7 @@ from tests.helpers.models import llama
 ROOT = Path(__file__).resolve().parent.parent.parent
 PRIVATE = re.compile(
     r"core_model_loading|conversion_mapping\b|quantizers\.auto|AUTO_QUANTI|GradientCheckpointingLayer"
-    r"|_tied_weights_keys|_is_hf_initialized|_original_source_patterns"
+    r"|modeling_gguf|GGUF_ARCHS|_tied_weights_keys|_is_hf_initialized|_original_source_patterns"
 )
 
 
@@ -36,10 +36,19 @@ def test_installed_version_is_within_the_bounds() -> None:
         ("conversion_mapping", ["get_model_conversion_mapping"]),
         ("core_model_loading", ["WeightConverter", "MergeModulelist", "SplitModulelist", "rename_source_key"]),
         ("modeling_layers", ["GradientCheckpointingLayer"]),
+        (
+            "modeling_gguf_pytorch_utils",
+            ["load_gguf_checkpoint", "TensorProcessor", "TENSOR_PROCESSORS", "get_gguf_hf_weights_map"],
+        ),
     ],
 )
 def test_names_exist(module: str, names: list[str]) -> None:
     assert all(hasattr(import_module(f"transformers.{module}"), name) for name in names)
+
+
+def test_architectures_of_gguf_that_are_converted_at_once() -> None:
+    found = {name for name in ("llama", "gemma3", "qwen3moe", "lfm2") if internals.converts_gguf_at_once(name)}
+    assert found <= {"lfm2"}
 
 
 def test_ties_can_be_replaced_and_put_back() -> None:

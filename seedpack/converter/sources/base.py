@@ -180,6 +180,11 @@ class Source(ABC):
                 raise self._changed(f"tensor {name!r}")
         return tensor
 
+    def same(self, first: str, second: str) -> bool:
+        """Return whether two tensors have the same values; both are in memory only if their bytes differ."""
+        digests = (part_digest(*to_bytes(self.read(name))) for name in (first, second))
+        return next(digests) == next(digests) or torch.equal(self.read(first), self.read(second))
+
     @property
     def named(self) -> dict[str, SourceTensor]:
         """The tensors by all their names, further ones of shared tensors too."""
