@@ -11,6 +11,8 @@ MODULES = (
     "language.choices",
     "kernels.seedlm",
     "kernels.svd",
+    "converter.memory",
+    "converter.estimates",
     "language.footprint",
     "language.damage",
     "language.packed_weights",

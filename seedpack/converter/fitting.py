@@ -41,7 +41,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     for tensor in (tensor for tensor in plan.tensors if tensor.packed):
         run.progress("Checking values", math.prod(tensor.shape), plan.packed_weights, "weights", tensor.name)
         value = run.source.read(tensor.name)
-        if not _usable(value):
+        if not is_usable(value):
             found[tensor.name] = NONFINITE
         if (
             guesses
@@ -59,7 +59,7 @@ def raw_by_value(run: Run, plan: Plan, *, guesses: bool) -> dict[str, str]:
     return found
 
 
-def _usable(weight: Tensor) -> bool:
+def is_usable(weight: Tensor) -> bool:
     """Return whether every value is finite and small enough for float32 arithmetic; looked at in pieces."""
     return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
 
@@ -95,6 +95,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     except torch.linalg.LinAlgError as failed:  # type: ignore[attr-defined]
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
     report = _measured(tensor, parts, matrix, measured, time.perf_counter() - started)
+    del matrix  # a copy of the parts is made
     if journal is not None:
         journal.put(key, parts, report)
     return parts, report
