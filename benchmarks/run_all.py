@@ -18,6 +18,8 @@ MODULES = (
     "language.choices",
     "kernels.seedlm",
     "kernels.svd",
+    "converter.memory",
+    "converter.estimates",
     "language.footprint",
     "language.damage",
     "language.fuzzing",

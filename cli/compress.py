@@ -173,7 +173,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
         if dry_run:
             plan = api.plan(source, options, output=path, edits=edits, progress=progress)
             progress("Estimating", 0, 0)
-            estimated = None if as_json else estimate(plan, options)
+            estimated = None if as_json else estimate(source, plan, options)
         elif shard is not None:
             chosen = Shard.parse(shard)
             keep_command(path, model, source.state, asked)
@@ -182,7 +182,7 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
             check_output(path, options.force, is_folder=source.config is not None)
             if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
                 progress("Estimating", 0, 0)
-                screen.note(f"estimate: {estimate(planned, options)}")
+                screen.note(f"estimate: {estimate(source, planned, options)}")
             report = api.compress(source, path, options, plan=edits, progress=progress)
     if dry_run:
         screen.show_json(plan.to_json()) if as_json else show_plan(model, plan, estimated)

@@ -146,6 +146,17 @@ def file_bytes(tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writ
     return len(serialise_header(infos, metadata)) + max((info.end for info in infos.values()), default=0)
 
 
+def checkpoint_bytes(
+    tensors: Sequence[PlannedTensor], shared: Mapping[str, str], writer: str, shard_bytes: int | None = None
+) -> int:
+    """Return the size of the files that a `CheckpointWriter` makes of these tensors, headers included, the index left out."""
+    shards = [({tensor.name for tensor in shard}, shard) for shard in _shards(tensors, shard_bytes)]
+    return sum(
+        file_bytes(shard, {alias: stored for alias, stored in shared.items() if stored in names}, writer)
+        for names, shard in shards
+    )
+
+
 class CheckpointWriter:
     """Writes a checkpoint to one file, or into a folder as one file or shards with an index.
 

@@ -1,4 +1,4 @@
-"""Before hours are spent: what a plan will take, by fitting samples of its tensors."""
+"""Before hours are spent: what a plan will take, by fitting samples of the model's own tensors."""
 
 from __future__ import annotations
 
@@ -7,29 +7,39 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
 from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.stack import StackCodec
+from seedpack.converter.fitting import as_matrix, is_usable
 from seedpack.converter.options import CompressOptions, fitting_device
 from seedpack.converter.plan import Plan, TensorPlan
+from seedpack.converter.sources.base import Source
 from seedpack.errors import ModelError, OutputError
 from seedpack.formats.header import DTYPE_BYTES
 from seedpack.formats.places import is_remote
 from seedpack.formats.remote import SENT_BYTES
 from seedpack.formats.staging import kept_of
+from seedpack.formats.writer import checkpoint_bytes
 from seedpack.memory import free_bytes, resident_bytes
 from seedpack.units import duration, size
 
-SAMPLE_SECONDS, MOST_SAMPLED, FIRST_SAMPLED = 0.3, 1 << 22, 1 << 12
+SAMPLE_SECONDS, PATIENCE = 0.3, 1.0  # how long samples are fitted at least, of few weights at most
+FIRST_SAMPLED, FEW_SAMPLED, MOST_SAMPLED = 1 << 12, 1 << 18, 1 << 22  # weights; few take longer, each
 WORKSPACE = 40_000_000  # bytes that fitting takes, however small a tensor is
-MOST_FORMS = 6  # that are sampled, of codecs and counts of columns
+START_SECONDS = 6.0  # of a worker, until it fits
+MOST_FORMS = 2  # that are sampled, of codecs and counts of columns
 BY_WEIGHT = ("trellis", "seedlm")  # codecs whose time goes by the count of weights
+CALIBRATED = ("linear", "head", "expert")  # kinds of tensors whose input a calibration measures
+HESSIAN_BYTES = 40  # for each pair of input channels, while a tensor is fitted by a Hessian
 Form = tuple[Codec, int]
 
 
@@ -38,35 +48,50 @@ class Estimate:
     """The time, memory and disk that a run takes.
 
     Attributes:
-        seconds: of fitting; None where a codec's time cannot be told by a sample.
-        memory_bytes: of the process at its largest, without a calibration's.
-        output_bytes: of the tensors as they are stored.
+        seconds: of checking, fitting and writing; None where a codec's time cannot be told by a sample.
+        memory_bytes: of the process at its largest, with its workers, without a calibration's.
+        output_bytes: of the files of weights.
+        disk_bytes: that are taken until the output stands: what is packed is kept beside it.
         is_calibrated: whether a calibration comes before, which takes time and memory of its own.
     """
 
     seconds: float | None
     memory_bytes: int
     output_bytes: int
+    disk_bytes: int
     is_calibrated: bool = False
 
     def __str__(self) -> str:
         fitting = "" if self.seconds is None else f"{duration(self.seconds)} of fitting, "
-        text = f"{fitting}{size(self.memory_bytes)} of memory, {size(self.output_bytes)} of output"
-        return f"after the calibration {text}" if self.is_calibrated else text
+        text = (
+            f"{fitting}{size(self.memory_bytes)} of memory, {size(self.output_bytes)} of output "
+            f"({size(self.disk_bytes)} of disk until it stands)"
+        )
+        if self.seconds is None:
+            text += "; how long its codec takes, no sample tells"
+        return f"after the calibration, whose time and memory are not known yet, {text}" if self.is_calibrated else text
 
 
-def estimate(plan: Plan, options: CompressOptions) -> Estimate:
-    """Estimate what a plan will take on this machine, as it is now; samples of noise are fitted, in about a second.
+def estimate(source: Source, plan: Plan, options: CompressOptions) -> Estimate:
+    """Estimate what a plan will take on this machine, as it is now; rows of two of its tensors are fitted, in about a second.
 
     Args:
-        plan: the plan.
+        source: the model.
+        plan: of it.
         options: of the run.
     """
     packed = [tensor for tensor in plan.tensors if tensor.packed]
+    calibrated = options.calibrated is not None
+    if calibrated:
+        plan = plan.with_hessians({tensor.name for tensor in packed if tensor.kind in CALIBRATED})
     known = all(codec.id in BY_WEIGHT for codec, _ in _by_form(packed))
-    seconds = _seconds(packed, options) if known else None
-    memory = resident_bytes() + WORKSPACE + max(map(bytes_to_fit, packed), default=0)
-    return Estimate(seconds, memory, int(plan.totals()["stored_bytes"]), options.calibrated is not None)
+    seconds = _seconds(source, plan, options) if known else None
+    jobs = min(options.jobs, max(1, len(packed)))
+    largest = sum(sorted((bytes_to_fit(t, calibrated) for t in plan.tensors), reverse=True)[:jobs])
+    memory = (resident_bytes() + WORKSPACE) * (1 if jobs == 1 else jobs + 1) + largest
+    planned = [tensor.for_writer() for tensor in plan.tensors]
+    output = checkpoint_bytes(planned, plan.shared, WRITER, options.shard_bytes if source.config is not None else None)
+    return Estimate(seconds, memory, output, output + sum(tensor.stored_bytes for tensor in packed), calibrated)
 
 
 def require_room(plan: Plan, output: Path, jobs: int = 1) -> None:
@@ -108,59 +133,124 @@ def _disk(plan: Plan, output: Path) -> tuple[Path, int]:
     return disk, stored + sum(tensor.stored_bytes for tensor in plan.tensors if tensor.packed) - kept
 
 
-def bytes_to_fit(tensor: TensorPlan) -> int:
-    """Return the bytes of a tensor as it is read, in float32, and packed."""
-    element: int = DTYPE_BYTES[tensor.dtype]
-    return math.prod(tensor.shape) * (element + (0 if element == 4 else 4)) + tensor.stored_bytes
+def bytes_to_fit(tensor: TensorPlan, has_hessian: bool = False) -> int:
+    """Return the bytes that a tensor takes while it is fitted: as it is read, in float32 where its codec needs all of it so,
+    packed, and packed once more while it is kept."""
+    element, weights = DTYPE_BYTES[tensor.dtype], math.prod(tensor.shape)
+    if not tensor.packed:
+        return element * weights
+    copy = 0 if element == 4 or (tensor.codec.row_by_row and element < 4) else 4
+    columns = tensor.codec_shape[-1] if not isinstance(tensor.codec, StackCodec) else tensor.shape[-1]
+    hessian = HESSIAN_BYTES * columns**2 if has_hessian and tensor.kind in CALIBRATED else 0
+    return weights * (element + copy) + 2 * tensor.stored_bytes + hessian
 
 
-def _by_form(tensors: Iterable[TensorPlan]) -> dict[Form, list[int]]:
-    """Return the rows of the matrices of each codec and count of columns, most weights first."""
-    found: dict[Form, list[int]] = defaultdict(list)
+def _by_form(tensors: Iterable[TensorPlan]) -> dict[Form, list[tuple[TensorPlan, int]]]:
+    """Return the tensors of each codec and count of columns, with the rows of their matrices, most weights first."""
+    found: dict[Form, list[tuple[TensorPlan, int]]] = defaultdict(list)
     for tensor in tensors:
         if isinstance(tensor.codec, StackCodec):
             shape = tensor.shape[-2:]
             rows, columns = shape[::-1] if tensor.codec.transposed else shape
-            found[tensor.codec.inner, columns] += [rows] * (math.prod(tensor.shape) // (rows * columns))
+            matrices = math.prod(tensor.shape) // (rows * columns)
+            found[tensor.codec.inner, columns] += [(tensor, rows)] * matrices
         else:
             rows, columns = tensor.codec_shape
-            found[tensor.codec, columns].append(rows)
-    return dict(sorted(found.items(), key=lambda item: -item[0][1] * sum(item[1])))
+            found[tensor.codec, columns].append((tensor, rows))
+    return dict(sorted(found.items(), key=lambda item: -item[0][1] * sum(rows for _, rows in item[1])))
 
 
-def _seconds(tensors: Iterable[TensorPlan], options: CompressOptions) -> float:
-    """Return the seconds that tensors take; those of rare forms as long for each weight as the others."""
-    seconds, sampled, rest = 0.0, 0, 0
-    for index, ((codec, columns), rows) in enumerate(_by_form(tensors).items()):
-        if index >= MOST_FORMS:
-            rest += columns * sum(rows)
-            continue
-        once, each_row = _costs(codec, columns, max(rows), options)
-        seconds += once * len(rows) + each_row * sum(rows)
-        sampled += columns * sum(rows)
-    return seconds * (1 + rest / max(1, sampled))
+def _seconds(source: Source, plan: Plan, options: CompressOptions) -> float:
+    """Return the seconds that a plan takes; tensors of rarer forms as long for each weight as the others."""
+    jobs, forms = options.jobs, _by_form(tensor for tensor in plan.tensors if tensor.packed)
+    fitting, sampled, rest, longest, read_rate = 0.0, 0, 0, 0.0, 0.0
+    with _threads(max(1, torch.get_num_threads() // jobs) if jobs > 1 else None):
+        for index, ((codec, columns), members) in enumerate(forms.items()):
+            rows = [count for _, count in members]
+            if index >= MOST_FORMS:
+                rest += columns * sum(rows)
+                continue
+            matrix, rate = _sample(source, [tensor for tensor, _ in members], codec, columns)
+            once, each_row = _costs(codec, matrix, max(rows), options)
+            fitting += once * len(rows) + each_row * sum(rows)
+            longest = max(longest, once + each_row * max(rows))
+            sampled += columns * sum(rows)
+            read_rate = max(read_rate, rate)
+    fitting *= 1 + rest / max(1, sampled)
+    size_read = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] * (2 if t.packed else 1) for t in plan.tensors)
+    if jobs > 1:
+        fitting = max(fitting / jobs, longest) + START_SECONDS
+    return fitting + read_rate * size_read
 
 
-def _costs(codec: Codec, columns: int, rows: int, options: CompressOptions) -> tuple[float, float]:
-    """Return the seconds that a matrix takes once and for each of its rows, by samples of more and more rows."""
-    count = min(rows, max(1, FIRST_SAMPLED // columns))
-    _sampled(codec, count, columns, options)  # compiles
-    before, elapsed = 0.0, _sampled(codec, count, columns, options)
-    while elapsed < SAMPLE_SECONDS and 2 * count <= rows and 2 * count * columns <= MOST_SAMPLED:
-        count, before = 2 * count, elapsed
-        elapsed = _sampled(codec, count, columns, options)
-    once = max(0.0, 2 * before - elapsed) if options.calibrated is not None else 0.0
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Have torch use so many threads, as a worker does."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sample(source: Source, tensors: list[TensorPlan], codec: Codec, columns: int) -> tuple[Tensor, float]:
+    """Return rows of one tensor of a form, evenly spread [n, columns], and the seconds per byte of reading and checking it.
+
+    It is the smallest of those that have as many as are fitted at most.
+    """
+    large = [tensor for tensor in tensors if math.prod(tensor.shape) >= MOST_SAMPLED]
+    chosen = min(large, key=lambda t: math.prod(t.shape)) if large else max(tensors, key=lambda t: math.prod(t.shape))
+    started = time.perf_counter()
+    value = source.read(chosen.name)
+    is_usable(value)
+    rate = (time.perf_counter() - started) / max(1, value.nbytes)
+    if isinstance(chosen.codec, StackCodec):
+        matrices = value.reshape(-1, *chosen.shape[-2:])
+        matrix = matrices[0].mT if chosen.codec.transposed else matrices[0]
+    else:
+        matrix = as_matrix(value, chosen)
+    count = min(len(matrix), max(1, MOST_SAMPLED // columns))
+    return matrix[torch.arange(count) * len(matrix) // count], rate
+
+
+def _costs(codec: Codec, matrix: Tensor, rows: int, options: CompressOptions) -> tuple[float, float]:
+    """Return the seconds that a matrix takes once and for each of its rows, by samples of more and more rows.
+
+    Args:
+        codec: of it.
+        matrix: rows to sample [n, columns].
+        rows: of the matrix.
+        options: of the run.
+    """
+    columns, most, has_hessian = matrix.shape[1], min(rows, len(matrix)), options.calibrated is not None
+    few = FEW_SAMPLED * (2 if has_hessian else 1)  # so that the last two samples are no smaller
+    count = min(most, max(1, FIRST_SAMPLED // columns))
+    _sampled(codec, matrix[:count], options)  # compiles
+    fewer, before, elapsed = 0, 0.0, _sampled(codec, matrix[:count], options)
+    while count < most and elapsed < (SAMPLE_SECONDS if count * columns >= few else PATIENCE):
+        fewer, before, count = count, elapsed, min(2 * count, most)
+        elapsed = _sampled(codec, matrix[:count], options)
+    once = 0.0
+    if has_hessian:
+        once = min(elapsed, max(0.0, (before * count - elapsed * fewer) / (count - fewer)))
     return once, (elapsed - once) / count
 
 
-def _sampled(codec: Codec, rows: int, columns: int, options: CompressOptions) -> float:
-    """Return the seconds that a matrix of noise takes; with a calibration, by a Hessian."""
-    generator, device = torch.Generator().manual_seed(0), fitting_device(options.device)
-    matrix = torch.randn(rows, columns, generator=generator, dtype=torch.float32).to(device)
-    importance = None
+def _sampled(codec: Codec, rows: Tensor, options: CompressOptions) -> float:
+    """Return the seconds that it takes to fit some rows and to measure their errors; with a calibration, by a Hessian."""
+    device = fitting_device(options.device)
+    matrix, columns, hessian = rows.to(device), rows.shape[1], None
+    matrix = matrix if codec.row_by_row and matrix.dtype != torch.float64 else matrix.float()
     if options.calibrated is not None and isinstance(codec, HessianFitting):
-        codec, importance = codec.with_hessian(), torch.eye(columns, dtype=torch.float32, device=device)
+        codec, hessian = codec.with_hessian(), torch.eye(columns, dtype=torch.float32, device=device)
     started = time.perf_counter()
-    parts = codec.encode(matrix, importance, backend=options.backend)
-    codec.decode(parts, (rows, columns), torch.float32).sum().item()
+    parts = codec.encode(matrix, hessian, backend=options.backend)
+    index = torch.arange(len(matrix), device=device)
+    errors = matrix.double() - codec.decode_rows(parts, index, tuple(matrix.shape), torch.float32)
+    total = errors.square().sum() + matrix.double().square().sum()
+    if hessian is not None:
+        for values in (errors, matrix):
+            total += ((values.float() @ hessian).double() * values).sum()
+    total.item()
     return time.perf_counter() - started

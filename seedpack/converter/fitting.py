@@ -70,10 +70,15 @@ def look_at(source: Source, tensors: Iterable[TensorPlan]) -> Iterator[tuple[Ten
 
 
 def look(value: Tensor) -> str:
-    """Return why a tensor's values are not those of a weight, or ""; looked at in pieces."""
-    if not all(bool((piece.float().abs() < 1e33).all()) for piece in value.flatten().split(WEIGHTS_AT_ONCE)):
-        return NONFINITE  # or too large for arithmetic in float32
+    """Return why a tensor's values are not those of a weight, or ""."""
+    if not is_usable(value):
+        return NONFINITE
     return TABLE if 4 * int(torch.count_nonzero(value)) <= 3 * value.numel() else ""
+
+
+def is_usable(weight: Tensor) -> bool:
+    """Return whether every value is finite and small enough for float32 arithmetic; looked at in pieces."""
+    return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
 
 
 def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, TensorReport]:
@@ -114,6 +119,7 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     except torch.linalg.LinAlgError as failed:  # type: ignore[attr-defined]
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
     report = _measured(tensor, parts, matrix, measured, time.perf_counter() - started)
+    del matrix  # a copy of the parts is made
     if journal is not None:
         journal.put(place, name, parts, report)
     return parts, report

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import seedpack
+from seedpack import Calibration
 from seedpack.codecs.importance import Importance
 from seedpack.converter import estimate as estimates
 from seedpack.converter.estimate import bytes_to_fit, estimate
 from seedpack.converter.options import CompressOptions
+from seedpack.converter.pipeline import make_plan
+from seedpack.converter.sources.open import open_source
 from seedpack.units import count, duration, size
 from tests.helpers.models import llama
 
@@ -79,19 +83,47 @@ def test_the_head_and_the_calibration_are_named(tmp_path: Path) -> None:
 
 
 def test_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = seedpack.plan(state(), bits=3, settings={"effort": "fast"})
-    found = estimate(plan, CompressOptions())
-    assert found.seconds is not None and 0 < found.seconds < 30
-    assert found.output_bytes == plan.totals()["stored_bytes"] and found.memory_bytes > 10**8
-    assert "of fitting" in str(found) and "of memory" in str(found)
+    source = open_source(state())
+    plan = seedpack.plan(source, bits=3, settings={"effort": "fast"})
+    found = estimate(source, plan, CompressOptions())
+    assert found.seconds is not None and 0 < found.seconds < 30 and found.memory_bytes > 10**8
+    assert "of fitting" in str(found) and "of memory" in str(found) and "of disk until it stands" in str(found)
     packed = [tensor for tensor in plan.tensors if tensor.packed]
-    assert bytes_to_fit(packed[0]) == 4 * 96 * 128 + packed[0].stored_bytes
-    assert estimate(seedpack.plan(state(), codec="svd"), CompressOptions(codec="svd")).seconds is None
-    monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, columns, options: 1.0)
-    assert estimate(plan, CompressOptions()).seconds == pytest.approx(96 / 32 + 64 / 16)
-    monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, columns, options: (5 + rows) / 1000)
-    calibrated = estimate(plan, CompressOptions(calibration="self"))
+    assert bytes_to_fit(packed[0]) == 4 * 96 * 128 + 2 * packed[0].stored_bytes
+    rank = seedpack.plan(source, codec="svd")
+    without = estimate(source, rank, CompressOptions(codec="svd"))
+    assert without.seconds is None and "how long its codec takes" in str(without)
+    monkeypatch.setattr(estimates, "_sample", lambda source, tensors, codec, columns: (torch.zeros(999, columns), 0.0))
+    monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, options: 1.0)
+    assert estimate(source, plan, CompressOptions()).seconds == pytest.approx(96 / 32 + 64 / 16)
+    monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, options: (5 + len(rows)) / 1000)
+    calibrated = estimate(source, plan, CompressOptions(calibration="self"))
     assert calibrated.seconds == pytest.approx((5 + 96 + 5 + 64) / 1000) and "after the calibration" in str(calibrated)
+    jobs = estimate(source, plan, CompressOptions(jobs=2))
+    assert jobs.seconds == pytest.approx((96 / 32 + 64 / 16) * (37 / 64) / 2 + estimates.START_SECONDS, rel=0.5)
+    assert jobs.memory_bytes > 2 * found.memory_bytes
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": "bfloat16"}, {"codec": "raw"}, {"codec": "svd"}, {"codec": "seedlm"}]
+)
+def test_the_size_is_exact(changes: dict[str, Any], tmp_path: Path) -> None:
+    options = CompressOptions.of(None, changes)
+    source = open_source(state())
+    found = estimate(source, seedpack.plan(source, options), options)
+    seedpack.compress(state(), tmp_path / "out.safetensors", options)
+    assert found.output_bytes == (tmp_path / "out.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("changes", [{"shard_bytes": 9000}, {"calibration": Calibration("self", 256, 32)}])
+def test_the_size_of_a_folder_is_exact(changes: dict[str, Any], tmp_path: Path) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "dense")
+    options = CompressOptions.of(None, {"settings": {"effort": "fast"}, **changes})
+    source = open_source(tmp_path / "dense")
+    found = estimate(source, make_plan(source, options), options)
+    report = seedpack.compress(tmp_path / "dense", tmp_path / "out", options)
+    assert found.output_bytes == report.file_bytes
+    assert report.file_bytes == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
 
 
 def test_numbers() -> None:
