@@ -16,7 +16,7 @@ from seedpack.codecs.importance import Importance
 from seedpack.converter import estimate as estimates
 from seedpack.converter.estimate import bytes_to_fit, estimate
 from seedpack.converter.options import CompressOptions
-from seedpack.converter.pipeline import make_plan
+from seedpack.converter.planning import make_plan
 from seedpack.converter.sources.open import open_source
 from seedpack.units import count, duration, size
 from tests.helpers.models import llama
