@@ -90,7 +90,7 @@ def measure(result: report.Result) -> None:
             assert again == expected
             same = clean = 0
             for count in range(runs):
-                while not killed(folder, options, generator.uniform(0.05, 1.0) * whole) or (folder / "packed").exists():
+                while not killed(folder, options, generator.uniform(0.05, 0.9) * whole) or (folder / "packed").exists():
                     remove(folder)  # it had ended, or had only to close
                 subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
                 same += digest(folder / "packed") == expected
