@@ -20,9 +20,11 @@ from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.fitting import look
 from seedpack.converter.journal import write_file
 from seedpack.converter.sources.open import open_source
+from seedpack.converter.threads import use_threads
 from seedpack.formats.digest import part_digest
+from seedpack.units import count
 
-RUNS = 2  # of each way, in turn; the best counts
+RUNS = 1  # of each way, in turn; the best counts
 WEIGHTS, MACHINES = 405e9, 64  # Llama 3.1 405B
 STORAGE = 1.0  # GB/s of a shared disk or bucket, for each machine: an assumption
 
@@ -32,7 +34,7 @@ def command(*options: str) -> list[str]:
 
 
 def one_thread() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
 
 
 def shards(folder: Path) -> None:
@@ -85,7 +87,7 @@ def runs(result: report.Result) -> None:
     first = min(seconds["one thread"])
     result.say(
         "SmolLM2-135M in float32 (135 million weights) by `seedpack compress` without options: the whole command, imports included, "
-        f"the best of {RUNS} runs of each in turn."
+        f"{count(RUNS, 'run')} of each, the best counts."
     )
     rows = [
         (
@@ -110,7 +112,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def parts(result: report.Result) -> None:
-    torch.set_num_threads(1)
+    use_threads(1)
     torch.manual_seed(0)
     weight = torch.randn(2048, 2048)
     rates = {}

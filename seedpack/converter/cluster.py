@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from seedpack.converter.estimate import WORKSPACE, bytes_to_fit
@@ -25,6 +24,7 @@ from seedpack.converter.plan import TensorPlan
 from seedpack.converter.report import TensorReport
 from seedpack.converter.run import Run
 from seedpack.converter.statistics import Statistics
+from seedpack.converter.threads import use_threads
 from seedpack.converter.workers import reopened, without_process
 from seedpack.errors import BackendError, ModelError, SeedpackError, first_line
 
@@ -158,7 +158,7 @@ _opened: dict[str, Run] = {}  # in a worker, whose process serves many tasks
 
 def _open(work: Work) -> Run:
     """Return the run in a worker, with its model opened: once for as long as its files are the same."""
-    torch.set_num_threads(1)
+    use_threads(1)
     run, name, state = work
     if state not in _opened:
         _opened.clear()

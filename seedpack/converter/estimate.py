@@ -7,8 +7,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from seedpack.converter.fitting import as_matrix, is_usable
 from seedpack.converter.options import CompressOptions, fitting_device
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.sources.base import Source
+from seedpack.converter.threads import on_threads
 from seedpack.errors import ModelError, OutputError
 from seedpack.formats.header import DTYPE_BYTES
 from seedpack.formats.places import is_remote
@@ -164,7 +164,7 @@ def _seconds(source: Source, plan: Plan, options: CompressOptions) -> float:
     """Return the seconds that a plan takes; tensors of rarer forms as long for each weight as the others."""
     jobs, forms = options.jobs, _by_form(tensor for tensor in plan.tensors if tensor.packed)
     fitting, sampled, rest, longest, read_rate = 0.0, 0, 0, 0.0, 0.0
-    with _threads(max(1, torch.get_num_threads() // jobs) if jobs > 1 else None):
+    with on_threads(max(1, torch.get_num_threads() // jobs)):
         for index, ((codec, columns), members) in enumerate(forms.items()):
             rows = [count for _, count in members]
             if index >= MOST_FORMS:
@@ -181,17 +181,6 @@ def _seconds(source: Source, plan: Plan, options: CompressOptions) -> float:
     if jobs > 1:
         fitting = max(fitting / jobs, longest) + START_SECONDS
     return fitting + read_rate * size_read
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Have torch use so many threads, as a worker does."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _sample(source: Source, tensors: list[TensorPlan], codec: Codec, columns: int) -> tuple[Tensor, float]:

@@ -25,6 +25,7 @@ from seedpack.converter.plan import TensorPlan
 from seedpack.converter.run import Run
 from seedpack.converter.sources.open import open_source
 from seedpack.converter.statistics import SecondMoments, Statistics
+from seedpack.converter.threads import use_threads
 from seedpack.converter.trust import trusting_remote_code
 from seedpack.errors import ModelError
 from seedpack.keys import add_key
@@ -142,7 +143,7 @@ def _start(run: Run, name: str, place: str, threads: int, count: Any, parent: in
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-    torch.set_num_threads(threads)
+    use_threads(threads)
     tempfile.tempdir = place
     with count.get_lock():
         number, count.value = count.value, count.value + 1
