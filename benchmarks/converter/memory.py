@@ -71,7 +71,7 @@ def measure(result: report.Result) -> None:
     rows = []
 
     def add(label: str, found: watched.Watched, tensor_bytes: int) -> None:
-        beside = found.private_bytes - watched.bare() - tensor_bytes
+        beside = max(0, found.private_bytes - watched.bare() - tensor_bytes)
         mapped = max(0, found.peak_bytes - found.private_bytes)
         cells = (size(tensor_bytes), size(found.private_bytes), f"{beside / 1e6:.0f} MB", size(mapped))
         rows.append((label, *cells, f"{found.seconds:.0f}"))

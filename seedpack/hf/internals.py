@@ -379,8 +379,6 @@ class GGUFConversion:
 
 def converts_gguf_at_once(architecture: str) -> bool:
     """Return whether transformers loads the GGUF files of an architecture by another conversion than `GGUFConversion`."""
-    try:
-        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
-    except ImportError:  # before 5.24
-        return False
+    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+
     return architecture in GGUF_ARCHS
