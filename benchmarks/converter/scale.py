@@ -22,9 +22,7 @@ from seedpack.converter.journal import write_file
 from seedpack.converter.sources.open import open_source
 from seedpack.converter.threads import use_threads
 from seedpack.formats.digest import part_digest
-from seedpack.units import count
 
-RUNS = 1  # of each way, in turn; the best counts
 WEIGHTS, MACHINES = 405e9, 64  # Llama 3.1 405B
 STORAGE = 1.0  # GB/s of a shared disk or bucket, for each machine: an assumption
 
@@ -71,34 +69,69 @@ def runs(result: report.Result) -> None:
         "`--shard 1/2`, `2/2`, then `merge`": shards,
         "`--engine ray`, two workers": lambda folder: packed(folder, "--engine", "ray", "--address", cluster.address),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    digests: dict[str, str] = {}
+
+    def measured(name: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as place:
+            started = time.perf_counter()
+            ways[name](Path(place))
+            return {"seconds": time.perf_counter() - started, "digest": digest(Path(place) / "packed")}
+
     try:
-        for _ in range(RUNS):
-            for name, pack in ways.items():
-                with tempfile.TemporaryDirectory() as place:
-                    started = time.perf_counter()
-                    pack(Path(place))
-                    seconds[name].append(time.perf_counter() - started)
-                    digests[name] = digest(Path(place) / "packed")
-                print(f"{name}: {seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
+        found = {name: report.kept("scale", name, lambda name=name: measured(name)) for name in ways}  # type: ignore[misc]
     finally:
         cluster.shutdown()
-    first = min(seconds["one thread"])
+    first = found["one thread"]
     result.say(
         "SmolLM2-135M in float32 (135 million weights) by `seedpack compress` without options: the whole command, imports included, "
-        f"{count(RUNS, 'run')} of each, the best counts."
+        "one run of each."
     )
     rows = [
         (
             name,
-            f"{min(took):.1f}",
-            f"{first / min(took):.2f}×",
-            "yes" if digests[name] == digests["one thread"] else "NO",
+            f"{row['seconds']:.1f}",
+            f"{first['seconds'] / row['seconds']:.2f}×",
+            "yes" if row["digest"] == first["digest"] else "NO",
         )
-        for name, took in seconds.items()
+        for name, row in found.items()
     ]
     result.table(["by", "seconds", "against one thread", "the same bytes"], rows)
+    alone, beside = fitting_seconds(1), fitting_seconds(2)
+    result.say(
+        f"The limit: two processes of one thread that have nothing in common, each fitting the same matrix, take {beside / alone:.2f} "
+        f"times as long as one alone, as both cores share what is below them. So two workers can be {2 * alone / beside:.2f} times as "
+        "fast as one thread at most."
+    )
+
+
+FIT = """
+import sys, time, torch
+from seedpack.codecs.trellis import TrellisCodec
+from seedpack.converter.threads import use_threads
+use_threads(1)
+weight, codec = torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)), TrellisCodec(code_bits=4)
+codec.encode(weight[:64])
+print("ready", flush=True)
+sys.stdin.readline()
+started = time.perf_counter()
+for _ in range(3):
+    codec.encode(weight)
+print(time.perf_counter() - started)
+"""
+
+
+def fitting_seconds(count: int) -> float:
+    """The mean seconds that each of so many processes takes to fit a matrix at the same time."""
+    begun = [
+        subprocess.Popen([sys.executable, "-c", FIT], env=one_thread(), stdin=-1, stdout=-1, text=True)
+        for _ in range(count)
+    ]
+    for process in begun:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in begun:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return sum(float(process.communicate()[0]) for process in begun) / count
 
 
 def timed(work: Callable[[], object]) -> float:
