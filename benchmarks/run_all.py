@@ -20,6 +20,8 @@ MODULES = (
     "kernels.svd",
     "converter.memory",
     "converter.estimates",
+    "converter.resume",
+    "converter.scale",
     "language.footprint",
     "language.damage",
     "language.fuzzing",

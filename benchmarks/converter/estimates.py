@@ -17,7 +17,7 @@ import json, sys, time
 import seedpack
 from seedpack.converter.estimate import estimate
 from seedpack.converter.options import CompressOptions
-from seedpack.converter.pipeline import make_plan
+from seedpack.converter.planning import make_plan
 from seedpack.converter.sources.open import open_source
 
 if __name__ == "__main__":

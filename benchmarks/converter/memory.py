@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,20 @@ def write_torch(path: Path, folder: Path) -> Path:
 def measure(result: report.Result) -> None:
     rows = []
 
-    def add(label: str, found: watched.Watched, tensor_bytes: int) -> None:
+    def add(label: str, command: Sequence[object], tensor_bytes: int) -> None:
+        rows.append((label, *report.kept("memory", label, lambda: {"cells": cells_of(command, tensor_bytes)})["cells"]))
+
+    def cells_of(command: Sequence[object], tensor_bytes: int) -> list[str]:
+        found = watched.watch(command)
         beside = max(0, found.private_bytes - watched.bare() - tensor_bytes)
         mapped = max(0, found.peak_bytes - found.private_bytes)
-        cells = (size(tensor_bytes), size(found.private_bytes), f"{beside / 1e6:.0f} MB", size(mapped))
-        rows.append((label, *cells, f"{found.seconds:.0f}"))
-        print(rows[-1], file=sys.stderr, flush=True)
+        return [
+            size(tensor_bytes),
+            size(found.private_bytes),
+            f"{beside / 1e6:.0f} MB",
+            size(mapped),
+            f"{found.seconds:.0f}",
+        ]
 
     with tempfile.TemporaryDirectory(dir=CACHE) as name:
         place = Path(name)
@@ -97,14 +105,14 @@ def measure(result: report.Result) -> None:
                 continue
             output = place / ("packed.safetensors" if model.suffix == ".pt" else "packed")
             chosen = [part for part in PACKED if "svd" not in options or part not in ("--effort", "fast")]
-            add(f"compress {label}", watched.watch(watched.seedpack("compress", model, "-o", output, *chosen, *options)),
-                element * LARGEST)  # fmt: skip
-            if label in ("a folder", "a folder, `--codec svd`"):
-                add("verify", watched.watch(watched.seedpack("verify", output)), 2 * LARGEST)
-                dense = place / "dense"
-                add("unpack", watched.watch(watched.seedpack("unpack", output, "-o", dense)), 2 * LARGEST)
-                shutil.rmtree(dense)
-            shutil.rmtree(output) if output.is_dir() else output.unlink()
+            compress = watched.seedpack("compress", model, "-o", output, *chosen, *options)
+            add(f"compress {label}", compress, element * LARGEST)
+            if label == "a folder":
+                add("verify", watched.seedpack("verify", output), 2 * LARGEST)
+                add("unpack", watched.seedpack("unpack", output, "-o", place / "dense"), 2 * LARGEST)
+                shutil.rmtree(place / "dense", ignore_errors=True)
+            if output.exists():
+                shutil.rmtree(output) if output.is_dir() else output.unlink()
         weights = sum(torch.Size(shape).numel() for shape in large.shapes(CONFIG).values())
     result.say(
         f"A Llama of {weights / 1e9:.2f} billion weights, {size(2 * weights)} in bfloat16. Its embedding, the largest tensor, and its "
