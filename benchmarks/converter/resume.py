@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -76,6 +77,23 @@ def uninterrupted(folder: Path, options: list[str]) -> tuple[float, str]:
     return seconds, found
 
 
+def kill(folder: Path, runs: int, options: list[str], generator: random.Random) -> dict[str, Any]:
+    """Kill so many runs, and go on with each."""
+    expected = uninterrupted(folder, options)[1]  # which compiles what is not compiled yet
+    whole, again = uninterrupted(folder, options)
+    assert again == expected
+    same = clean = 0
+    for count in range(runs):
+        while not killed(folder, options, generator.uniform(0.05, 0.9) * whole) or (folder / "packed").exists():
+            remove(folder)  # it had ended, or had only to close
+        subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        same += digest(folder / "packed") == expected
+        clean += not {path.name for path in folder.iterdir()} - {"model", "packed", "seedpack-calibration"}
+        remove(folder)
+        print(f"{count + 1} of {runs} kills, {same} the same", file=sys.stderr, flush=True)
+    return {"seconds": whole, "same": same, "clean": clean}
+
+
 def measure(result: report.Result) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -85,19 +103,8 @@ def measure(result: report.Result) -> None:
         folder = Path(place)
         LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder / "model")  # type: ignore[arg-type]
         for name, (runs, options) in KINDS.items():
-            expected = uninterrupted(folder, options)[1]  # which compiles what is not compiled yet
-            whole, again = uninterrupted(folder, options)
-            assert again == expected
-            same = clean = 0
-            for count in range(runs):
-                while not killed(folder, options, generator.uniform(0.05, 0.9) * whole) or (folder / "packed").exists():
-                    remove(folder)  # it had ended, or had only to close
-                subprocess.run(command(options), cwd=folder, check=True, stdout=subprocess.DEVNULL)
-                same += digest(folder / "packed") == expected
-                left = {path.name for path in folder.iterdir()} - {"model", "packed", "seedpack-calibration"}
-                clean += not left
-                remove(folder)
-                print(f"{name}: {count + 1} of {runs} kills, {same} the same", file=sys.stderr, flush=True)
+            row = report.kept("resume", name, lambda runs=runs, options=options: kill(folder, runs, options, generator))  # type: ignore[misc]
+            whole, same, clean = row["seconds"], row["same"], row["clean"]
             rows.append((name, f"{whole:.1f}", runs, f"{same} of {runs}", f"{clean} of {runs}"))
     result.say(
         "A small Llama (4 layers, 3 million weights) is packed by `seedpack compress`, which is killed (SIGKILL) at a random moment "
