@@ -40,8 +40,8 @@ def test_codecs_stay_on_their_device(
             (codec.matmul(x.to("cuda:0"), found, shape), codec.matmul(x, parts, shape)),
             (codec.matmul_transposed(grad.to("cuda:0"), found, shape), codec.matmul_transposed(grad, parts, shape)),
             (
-                codec.decode(codec.rows(found, index.to("cuda:0")), (2, 24), torch.float32),
-                codec.decode(codec.rows(parts, index), (2, 24), torch.float32),
+                codec.decode_rows(found, index.to("cuda:0"), shape, torch.float32),
+                codec.decode_rows(parts, index, shape, torch.float32),
             ),
         )
         for there, here in results:

@@ -164,7 +164,7 @@ def _seconds(source: Source, plan: Plan, options: CompressOptions) -> float:
     """Return the seconds that a plan takes; tensors of rarer forms as long for each weight as the others."""
     jobs, forms = options.jobs, _by_form(tensor for tensor in plan.tensors if tensor.packed)
     fitting, sampled, rest, longest, read_rate = 0.0, 0, 0, 0.0, 0.0
-    with on_threads(max(1, torch.get_num_threads() // jobs)):
+    with on_threads(max(1, torch.get_num_threads() // jobs) if jobs > 1 else None):
         for index, ((codec, columns), members) in enumerate(forms.items()):
             rows = [count for _, count in members]
             if index >= MOST_FORMS:

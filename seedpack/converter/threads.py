@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-import numba
 import torch
 
 
 def use_threads(count: int) -> None:
     """Compute on so many threads from now on, in this process."""
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+    with suppress(ImportError):  # without it there are no compiled kernels
+        import numba
+
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 @contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Compute on so many threads in a block."""
-    before = torch.get_num_threads(), numba.get_num_threads()
-    use_threads(count)
+def on_threads(count: int | None) -> Iterator[None]:
+    """Compute on so many threads in a block; None leaves them as they are."""
+    before = torch.get_num_threads()
+    if count is not None:
+        use_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        numba.set_num_threads(before[1])
+        if count is not None:
+            use_threads(before)
