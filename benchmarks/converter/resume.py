@@ -103,6 +103,8 @@ def measure(result: report.Result) -> None:
         folder = Path(place)
         LlamaForCausalLM(LlamaConfig(**CONFIG)).save_pretrained(folder / "model")  # type: ignore[arg-type]
         for name, (runs, options) in KINDS.items():
+            if not result.wanted(name):
+                continue
             row = report.kept("resume", name, lambda runs=runs, options=options: kill(folder, runs, options, generator))  # type: ignore[misc]
             whole, same, clean = row["seconds"], row["same"], row["clean"]
             rows.append((name, f"{whole:.1f}", runs, f"{same} of {runs}", f"{clean} of {runs}"))
