@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -64,25 +65,29 @@ def share(said: float | None, took: float) -> str:
     return "" if said is None else f"{100 * (said / took - 1):+.0f}%"
 
 
+def run(place: Path, model: Path, changes: dict[str, Any]) -> list[str]:
+    """What was said of a run and what it took, as the cells of a row."""
+    script, output = place / "run.py", place / "packed"  # a file: workers import it
+    script.write_text(RUN)
+    found = watched.watch([sys.executable, script, json.dumps([str(model), str(output), changes])])
+    shutil.rmtree(output)
+    estimating, seconds, memory, said_bytes, took, file_bytes = json.loads(found.output.splitlines()[-1])
+    alone = changes.get("jobs", 1) == 1 and "calibration" not in changes
+    return [
+        f"{estimating:.1f}", "" if seconds is None else duration(seconds), duration(took), share(seconds, took),
+        size(memory), size(found.peak_bytes) if alone else "", share(memory, found.peak_bytes) if alone else "",
+        size(said_bytes), "exact" if said_bytes == file_bytes else f"{file_bytes - said_bytes:+} bytes",
+    ]  # fmt: skip
+
+
 def measure(result: report.Result) -> None:
     rows: list[tuple[object, ...]] = []
     with tempfile.TemporaryDirectory(dir=CACHE) as place:
-        script = Path(place) / "run.py"  # a file: workers import it
-        script.write_text(RUN)
         for label, (model, changes) in kinds(Path(place)).items():
             if not result.wanted(label):
                 continue
-            output = Path(place) / f"packed-{len(rows)}"
-            found = watched.watch([sys.executable, script, json.dumps([str(model), str(output), changes])])
-            estimating, seconds, memory, said_bytes, took, file_bytes = json.loads(found.output.splitlines()[-1])
-            alone = changes.get("jobs", 1) == 1 and "calibration" not in changes
-            peak = size(found.peak_bytes) if alone else ""
-            rows.append((
-                label, f"{estimating:.1f}", "" if seconds is None else duration(seconds), duration(took), share(seconds, took),
-                size(memory), peak, share(memory, found.peak_bytes) if alone else "",
-                size(said_bytes), "exact" if said_bytes == file_bytes else f"{file_bytes - said_bytes:+} bytes",
-            ))  # fmt: skip
-            print(rows[-1], file=sys.stderr, flush=True)
+            row = report.kept("estimates", label, lambda m=model, c=changes: {"cells": run(Path(place), m, c)})  # type: ignore[misc]
+            rows.append((label, *row["cells"]))
     result.say(
         "What `seedpack compress` says before it begins, beside what the run took. Rows of two tensors of the model are fitted "
         "first; seconds of that are in the first column. Memory is all that is resident (VmHWM), of one process."
