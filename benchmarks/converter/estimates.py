@@ -1,4 +1,4 @@
-"""What a run says beforehand, beside what it then takes."""
+"""Compare what a run says beforehand with what it then takes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def share(said: float | None, took: float) -> str:
 
 
 def run(place: Path, model: Path, changes: dict[str, Any]) -> list[str]:
-    """What was said of a run and what it took, as the cells of a row."""
+    """Run, and return what was said and what it took, as the cells of a row."""
     script, output = place / "run.py", place / "packed"  # a file: workers import it
     script.write_text(RUN)
     found = watched.watch([sys.executable, script, json.dumps([str(model), str(output), changes])])

@@ -18,7 +18,7 @@ BARE = "import torch, transformers, transformers.modeling_utils"
 
 @dataclass(frozen=True)
 class Watched:
-    """What a process took and said.
+    """The memory and time that a process took, and its output.
 
     Attributes:
         peak_bytes: the most resident memory that it had, pages of mapped files included (VmHWM).
