@@ -1,4 +1,4 @@
-"""Large models that are written in seconds: one random block again and again, in the form of a Llama."""
+"""Large models that are written in seconds: one random block again and again, from another place in each tensor, as a Llama."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 BLOCK = 1 << 23  # weights
+STEP = 40_009  # weights between the places where tensors begin, so that no two are the same
 DEVIATION = 0.02
 
 
@@ -43,13 +44,13 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_folder(folder: Path, config: dict[str, Any], shard_bytes: int = 5_000_000_000) -> Path:
-    """Write a Hugging Face folder in bfloat16, sharded, with the same block of Gaussian weights all over."""
+    """Write a Hugging Face folder in bfloat16, sharded, with Gaussian weights."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     block = bytes(torch.empty(BLOCK).normal_(0, DEVIATION, generator=_generator()).bfloat16().view(torch.uint8).numpy())
     ones = bytes(torch.ones(1, dtype=torch.bfloat16).view(torch.uint8).numpy())
     shards = list(_shards(shapes(config), shard_bytes))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         header, end = {}, 0
@@ -61,10 +62,12 @@ def write_folder(folder: Path, config: dict[str, Any], shard_bytes: int = 5_000_
         text += b" " * (-len(text) % 8)
         with open(folder / name, "wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
-            for shape in shard.values():
+            for count, shape in enumerate(shard.values(), len(weight_map) - len(shard)):
                 left, piece = 2 * torch.Size(shape).numel(), block if len(shape) > 1 else ones * shape[0]
+                place = 2 * count * STEP % len(piece) if len(shape) > 1 else 0
                 while left:
-                    left -= file.write(piece[:left])
+                    left -= file.write(piece[place : place + left])
+                    place = 0
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder

@@ -119,7 +119,6 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
     except torch.linalg.LinAlgError as failed:  # type: ignore[attr-defined]
         raise ModelError(f"{tensor.name}: its Hessian is not positive definite ({failed})") from None
     report = _measured(tensor, parts, matrix, measured, time.perf_counter() - started)
-    del matrix  # a copy of the parts is made
     if journal is not None:
         journal.put(place, name, parts, report)
     return parts, report

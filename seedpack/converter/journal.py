@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from seedpack._version import __version__
@@ -27,7 +27,7 @@ from seedpack.converter.report import TensorReport
 from seedpack.dtypes import to_bytes
 from seedpack.errors import OutputError, first_line
 from seedpack.formats.digest import part_digest
-from seedpack.formats.header import header_length, parse_header
+from seedpack.formats.header import header_length, layout, parse_header, serialise_header
 from seedpack.formats.places import is_remote, reaching
 
 NUMBERS = ("error", "energy", "seconds", "output_error", "output_energy")  # of a report
@@ -117,13 +117,12 @@ class Journal:
         Raises:
             OutputError: the disk is full, or cannot be written.
         """
-        kept = {part: value.cpu().contiguous() for part, value in parts.items()}
         numbers = {number: repr(getattr(report, number)) for number in NUMBERS}
-        data = save(kept, {**numbers, "digest": tensors_digest(kept)})
+        metadata = {**numbers, "digest": tensors_digest(parts)}
         path = self.folder / f"{place}-{name}.safetensors"
         if self._of_place and not is_remote(path) and not self.folder.exists():
             raise OutputError(f"{self.folder}: was removed by a run that has written the output meanwhile")
-        write_file(path, lambda partial: partial.write_bytes(data), shared=True)
+        write_file(path, lambda partial: _write_parts(partial, parts, metadata), shared=True)
         self._of_place[place] = self._of_bytes[name] = path
         self.write_checked()
 
@@ -163,6 +162,16 @@ class Journal:
             path = self.folder / f"values-{self.state[:32]}-{names}.json"
             write_file(path, lambda partial: partial.write_text(text), shared=True)
         self._new_checks = {}
+
+
+def _write_parts(path: Path, parts: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file without a copy of its parts in memory."""
+    stored = {name: to_bytes(part) for name, part in parts.items()}
+    infos = layout({name: (dtype, shape) for name, (dtype, shape, _) in stored.items()})
+    with path.open("wb") as file:
+        file.write(serialise_header(infos, metadata))
+        for name in infos:
+            file.write(stored[name][2])
 
 
 def _name(how: Iterable[object], values: Iterable[Tensor | None]) -> str:

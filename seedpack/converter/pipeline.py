@@ -294,6 +294,7 @@ def fit_and_write(
             if tuned is not None:
                 parts, report = apply_tuning(statistics, parts, report, tuned.factors, tuned.values)
             writer.write(tensor.name, {name: to_bytes(part) for name, part in parts.items()})
+            del parts  # before the next tensor is read
             if tensor.packed:
                 reports.append(report)
     if folder:
