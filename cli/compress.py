@@ -180,7 +180,8 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
             fitted = fit_shard(source, path, options, shard=chosen, plan=edits, progress=progress)
         else:
             check_output(path, options.force, is_folder=source.config is not None)
-            if not as_json and (planned := make_plan(source, options, edits)).packed_weights > LONG:
+            shows = not as_json and not screen.chose("quiet")
+            if shows and (planned := make_plan(source, options, edits)).packed_weights > LONG:
                 progress("Estimating", 0, 0)
                 screen.note(f"estimate: {estimate(source, planned, options)}")
             report = api.compress(source, path, options, plan=edits, progress=progress)

@@ -220,6 +220,7 @@ def pack_module_(
     parts: dict[str, Tensor] | None = None,
     *,
     dtype: torch.dtype | None = None,
+    some_rows: bool = False,
 ) -> PackedModule:
     """Turn a dense module into its packed class, in place.
 
@@ -228,6 +229,7 @@ def pack_module_(
         codec: how the parts are to be decoded.
         parts: the codec's parts, or those of the first levels; None leaves all unfilled, for a loader.
         dtype: of the decoded weight; default the weight's.
+        some_rows: the parts are those that `Codec.rows` has cut from a larger weight, and are checked already.
     """
     cls = packed_class(module)
     if cls is None:
@@ -235,22 +237,24 @@ def pack_module_(
     weight = cast(Tensor, module.weight)
     shape, transposed = tuple(weight.shape), is_transposed(module)
     matrix = codec_matrix(shape, transposed)
-    if parts is not None:
+    if parts is not None and not some_rows:
         codec.check(parts, matrix)
     dense_class = type(module)
     del module._parameters["weight"]
     module.__class__ = cls
     packed = cast(PackedModule, module)
-    specs = {name: spec for name, spec in codec.parts(matrix).items() if parts is None or name in parts}
-    packed.codec, packed.codec_text, packed.part_names = codec, codec_to_json(codec), tuple(specs)
-    packed.held_names = tuple(map(memory_name, specs))
+    specs = codec.parts(matrix)
+    if parts is None:
+        parts = {name: empty_part(*spec, weight.device) for name, spec in specs.items()}
+    names = [*(name for name in specs if name in parts), *(name for name in parts if name not in specs)]
+    packed.codec, packed.codec_text, packed.part_names = codec, codec_to_json(codec), tuple(names)
+    packed.held_names = tuple(map(memory_name, names))
     packed.weight_shape, packed.matrix, packed.transposed = shape, matrix, transposed
     packed.compute_dtype, packed.dense_class = dtype or weight.dtype, dense_class
     if isinstance(packed, PackedLinear):
         packed.out_features, packed.in_features = matrix
-    for name, (part_dtype, part_shape) in specs.items():
-        value = empty_part(part_dtype, part_shape, weight.device) if parts is None else parts[name]
-        module.register_parameter(memory_name(name), as_parameter(value, weight.device))
+    for name in names:
+        module.register_parameter(memory_name(name), as_parameter(parts[name], weight.device))
     packed.put_float_first()
     return packed
 
