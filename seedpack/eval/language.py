@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from seedpack.converter.calibration.tokens import sequences
 from seedpack.errors import ModelError
+from seedpack.eval.intervals import Interval, mean_interval
 from seedpack.eval.models import Advance, require_finite, require_same_size
 
 POSITIONS_PER_STEP = 256
@@ -26,16 +28,24 @@ class NextTokenReport:
         perplexity_original: exp of the mean negative log-likelihood (natural logarithm).
         perplexity_packed: the same of the packed model.
         kl_mean: mean KL(original ‖ packed) of the next-token distributions, in nats.
-        kl_p99: its 99th percentile.
+        kl_p90, kl_p99, kl_p999, kl_max: its percentiles, and the largest.
         top1_agreement: share of positions where both models' likeliest token is the same.
+        perplexity_interval, kl_interval, top1_interval: 95% confidence intervals of what the packed model has, by blocks of 256
+            positions; None where there are fewer than four.
     """
 
     tokens: int
     perplexity_original: float
     perplexity_packed: float
     kl_mean: float
+    kl_p90: float
     kl_p99: float
+    kl_p999: float
+    kl_max: float
     top1_agreement: float
+    perplexity_interval: Interval | None
+    kl_interval: Interval | None
+    top1_interval: Interval | None
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object."""
@@ -142,13 +152,18 @@ class _Scores:
             found.append(torch.cat(values))
 
     def means(self) -> dict[str, Any]:
-        kl = torch.cat(self.kl).double()
+        nll, kl, agrees = (torch.cat(found).double() for found in (self.nll, self.kl, self.agrees))
+        likelihood = mean_interval(nll)
         return {
             "tokens": len(kl),
             "perplexity_packed": _perplexity(self.nll),
             "kl_mean": float(kl.mean()),
-            "kl_p99": float(kl.quantile(0.99)),
-            "top1_agreement": float(torch.cat(self.agrees).double().mean()),
+            **{f"kl_p{name}": float(kl.quantile(share)) for name, share in (("90", 0.9), ("99", 0.99), ("999", 0.999))},
+            "kl_max": float(kl.max()),
+            "top1_agreement": float(agrees.mean()),
+            "perplexity_interval": likelihood and (math.exp(likelihood[0]), math.exp(likelihood[1])),
+            "kl_interval": mean_interval(kl),
+            "top1_interval": mean_interval(agrees),
         }
 
 

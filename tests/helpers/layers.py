@@ -12,7 +12,7 @@ LAYERS = [
     {"converter"},
     {"reparam"},
     {"nn"},
-    {"hf"},
+    {"hf", "vllm"},
     {"image"},
     {"eval"},
     {"api"},
