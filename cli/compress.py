@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,12 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 )
 @click.option("--address", help="Of the Ray cluster; default the one that this machine belongs to.")
 @click.option("--shard-size", help="Split a folder's weights into files of at most this, as 5GB.")
+@click.option(
+    "--push-to-hub",
+    "repo",
+    metavar="REPO",
+    help="Upload the packed folder there, with a model card; see seedpack push.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
@@ -140,7 +147,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @screen.trust_option
 @click.option("--allow-nonfinite", is_flag=True, help="Store tensors with NaN or Inf raw instead of refusing them.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard: str | None, **given: Any) -> None:
+def command(
+    model: str, output: str | None, dry_run: bool, as_json: bool, shard: str | None, repo: str | None, **given: Any
+) -> None:
     """Pack MODEL into a seed + coefficient checkpoint.
 
     MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, a hub id, or an address
@@ -148,6 +157,10 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
     """
     if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
         raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
+    if repo is not None and (dry_run or shard is not None):
+        raise click.UsageError(
+            "--push-to-hub uploads what is packed: leave --dry-run and --shard out, or push it afterwards"
+        )
     check_compress(model, None if dry_run else output, **given)
     asked = dict(given)
     with screen.stages() as progress:
@@ -166,6 +179,8 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
         with trusting_remote_code(options.trust_remote_code):
             source = open_source(model, state_key=options.state_key)
         path = output_path(model, output, options, is_folder=source.config is not None)
+        if repo is not None:
+            prepare_upload(repo, is_folder=source.config is not None)
         if not as_json:
             notes = [] if output == str(path) or dry_run else [f"output: {path}"]
             for note in source_notes(source) + notes:
@@ -195,6 +210,27 @@ def command(model: str, output: str | None, dry_run: bool, as_json: bool, shard:
             screen.echo(f"next: seedpack merge {shlex.quote(str(path))}")
     else:
         screen.show_json(report.to_json()) if as_json else show_report(report, options)
+        if repo is not None:
+            upload(report, repo, model)
+
+
+def prepare_upload(repo: str, *, is_folder: bool) -> None:
+    """Make the repository, before hours are spent."""
+    from seedpack.hf.push import make_repository
+
+    if not is_folder:
+        raise click.UsageError("--push-to-hub uploads a folder, and this model is packed into a file; leave it out")
+    make_repository(repo)
+
+
+def upload(report: Any, repo: str, model: str) -> None:
+    """Write the card of what was packed, and upload it."""
+    from seedpack.hf.card import write_card
+    from seedpack.hf.push import push
+
+    command = shlex.join(["seedpack", *sys.argv[1:]])
+    write_card(report.path, base_model=None if Path(model).exists() else model, command=command)
+    screen.note(f"uploaded: {push(report.path, repo)}")
 
 
 def options_of(

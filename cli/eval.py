@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     help="Tokens per window or line, at most as many as the model takes.",
 )
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
+@click.option("--card", is_flag=True, help="Write what is measured into the model cards of the packed folders.")
 @output.key_option
 @output.trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -51,6 +52,7 @@ def command(
     task: str | None,
     context: int,
     tokens: int,
+    card: bool,
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -75,6 +77,12 @@ def command(
             raise click.UsageError(f"{original}: {task} is measured on {what}: give {option}, and no other data")
         with output.stages() as advance:
             found = evaluate_each(original, packed, data, task=task, context=context, tokens=tokens, progress=advance)
+    if card:
+        from seedpack.hf.card import write_card
+
+        for path in packed:
+            write_card(path, found, base_model=None if Path(original).exists() else original)
+            output.note(f"card: {Path(path) / 'README.md'}")
     if as_json:
         documents = [evaluation.to_json() for evaluation in found]
         output.show_json(documents if len(documents) > 1 else documents[0])

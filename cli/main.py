@@ -36,8 +36,37 @@ COMMANDS = {
     "compare": "Compare two models tensor by tensor: error and effective rank.",
     "image": "Compress an image into a neural field, and render it.",
     "eval": "Compare what packed models answer with their original: perplexity, embeddings, classes.",
+    "report": "Write a page of HTML about a packed model, beside its original.",
+    "push": "Upload a packed folder to the Hugging Face hub, with its model card.",
     "sweep": "Pack a model at several bits per weight, and plot what each loses.",
     "codecs": "List the codecs, with the bits and settings that they take.",
+}
+
+EXAMPLES = {
+    "compress": [
+        "seedpack compress HuggingFaceTB/SmolLM2-135M-Instruct -o packed",
+        "seedpack compress model.safetensors --bits 3 --calibration self",
+        "seedpack compress folder --target-size 90MB --dry-run",
+    ],
+    "merge": ["seedpack merge packed"],
+    "run": ['seedpack run packed "What is the capital of France?"', "seedpack run packed --chat --temperature 0.7"],
+    "load": ["seedpack load packed"],
+    "inspect": ["seedpack inspect model.safetensors", "seedpack inspect packed --tensors '*mlp*'"],
+    "verify": ["seedpack verify packed"],
+    "unpack": ["seedpack unpack packed -o dense --dtype bfloat16"],
+    "compare": ["seedpack compare net.pt net.safetensors"],
+    "image": [
+        "seedpack image compress photo.png -o photo.spi --bytes 20kB",
+        "seedpack image decompress photo.spi -o again.png",
+    ],
+    "eval": [
+        "seedpack eval model packed-4 packed-3 --text wiki.txt",
+        "seedpack eval model packed --text wiki.txt --text code.txt --card",
+    ],
+    "report": ["seedpack report packed model --text wiki.txt -o report.html"],
+    "push": ["seedpack push packed me/SmolLM2-135M-4bit"],
+    "sweep": ["seedpack sweep model --text wiki.txt --bits 2,2.5,3,4"],
+    "codecs": ["seedpack codecs"],
 }
 
 
@@ -49,6 +78,7 @@ class _Group(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"seedpack.cli.{cmd_name}").command
+        command.epilog = "\b\nExamples:\n" + "\n".join(f"  {example}" for example in EXAMPLES[cmd_name])
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -55,8 +55,6 @@ def command(
     """Pack MODEL at several bits per weight, and compare each with the original: a table, and a plot of the frontier.
 
     Interrupted, the same command goes on. The packed models stay in the folder, for use.
-
-    Example: seedpack sweep HuggingFaceTB/SmolLM2-135M --text wiki.txt --bits 2,3,4
     """
     for count in bits:
         check_codec(given["codec"], count)

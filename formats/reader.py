@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from seedpack.errors import DigestError, FormatError, NotPackedError
 from seedpack.formats.digest import part_digest, pieces_digest, verifies
@@ -38,6 +38,7 @@ from seedpack.formats.places import is_remote, reaching, read_range
 from seedpack.formats.writer import INDEX_FILE, SINGLE_FILE
 
 QUANT_METHOD = "seedpack"
+BESIDE_MANIFEST = ("quant_method", "bits")  # keys of a quantization_config
 PIECE = 1 << 20  # bytes that are read at once
 
 
@@ -315,8 +316,13 @@ def manifest_from_config(config: object, where: str) -> Manifest | None:
     for holder in (config, config.get("text_config")):
         quantization = holder.get("quantization_config") if isinstance(holder, dict) else None
         if isinstance(quantization, dict) and quantization.get("quant_method") == QUANT_METHOD:
-            return manifest_from_json({k: v for k, v in quantization.items() if k != "quant_method"}, where)
+            return manifest_of_quantization(quantization, where)
     return None
+
+
+def manifest_of_quantization(document: Mapping[str, Any], where: str) -> Manifest:
+    """Return the manifest in a `quantization_config`, which holds what others read beside it."""
+    return manifest_from_json({key: value for key, value in document.items() if key not in BESIDE_MANIFEST}, where)
 
 
 def weight_files(path: Path) -> list[Path]:

@@ -85,14 +85,15 @@ def estimate(source: Source, plan: Plan, options: CompressOptions) -> Estimate:
     calibrated = options.calibrated is not None
     if calibrated:
         plan = plan.with_hessians({tensor.name for tensor in packed if tensor.kind in CALIBRATED})
-    known = all(codec.id in BY_WEIGHT for codec, _ in _by_form(packed))
-    jobs = min(options.jobs, max(1, len(packed)))
-    largest = sum(sorted((bytes_to_fit(t, calibrated) for t in plan.tensors), reverse=True)[:jobs])
-    memory = (resident_bytes() + WORKSPACE) * (1 if jobs == 1 else jobs + 1) + largest
     planned = [tensor.for_writer() for tensor in plan.tensors]
     output = checkpoint_bytes(planned, plan.shared, WRITER, options.shard_bytes if source.config is not None else None)
     disk = output + sum(tensor.stored_bytes for tensor in packed)
-    return Estimate(_seconds(source, plan, options, disk) if known else None, memory, output, disk, calibrated)
+    known = all(codec.id in BY_WEIGHT for codec, _ in _by_form(packed))
+    seconds = _seconds(source, plan, options, disk) if known else None
+    jobs = min(options.jobs, max(1, len(packed)))
+    largest = sum(sorted((bytes_to_fit(t, calibrated) for t in plan.tensors), reverse=True)[:jobs])
+    memory = (resident_bytes() + WORKSPACE) * (1 if jobs == 1 else jobs + 1) + largest  # with what samples have loaded
+    return Estimate(seconds, memory, output, disk, calibrated)
 
 
 def require_room(plan: Plan, output: Path, jobs: int = 1) -> None:

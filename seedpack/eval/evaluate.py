@@ -169,9 +169,38 @@ def evaluate_each(
     first, *sizes = (_size(path, weights) for path in (original, *packed))
     found = []
     for path in map(Path, data):
-        reports, inputs = _METHODS[task](_Run(models, original, processor, path, context, tokens, progress))
+        inputs, reports = compare_loaded(
+            models, processor, original, path, task, context=context, tokens=tokens, progress=progress
+        )
         found.append(Evaluation(task, str(path), inputs, first, tuple(zip(sizes, reports, strict=True))))
     return found
+
+
+def compare_loaded(
+    models: Sequence[Any],
+    processor: Any,
+    original: str | Path,
+    data: Path,
+    task: str,
+    *,
+    context: int,
+    tokens: int,
+    progress: Progress = silent,
+) -> tuple[str, Sequence[Report]]:
+    """Return in words what of the data is used, and a report for each model after the first, which is the original.
+
+    Args:
+        models: that are loaded.
+        processor: of the original.
+        original: where the first was loaded from.
+        data: see `evaluate`; so are the others.
+        task: of the models.
+        context: tokens per window.
+        tokens: of the text.
+        progress: called as work is done.
+    """
+    reports, inputs = _METHODS[task](_Run(models, original, processor, data, context, tokens, progress))
+    return inputs, reports
 
 
 def _size(path: str | Path, weights: int | None) -> Size:

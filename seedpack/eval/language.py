@@ -16,6 +16,7 @@ from seedpack.eval.intervals import Interval, mean_interval
 from seedpack.eval.models import Advance, require_finite, require_same_size
 
 POSITIONS_PER_STEP = 256
+STEPS = 16  # of positions in a window
 Sample = TypeVar("Sample")
 
 
@@ -58,9 +59,11 @@ class LanguageReport(NextTokenReport):
 
     Attributes:
         context: tokens per window; windows do not overlap, and the first token of each is not scored.
+        kl_by_position: the mean divergence of each sixteenth of a window, from its start on (fewer of short windows).
     """
 
     context: int
+    kl_by_position: tuple[float, ...]
 
 
 def windows(tokenizer: Any, text: str, context: int, tokens: int) -> Tensor:
@@ -91,8 +94,17 @@ def compare_language_models(
         return model.eval()(window[None].to(model.device)).logits[0, :-1]  # type: ignore[no-any-return]
 
     samples = ((window, window[1:]) for window in ids)
-    scores = compare_next_tokens(original, packed, samples, logits, progress)
-    return [LanguageReport(**score, context=ids.shape[1]) for score in scores]
+    found = compare_next_tokens(original, packed, samples, logits, progress)
+    return [
+        LanguageReport(
+            **measures,
+            context=ids.shape[1],
+            kl_by_position=tuple(
+                float(piece.mean()) for piece in torch.stack(kl).double().mean(0).tensor_split(STEPS) if len(piece)
+            ),
+        )
+        for measures, kl in found
+    ]
 
 
 @torch.inference_mode()
@@ -102,8 +114,8 @@ def compare_next_tokens(
     samples: Iterable[tuple[Sample, Tensor]],
     logits: Callable[[Any, Sample], Tensor],
     progress: Advance | None = None,
-) -> list[dict[str, Any]]:
-    """Return the fields of `NextTokenReport` for each packed model.
+) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """Return the fields of `NextTokenReport` for each packed model, and the divergences of each sample [n].
 
     Args:
         original: the reference.
@@ -130,7 +142,7 @@ def compare_next_tokens(
         del reference
         if progress:
             progress(len(targets))
-    return [{"perplexity_original": _perplexity(nll), **score.means()} for score in scores]
+    return [({"perplexity_original": _perplexity(nll), **score.means()}, score.kl) for score in scores]
 
 
 @dataclass(frozen=True)

@@ -70,4 +70,4 @@ def compare_sequence_models(
     if not pairs:
         raise ModelError("no target has a token; at least one is needed")
     scores = compare_next_tokens(original, packed, ((pair, pair[1]) for pair in pairs), logits, progress)
-    return [SequenceReport(**score, pairs=len(pairs)) for score in scores]
+    return [SequenceReport(**measures, pairs=len(pairs)) for measures, _ in scores]

@@ -20,6 +20,8 @@ from seedpack.linalg import captured_energy, effective_rank, singular_values
 from seedpack.loader.dense import stored_dense
 from seedpack.loader.layers import codec_matrix
 
+SPREAD = 32  # singular values of a spectrum
+
 
 @dataclass(frozen=True)
 class TensorComparison:
@@ -32,6 +34,7 @@ class TensorComparison:
         rank: of the factors in B, if an SVD codec stored it.
         captured: energy captured by them, 1 - error / energy.
         optimal: the same of the best approximation of that rank.
+        spectrum: 32 of the singular values of A, evenly spread from the largest to the smallest, as shares of the largest.
     """
 
     name: str
@@ -43,6 +46,7 @@ class TensorComparison:
     rank: int | None = None
     captured: float | None = None
     optimal: float | None = None
+    spectrum: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ def _compare(left: _Model, right: _Model, names: list[str], ranks: bool) -> Iter
             rank,
             None if rank is None else 1 - error / energy,
             None if rank is None else captured_energy(values, rank),
+            tuple((values[torch.linspace(0, len(values) - 1, SPREAD).round().long()] / values[0]).tolist()),
         )
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from seedpack.codecs.registry import codec_from_spec
 from seedpack.converter.options import CompressOptions
 from seedpack.errors import ModelError
-from seedpack.formats.manifest import Manifest, manifest_from_json
-from seedpack.formats.reader import QUANT_METHOD
+from seedpack.formats.manifest import Manifest
+from seedpack.formats.reader import QUANT_METHOD, manifest_of_quantization
+from seedpack.loader.layers import codec_matrix
 
 MEANINGLESS = {
     "dtype": "say dtype=… to from_pretrained",
@@ -18,6 +21,21 @@ MEANINGLESS = {
     "shard_bytes": "nothing is kept",
     "state_key": "it is for files of torch alone",
 }
+
+
+def whole_bits(manifest: Manifest) -> int:
+    """Return the bits per packed weight, to the nearest whole number."""
+    stored = weights = 0.0
+    for name, entry in manifest.tensors.items():
+        codec, matrix = codec_from_spec(manifest.codec_of(name)), codec_matrix(entry.shape, entry.transposed)
+        stored += codec.bits_per_weight(matrix) * math.prod(matrix)
+        weights += math.prod(matrix)
+    return round(stored / max(1.0, weights))
+
+
+def quantization_of(manifest: Manifest) -> dict[str, Any]:
+    """Return the `quantization_config` of packed tensors: their manifest, and the bits per weight for the hub's page."""
+    return {"quant_method": QUANT_METHOD, "bits": whole_bits(manifest), **manifest.to_json()}
 
 
 class SeedpackConfig(QuantizationConfigMixin):
@@ -59,14 +77,18 @@ class SeedpackConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """Make one from the JSON object, for transformers; unknown keys are refused, never dropped."""
-        document = {key: value for key, value in config_dict.items() if key != "quant_method"}
-        config = cls.of(manifest_from_json(document, "config.json: quantization_config"))
+        config = cls.of(manifest_of_quantization(config_dict, "config.json: quantization_config"))
         return (config, kwargs) if return_unused_kwargs else config
+
+    @property
+    def bits(self) -> int:
+        """The bits per packed weight, to the nearest whole number."""
+        return whole_bits(self.manifest)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object."""
         if self.options is None:
-            return {"quant_method": self.quant_method, **self.manifest.to_json()}
+            return quantization_of(self.manifest)
         chosen = {field.name: getattr(self.options, field.name) for field in fields(self.options) if field.repr}
         if isinstance(settings := chosen["settings"], dict):
             chosen["settings"] = {name: value for name, value in settings.items() if name != "key"}

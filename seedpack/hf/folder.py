@@ -29,11 +29,12 @@ from seedpack.errors import FormatError, ModelError
 from seedpack.formats import CheckpointWriter, Manifest
 from seedpack.formats.files import is_file
 from seedpack.formats.places import is_remote
-from seedpack.formats.reader import QUANT_METHOD, read_json
+from seedpack.formats.reader import read_json
 from seedpack.formats.record import RECORD_FILE, file_digest
 from seedpack.formats.writer import SINGLE_FILE
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.hf.complete import require_complete, require_layers
+from seedpack.hf.config import quantization_of
 from seedpack.hf.converted import ConvertedSource
 from seedpack.hf.language_model import open_folder_model
 from seedpack.hf.quantization import FILES as QUANTIZATION_FILES
@@ -169,8 +170,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def write_packed_config(folder: Path, config: dict[str, Any], manifest: Manifest, dtype: torch.dtype | None) -> None:
     """Write a packed model's config.json: the dense one, with the manifest of its packed tensors."""
-    quantization = {"quant_method": QUANT_METHOD, **manifest.packed_only().to_json()}
-    config = {**config, "quantization_config": quantization}
+    config = {**config, "quantization_config": quantization_of(manifest.packed_only())}
     if dtype is not None:
         config = {key: value for key, value in config.items() if key != "torch_dtype"}
         config["dtype"] = str(dtype).removeprefix("torch.")

@@ -158,6 +158,7 @@ class SeedpackQuantizer(HfQuantizer):
             self._remove_packed = None
             if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
                 raise stays_on_disk()
+        model.add_model_tags(["seedpack", f"{self.quantization_config.bits}-bit"])  # for the card of model.push_to_hub
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -15,8 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
 from seedpack.formats import Manifest
-from seedpack.formats.manifest import manifest_from_json
-from seedpack.formats.reader import QUANT_METHOD
+from seedpack.formats.reader import QUANT_METHOD, manifest_of_quantization
 from seedpack.vllm.embedding import PackedVocabulary, TiedHead
 from seedpack.vllm.experts import PackedExperts, expert_names
 from seedpack.vllm.linear import PackedProduct
@@ -59,8 +58,7 @@ class SeedpackVllmConfig(QuantizationConfig):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SeedpackVllmConfig:
         """Make one of the JSON object in config.json."""
-        document = {key: value for key, value in config.items() if key != "quant_method"}
-        return cls(manifest_from_json(document, "config.json: quantization_config"))
+        return cls(manifest_of_quantization(config, "config.json: quantization_config"))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Take vLLM's names of tensors."""

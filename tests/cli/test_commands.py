@@ -52,6 +52,12 @@ def test_help(command: str) -> None:
     text = run(command, "--help").output
     assert "Usage:" in text and len(text.splitlines()) > 5
     assert command in run("--help").output
+    examples = [line.split() for line in text.partition("Examples:\n")[2].splitlines()]
+    assert examples and all(words[:2] == ["seedpack", command] for words in examples)
+    for words in examples:
+        options = {word for word in words if word.startswith("-")}
+        known = text if command != "image" else run(command, words[2], "--help").output
+        assert all(f"{option} " in known or f"{option}," in known for option in options), words
 
 
 def test_version() -> None:

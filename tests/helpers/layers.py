@@ -15,6 +15,7 @@ LAYERS = [
     {"hf", "vllm"},
     {"image"},
     {"eval"},
+    {"page"},
     {"api"},
     {"cli", "__main__"},
 ]
