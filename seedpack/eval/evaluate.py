@@ -78,11 +78,11 @@ class Evaluation:
         sizes, report = [field.name for field in fields(Size)], _REPORTS[document["task"]]
 
         def variant(found: dict[str, Any]) -> tuple[Size, Report]:
-            measures = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
-            return Size(*(measures.pop(name) for name in sizes)), report(**measures)
+            measures: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+            return Size(**{name: measures.pop(name) for name in sizes}), report(**measures)
 
-        about = (document[name] for name in ("task", "data", "inputs"))
-        return cls(*about, Size(**document["original"]), tuple(map(variant, document["variants"])))
+        about = {name: document[name] for name in ("task", "data", "inputs")}
+        return cls(**about, original=Size(**document["original"]), packed=tuple(map(variant, document["variants"])))
 
 
 @dataclass(frozen=True)

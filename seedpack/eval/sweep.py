@@ -1,4 +1,4 @@
-"""What a model loses at each of several bits per weight: a frontier, which goes on where it was interrupted."""
+"""A frontier: the loss of a model at each of several bits per weight. It goes on where it was interrupted."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def plot(found: Sequence[Evaluation], path: Path) -> None:
         values = [r.distance_mean if isinstance(r, EmbeddingReport) else r.kl_mean for r in reports]
         axes.plot(bits, values, "o-", label=Path(evaluation.data).name)
         intervals = [getattr(r, "kl_interval", None) or (v, v) for r, v in zip(reports, values, strict=True)]
-        axes.fill_between(bits, *zip(*intervals, strict=True), alpha=0.2)
+        axes.fill_between(bits, [low for low, _ in intervals], [high for _, high in intervals], alpha=0.2)
     is_cosine = isinstance(found[0].packed[0][1], EmbeddingReport)
     lost = "1 - cosine to the original's embedding" if is_cosine else "KL divergence from the original, nats"
     axes.set(xlabel="bits per weight, all of the file counted", ylabel=lost, yscale="log")

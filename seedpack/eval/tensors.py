@@ -110,7 +110,11 @@ def _compare(left: _Model, right: _Model, names: list[str], ranks: bool) -> Iter
             rank,
             None if rank is None else 1 - error / energy,
             None if rank is None else captured_energy(values, rank),
-            tuple((values[torch.linspace(0, len(values) - 1, SPREAD).round().long()] / values[0]).tolist()),
+            tuple(
+                (
+                    values[torch.linspace(0, len(values) - 1, SPREAD, dtype=torch.float64).round().long()] / values[0]
+                ).tolist()
+            ),
         )
 
 

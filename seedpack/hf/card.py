@@ -13,8 +13,8 @@ from seedpack.codecs.registry import codec_from_spec
 from seedpack.converter.journal import write_file
 from seedpack.errors import ModelError
 from seedpack.formats import Checkpoint
-from seedpack.formats.reader import read_json
 from seedpack.formats.record import file_digest, verify_record, write_record
+from seedpack.hf.folder import read_config
 from seedpack.loader.layers import codec_matrix
 from seedpack.units import size
 
@@ -50,7 +50,7 @@ def write_card(
     tags = [tag for tag in known.get("tags") or [] if isinstance(tag, str)]
     with Checkpoint(path) as checkpoint:
         facts = _facts(path, checkpoint)
-    bits = read_json(path / "config.json").get("quantization_config", {}).get("bits")
+    bits = read_config(path).get("quantization_config", {}).get("bits")
     data |= {
         "library_name": "transformers",
         "tags": list(dict.fromkeys([*tags, "seedpack", *([f"{bits}-bit"] if bits else [])])),
@@ -83,7 +83,7 @@ def _old_card(path: Path) -> tuple[dict[str, Any], str]:
     text = (path / CARD).read_text("utf-8", "replace")
     try:
         card = ModelCard(text, ignore_metadata_errors=True)
-        data = card.data.to_dict()
+        data: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
     except Exception:  # of YAML: a card that cannot be read is text
         return {}, text
     _, marked, original = text.partition(ORIGINAL)
@@ -207,6 +207,5 @@ def _model_index(name: str, measured: list[Any]) -> dict[str, Any]:
 
 def _writes(path: Path) -> bool:
     return any(
-        str(name).endswith(("ForCausalLM", "LMHeadModel"))
-        for name in read_json(path / "config.json").get("architectures") or []
+        str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in read_config(path).get("architectures") or []
     )

@@ -12,10 +12,11 @@ from seedpack._version import __version__
 from seedpack.converter.journal import write_file
 from seedpack.errors import ModelError, first_line
 from seedpack.formats import Checkpoint
-from seedpack.formats.reader import read_json
 from seedpack.formats.record import write_record
 from seedpack.hf.card import require_recorded
+from seedpack.hf.folder import read_config
 from seedpack.hf.internals import auto_class_names
+from seedpack.hf.tasks import TASKS
 
 CODE = "modeling_seedpack.py"
 MODELLING = '''"""Loads the packed model: seedpack makes transformers know its weights."""
@@ -35,12 +36,17 @@ def write_code(folder: str | Path) -> None:
     """
     path = Path(folder)
     require_recorded(path)
-    config = read_json(path / "config.json")
+    config = read_config(path)
     classes = [str(name) for name in config.get("architectures") or []]
     if "auto_map" in config or not classes:
         raise ModelError(f"{path}: has modelling code of its own, or no architecture; it is loaded by that")
 
-    names = {auto: f"{CODE.removesuffix('.py')}.{cls}" for cls in classes for auto in auto_class_names(cls)}
+    names = {
+        auto: f"{CODE.removesuffix('.py')}.{cls}"
+        for cls in classes
+        for auto, mappings in TASKS.values()
+        if any(cls in auto_class_names(mapping) for mapping in mappings)
+    }
     text = MODELLING.format(names="\n".join(f"{cls} = transformers.{cls}" for cls in classes))
     write_file(path / CODE, lambda partial: partial.write_text(text))
     document = json.dumps({**config, "auto_map": names}, indent=2) + "\n"
@@ -85,6 +91,7 @@ def make_repository(repo: str, *, private: bool = False) -> Any:
     api = HfApi()
     with _refusals(repo):
         api.create_repo(repo, private=private, exist_ok=True)
+        api.auth_check(repo, write=True)
     return api
 
 

@@ -1,4 +1,4 @@
-"""What stands on the page of a packed model, from its files, and where they are given from its original and a text."""
+"""The page of a packed model: from its files, and where they are given from its original and a text."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def _errors(packed: Path, original: str | Path, stored: Sequence[_Stored], progr
     sections.append(_section("Spectra of the original, mean over depths", chart))
     depth = {
         _plain(role): [
-            (float(found[1]), c.rank_a) for c in members if (found := DEPTH.search(c.name)) and c.rank_a is not None
+            (float(at[1]), c.rank_a) for c in members if (at := DEPTH.search(c.name)) and c.rank_a is not None
         ]
         for role, members in most
     }

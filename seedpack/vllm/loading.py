@@ -23,11 +23,10 @@ def decode_what_stays_dense() -> None:
 
     @wraps(read)
     def get_all_weights(self: Any, model_config: Any, model: Any) -> Iterable[tuple[str, Tensor]]:
-        weights = read(self, model_config, model)
+        weights: Iterable[tuple[str, Tensor]] = read(self, model_config, model)
         methods = (getattr(module, "quant_method", None) for module in model.modules())
         config = next((found for method in methods if (found := getattr(method, "seedpack", None))), None)
-        manifest = None if config is None else config.made_dense()
-        if manifest is None or not manifest.tensors:
+        if config is None or not (manifest := config.made_dense()).tensors:
             return weights
         logger.warning(
             "seedpack: %d of %d packed tensors are made dense, as vLLM's layers take them no other way: %s ...",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ class Piece:
         held = {name: value.to(device) for name, value in held.items()}
         packed = pack_module_(linear, self.codec, held, dtype=self.dtype, some_rows=cuts)
         packed.int8_activations = None if rounds_activations() else False
-        return RowsOfWeight(packed, None if whole or cuts else self.rows.to(device))
+        return RowsOfWeight(cast(nn.Linear, packed), None if whole or cuts else self.rows.to(device))
 
     def filled(self) -> RowsOfWeight:
         """Return the weight.
@@ -129,7 +129,9 @@ class RowsOfWeight(nn.Module):
         chosen: of its rows, where its codec cannot hold some alone.
     """
 
-    def __init__(self, linear: nn.Module, chosen: Tensor | None):
+    chosen: Tensor | None
+
+    def __init__(self, linear: nn.Linear, chosen: Tensor | None):
         super().__init__()
         self.linear = linear
         self.register_buffer("chosen", chosen, persistent=False)

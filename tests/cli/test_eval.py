@@ -51,7 +51,7 @@ def test_language_models_in_one_table(root: Path) -> None:
     assert "language-modeling on text: 60 tokens scored, context 16, windows without overlap" in text.output
     table = rows(text)
     assert list(table)[-3:] == ["language", "packed-32", "packed-2"]
-    assert table["packed-32"][-3:] == ["0.0000", "0.0000", "100.00%"] and table["packed-32"][3] == table["language"][3]
+    assert table["packed-32"][-3:] == ["0.000", "0.000", "100.00%"] and table["packed-32"][3] == table["language"][3]
     document = json.loads(run(*arguments, "--json").stdout)
     assert document["task"] == "language-modeling" and document["original"]["path"] == "language"
     assert [v["path"] for v in document["variants"]] == ["packed-32", "packed-2"]

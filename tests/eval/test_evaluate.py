@@ -78,7 +78,8 @@ def test_json(evaluation: Evaluation) -> None:
     document = json.loads(json.dumps(evaluation.to_json()))
     assert [v["path"] for v in document["variants"]] == [size.path for size, _ in evaluation.packed]
     assert document["original"]["file_bytes"] > document["variants"][2]["file_bytes"]
-    assert all(document["variants"][0][key] == value for key, value in measures(evaluation)[0].items())
+    assert document["variants"][0] == json.loads(json.dumps(vars(evaluation.packed[0][0]) | measures(evaluation)[0]))
+    assert Evaluation.from_json(document) == evaluation
 
 
 def test_variants_do_not_depend_on_each_other(folders: list[Path], data: Path, evaluation: Evaluation) -> None:

@@ -26,4 +26,4 @@ def test_few_blocks() -> None:
     blocks = torch.tensor([1.0, 2.0, 3.0, 6.0])
     low, high = mean_interval(blocks.repeat_interleave(BLOCK)) or (0, 0)
     assert (low + high) / 2 == pytest.approx(3.0)
-    assert (high - low) / 2 == pytest.approx(3.1824 * float(blocks.std()) / math.sqrt(4), rel=6e-3)
+    assert (high - low) / 2 == pytest.approx(3.1824 * float(blocks.std()) / math.sqrt(4), rel=1e-2)

@@ -59,7 +59,7 @@ def standing_in() -> Iterator[Hub]:
                 repo = "/".join(filter(None, (asked.get("organization"), asked["name"])))
                 known = repo in hub.files
                 hub.files.setdefault(repo, {})
-                hub.private.setdefault(repo, bool(asked.get("private")))
+                hub.private.setdefault(repo, asked.get("visibility") == "private")
                 return self._answer({"url": f"{hub.address}/{repo}", "name": repo}, 409 if known else 200)
             repo, _, verb = path.removeprefix("/api/models/").rpartition("/main")[0].rpartition("/")
             if verb == "preupload":
@@ -85,6 +85,8 @@ def standing_in() -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = unquote(urlparse(self.path).path)
+            if path.startswith("/api/models/") and "/auth-check" in path:
+                return self._answer({}, 200 if self.headers.get("Authorization") == f"Bearer {TOKEN}" else 403)
             if path.startswith("/api/models/"):
                 repo = "/".join(path.split("/")[3:5])
                 if repo not in hub.files:

@@ -84,7 +84,7 @@ def test_the_card(root: Path, packed: Path) -> None:
     assert f"| perplexity | {report.perplexity_original:.4g} | {report.perplexity_packed:.4g} |" in text
     assert f"{(packed / 'model.safetensors').stat().st_size:,} bytes" in text and "seedpack compress some/tiny" in text
     assert text.endswith("# A tiny model\n\nIt knows nothing.\n")
-    with seedpack.formats.Checkpoint(packed) as checkpoint:  # type: ignore[attr-defined]
+    with seedpack.formats.Checkpoint(packed) as checkpoint:
         assert all(result.error is None for result in verify(checkpoint))
     again = write_card(packed)  # what is not known any more is left out, the base and the original's text stay
     assert (

@@ -66,7 +66,7 @@ def test_what_stands_on_it(root: Path) -> None:
     assert f"<td>kl mean</td><td>{report.kl_mean:.5g}</td>" in text
     assert re.search(r"mlp.down_proj.*?<title>mlp.down_proj, 1: 3\.\d+</title>", text, re.DOTALL)
     names = re.findall(r"<td>(model[\w.]+|lm_head[\w.]+)</td>", text.partition("<h2>All tensors")[2])
-    with seedpack.formats.Checkpoint(root / "packed-3") as checkpoint:  # type: ignore[attr-defined]
+    with seedpack.formats.Checkpoint(root / "packed-3") as checkpoint:
         assert set(names) == set(checkpoint.manifest.tensors)
 
 

@@ -19,7 +19,7 @@ from seedpack.vllm.pieces import Piece, register_parts, rows_of
 SETTINGS: dict[str, dict[str, Any]] = {
     "trellis": {"effort": "fast"}, "seedlm": {}, "svd": {"rank": 4}, "basis": {"count": 40}, "mask": {"kept": 0.5},
 }  # fmt: skip
-CPU, SHAPE = torch.device("cpu"), (73, 40)  # more rows than one rank has to have for a balance
+CPU, SHAPE = torch.device("cpu"), (301, 40)  # a balance has 128 rows or more: not those of each rank alone
 State = dict[str, Tensor]
 
 
@@ -87,9 +87,9 @@ def test_a_raw_tensor_beside_packed_ones(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, state = packed(tmp_path / "w.safetensors")
-    with pytest.raises(ModelError, match=r"w.weight: is packed as \[73, 40\], and vLLM's layer takes \[73, 41\]"):
-        Piece(manifest, "w.weight", (73, 41), torch.arange(73), torch.float32)
-    piece = Piece(manifest, "w.weight", SHAPE, torch.arange(73), torch.float32)
+    with pytest.raises(ModelError, match=r"w.weight: is packed as \[301, 40\], and vLLM's layer takes \[301, 41\]"):
+        Piece(manifest, "w.weight", (301, 41), torch.arange(301), torch.float32)
+    piece = Piece(manifest, "w.weight", SHAPE, torch.arange(301), torch.float32)
     piece.take("scales", state["w.scales"], CPU)
     with pytest.raises(ModelError, match="w.weight: the checkpoint lacks balance, exponent, weight; copy it again"):
         piece.filled()
@@ -107,15 +107,15 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_rounding_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest, state = packed(tmp_path / "w.safetensors")
-    module: Any = filled(manifest, state, torch.arange(73))
+    module: Any = filled(manifest, state, torch.arange(301))
     assert module.linear.int8_activations is False
     monkeypatch.setenv("SEEDPACK_INT8_ACTIVATIONS", "1")
-    module = filled(manifest, state, torch.arange(73))
+    module = filled(manifest, state, torch.arange(301))
     assert module.linear.int8_activations is None
 
 
 def test_what_stays_dense_is_decoded(tmp_path: Path) -> None:
-    weights = {"a": torch.randn(64, 32), "b": torch.randn(32, 64), "c": torch.randn(16, 8, 3, 3)}
+    weights: Any = {"a": torch.randn(64, 32), "b": torch.randn(32, 64), "c": torch.randn(16, 8, 3, 3)}
     manifest, state = packed(tmp_path / "w.safetensors", **weights)
     exact = dense(tmp_path / "w.safetensors")
     chosen = manifest.select(["a.weight", "c.weight"])
