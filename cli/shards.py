@@ -67,7 +67,7 @@ def read_command(path: Path, names: Collection[str]) -> tuple[str, str, dict[str
     """
     from seedpack.errors import ModelError
 
-    begun = _read(path, set(names) - OWN - {"model", "output", "dry_run", "shard"})
+    begun = _read(path, set(names) - OWN - {"model", "output", "dry_run", "shard", "repo"})
     if begun is None:
         raise ModelError(
             f"{path}: no shard of it was begun here; run seedpack compress MODEL -o {path} --shard 1/2, and so on"

@@ -54,11 +54,10 @@ def tokens_of_transformers(packed: Path) -> list[list[int]]:
 
     model = AutoModelForCausalLM.from_pretrained(packed, dtype=torch.float32)
     use_int8_activations_(model, False)
+    model.generation_config.eos_token_id = None  # as the server is asked: it goes on behind an end
     found = []
     for prompt in PROMPTS:
-        whole = model.generate(
-            torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0
-        )
+        whole = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=TOKENS, pad_token_id=0)
         found.append(whole[0, len(prompt) :].tolist())
     return found
 
