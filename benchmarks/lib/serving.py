@@ -84,7 +84,7 @@ def _wait(process: subprocess.Popen[bytes], url: str, said: Any) -> None:
             return
         time.sleep(0.5)
     said.seek(0)
-    raise RuntimeError(f"vLLM does not start:\n{said.read()[-4000:]}")
+    raise RuntimeError(f"vLLM does not start:\n{said.read()[-40_000:]}")
 
 
 def complete(
