@@ -58,6 +58,11 @@ def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return len(one) == len(other) > 0 and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+def near(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Return whether products are the same but for the order of BLAS's sums, which goes by its threads on some processors."""
+    return len(one) == len(other) > 0 and all(torch.allclose(a, b, 1e-5, 1e-6) for a, b in zip(one, other, strict=True))
+
+
 def in_child(check: Callable[[], object]) -> str:
     """Return what a check says in a forked child, or the signal that ended it."""
     read, write = os.pipe()
@@ -93,13 +98,13 @@ def fork() -> str:
     expected = products(nets)
 
     def check() -> tuple[bool, int, int]:
-        return same(products(nets), expected), jit.thread_count(), torch.get_num_threads()
+        return near(products(nets), expected), jit.thread_count(), torch.get_num_threads()
 
     late = in_child(lambda: (check(), in_child(check)))
     loaded = list(DataLoader(Products(nets), batch_size=None, num_workers=2, multiprocessing_context="fork"))
     with multiprocessing.get_context("fork").Pool(2) as pool:
         loaded += pool.map(Products(nets).__getitem__, range(2))
-    return f"{early} {late} {[same(result, expected) for result in loaded]}"
+    return f"{early} {late} {[near(result, expected) for result in loaded]}"
 
 
 def region() -> str:
