@@ -10,7 +10,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from seedpack.formats import Manifest
-from seedpack.vllm.pieces import Piece, register_parts, rows_of
+from seedpack.vllm.pieces import Piece, register_parts, take_over
 
 
 class PackedVocabulary(QuantizeMethodBase):
@@ -44,9 +44,7 @@ class PackedVocabulary(QuantizeMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Take over what was loaded."""
-        if hasattr(layer, "unfilled"):
-            layer.pieces = rows_of(layer.unfilled)
-            del layer.unfilled
+        take_over(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return logits [..., rows of this rank with padding]."""

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.linear import LinearMethodBase, QKVParallelLinea
 
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
-from seedpack.vllm.pieces import Piece, register_parts, rows_of
+from seedpack.vllm.pieces import Piece, register_parts, take_over
 
 SHARDS = {"q": 0, "k": 1, "v": 2}
 
@@ -62,9 +62,7 @@ class PackedProduct(LinearMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Take over what was loaded."""
-        if hasattr(layer, "unfilled"):
-            layer.pieces = rows_of(layer.unfilled)
-            del layer.unfilled
+        take_over(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x [..., in] times the transposed weight, plus bias.

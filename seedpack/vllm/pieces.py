@@ -173,3 +173,10 @@ def register_parts(layer: nn.Module, pieces: list[Piece], prefix: str, load: Cal
 def rows_of(pieces: list[Piece]) -> nn.ModuleList:
     """Return the weights of pieces that are loaded."""
     return nn.ModuleList(piece.filled() for piece in pieces)
+
+
+def take_over(layer: Any) -> None:
+    """Have a layer compute with the weights of its pieces, which are loaded."""
+    if hasattr(layer, "unfilled"):
+        layer.pieces = rows_of(layer.unfilled)
+        del layer.unfilled

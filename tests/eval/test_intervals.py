@@ -21,7 +21,7 @@ def test_it_covers_the_mean_as_often_as_it_says() -> None:
 
 
 def test_few_blocks() -> None:
-    """Of four blocks the half width is Student's quantile for three degrees of freedom, 3.1824, by their deviation."""
+    """With four blocks the half width is Student's quantile for three degrees of freedom, 3.1824, by their deviation."""
     assert mean_interval(torch.ones(FEWEST * BLOCK - 1)) is None
     blocks = torch.tensor([1.0, 2.0, 3.0, 6.0])
     low, high = mean_interval(blocks.repeat_interleave(BLOCK)) or (0, 0)
