@@ -37,17 +37,21 @@ def write_code(folder: str | Path) -> None:
     path = Path(folder)
     require_recorded(path)
     config = read_config(path)
-    classes = [str(name) for name in config.get("architectures") or []]
-    if "auto_map" in config or not classes:
-        raise ModelError(f"{path}: has modelling code of its own, or no architecture; it is loaded by that")
-
+    classes = [name for name in config.get("architectures") or [] if isinstance(name, str)]
     names = {
         auto: f"{CODE.removesuffix('.py')}.{cls}"
         for cls in classes
         for auto, mappings in TASKS.values()
         if any(cls in auto_class_names(mapping) for mapping in mappings)
     }
-    text = MODELLING.format(names="\n".join(f"{cls} = transformers.{cls}" for cls in classes))
+    if "auto_map" in config or not names:
+        raise ModelError(
+            f"{path}: has modelling code of its own, or no architecture that transformers knows; leave the code out"
+        )
+    known = sorted(
+        {name.rpartition(".")[2] for name in names.values()}
+    )  # of transformers: what a config says is no code
+    text = MODELLING.format(names="\n".join(f"{cls} = transformers.{cls}" for cls in known))
     write_file(path / CODE, lambda partial: partial.write_text(text))
     document = json.dumps({**config, "auto_map": names}, indent=2) + "\n"
     write_file(path / "config.json", lambda partial: partial.write_text(document))

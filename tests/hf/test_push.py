@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import seedpack
 from seedpack.cli.main import cli
 from seedpack.errors import DigestError, ModelError
 from seedpack.eval.evaluate import evaluate
+from seedpack.formats.record import write_record
 from seedpack.hf.card import write_card
 from seedpack.hf.push import write_code
 from seedpack.loader.verify import verify
@@ -146,6 +148,19 @@ def test_it_says_how_it_is_loaded(packed: Path, tmp_path: Path) -> None:
     assert "pip install seedpack-torch" in outside(None, tmp_path, "-c", without, "packed", "code", code=1)
     with pytest.raises(ModelError, match="has modelling code of its own"):
         write_code(packed)
+
+
+def test_names_of_architectures_are_no_code(root: Path, tmp_path: Path) -> None:
+    """They come from a config, which may be somebody else's."""
+    dense = tmp_path / "dense"
+    shutil.copytree(root / "dense", dense)
+    seedpack.compress(dense, tmp_path / "packed", settings={"effort": "fast"})
+    config = json.loads((tmp_path / "packed/config.json").read_text())
+    config["architectures"].append("A\nimport os")
+    (tmp_path / "packed/config.json").write_text(json.dumps(config))
+    write_record(tmp_path / "packed")
+    write_code(tmp_path / "packed")
+    assert "import os" not in (tmp_path / "packed/modeling_seedpack.py").read_text()
 
 
 def test_measured_into_the_card(root: Path, packed: Path) -> None:
