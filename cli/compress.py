@@ -358,13 +358,18 @@ def next_steps(report: Any, state_key: str | None) -> list[str]:
     packed, original = shlex.quote(str(report.path)), shlex.quote(report.source)
     if not report.path.is_dir():
         key = f" --state-key {shlex.quote(state_key)}" if state_key else ""
-        return [f"next: seedpack verify {packed}", f"      seedpack compare {original} {packed}{key}"]
+        return [
+            f"next: seedpack verify {packed}",
+            f"      seedpack compare {original} {packed}{key}",
+            f"in Python: net = seedpack.load({str(report.path)!r}, model=net)",
+        ]
     steps = [f"seedpack eval {original} {packed} --text FILE"]
     if any(name.endswith(WRITERS) for name in architectures(report.path)):
         steps.insert(0, f'seedpack run {packed} "Once upon a time"')
         if report.calibration is None and report.plan.totals()["bits_per_packed_weight"] < FEW_BITS:
             steps.append("(at so few bits, --calibration self about halves what is lost)")
-    return [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(steps)]
+    steps = [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(steps)]
+    return [*steps, f"in Python: model = seedpack.load({str(report.path)!r})"]
 
 
 def architectures(folder: Path) -> list[str]:

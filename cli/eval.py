@@ -41,6 +41,13 @@ if TYPE_CHECKING:
 )
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of the text to use.")
 @click.option("--card", is_flag=True, help="Write what is measured into the model cards of the packed folders.")
+@click.option(
+    "--dataset",
+    "datasets",
+    multiple=True,
+    metavar="ORG/NAME[:TASK]",
+    help="With --card: the hub's data set that the text is of, one for each text; for the results that the hub lists.",
+)
 @output.key_option
 @output.trust_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -53,6 +60,7 @@ def command(
     context: int,
     tokens: int,
     card: bool,
+    datasets: tuple[str, ...],
     trust_remote_code: bool,
     as_json: bool,
 ) -> None:
@@ -65,8 +73,11 @@ def command(
     """
     from seedpack.converter.trust import trusting_remote_code
     from seedpack.eval.evaluate import evaluate_each
+    from seedpack.hf.eval_results import parse_datasets, write_eval_results
     from seedpack.hf.tasks import task_of
 
+    if datasets and not card:
+        raise click.UsageError("--dataset says what the results in a card are of: add --card")
     output.quiet_transformers()
     folders = [] if images is None else [images]
     with trusting_remote_code(trust_remote_code):
@@ -75,6 +86,8 @@ def command(
         if not data or others:
             option, what = ("--images", "a folder") if task == IMAGE_CLASSES else ("--text", "a file")
             raise click.UsageError(f"{original}: {task} is measured on {what}: give {option}, and no other data")
+        if datasets:
+            parse_datasets(datasets, len(data))
         with output.stages() as advance:
             found = evaluate_each(original, packed, data, task=task, context=context, tokens=tokens, progress=advance)
     if card:
@@ -83,6 +96,8 @@ def command(
         for path in packed:
             write_card(path, found, base_model=None if Path(original).exists() else original)
             output.note(f"card: {Path(path) / 'README.md'}")
+            for file in write_eval_results(path, found, datasets) if datasets else ():
+                output.note(f"results: {file}")
     if as_json:
         documents = [evaluation.to_json() for evaluation in found]
         output.show_json(documents if len(documents) > 1 else documents[0])

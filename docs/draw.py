@@ -179,7 +179,7 @@ def draw_product() -> Figure:
     for y, label, bits, colour in ((4.2, "dense weight, bfloat16", 16, "#f3c9c9"), (0.6, "codes", 4, "#cfe3d6")):
         width = 10 * bits / 16
         box(0.2, y, width, label, colour)
-        arrow(width + 0.6, y, f"{bits} bits a weight", 13.0 - width - 0.6)
+        arrow(width + 0.6, y, f"{bits} bits per weight", 13.0 - width - 0.6)
     box(13.4, 4.2, 8, "weight × activations", "#dfe4ee")
     box(13.4, 0.6, 3.2, "window →\nmultiply, add", "#cfe3d6")
     arrow(16.8, 0.6, length=0.8)

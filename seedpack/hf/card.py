@@ -57,7 +57,7 @@ def write_card(
     }
     if base is not None:
         data |= {"base_model": base, "base_model_relation": "quantized"}
-    measured = [(e, s, r) for e in evaluations for s, r in e.packed if Path(s.path).resolve() == path.resolve()]
+    measured = measured_of(path, evaluations)
     data |= _model_index(path.resolve().name, measured)
     text = (
         _front(data) + _body(path, facts, base, measured, command) + (f"\n{ORIGINAL}\n\n{original}" if original else "")
@@ -65,6 +65,11 @@ def write_card(
     write_file(path / CARD, lambda partial: partial.write_text(text, "utf-8"))
     write_record(path)
     return text
+
+
+def measured_of(path: Path, evaluations: Sequence[Any]) -> list[Any]:
+    """Return the evaluations of a folder, each with its size and report."""
+    return [(e, s, r) for e in evaluations for s, r in e.packed if Path(s.path).resolve() == path.resolve()]
 
 
 def require_recorded(path: Path) -> None:

@@ -60,6 +60,17 @@ def test_help(command: str) -> None:
         assert all(f"{option} " in known or f"{option}," in known for option in options), words
 
 
+def test_shells_complete_commands_and_options() -> None:
+    def completed(words: str) -> list[str]:
+        environment = {**os.environ, "COMP_WORDS": f"seedpack {words}", "COMP_CWORD": str(len(words.split()))}
+        command = [Path(sys.executable).parent / "seedpack"]
+        environment |= {"_SEEDPACK_COMPLETE": "bash_complete"}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    assert completed("comp") == ["plain,compress", "plain,compare"]
+    assert "plain,--calibration" in completed("compress --cal")
+
+
 def test_version() -> None:
     assert seedpack.__version__ in run("--version").output == run("-V").output
 

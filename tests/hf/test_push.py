@@ -19,7 +19,7 @@ import seedpack
 from seedpack.cli.main import cli
 from seedpack.errors import DigestError, ModelError
 from seedpack.eval.evaluate import evaluate
-from seedpack.formats.record import write_record
+from seedpack.formats.record import verify_record, write_record
 from seedpack.hf.card import write_card
 from seedpack.hf.push import write_code
 from seedpack.loader.verify import verify
@@ -165,6 +165,16 @@ def test_names_of_architectures_are_no_code(root: Path, tmp_path: Path) -> None:
 
 def test_measured_into_the_card(root: Path, packed: Path) -> None:
     arguments = ["eval", str(root / "dense"), str(packed), "--text", str(root / "text"), "--context", "64", "--card"]
-    result = CliRunner().invoke(cli, arguments)
+    result = CliRunner().invoke(cli, [*arguments, "--dataset", "org/texts:plain"])
     assert result.exit_code == 0, result.output
     assert "| perplexity |" in (packed / "README.md").read_text()
+    (entry,) = yaml.safe_load((packed / ".eval_results/org--texts--plain.yaml").read_text())
+    assert entry["dataset"] == {"id": "org/texts", "task_id": "plain"} and entry["value"] > 1
+    assert entry["notes"].startswith("perplexity; ") and "KL divergence from the original 0.0" in entry["notes"]
+    assert all(error is None for _, error in verify_record(packed))
+    for datasets, message in (
+        (["a"], "expected a data set of the hub as org/name"),
+        (["a/b", "c/d"], "2 data sets for 1 texts"),
+    ):
+        refused = CliRunner().invoke(cli, [*arguments, *(f"--dataset={dataset}" for dataset in datasets)])
+        assert refused.exit_code and message in f"{refused.output}{refused.exception}"
