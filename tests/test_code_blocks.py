@@ -173,7 +173,11 @@ def run_console(block: str, names: dict[str, Any]) -> None:
         program = shlex.split(line)[0]
         if program == "pip":
             require_extras(line)
-        if program in ELSEWHERE or (re.search(r"\bray\b", line) and find_spec("ray") is None):
+        if (
+            program in ELSEWHERE
+            or line.startswith("seedpack serve")
+            or (re.search(r"\bray\b", line) and find_spec("ray") is None)
+        ):
             continue
         subprocess.run(["rm", "-rf", *re.findall(r"-o ([\w.-]+)", line)], check=True)  # of an earlier block
         code, said = (run_seedpack if re.search(r"(^|\| )seedpack ", line) else run_shell)(line)

@@ -25,6 +25,7 @@ What is used, and what breaks if it moves:
 - `modeling_layers.GradientCheckpointingLayer`: no decoder layers are found, so calibration refuses the model.
 - `modeling_gguf_pytorch_utils`: `load_gguf_checkpoint`, `TensorProcessor`, `TENSOR_PROCESSORS`, `get_gguf_hf_weights_map`;
   `integrations.gguf`, its `GGUF_ARCHS`: GGUF files are read whole.
+- `cli.transformers.app`, the program `transformers`: `seedpack serve` does not start.
 - `models.auto.modeling_auto`, its `MODEL_…_MAPPING_NAMES`: `eval` does not know what a model is for.
 
 `hf/quantizer.py` also overrides the hooks of `HfQuantizer` that begin with an underscore, as every quantiser does.
@@ -35,11 +36,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
+
+from seedpack.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -382,3 +385,14 @@ def converts_gguf_at_once(architecture: str) -> bool:
     from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
     return architecture in GGUF_ARCHS
+
+
+def serving() -> Callable[[list[str]], None]:
+    """Return `transformers serve` as a function of its arguments, in this process, where packed folders are known."""
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ModelError("transformers' server needs more packages: pip install 'seedpack-torch[serve]'")
+    from transformers.cli.transformers import app
+
+    return lambda arguments: app(["serve", *arguments])
