@@ -22,7 +22,15 @@ SIZE_EXPONENT = 0.75
 HEAD_EXTRA_BITS = 1  # the rate at which a bit saves as much in the head as elsewhere: log2(sensitivity) / 2
 
 Sensitivities = Mapping[str, float]  # by tensor name, the cost of a relative error of 1
-Option = tuple[float, float, Codec]  # stored bits, loss, and the codec that has them
+Option = tuple[float, float, int]  # stored bits, loss, and which of the codecs' variants has them
+# Layers of one input, which serving engines compute as one product: one number of bits makes that one kernel.
+FUSED = [
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+]
 
 
 def is_budget(plan: Plan, bits: float | None) -> bool:
@@ -94,7 +102,7 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
 
     Minimises Σ sensitivity·weights^¾·expected error over the tensors subject to Σ stored bits ≤ bits·weights: from the
     cheapest variants on, always the step that avoids most loss per bit (the Lagrangian's solution, Everett 1963), as
-    long as one fits. Experts of one parameter get one variant. The head takes part unless `head_bits` is given.
+    long as one fits. Experts of one parameter get one variant, and so do layers that engines fuse (`FUSED`). The head takes part unless `head_bits` is given.
 
     Args:
         plan: with codecs that have rates.
@@ -112,7 +120,7 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
     packed = [tensor for tensor in plan.tensors if tensor.packed]
     units: dict[str, list[TensorPlan]] = {}
     for tensor in packed:
-        units.setdefault(tensor.group or tensor.name, []).append(tensor)
+        units.setdefault(_unit(tensor), []).append(tensor)
     costs = _costs(packed, sensitivities or {})
     options = {unit: _options(tensors, head_bits, costs) for unit, tensors in units.items()}
     budget, spent = bits * plan.packed_weights, sum(cheapest[0] for cheapest, *_ in options.values())
@@ -132,8 +140,17 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
         levels[unit] += 1
         if levels[unit] + 1 < len(options[unit]):
             heapq.heappush(steps, _step(unit, options[unit], levels[unit]))
-    codecs = {t.name: options[unit][levels[unit]][2] for unit, tensors in units.items() for t in tensors}
+    codecs = {
+        t.name: _variants(t.codec)[options[unit][levels[unit]][2]] for unit, tensors in units.items() for t in tensors
+    }
     return replace(plan, tensors=tuple(replace(t, codec=codecs.get(t.name, t.codec)) for t in plan.tensors))
+
+
+def _unit(tensor: TensorPlan) -> str:
+    """Return a name that tensors have in common that get one variant."""
+    parent, _, leaf = tensor.name.removesuffix(".weight").rpartition(".")
+    fused = next((names[0] for names in FUSED if leaf in names), leaf)
+    return tensor.group or f"{parent}.{fused} {tensor.codec.id}"
 
 
 def _variants(codec: Codec) -> Sequence[Codec]:
@@ -161,11 +178,12 @@ def _options(tensors: list[TensorPlan], head_bits: int | None, costs: Mapping[st
     if not isinstance(codec, Rates):
         raise OptionError(f"codec {codec.id!r} has no variants to meet a budget of bits with; use trellis")
     fixed = tensors[0].kind == "head" and head_bits is not None
-    cost = sum(costs[t.name] for t in tensors)
     hull: list[Option] = []
-    for variant in [codec] if fixed else codec.variants():
-        stored = sum(8 * replace(t, codec=variant).stored_bytes for t in tensors)
-        option = (float(stored), cost * variant.expected_error(), variant)
+    for index, variant in enumerate(codec.variants()):
+        if fixed and variant != codec:
+            continue
+        stored = sum(8 * replace(t, codec=_variants(t.codec)[index]).stored_bytes for t in tensors)
+        option = (float(stored), sum(costs[t.name] for t in tensors) * variant.expected_error(), index)
         if hull and option[0] <= hull[-1][0]:  # as few bits, and less loss
             hull.pop()
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):

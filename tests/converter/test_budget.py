@@ -74,6 +74,24 @@ def test_experts_of_one_parameter_are_one_choice() -> None:
     assert len({found[f"e{i}.weight"] for i in (0, 2, 4)}) == len({found[f"e{i}.weight"] for i in (1, 3, 5)}) == 1
 
 
+def test_layers_that_engines_fuse_are_one_choice() -> None:
+    """Some have the part `balance`, which comes with 128 rows, and some have not: bits are shared, not codecs."""
+    shapes = {"q_proj": (128, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 128)}
+    tensors = {
+        f"{layer}.attn.{leaf}.weight": SourceTensor("F32", shape, "linear")
+        for layer in "01"
+        for leaf, shape in shapes.items()
+    }
+    sensitivities = {
+        name: 4.0 ** (5 * name.startswith("1") + 3 * ("v_proj" in name) - ("q_proj" in name)) for name in tensors
+    }
+    plan = allocate(default_plan(tensors, {}, TrellisCodec(4)), 4.3, sensitivities=sensitivities)
+    found = bits_of(plan)
+    assert plan.totals()["bits_per_packed_weight"] <= 4.3 and len(set(found.values())) > 2
+    for layer in "01":
+        assert len({found[f"{layer}.attn.{leaf}.weight"] for leaf in ("q_proj", "k_proj", "v_proj")}) == 1
+
+
 def test_refusals() -> None:
     with pytest.raises(ModelError, match=r"1.05 bits per weight: the cheapest plan takes 1\.\d+; ask for more bits"):
         allocate(plan_of(), 1.05)
