@@ -27,6 +27,7 @@ MODULES = (
     "language.fuzzing",
     "language.packed_weights",
     "language.first_minutes",
+    "language.new_user",
     "language.table",
     "language.calibration",
     "language.ingredients",

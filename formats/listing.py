@@ -107,7 +107,7 @@ def list_safetensors(path: Path) -> Listing:
         return _list_dense(others)
     try:
         with Checkpoint(path) as checkpoint:
-            return _list_packed(checkpoint)
+            return list_packed(checkpoint)
     except NotPackedError:
         return _list_dense(weight_files(path))
 
@@ -121,7 +121,8 @@ def _list_dense(files: list[Path]) -> Listing:
     return Listing(tensors, files)
 
 
-def _list_packed(checkpoint: Checkpoint) -> Listing:
+def list_packed(checkpoint: Checkpoint) -> Listing:
+    """List a packed checkpoint that is open."""
     manifest = checkpoint.manifest
 
     def stored(name: str) -> StoredTensor:

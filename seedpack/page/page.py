@@ -7,21 +7,19 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from seedpack._version import WRITER
-from seedpack.codecs.registry import codec_from_spec
 from seedpack.converter.options import Progress, silent
 from seedpack.converter.report import decibels
 from seedpack.errors import ModelError
 from seedpack.eval.evaluate import compare_loaded
 from seedpack.eval.tensors import TensorComparison, compare_tensors
 from seedpack.formats import Checkpoint
-from seedpack.formats.header import nbytes
+from seedpack.formats.listing import StoredTensor, list_packed
 from seedpack.formats.staging import staged
 from seedpack.hf.tasks import LANGUAGE, load_for_task, load_processor, task_of
 from seedpack.page.charts import bars, grid, lines
@@ -29,30 +27,6 @@ from seedpack.units import size
 
 LISTED, LINES, WRITTEN = 40, 6, 48  # tensors of the worst; spectra in one chart; tokens that are written
 DEPTH = re.compile(r"\.(\d+)\.")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor as the files have it."""
-
-    name: str
-    shape: tuple[int, ...]
-    codec: str
-    packed: bool
-    stored_bytes: int
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def bits(self) -> float:
-        return 8 * self.stored_bytes / max(1, self.weights)
-
-    @property
-    def role(self) -> str:
-        """The name without the layer's number and what comes before it."""
-        return _role(self.name)
 
 
 def write_page(
@@ -89,7 +63,7 @@ def write_page(
         raise ModelError("a text is for comparing: name the original too")
     with staged(output, force=force) as partial:
         with Checkpoint(packed) as checkpoint:
-            writer, stored = checkpoint.manifest.writer, list(_stored(checkpoint))
+            writer, stored = checkpoint.manifest.writer, list_packed(checkpoint).tensors
         sections = [_summary(packed, writer, stored), _sizes(stored), _allocation(stored)]
         if original is None:
             sections.append(_note("Errors and spectra are shown where the original is named too."))
@@ -109,27 +83,14 @@ def write_page(
         partial.write_text(page, "utf-8")
 
 
-def _stored(checkpoint: Checkpoint) -> Any:
-    """Yield the tensors in the files, raw ones that no manifest names too."""
-    manifest = checkpoint.manifest
-    for name, entry in manifest.tensors.items():
-        codec = codec_from_spec(manifest.codec_of(name))
-        label = f"{codec.id} {codec.code_bits}" if hasattr(codec, "code_bits") else codec.id
-        total = sum(len(checkpoint.part(name, part, check=False).data) for part in checkpoint.part_names(name))
-        yield _Stored(name, entry.shape, label, manifest.is_packed(name), total)
-    for key in checkpoint.raw_keys():
-        part = checkpoint.undescribed(key)
-        yield _Stored(key, part.shape, "raw", False, nbytes(part.dtype, part.shape))
-
-
-def _summary(path: Path, writer: str, stored: Sequence[_Stored]) -> str:
-    packed = [tensor for tensor in stored if tensor.packed]
+def _summary(path: Path, writer: str, stored: Sequence[StoredTensor]) -> str:
+    packed = [tensor for tensor in stored if tensor.codec]
     weights, all_weights = (sum(tensor.weights for tensor in found) for found in (packed, stored))
-    total = sum(tensor.stored_bytes for tensor in stored)
+    total = sum(tensor.nbytes for tensor in stored)
     facts = {
         "size": size(total),
         "bits per weight, all": f"{8 * total / max(1, all_weights):.3f}",
-        "of the packed": f"{8 * sum(t.stored_bytes for t in packed) / max(1, weights):.3f}",
+        "of the packed": f"{8 * sum(t.nbytes for t in packed) / max(1, weights):.3f}",
         "weights": f"{all_weights:,}",
         "packed": f"{weights / max(1, all_weights):.1%} in {len(packed)} of {len(stored)} tensors",
         "written by": writer,
@@ -137,22 +98,24 @@ def _summary(path: Path, writer: str, stored: Sequence[_Stored]) -> str:
     return "<dl>" + "".join(f"<div><dt>{k}</dt><dd>{_plain(v)}</dd></div>" for k, v in facts.items()) + "</dl>"
 
 
-def _sizes(stored: Sequence[_Stored]) -> str:
+def _sizes(stored: Sequence[StoredTensor]) -> str:
     """Return the bytes of each kind of layer."""
     by_role: dict[str, float] = defaultdict(float)
     for tensor in stored:
-        by_role[_plain(tensor.role)] += tensor.stored_bytes / 1e6
+        by_role[_plain(_role(tensor.name))] += tensor.nbytes / 1e6
     most = dict(sorted(by_role.items(), key=lambda item: -item[1])[:14])
     return _section("Size by layer", bars(most, " MB"))
 
 
-def _allocation(stored: Sequence[_Stored]) -> str:
+def _allocation(stored: Sequence[StoredTensor]) -> str:
     """Return the bits of each tensor by layer and depth, and of those outside of layers."""
-    packed = [tensor for tensor in stored if tensor.packed]
+    packed = [tensor for tensor in stored if tensor.codec]
     if not packed:
         return ""
-    low, high = (pick(tensor.bits for tensor in packed) for pick in (min, max))
-    return _section("Bits per weight, by layer and depth", _by_depth(packed, lambda t: t.bits, "", low, high))
+    low, high = (pick(tensor.bits_per_weight for tensor in packed) for pick in (min, max))
+    return _section(
+        "Bits per weight, by layer and depth", _by_depth(packed, lambda t: t.bits_per_weight, "", low, high)
+    )
 
 
 def _by_depth(tensors: Sequence[Any], value: Callable[[Any], float], unit: str, low: float, high: float) -> str:
@@ -167,7 +130,7 @@ def _by_depth(tensors: Sequence[Any], value: Callable[[Any], float], unit: str, 
     return (grid(inside, unit, low=low, high=high) if inside else "") + (f"<ul>{listed}</ul>" if listed else "")
 
 
-def _errors(packed: Path, original: str | Path, stored: Sequence[_Stored], progress: Progress) -> list[str]:
+def _errors(packed: Path, original: str | Path, stored: Sequence[StoredTensor], progress: Progress) -> list[str]:
     """Return maps of errors, spectra, and the worst tensors."""
     _, count, comparisons = compare_tensors(original, packed)
     found: list[TensorComparison] = []
@@ -186,7 +149,7 @@ def _errors(packed: Path, original: str | Path, stored: Sequence[_Stored], progr
     kinds = {tensor.name: tensor for tensor in stored}
     rows = []
     for c in sorted(changed, key=loss, reverse=True)[:LISTED]:
-        bits = kinds[c.name].bits if c.name in kinds else math.nan
+        bits = kinds[c.name].bits_per_weight if c.name in kinds else math.nan
         ranks = [math.nan if rank is None else rank for rank in (c.rank_a, c.rank_b)]
         rows.append([c.name, "×".join(map(str, c.shape)), bits, loss(c), c.error, *ranks])
     columns = ["tensor", "shape", "bits", "error, dB", "error, squared", "effective rank", "packed"]
@@ -268,8 +231,8 @@ def _side_by_side(models: Sequence[Any], processor: Any, text: Path, progress: P
     )
 
 
-def _tensors(stored: Sequence[_Stored]) -> str:
-    rows = [[t.name, "×".join(map(str, t.shape)), t.codec, t.bits, t.stored_bytes] for t in stored]
+def _tensors(stored: Sequence[StoredTensor]) -> str:
+    rows = [[t.name, "×".join(map(str, t.shape)), t.codec or "raw", t.bits_per_weight, t.nbytes] for t in stored]
     return _section("All tensors", _table(["tensor", "shape", "codec", "bits", "bytes"], rows))
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import seedpack
+from benchmarks.lib import browser
 from seedpack.cli.main import cli
 from seedpack.errors import ModelError, OutputError
 from seedpack.eval.evaluate import evaluate
@@ -21,8 +20,6 @@ from seedpack.page.charts import bars, grid, lines
 from seedpack.page.page import write_page
 from tests.helpers.task_folders import packed, task_folder
 from tests.helpers.tokenizers import words
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
 
 
 class Elements(HTMLParser):
@@ -113,19 +110,13 @@ def test_charts_of_little() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@pytest.mark.skipif(not browser.CHROMIUM, reason="needs chromium")
 @pytest.mark.parametrize("width", [400, 1200])
-def test_in_a_browser(root: Path, tmp_path: Path, width: int) -> None:
+def test_in_a_browser(root: Path, width: int) -> None:
     """No error on the console, nothing wider than the screen, and tables that sort."""
-    page = (root / "report.html").read_text("utf-8")
-    probe = """<script>
+    script = """
     document.querySelectorAll("th button")[2].click();
     const cells = [...document.querySelectorAll("table")[0].tBodies[0].rows].map(row => Number(row.cells[2].dataset.v));
     document.title = JSON.stringify([cells.every((v, i) => !i || cells[i - 1] >= v), document.body.scrollWidth <= innerWidth]);
-    </script></body>"""
-    (tmp_path / "probed.html").write_text(page.replace("</body>", probe), "utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900", "--enable-logging=stderr",
-               f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'probed.html'}"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>[true,true]</title>" in done.stdout
-    assert "CONSOLE" not in done.stderr, done.stderr
+    """
+    assert browser.shown(root / "report.html", script, width=width) == ("[true,true]", [])
