@@ -19,7 +19,7 @@ PUBLISHED = {"QTIP's 1MAD": 34038481, "EXL3's mul1": 0x83DCD12D}
 
 def forget() -> None:
     """Forget what the kernels have made of a code."""
-    search_cpu._table.cache_clear()
+    search_cpu._tables.cache_clear()
     decode_cpu.constants.cache_clear()
 
 

@@ -16,7 +16,7 @@ from seedpack.kernels.trellis.decode import trellis_decode
 from seedpack.prng import trellis_key
 
 SHAPE = (256, 4096)
-TARGETS = {"best": (0.35, 0.45, 0.55), "default": (0.60, 0.80, 1.10)}  # k = 2, 3, 4
+TARGETS = {"best": (0.35, 0.45, 0.55), "default": (0.45, 0.60, 0.70)}  # k = 2, 3, 4
 PRICE = 0.15  # dB that two weights per window may cost at best, where they are usual
 
 

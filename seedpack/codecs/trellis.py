@@ -25,6 +25,8 @@ from seedpack.codecs.trellis_effort import (
     EFFORTS,
     GAP,
     MOST_PAIRED,
+    MULTIPLIERS,
+    USUAL,
     code_unit,
     least_state_bits,
     survivors,
@@ -76,11 +78,13 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             more error, but its last ones can compensate for the errors of all others, so that importance can be a Hessian.
         weights_per_window: V, 1, or 2 for k up to 3, which are multiplied nearly twice as fast. Default 2 where that costs at
             most 0.15 dB: up to k = 3, for effort "best" up to k = 2.
+        multiplier: a, which mixes the bits of a window: odd, of 32 bits. 0 is that of the format's table (M24); default the best
+            that is known for the search.
     """
 
     id: ClassVar[str] = "trellis"
-    version: ClassVar[int] = 1
-    older: ClassVar[frozenset[int]] = frozenset([0])
+    version: ClassVar[int] = 2
+    older: ClassVar[frozenset[int]] = frozenset([0, 1])
     summary: ClassVar[str] = "trellis-coded quantisation with overlapping seeds, the default"
     uses_norm_heuristic: ClassVar[bool] = True
     int8_activations: ClassVar[bool] = True
@@ -91,6 +95,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     balance: bool = True
     circular: bool = True
     weights_per_window: int = 0
+    multiplier: int = USUAL
 
     def __post_init__(self) -> None:
         if not isinstance(self.effort, str) or self.effort not in EFFORTS:
@@ -109,6 +114,17 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             if type(getattr(self, name)) is not bool:
                 raise CodecError(f"{self.id}: {name} must be true or false, got {getattr(self, name)!r}")
         require_whole(self.id, "seed", self.seed, 0, 2**63 - 1)
+        if type(self.multiplier) is int and self.multiplier == USUAL:
+            object.__setattr__(self, "multiplier", self._usual_multiplier)
+        require_whole(self.id, "multiplier", self.multiplier, 0, 2**32 - 1)
+        if self.multiplier and self.multiplier % 2 == 0:
+            raise CodecError(f"{self.id}: multiplier must be odd, or 0, got {self.multiplier}")
+
+    @property
+    def _usual_multiplier(self) -> int:
+        return (
+            MULTIPLIERS[self.effort].get((self.weights_per_window, self.code_bits), 0) if self.state_bits == 16 else 0
+        )
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
@@ -120,11 +136,14 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         """Return the codecs of 1 to 8 code bits, with what is usual for each where it is for this one."""
         own, usual = self.weights_per_window, usual_weights(self.effort, self.code_bits)
         state_bits = 0 if self.state_bits == EFFORTS[self.effort].state_bits[own - 1] else self.state_bits
+        multiplier = USUAL if self.multiplier == self._usual_multiplier else self.multiplier
         codecs = []
         for k in range(1, 9):
             weights = 0 if own == usual else own if k <= MOST_PAIRED else 1
             bits = state_bits and max(state_bits, least_state_bits(k * max(1, weights)))
-            codecs.append(replace(self, code_bits=k, weights_per_window=weights, state_bits=bits))
+            codecs.append(
+                replace(self, code_bits=k, weights_per_window=weights, state_bits=bits, multiplier=multiplier)
+            )
         return codecs
 
     def sensitivity(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
@@ -162,17 +181,21 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         return self.code_bits <= 3 and bytes_are_faster(x)
 
     def spec(self) -> CodecSpec:
-        """Return the codec as a file stores it: of one weight per window version 0, which knows no other."""
+        """Return the codec as a file stores it, in the least version that suffices: version 0 knows one weight per window alone,
+        versions 0 and 1 no multiplier but the format's own."""
         spec = super().spec()
+        if self.multiplier:
+            return spec
+        del spec.config["multiplier"]
         if self.weights_per_window == 1:
             del spec.config["weights_per_window"]
-            return CodecSpec(self.id, 0, spec.config)
-        return spec
+        return CodecSpec(self.id, self.weights_per_window - 1, spec.config)
 
     @classmethod
     def from_config(cls, config: Any) -> Codec:
-        """Return the codec of stored hyperparameters, those of version 0 too."""
-        return super().from_config({"weights_per_window": 1, **config} if isinstance(config, Mapping) else config)
+        """Return the codec of stored hyperparameters, those of older versions too."""
+        old = {"weights_per_window": 1, "multiplier": 0}
+        return super().from_config({**old, **config} if isinstance(config, Mapping) else config)
 
     def with_hessian(self) -> TrellisCodec:
         """Return this codec with streams that are not tail-biting."""
@@ -360,7 +383,12 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     def code(self) -> TrellisCode:
         """The code that the streams are made of."""
         return TrellisCode(
-            self.code_bits, self.state_bits, trellis_key(self.seed), self.circular, self.weights_per_window
+            self.code_bits,
+            self.state_bits,
+            trellis_key(self.seed),
+            self.circular,
+            self.weights_per_window,
+            self.multiplier,
         )
 
     @staticmethod

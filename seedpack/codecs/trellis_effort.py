@@ -13,33 +13,39 @@ class Effort:
     """The work that an encoder does.
 
     Attributes:
-        log2_edges: binary logarithm of the edges searched per weight. Those of two weights per window fill vectors better,
-            so that four times as many are searched.
+        log2_edges: binary logarithm of the edges searched per window, of one and of two weights.
         rounds: searches, each with the scale refitted to the one before.
         state_bits: L for one and for two weights per window, unless it is given.
         pairs: the most bits per weight with two weights per window, unless it is given.
     """
 
-    log2_edges: int
+    log2_edges: tuple[int, int]
     rounds: int
     state_bits: tuple[int, int]
     pairs: int
 
 
 EFFORTS = {
-    "fast": Effort(11, 1, (16, 16), 3),
-    "default": Effort(13, 1, (16, 16), 3),
-    "best": Effort(18, 2, (18, 20), 2),
+    "fast": Effort((11, 14), 1, (16, 16), 3),
+    "default": Effort((15, 16), 1, (16, 16), 3),
+    "best": Effort((18, 21), 2, (18, 20), 2),
 }
 
 # The code's standard deviation in units of the weights', least distortion measured on N(0, 1), by weights per window, for
 # k = 1 … 8.
 STRETCH = {
     "fast": {1: (1.00, 1.06, 1.12, 1.20, 1.25, 1.22, 1.24, 1.26), 2: (1.00, 1.08, 1.14)},
-    "default": {1: (1.00, 1.06, 1.08, 1.14, 1.18, 1.20, 1.24, 1.26), 2: (1.02, 1.07, 1.12)},
+    "default": {1: (1.00, 1.06, 1.10, 1.12, 1.18, 1.24, 1.28, 1.32), 2: (1.02, 1.07, 1.12)},
     "best": {1: (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26), 2: (1.00, 1.05, 1.08)},
 }
-GAP = (0.35, 0.50, 0.77, 0.92, 1.29, 1.80, 2.26, 3.08)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
+# The multiplier that is best for an effort where it is not the format's own (M24), by weights per window and k, for L = 16.
+USUAL = -1
+MULTIPLIERS: dict[str, dict[tuple[int, int], int]] = {
+    "fast": {},
+    "default": {(1, 3): 0x97C51DE7, (1, 4): 0x658909F3, (1, 5): 0xF281CB1B},
+    "best": {},
+}
+GAP = (0.35, 0.50, 0.77, 0.69, 0.89, 1.25, 1.95, 2.90)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
 MOST_PAIRED = 3  # bits per weight of which a window can have two
@@ -64,8 +70,7 @@ def usual_weights(effort: str, code_bits: int, state_bits: int = 0) -> int:
 
 def survivors(effort: str, weights: int, symbol_bits: int, memory_bits: int) -> int:
     """Return the binary logarithm m of the paths that the search keeps, from K and L - K."""
-    edges = EFFORTS[effort].log2_edges
-    wanted = edges - symbol_bits if weights == 1 else edges + 3 - max(symbol_bits, LEAST_MEMORY)
+    wanted = EFFORTS[effort].log2_edges[weights - 1] - (symbol_bits if weights == 1 else max(symbol_bits, LEAST_MEMORY))
     return min(memory_bits, max(symbol_bits, LEAST_MEMORY, memory_bits - 8, wanted))
 
 

@@ -96,7 +96,7 @@ def test_error_falls_by_six_decibels_a_bit(code_bits: int) -> None:
 
 
 def test_efforts() -> None:
-    assert [TrellisCodec(4, effort=e).survivors for e in ("fast", "default", "best")] == [7, 9, 14]
+    assert [TrellisCodec(4, effort=e).survivors for e in ("fast", "default", "best")] == [7, 11, 14]
     assert TrellisCodec(4, effort="best").state_bits == 18 and TrellisCodec(4, 16, effort="best").survivors == 12
     assert [TrellisCodec(2, effort=e).survivors for e in ("fast", "default", "best")] == [10, 12, 16]
     assert [TrellisCodec(3, effort=e).weights_per_window for e in ("fast", "default", "best")] == [2, 2, 1]
@@ -162,6 +162,27 @@ def test_states_hold_a_symbol_and_as_much_memory(code_bits: int, state_bits: int
     assert [variant.weights_per_window for variant in TrellisCodec(1, 9).variants()] == [2, 2, 1, 1, 1, 1, 1, 1]
     paired = TrellisCodec(3, 9, weights_per_window=1).variants()  # what is not usual stays so
     assert [variant.weights_per_window for variant in paired[:4]] == [1, 1, 1, 1]
+
+
+def test_a_multiplier_of_its_own() -> None:
+    """Version 2 knows one; a codec that has the format's is written as ever."""
+    codec = TrellisCodec(4)
+    assert codec.multiplier and codec.spec().version == 2 and codec_from_spec(codec.spec()) == codec
+    assert codec.code.multiplier == codec.multiplier != TrellisCodec(4, multiplier=0).code.multiplier
+    plain = TrellisCodec(4, multiplier=0)
+    assert plain.spec().version == 0 and "multiplier" not in plain.spec().config
+    assert TrellisCodec(5).multiplier == 0 and [v.multiplier for v in codec.variants()][3:5] == [codec.multiplier, 0]
+    assert {v.multiplier for v in plain.variants()} == {0} and TrellisCodec(4, 18).multiplier == 0
+    weight = torch.randn(4, 256)
+    other = TrellisCodec(3, multiplier=0x12345679)
+    decoded = other.decode(other.encode(weight), (4, 256), torch.float32)
+    assert float((decoded - weight).square().sum() / weight.square().sum()) < 0.03
+    for wrong, message in (
+        (2, "multiplier must be odd, or 0, got 2"),
+        (2**32 + 1, "multiplier must be a whole number"),
+    ):
+        with pytest.raises(CodecError, match=message):
+            TrellisCodec(4, multiplier=wrong)
 
 
 def test_one_weight_per_window_is_read_and_written_as_ever() -> None:

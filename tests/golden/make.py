@@ -44,6 +44,8 @@ CASES: dict[str, Codec] = {
     "pairs-of-three-bits": TrellisCodec(3, 13, seed=2**40, effort="fast", weights_per_window=2),
     "pairs-in-long-windows": TrellisCodec(1, 20, effort="fast", weights_per_window=2),
     "pairs-ending-in-zeros": TrellisCodec(2, circular=False, weights_per_window=2),
+    "a-multiplier": TrellisCodec(4, seed=7),
+    "an-odd-multiplier": TrellisCodec(3, 13, seed=2**40, effort="fast", multiplier=0x12345679),
     "structured-bases": BasisCodec(count=70, coef_bits=5, seed=11, levels=3),
     "noise": BasisCodec("philox", count=9, blocks=3, coef_bits=16, seed=2**40),
     "squirrels": BasisCodec("squirrel5", count=6, seed=7),
@@ -52,6 +54,8 @@ CASES: dict[str, Codec] = {
     "transposed": StackCodec.over(TrellisCodec(3, effort="fast", weights_per_window=1), 4, 37, transposed=True),
     "plain": RawCodec("BF16"),
 }
+# Cases whose encoder has searched otherwise since: their decoding is pinned, and no more.
+ENCODED_OTHERWISE = ("two-bits", "ending-in-zeros")
 
 
 def folder(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The product of few tokens by each way of multiplying bytes, each in a process of its own that leaves out some of the
+"""The product of few tokens and the trellis's search by each way of multiplying bytes, each in a process of its own that leaves out some of the
 processor's features: `python -m tests.helpers.ways WAY`."""
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from pathlib import Path
 from benchmarks.lib.processor import environment
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SEARCHES = ((1, 10, 5, 1), (3, 12, 6, 1), (4, 17, 7, 1), (5, 13, 5, 1), (1, 12, 5, 2), (2, 14, 6, 2), (3, 13, 6, 2))
 SHAPES = ((3, 18, 33, 264, 1), (4, 16, 17, 515, 1), (7, 16, 9, 77, 1), (3, 16, 33, 264, 2), (2, 20, 17, 515, 2))
 
 
 def outcome(way: str) -> str:
-    """Return the way that a process took, and its largest error; "" where this processor cannot take it."""
+    """Return the way that a process took, its largest error, and how many streams of its search are not the reference's; ""
+    where this processor cannot take it."""
     if (changed := environment(way)) is None:
         return ""
     command = [sys.executable, "-m", "tests.helpers.ways", way]
@@ -42,7 +44,24 @@ def _main(asked: str) -> None:
                 found = weight.product(x)
                 assert found is not None
                 worst = max(worst, error(found, weight.expected(x, 8)))
-    print(byte_dots.way(), f"{worst:.0e}")
+    print(byte_dots.way(), f"{worst:.0e}", sum(map(_search_differs, SEARCHES)))
+
+
+def _search_differs(form: tuple[int, int, int, int]) -> bool:
+    import torch
+
+    from seedpack.kernels.trellis.code import TrellisCode
+    from seedpack.kernels.trellis.search import trellis_search
+    from seedpack.prng import trellis_key
+
+    code_bits, state_bits, survivors, weights = form
+    code, values = TrellisCode(code_bits, state_bits, trellis_key(7), weights=weights), torch.randn(3, 24) * 150
+    values[1] *= 10  # beyond the code's reach
+    found = [
+        trellis_search(values, code, survivors=survivors, columns=21, backend=backend)
+        for backend in ("cpu", "reference")
+    ]
+    return not torch.equal(*found)
 
 
 if __name__ == "__main__":

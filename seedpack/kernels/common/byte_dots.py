@@ -83,6 +83,29 @@ def dot(builder: Any, way: str, weights: int, sums: Any, words: Any, activations
     return builder.add(sums, builder.mul(byte_sums(builder, words, 0), activations))
 
 
+def add_square(builder: Any, way: str, sums: Any, values: Any) -> Any:
+    """Emit IR for sums + the squares of 16 numbers, each within 16 bits."""
+    low = builder.and_(values, splat(INTS, 0xFFFF))
+    if way == "vnni512":
+        return _call(builder, "llvm.x86.avx512.vpdpwssd.512", INTS, sums, values, low)
+    if way == "vnni256":
+        parts = zip(*(_halves(builder, vector) for vector in (sums, values, low)), strict=True)
+        return _joined(
+            builder, *(_call(builder, "llvm.x86.avx512.vpdpwssd.256", part[0].type, *part) for part in parts)
+        )
+    if way == "avx2":
+        pairs = ir.VectorType(I16, 16)
+        parts = zip(*(_halves(builder, vector) for vector in (values, low)), strict=True)
+        squares = (
+            _call(
+                builder, "llvm.x86.avx2.pmadd.wd", left.type, *(builder.bitcast(half, pairs) for half in (left, right))
+            )
+            for left, right in parts
+        )
+        return builder.add(sums, _joined(builder, *squares))
+    return builder.add(sums, builder.mul(values, values))
+
+
 def _avx2_dot(builder: Any, weights: int, words: Any, activations: Any) -> Any:
     """Emit IR for the products of 8 words, without sums that 16 bits do not hold."""
     octets, pairs = ir.VectorType(I8, 32), ir.VectorType(I16, 16)

@@ -20,6 +20,7 @@ class TrellisCode:
         key: c, from `prng.trellis_key`.
         tail_biting: whether a stream runs on at its own beginning, or at zeros.
         weights: V, weights per window, 1 or 2.
+        factor: a, odd, of 32 bits; 0: the format's own for k, L and V.
     """
 
     code_bits: int
@@ -27,11 +28,12 @@ class TrellisCode:
     key: int
     tail_biting: bool = True
     weights: int = 1
+    factor: int = 0
 
     @cached_property
     def multiplier(self) -> int:
         """a."""
-        return trellis_multiplier(self.code_bits, self.state_bits, self.weights)
+        return self.factor or trellis_multiplier(self.code_bits, self.state_bits, self.weights)
 
     @property
     def sums(self) -> tuple[tuple[tuple[int, int, int, int], int], ...]:

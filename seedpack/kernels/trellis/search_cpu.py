@@ -1,12 +1,13 @@
-"""The trellis's search on the CPU: the reference's arithmetic in float32 lanes, rows shared among the cores.
+"""The trellis's search on the CPU: the reference's whole numbers in lanes of 32 bits, rows shared among the cores.
 
-A window costs 2^(m + K) edges. An edge is a minimum, and for each weight a load, a subtraction and a multiply–add, no index:
-metrics are whole numbers, exact in float32 below 2^24, and their low K bits carry the symbol that a survivor came from
-through the minimum. The 2^K edges out of a state read 2^K neighbours of the tables of values, and end in neighbouring
-states: they are the lanes of a vector. Numba would not find this shape, so `_relax` writes its vectors as LLVM IR, which is
-compiled for whatever vector width the machine has.
+A window costs 2^(m + K) edges. An edge makes its window's word with one addition, as the words of the 2^K edges out of a state
+are multiples of the code's multiplier apart; then comes for each weight a dot product of the word's bytes and a product that
+adds the squared error, and a minimum. No table is read and no index kept: the low K bits of a metric carry the symbol that a
+survivor came from through the minimum. Edges out of a state end in neighbouring states, which are the lanes of a vector; of
+fewer than 16 edges several states' are side by side. Numba would not find this shape, so `_relax` writes its vectors as LLVM
+IR, with the products of bytes that the machine has (`common.byte_dots`).
 
-The floor: 3 instructions for each 8 edges with 256-bit vectors, and 2^m lines of the table read from the L2 cache.
+The floor with VNNI: 2 + 3·V instructions for 16 edges.
 """
 
 from __future__ import annotations
@@ -21,158 +22,156 @@ from numba import prange, types
 from numba.core import cgutils
 from torch import Tensor
 
+from seedpack.kernels.common.byte_dots import add_square, dot, pattern, shortfall, way
 from seedpack.kernels.common.jit import jit
-from seedpack.kernels.common.vectors import LANES, intrinsic, multiply_add, splat, spread, target_has
+from seedpack.kernels.common.vectors import I8, I32, I64, INTS, LANES, data, intrinsic, splat, spread, target_has
 from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.search_reference import CEILING, CLOSED, PADDING, Boundary, table
+from seedpack.prng import MASK32
 
-FAR = 3e38
-LINE = 64
+FAR = (1 << 31) - 1
 MINIMA = {True: 8, False: 4}  # vectors of 16 that a tile keeps in registers, of 512 bits or shorter
-CEILING_BITS = np.float32(CEILING).view(np.int32)
+
+
+def _vector_at(builder: Any, pointer: Any, index: Any, kind: Any = I32) -> Any:
+    return builder.bitcast(builder.gep(pointer, [index]), ir.VectorType(kind, LANES).as_pointer())
+
+
+def _lesser(builder: Any, left: Any, right: Any) -> Any:
+    return builder.select(builder.icmp_signed("<", left, right), left, right)
 
 
 @intrinsic
 def _relax(
-    context: Any, bits: Any, per_window: Any, tile: Any, wanted: Any, planes: Any, table: Any, base: Any, metric: Any, best: Any,
-    first: Any,
+    context: Any, bits: Any, per_window: Any, tile: Any, starts: Any, factors: Any, steps: Any, word: Any, metric: Any,
+    next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, first: Any,
 ) -> Any:  # fmt: skip
-    """Store best[q·2^K …] = min over the 2^K predecessors p = j·2^(m-K) + q of metric[p] + Σ_v (wanted[v] - values_v)², for
-    a tile of q from `first` on, whose minima stay in registers and whose values mostly lie side by side.
+    """Take the least of metric[p] + Σ_v error_v² over the 2^K predecessors p = j·2^(m-K) + q of each state q·2^K + symbol, for
+    as many q from `first` on as the vectors of a tile hold, and store the states as the next step's predecessors.
 
-    The values of the edges out of p are table[planes[v], base[p] …].
+    The words of the edges out of p are word[p] + steps[symbol]; error_v is starts[v] + the word's bytes times factors[v].
+    least[16] is kept below all minima. `numbers` are those of `_numbers`.
     """
     k = bits.count  # a tuple's length is part of its type: a constant here
-    symbols, lanes = 1 << k, min(1 << k, LANES)
-    signature = types.void(bits, per_window, tile, wanted, planes, table, base, metric, best, types.int64)
+    symbols, weights, how = 1 << k, per_window.count, way()
+    together = max(1, LANES // symbols)  # predecessors in one vector
+    arrays = (starts, factors, steps, word, metric, next_word, next_metric, history, least, numbers)
+    signature = types.void(bits, per_window, tile, *arrays, types.int64)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = [cgutils.create_struct_proxy(signature.args[i])(ctx, builder, value=args[i]) for i in range(3, 9)]
-        wanted_at, planes_at, table_at, base_at, metric_at, best_at = (array.data for array in arrays)
-        size = builder.extract_value(arrays[2].shape, 1)
-        i64, vector = ir.IntType(64), ir.VectorType(ir.FloatType(), lanes)
+        (starts_at, factors_at, steps_at, word_at, metric_at, next_word_at, next_metric_at, history_at, least_at,
+         numbers_at) = (data(ctx, builder, signature.args[i], args[i]) for i in range(3, 13))  # fmt: skip
+        states = builder.extract_value(
+            cgutils.create_struct_proxy(signature.args[7])(ctx, builder, value=args[7]).shape, 0
+        )
 
         def number(value: int) -> Any:
-            return ir.Constant(i64, value)
+            return ir.Constant(I64, value)
 
-        def vector_at(pointer: Any, index: Any) -> Any:
-            return builder.bitcast(builder.gep(pointer, [index]), vector.as_pointer())
+        def scalar(pointer: Any, index: int) -> Any:
+            return builder.load(builder.gep(pointer, [number(index)]))
 
-        stride = builder.lshr(builder.extract_value(arrays[4].shape, 0), number(k))
-        weights = []
-        for v in range(per_window.count):
-            plane = builder.load(builder.gep(planes_at, [number(v)]))
-            value = builder.load(builder.gep(wanted_at, [number(v)]))
-            weights.append((spread(builder, value, vector), builder.gep(table_at, [builder.mul(plane, size)])))
-        groups = range(0, symbols, lanes)
-        least = [[cgutils.alloca_once_value(builder, splat(vector, FAR)) for _ in groups] for _ in range(tile.count)]
-        with cgutils.for_range(builder, number(symbols), intp=i64) as loop:
-            first = builder.add(builder.mul(loop.index, stride), args[9])
-            for i, of_state in enumerate(least):
-                p = builder.add(first, number(i))
-                start = builder.zext(builder.load(builder.gep(base_at, [p])), i64)
-                so_far = spread(builder, builder.load(builder.gep(metric_at, [p])), vector)
-                for lane, own in zip(groups, of_state, strict=True):
-                    cost, at = so_far, builder.add(start, number(lane))
-                    for value, values in weights:
-                        error = builder.fsub(value, builder.load(vector_at(values, at), align=4))
-                        cost = multiply_add(builder, error, error, cost)
-                    before = builder.load(own)
-                    builder.store(builder.select(builder.fcmp_ordered("<", cost, before), cost, before), own)
-        for i, of_state in enumerate(least):
-            start = builder.mul(builder.add(args[9], number(i)), number(symbols))
-            for lane, own in zip(groups, of_state, strict=True):
-                builder.store(builder.load(own), vector_at(best_at, builder.add(start, number(lane))), align=4)
-        return ctx.get_dummy_value()
+        def of_predecessors(pointer: Any, index: Any) -> Any:
+            """Emit IR for the numbers of the predecessors of a vector, each in the lanes of its edges."""
+            own = ir.VectorType(I32, together)
+            loaded = builder.load(builder.bitcast(builder.gep(pointer, [index]), own.as_pointer()), align=4)
+            lanes = ir.Constant(INTS, [lane // symbols if together > 1 else 0 for lane in range(LANES)])
+            return builder.shuffle_vector(loaded, ir.Constant(own, ir.Undefined), lanes)
 
-    return signature, codegen
-
-
-@intrinsic
-def _settle(
-    context: Any,
-    best: Any,
-    metric: Any,
-    base: Any,
-    history: Any,
-    first: Any,
-    floor: Any,
-    k: Any,
-    m: Any,
-    tags: Any,
-    memory: Any,
-) -> Any:
-    """Store what `_step` says of 16 states from `first` on: their symbols, and them as the next step's predecessors."""
-    signature = types.void(best, metric, base, history, *(types.int64,) * 6)
-
-    def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
-        arrays = [cgutils.create_struct_proxy(signature.args[i])(ctx, builder, value=args[i]) for i in range(4)]
-        f32, i32, i8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
-        whole = ir.VectorType(i32, LANES)
-
-        def at(array: Any, kind: Any) -> Any:
-            return builder.bitcast(builder.gep(array.data, [args[4]]), ir.VectorType(kind, LANES).as_pointer())
-
-        first, floor, k, m, tags, memory = (spread(builder, builder.trunc(arg, i32), whole) for arg in args[4:])
-        state = builder.add(first, ir.Constant(whole, list(range(LANES))))
-        cost = builder.fptosi(builder.load(at(arrays[0], f32), align=4), whole)
-        tag = builder.and_(cost, tags)
-        window = builder.and_(builder.or_(builder.shl(tag, m), state), memory)
-        builder.store(builder.shl(window, k), at(arrays[2], i32), align=4)
-        clean = builder.sub(builder.sub(cost, tag), floor)
-        after = builder.and_(builder.lshr(window, builder.sub(m, k)), tags)
-        builder.store(builder.sitofp(builder.add(clean, after), ir.VectorType(f32, LANES)), at(arrays[1], f32), align=4)
-        builder.store(builder.trunc(tag, ir.VectorType(i8, LANES)), at(arrays[3], i8), align=1)
+        errors = [tuple(spread(builder, scalar(at, v), INTS) for at in (starts_at, factors_at)) for v in range(weights)]
+        groups = range(0, symbols, LANES) if together == 1 else range(1)
+        step = [builder.load(_vector_at(builder, steps_at, number(group)), align=4) for group in groups]
+        minima = [[cgutils.alloca_once_value(builder, splat(INTS, FAR)) for _ in groups] for _ in range(tile.count)]
+        stride = builder.lshr(states, number(k))
+        with cgutils.for_range(builder, number(symbols), intp=I64) as loop:
+            begin = builder.add(builder.mul(loop.index, stride), args[13])
+            for i, of_state in enumerate(minima):
+                p = builder.add(begin, number(i * together))
+                words_of, so_far = of_predecessors(word_at, p), of_predecessors(metric_at, p)
+                for own, distance in zip(of_state, step, strict=True):
+                    words, cost = builder.add(words_of, distance), so_far
+                    for start, factor in errors:
+                        cost = add_square(builder, how, cost, dot(builder, how, weights, start, words, factor))
+                    builder.store(_lesser(builder, cost, builder.load(own)), own)
+        floor, ceiling, tags, top, of_symbol, of_tag, down = (
+            spread(builder, scalar(numbers_at, i), INTS) for i in range(7)
+        )
+        lanes, whole = ir.Constant(INTS, list(range(LANES))), _vector_at(builder, least_at, number(0))
+        least = builder.load(whole, align=4)
+        for i, of_state in enumerate(minima):
+            start = builder.mul(builder.add(args[13], number(i * together)), number(symbols))
+            for group, own in zip(groups, of_state, strict=True):
+                at = builder.add(start, number(group))
+                best = _lesser(builder, builder.load(own), ceiling)
+                least = _lesser(builder, best, least)
+                state = builder.add(spread(builder, builder.trunc(at, I32), INTS), lanes)
+                tag = builder.and_(best, tags)
+                older = builder.and_(tag, top)
+                words = builder.add(builder.mul(state, of_symbol), builder.mul(older, of_tag))
+                after = builder.or_(builder.lshr(state, down), builder.shl(older, splat(INTS, k)))
+                cost = builder.add(builder.sub(best, builder.add(tag, floor)), builder.and_(after, tags))
+                builder.store(words, _vector_at(builder, next_word_at, at), align=4)
+                builder.store(cost, _vector_at(builder, next_metric_at, at), align=4)
+                octets = builder.trunc(tag, ir.VectorType(I8, LANES))
+                builder.store(octets, _vector_at(builder, history_at, at, I8), align=1)
+        builder.store(least, whole, align=4)
         return ctx.get_dummy_value()
 
     return signature, codegen
 
 
 @jit()
-def _open(metric: Any, base: Any, k: int) -> None:
+def _open(metric: Any, word: Any, k: int, multiplier: int) -> None:
     """Let every state be a start; the older bits are zero."""
     shift = metric.shape[0] >> k
     for i in range(metric.shape[0]):
-        metric[i] = np.float32(i // shift)
-        base[i] = i << k
+        metric[i] = i // shift
+        word[i] = np.int32((i << k) * multiplier)
+
+
+@jit()
+def _numbers(state_bits: int, k: int, m: int, tag: int, multiplier: int) -> Any:
+    """Return what `_relax` lays states out with: the floor to take from metrics, the ceiling above it, the mask of tags, that
+    of the bits of a tag that stay in a window, what a state and a tag add to a word, and m - K."""
+    out = np.empty(7, np.int32)
+    out[0], out[1], out[2], out[3] = 0, CEILING, (1 << tag) - 1, (1 << (state_bits - k - m)) - 1
+    out[4], out[5], out[6] = np.int32(multiplier << k), np.int32(multiplier << (k + m)), m - k
+    return out
 
 
 @jit()
 def _step(
-    bits: Any,
-    per_window: Any,
-    tile: Any,
-    table: Any,
-    base: Any,
-    metric: Any,
-    best: Any,
-    bits_of_best: Any,
-    history: Any,
-    x: Any,
-    unreal: Any,
-    m: int,
-    tags: int,
-    memory: int,
-) -> None:
-    """Take one window: relax all edges, keep each state's tag, and lay out the next step's predecessors.
+    bits: Any, per_window: Any, tile: Any, code: Any, steps: Any, starts: Any, factors: Any, word: Any, metric: Any,
+    next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, x: Any, unreal: Any,
+) -> None:  # fmt: skip
+    """Take one window: relax all edges, and lay out the next step's predecessors.
 
-    `metric` holds tags too. `bits_of_best` is `best` as integers, which order positive floats alike: their minimum is
-    vectorised without licence to reorder floats. `tags` and `memory` are masks.
+    Metrics hold tags too. What the reference takes from them in a step is taken in the next one, when it is known. `code`
+    [2, V] is what errors start from and what bytes are multiplied with.
     """
-    k = len(bits)
-    wanted, planes = np.empty(len(per_window), np.float32), np.empty(len(per_window), np.int64)
     for v in range(len(per_window)):
-        padding = x[v] >= unreal  # the last plane is zeros: no error whatever the symbol
-        wanted[v], planes[v] = np.float32(0) if padding else x[v], len(per_window) if padding else v
-    for first in range(0, metric.shape[0] >> k, len(tile)):
-        _relax(bits, per_window, tile, wanted, planes, table, base, metric, best, first)
-    least = CEILING_BITS
-    for i in range(metric.shape[0]):
-        bits_of_best[i] = min(bits_of_best[i], CEILING_BITS)
-        least = min(least, bits_of_best[i])
-    floor = np.int64(np.array(least).view(np.float32)[()]) & ~tags
-    for i in range(0, metric.shape[0], LANES):
-        _settle(best, metric, base, history, i, floor, k, m, tags, memory)
+        padding = x[v] >= unreal  # no error whatever the symbol
+        starts[v], factors[v] = 0 if padding else code[0, v] - x[v], 0 if padding else code[1, v]
+    least[:] = numbers[1]
+    for first in range(0, metric.shape[0] >> len(bits), len(tile) * max(1, LANES >> len(bits))):
+        _relax(
+            bits,
+            per_window,
+            tile,
+            starts,
+            factors,
+            steps,
+            word,
+            metric,
+            next_word,
+            next_metric,
+            history,
+            least,
+            numbers,
+            first,
+        )
+    numbers[0] = (least.min() - numbers[0]) & ~numbers[2]
+    numbers[1] = numbers[0] + CEILING
 
 
 @jit()
@@ -189,88 +188,91 @@ def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
 
 @jit(parallel=True)
 def _walk(
-    bits: Any,
-    per_window: Any,
-    tile: Any,
-    x: Any,
-    table: Any,
-    state_bits: int,
-    survivors: int,
-    tag: int,
-    start: Any,
-    last: Any,
-    unreal: Any,
-    out: Any,
-) -> None:
+    bits: Any, per_window: Any, tile: Any, x: Any, code: Any, steps: Any, table: Any, state_bits: int, survivors: int, tag: int,
+    multiplier: int, inverse: int, start: Any, last: Any, unreal: Any, out: Any,
+) -> None:  # fmt: skip
     """Walk over x [rows, steps, V]; `start` [rows] is empty for any start, `last` [rows, n] has no columns for any end."""
-    rows, steps, _ = x.shape
+    rows, length, _ = x.shape
     k, count = len(bits), last.shape[1]
     states, tags, memory_mask = 1 << survivors, (1 << tag) - 1, (1 << (state_bits - k)) - 1
     for r in prange(rows):
-        metric, best = np.empty(states, np.float32), np.empty(states, np.float32)
-        base = np.empty(states, np.int32)
-        as_bits = best.view(np.int32)
-        history = np.empty((steps - count, states), np.uint8)
+        metric, word = np.empty(states, np.int32), np.empty(states, np.int32)
+        next_metric, next_word = np.empty(states, np.int32), np.empty(states, np.int32)
+        numbers, minima = _numbers(state_bits, k, survivors, tag, multiplier), np.empty(LANES, np.int32)
+        starts, factors = np.empty(len(per_window), np.int32), np.empty(len(per_window), np.int32)
+        history = np.empty((length - count, states), np.uint8)
         memory: Any = 0
-        _open(metric, base, k)
+        _open(metric, word, k, multiplier)
         if start.shape[0]:
             memory = start[r]
             first = memory & (states - 1)
-            metric += np.float32(CLOSED)
-            metric[first] = np.float32((memory >> (survivors - k)) & tags)
-            base[first] = memory << k
-        for i in range(steps - count):
+            metric += np.int32(CLOSED)
+            metric[first] = (memory >> (survivors - k)) & tags
+            word[first] = np.int32((memory << k) * multiplier)
+        for i in range(length - count):
             _step(
-                bits, per_window, tile, table, base, metric, best, as_bits, history[i], x[r, i], unreal, survivors, tags,
-                memory_mask,
+                bits, per_window, tile, code, steps, starts, factors, word, metric, next_word, next_metric, history[i], minima,
+                numbers, x[r, i], unreal,
             )  # fmt: skip
+            word, metric, next_word, next_metric = next_word, next_metric, word, metric
         oldest: Any = 0
         state, least = 0, np.int64(1) << 62
         seen = state_bits - k * count  # bits of the first of the last symbols that other windows see too
         options = 1 << (k - seen) if count else 1
         for i in range(states):  # every survivor goes on with the last symbols
             for free in range(options):
-                memory, cost = np.int64(base[i]) >> k, (np.int64(metric[i]) >> tag) << tag
+                memory, cost = (np.int64(word[i]) * inverse & MASK32) >> k, (np.int64(metric[i]) >> tag) << tag
                 first = (np.int64(last[r, 0]) & ((1 << seen) - 1)) | (free << seen) if count else 0
                 for j in range(count):
                     window = (memory << k) | (first if j == 0 else np.int64(last[r, j]))
                     memory = window & memory_mask
                     for v in range(len(per_window)):
-                        if x[r, steps - count + j, v] < unreal:
-                            error = np.int64(x[r, steps - count + j, v]) - np.int64(table[v, window])
+                        if x[r, length - count + j, v] < unreal:
+                            error = np.int64(x[r, length - count + j, v]) - np.int64(table[v, window])
                             cost += error * error
                 if cost < least:
                     state, oldest, least = i, first, cost
         for j in range(count):
-            out[r, steps - count + j] = oldest if j == 0 else last[r, j]
+            out[r, length - count + j] = oldest if j == 0 else last[r, j]
         _trace(history, state, k, out[r])
 
 
 @lru_cache(maxsize=8)
-def _table(code: TrellisCode, tag: int) -> Any:
-    """Return the tables of values, float32 [V + 1, 2^L], the last one zero, aligned to cache lines."""
-    values = table(code, tag).numpy()
-    shape = len(values) + 1, max(values.shape[1], LINE // 4)
-    raw = np.zeros(shape[0] * shape[1] * 4 + LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
-    out = raw[start : start + shape[0] * shape[1] * 4].view(np.float32).reshape(shape)
-    out[:-1, : values.shape[1]] = values
-    return out
+def _tables(code: TrellisCode, tag: int) -> tuple[Any, Any, Any]:
+    """Return what errors start from and what bytes are multiplied with, int32 [2, V]; the distances of the words of a state's
+    edges from its own, int32; and the values of every window for the last steps, int32 [V, 2^L]."""
+    scale, how = 1 << -(-tag // 2), way()
+    starts, factors = [], []
+    for own, offset in code.sums:
+        if code.weights == 1:
+            mask, times = pattern(how, 1)
+            factors.append((scale & mask) * times)
+        else:
+            factors.append(sum((scale * factor & 255) << 8 * i for i, factor in enumerate(own)))
+        starts.append(scale * (shortfall(how, code.weights) * sum(own) - offset))
+    distances = [
+        (code.multiplier * (lane % (1 << code.symbol_bits)) + code.key)
+        for lane in range(max(LANES, 1 << code.symbol_bits))
+    ]
+    words = np.array([starts, factors], np.int64).astype(np.uint32), np.array(distances, np.int64).astype(np.uint32)
+    return words[0].view(np.int32), words[1].view(np.int32), table(code, tag).to(torch.int32).contiguous().numpy()
 
 
 def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None = None) -> Tensor:
     """Do as `search_reference.walk`, bit for bit."""
     tag = code.tag_bits(survivors)
     scale = 1 << -(-tag // 2)
-    scaled = (x.float() * scale).contiguous().numpy()  # whole numbers still
+    scaled = (x * scale).to(torch.int32).contiguous().numpy()
     nothing = torch.empty(0, dtype=torch.int64)
     memory, last, _ = boundary or Boundary(nothing, nothing.expand(len(x), 0), nothing)
-    start, end, unreal = memory.contiguous().numpy(), last.contiguous().numpy(), np.float32(PADDING * scale)
+    start, end, unreal = memory.contiguous().numpy(), last.contiguous().numpy(), np.int32(PADDING * scale)
     out, bits = torch.empty(x.shape[:2], dtype=torch.uint8), (0,) * code.symbol_bits
     minima = MINIMA[target_has("avx512f")] // max(1, (1 << code.symbol_bits) // LANES)
-    tile = (0,) * min(max(1, minima), 1 << survivors - code.symbol_bits)
+    vectors = max(1, (1 << survivors) // max(LANES, 1 << code.symbol_bits))
+    tile = (0,) * min(max(1, minima), vectors)
     _walk(
-        bits, (0,) * code.weights, tile, scaled, _table(code, tag), code.state_bits, survivors, tag, start, end, unreal,
-        out.numpy(),
+        bits, (0,) * code.weights, tile, scaled, *_tables(code, tag), code.state_bits, survivors, tag, code.multiplier,
+        pow(code.multiplier, -1, 1 << 32), start, end,
+        unreal, out.numpy(),
     )  # fmt: skip
     return out
