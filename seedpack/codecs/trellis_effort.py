@@ -35,7 +35,7 @@ EFFORTS = {
 # k = 1 … 8.
 STRETCH = {
     "fast": {1: (1.00, 1.06, 1.12, 1.20, 1.25, 1.22, 1.24, 1.26), 2: (1.00, 1.08, 1.14)},
-    "default": {1: (1.00, 1.06, 1.10, 1.12, 1.18, 1.24, 1.28, 1.32), 2: (1.02, 1.07, 1.12)},
+    "default": {1: (1.00, 1.06, 1.10, 1.12, 1.18, 1.24, 1.30, 1.34), 2: (1.02, 1.07, 1.12)},
     "best": {1: (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26), 2: (1.00, 1.05, 1.08)},
 }
 # The multiplier that is best for an effort where it is not the format's own (M24), by weights per window and k, for L = 16.
@@ -45,7 +45,7 @@ MULTIPLIERS: dict[str, dict[tuple[int, int], int]] = {
     "default": {(1, 3): 0x97C51DE7, (1, 4): 0x658909F3, (1, 5): 0xF281CB1B},
     "best": {},
 }
-GAP = (0.35, 0.50, 0.77, 0.69, 0.89, 1.25, 1.95, 2.90)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
+GAP = (0.35, 0.50, 0.77, 0.69, 0.89, 1.25, 1.85, 2.85)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
 MOST_PAIRED = 3  # bits per weight of which a window can have two

@@ -171,7 +171,7 @@ def test_a_multiplier_of_its_own() -> None:
     assert codec.code.multiplier == codec.multiplier != TrellisCodec(4, multiplier=0).code.multiplier
     plain = TrellisCodec(4, multiplier=0)
     assert plain.spec().version == 0 and "multiplier" not in plain.spec().config
-    assert TrellisCodec(5).multiplier == 0 and [v.multiplier for v in codec.variants()][3:5] == [codec.multiplier, 0]
+    assert TrellisCodec(6).multiplier == 0 and [v.multiplier for v in codec.variants()][3:6:2] == [codec.multiplier, 0]
     assert {v.multiplier for v in plain.variants()} == {0} and TrellisCodec(4, 18).multiplier == 0
     weight = torch.randn(4, 256)
     other = TrellisCodec(3, multiplier=0x12345679)
