@@ -91,11 +91,11 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 )
 @click.option(
     "--calibration",
-    default="none",
+    default="auto",
     show_default=True,
     metavar="TEXT",
     help="Fit the layers' outputs instead of their weights: 'self' (a language model writes the text itself), a text or "
-    "JSON lines file, or a hub data set.",
+    "JSON lines file, or a hub data set; 'none' does not; 'auto' is self for language models that fit the memory, else none.",
 )
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
 @click.option("--calibration-context", type=int, default=512, show_default=True, help="Tokens per sequence of it.")
@@ -155,8 +155,11 @@ def command(
     MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, a hub id, or an address
     (s3://, gs://, hf://, https://).
     """
-    if given["calibration"] == "none" and (given["tune"] or given["sequential"]):
-        raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
+    if given["tune"] or given["sequential"]:
+        if given["calibration"] == "none":
+            raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
+        if given["calibration"] == "auto":
+            given["calibration"] = "self"
     if repo is not None and (dry_run or shard is not None):
         raise click.UsageError(
             "--push-to-hub uploads what is packed: leave --dry-run and --shard out, or push it afterwards"
@@ -172,6 +175,7 @@ def command(
         from seedpack.converter.shards import Shard
         from seedpack.converter.sources.open import open_source
         from seedpack.converter.trust import trusting_remote_code
+        from seedpack.converter.usual import with_usual_calibration
 
         screen.quiet_transformers()
         edits, options = given.pop("plan"), options_of(**given)
@@ -188,13 +192,14 @@ def command(
         if dry_run:
             plan = api.plan(source, options, output=path, edits=edits, progress=progress)
             progress("Estimating", 0, 0)
-            estimated = None if as_json else estimate(source, plan, options)
+            estimated = None if as_json else estimate(source, plan, with_usual_calibration(source, options))
         elif shard is not None:
             chosen = Shard.parse(shard)
             keep_command(path, model, source.state, asked)
             fitted = fit_shard(source, path, options, shard=chosen, plan=edits, progress=progress)
         else:
             check_output(path, options.force, is_folder=source.config is not None)
+            options = decided(source, options)
             shows = not as_json and not screen.chose("quiet")
             if shows and (planned := make_plan(source, options, edits)).packed_weights > LONG:
                 progress("Estimating", 0, 0)
@@ -212,6 +217,19 @@ def command(
         screen.show_json(report.to_json()) if as_json else show_report(report, options)
         if repo is not None:
             upload(report, repo, model)
+
+
+def decided(source: Any, options: CompressOptions) -> CompressOptions:
+    """Return options with the calibration decided, and say what it is and how long it takes."""
+    from seedpack.converter.usual import time_of, with_usual_calibration
+
+    options = with_usual_calibration(source, options)
+    if (calibration := options.calibrated) is not None and calibration.is_usual:
+        screen.note(
+            f"calibration: the model first writes {calibration.tokens:,} tokens, and is fitted to what its layers compute on "
+            f"them: about {time_of(source, calibration)}; --calibration none leaves it out"
+        )
+    return options
 
 
 def prepare_upload(repo: str, *, is_folder: bool) -> None:
@@ -275,7 +293,7 @@ def output_path(model: str, output: str | None, options: CompressOptions, *, is_
         stem,
         codec.replace("+", "-"),
         *rate,
-        *(["calibrated"] if options.calibration else []),
+        *(["calibrated"] if options.calibrated else []),
     ]
     return Path(output or "") / ("-".join(labels) + ("" if is_folder else ".safetensors"))
 
@@ -349,15 +367,15 @@ def show_report(report: Any, options: CompressOptions) -> None:
             f"warning: {raw:.0%} of the weights stay as they were, so the file is that much larger than it could be; "
             "--dry-run lists each tensor with the reason"
         )
-    for line in next_steps(report, options.state_key):
+    for line in next_steps(report, options):
         screen.echo(line)
 
 
-def next_steps(report: Any, state_key: str | None) -> list[str]:
+def next_steps(report: Any, options: CompressOptions) -> list[str]:
     """Return lines that say how to go on."""
     packed, original = shlex.quote(str(report.path)), shlex.quote(report.source)
     if not report.path.is_dir():
-        key = f" --state-key {shlex.quote(state_key)}" if state_key else ""
+        key = f" --state-key {shlex.quote(options.state_key)}" if options.state_key else ""
         return [
             f"next: seedpack verify {packed}",
             f"      seedpack compare {original} {packed}{key}",
@@ -366,7 +384,7 @@ def next_steps(report: Any, state_key: str | None) -> list[str]:
     steps = [f"seedpack eval {original} {packed} --text FILE"]
     if any(name.endswith(WRITERS) for name in architectures(report.path)):
         steps.insert(0, f'seedpack run {packed} "Once upon a time"')
-        if report.calibration is None and report.plan.totals()["bits_per_packed_weight"] < FEW_BITS:
+        if options.calibrated is None and report.plan.totals()["bits_per_packed_weight"] < FEW_BITS:
             steps.append("(at so few bits, --calibration self about halves what is lost)")
     steps = [f"{'      ' if i else 'next: '}{step}" for i, step in enumerate(steps)]
     return [*steps, f"in Python: model = seedpack.load({str(report.path)!r})"]

@@ -85,7 +85,9 @@ def command(
         data, others = (folders, texts) if task == IMAGE_CLASSES else (texts, folders)
         if not data or others:
             option, what = ("--images", "a folder") if task == IMAGE_CLASSES else ("--text", "a file")
-            raise click.UsageError(f"{original}: {task} is measured on {what}: give {option}, and no other data")
+            raise click.UsageError(
+                f"{original}: {task} is measured on {what}: give {option} {what.upper()[2:]}, and no other data"
+            )
         if datasets:
             parse_datasets(datasets, len(data))
         with output.stages() as advance:
@@ -143,8 +145,8 @@ def _cells(report: Report) -> dict[str, tuple[str, str]]:
     return {
         "perplexity": (f"{report.perplexity_original:.3f}", perplexity),
         "KL, nats": ("", f"{report.kl_mean:.4f}{_half(report.kl_interval, '.4f')}"),
-        "99%": ("", f"{report.kl_p99:.3f}"),
-        "99.9%": ("", f"{report.kl_p999:.3f}"),
+        "KL, 99%": ("", f"{report.kl_p99:.3f}"),
+        "KL, 99.9%": ("", f"{report.kl_p999:.3f}"),
         "top-1 agreement": ("", f"{_percent(report.top1_agreement)}{_half(report.top1_interval, '.2f', 100)}"),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 # Options that shards may differ in, and what nobody else's record may say: which code is trusted, and which key is read.
 OWN = frozenset({"jobs", "force", "as_json", "engine", "address", "trust_remote_code", "key_file"})
-WORDS = ("none", "self")
+WORDS = ("none", "self", "auto")
 
 
 def keep_command(path: Path, model: str, state: str, given: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +81,9 @@ def command(
         return
     for evaluation in found:
         show(evaluation)
-    with suppress(ModelError):
+    try:
         plot(found, folder / "sweep.png")
+    except ModelError as error:  # the table stands
+        output.note(f"no plot: {error}")
+    else:
         output.note(f"plot: {folder / 'sweep.png'}")

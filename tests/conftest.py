@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seedpack.converter import usual
 from seedpack.loader.layers import PackedModule
 from seedpack.loader.parameters import PackedParameters
 from tests.helpers.nets import OddNet
@@ -35,6 +36,12 @@ def _exact() -> None:
     """Packed layers multiply floats, so that results can be compared closely; a test marked `rounds` takes the default."""
     for kind in (PackedModule, PackedParameters):
         kind.int8_activations = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_usual_calibration() -> None:
+    """What nobody asks to be calibrated is not, as that takes seconds for the smallest model; its own tests turn it on."""
+    usual.ENABLED = False
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((RO
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a folder of that name stands in for it
 LONG = {"calibration", "commands", "fast-feedforward", "hugging-face", "images", "scale"}  # more than some seconds
 ELSEWHERE = {
+    "curl": "tests/cli/test_serve.py asks the same",
     "vllm": "tests/vllm starts it where vLLM is installed",
     "make": "what runs these tests",
     "pip": "see require_extras",

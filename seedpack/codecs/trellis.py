@@ -25,11 +25,12 @@ from seedpack.codecs.trellis_effort import (
     EFFORTS,
     GAP,
     MOST_PAIRED,
-    MULTIPLIERS,
     USUAL,
     code_unit,
     least_state_bits,
     survivors,
+    target_spread,
+    usual_multiplier,
     usual_weights,
 )
 from seedpack.errors import CodecError
@@ -122,9 +123,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
 
     @property
     def _usual_multiplier(self) -> int:
-        return (
-            MULTIPLIERS[self.effort].get((self.weights_per_window, self.code_bits), 0) if self.state_bits == 16 else 0
-        )
+        return usual_multiplier(self.effort, self.weights_per_window, self.code_bits, self.state_bits)
 
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
@@ -255,7 +254,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             factor = self._factor(importance.damped().to(device), balance.double())
         initial_scale = code_unit(self.effort, self.weights_per_window, self.code_bits)
         if factor is not None:
-            initial_scale *= self._target_spread(factor)
+            initial_scale *= target_spread(factor, self.expected_error())
         padded = self._padded(columns)
         stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, dtype=torch.float64, device=device)
@@ -305,14 +304,8 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     def _product_transposed(self, grad: Tensor, parts: Parts, shape: Shape, backend: Backend) -> Tensor:
         """Multiply by the stream, which gives the gradient to the rotated activations, and rotate it back."""
         scale, factor = self._prepared_scales(parts, shape[1])
-        rotated = trellis_matmul_transposed(
-            grad.float(),
-            parts["weight"],
-            scale,
-            self.code,
-            columns=shape[1],
-            backend=backend,
-        )
+        options: dict[str, Any] = {"columns": shape[1], "backend": backend}
+        rotated = trellis_matmul_transposed(grad.float(), parts["weight"], scale, self.code, **options)
         return (mix(rotated, None, backend) * factor).to(grad.dtype)
 
     def rescaled(self, parts: Parts, factors: Tensor) -> Parts:
@@ -358,18 +351,6 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         factor: Tensor = torch.linalg.cholesky(rotate(half.mT.contiguous(), self.seed))
         return factor
 
-    def _target_spread(self, factor: Tensor) -> float:
-        """Return how much wider than the weights the targets of the search are, as they compensate for errors.
-
-        Column j of L⁻¹, with C = L·diag(C), takes up the errors that a code of this rate leaves of unit variance.
-        """
-        columns = len(factor)
-        inverse = torch.linalg.solve_triangular(
-            factor, torch.eye(columns, dtype=factor.dtype, device=factor.device), upper=False
-        )
-        gain = float((inverse * factor.diagonal()[:, None]).square().sum()) / columns - 1
-        return min(math.sqrt(1 + self.expected_error() * gain), 2.0)
-
     @staticmethod
     def _input_scales(parts: Parts, columns: int, device: torch.device) -> Tensor:
         """Return the factor that each input channel of the weight was multiplied by: float32 [in], or [1] for all ones."""
@@ -382,14 +363,8 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     @cached_property
     def code(self) -> TrellisCode:
         """The code that the streams are made of."""
-        return TrellisCode(
-            self.code_bits,
-            self.state_bits,
-            trellis_key(self.seed),
-            self.circular,
-            self.weights_per_window,
-            self.multiplier,
-        )
+        key, weights = trellis_key(self.seed), self.weights_per_window
+        return TrellisCode(self.code_bits, self.state_bits, key, self.circular, weights, self.multiplier)
 
     @staticmethod
     def _scale(parts: Parts) -> Tensor:
@@ -416,9 +391,8 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         """Return the parts that hold scales [out]: the exponent puts the largest into [1, 2)."""
         top = float(scale.abs().max())
         exponent = min(max(math.frexp(top)[1] - 1, EXPONENT_MIN), EXPONENT_MAX) if top > 0 else 0
+        scales = torch.ldexp(scale, torch.tensor(-exponent, dtype=scale.dtype)).to(torch.float16)
         return {
-            "scales": torch.ldexp(scale, torch.tensor(-exponent, dtype=scale.dtype))
-            .to(torch.float16)
-            .view(torch.int16),
+            "scales": scales.view(torch.int16),
             "exponent": torch.tensor([exponent], dtype=torch.int8, device=scale.device),
         }

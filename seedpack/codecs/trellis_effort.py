@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from seedpack.prng import TRELLIS_SUMS
 
 
@@ -68,6 +71,11 @@ def usual_weights(effort: str, code_bits: int, state_bits: int = 0) -> int:
     return 2 if code_bits <= EFFORTS[effort].pairs and fits else 1
 
 
+def usual_multiplier(effort: str, weights: int, code_bits: int, state_bits: int) -> int:
+    """Return the multiplier for an effort, V, k and L where it is not given; 0 is the format's own."""
+    return MULTIPLIERS[effort].get((weights, code_bits), 0) if state_bits == 16 else 0
+
+
 def survivors(effort: str, weights: int, symbol_bits: int, memory_bits: int) -> int:
     """Return the binary logarithm m of the paths that the search keeps, from K and L - K."""
     wanted = EFFORTS[effort].log2_edges[weights - 1] - (symbol_bits if weights == 1 else max(symbol_bits, LEAST_MEMORY))
@@ -78,3 +86,20 @@ def code_unit(effort: str, weights: int, code_bits: int) -> float:
     """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
     stretch = STRETCH[effort][weights][code_bits - 1]
     return math.sqrt(1 - 4.0**-code_bits) * stretch / code_deviation(weights)
+
+
+def target_spread(factor: Tensor, expected_error: float) -> float:
+    """Return how much wider than the weights the targets of the search are, as they compensate for errors.
+
+    Column j of L⁻¹, with C = L·diag(C), takes up the errors that a code of this rate leaves of unit variance.
+
+    Args:
+        factor: C of the Hessian's C·Cᵀ, lower triangular [in, in].
+        expected_error: of unit variance.
+    """
+    columns = len(factor)
+    inverse = torch.linalg.solve_triangular(
+        factor, torch.eye(columns, dtype=factor.dtype, device=factor.device), upper=False
+    )
+    gain = float((inverse * factor.diagonal()[:, None]).square().sum()) / columns - 1
+    return min(math.sqrt(1 + expected_error * gain), 2.0)

@@ -20,6 +20,7 @@ from seedpack.kernels.dispatch import Backend
 from seedpack.keys import add_key, default_seed
 
 TOKENS, CONTEXT = 16384, 512
+AUTO, SELF = "auto", "self"
 ENGINES = ("processes", "ray")
 PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "dtype", "head_bits", "target_size"})
 Text = str | Path | Tensor | Iterable[Any]
@@ -43,13 +44,16 @@ class Calibration:
     """The text that layers are calibrated on, and how.
 
     Attributes:
-        text: "self": the model writes it; a text or JSON lines file; a data set of the hub; token ids [n, context]; or,
-            for modules that are no language models, batches to run the module on.
+        text: "self": the model writes it; "auto": so for causal language models that fit the memory, and none for others;
+            a text or JSON lines file; a data set of the hub; token ids [n, context]; or, for modules that are no language
+            models, batches to run the module on.
         tokens: that a language model reads.
         context: tokens per sequence.
         seed: of what the model writes.
         sequential: fit each layer of a language model to the inputs that the packed layers before it give.
         tune: epochs of tuning the packed language model to the original on the text.
+        is_usual: whether it was decided by "auto": then a model that cannot be calibrated is packed without, and what was
+            measured is not kept.
     """
 
     text: Text
@@ -58,6 +62,7 @@ class Calibration:
     seed: int = 0
     sequential: bool = False
     tune: int = 0
+    is_usual: bool = False
 
     def __post_init__(self) -> None:
         if self.context < 2:
@@ -69,6 +74,11 @@ class Calibration:
             )
         if type(self.tune) is not int or self.tune < 0:
             raise OptionError(f"tune must be a count of epochs, got {self.tune!r}")
+
+    @property
+    def is_open(self) -> bool:
+        """True while "auto" is not decided."""
+        return isinstance(self.text, str) and self.text == AUTO
 
     @property
     def is_text(self) -> bool:
@@ -95,8 +105,8 @@ class CompressOptions:
             before a layer gives each channel, over the norm of its weights.
         calibration: run the model and take the second moments of its layers' inputs: "self" (a language model writes
             the text itself), a text or JSON lines file, a data set of the hub, token ids [n, context], batches for
-            another module, or a `Calibration` that says more; "none" or None: do not. Kept in `seedpack-calibration`
-            beside the output for other runs.
+            another module, or a `Calibration` that says more; "auto": "self" where that can be done (the command line's
+            default); "none" or None: do not. Kept in `seedpack-calibration` beside the output for other runs.
         key: the 16 bytes of a private key, for weights that are regenerated with one (basis, mask).
         state_key: of a file that torch saved, the key that the state dict is under, or keys with dots between them.
         allow_nonfinite: store tensors with NaN or Inf raw instead of refusing them.
@@ -195,9 +205,9 @@ class CompressOptions:
 
     @property
     def calibrated(self) -> Calibration | None:
-        """The calibration, in full; None for none."""
+        """The calibration, in full; None for none, and while "auto" is not decided."""
         assert self.calibration is None or isinstance(self.calibration, Calibration)
-        return self.calibration
+        return None if self.calibration is None or self.calibration.is_open else self.calibration
 
     @property
     def is_raw(self) -> bool:

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from seedpack._version import WRITER
-from seedpack.converter.calibration.calibrate import (
-    tune_packed,
-)
+from seedpack.converter.calibration.calibrate import forget_usual, tune_packed
 from seedpack.converter.estimate import require_room
 from seedpack.converter.fitting import apply_tuning, fit
 from seedpack.converter.journal import Journal
-from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype
+from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, float_dtype
 from seedpack.converter.plan import Plan
 from seedpack.converter.planning import Edits, calibrate_plan, make_plan, plan_of
 from seedpack.converter.progress import shown
@@ -26,6 +24,7 @@ from seedpack.converter.shards import Shard, require_fitted, shards_kept_out
 from seedpack.converter.sources.open import Model, open_source
 from seedpack.converter.statistics import Statistics
 from seedpack.converter.trust import trusting_remote_code
+from seedpack.converter.usual import with_usual_calibration
 from seedpack.converter.workers import Processes, require_reopened
 from seedpack.dtypes import to_bytes
 from seedpack.errors import ModelError
@@ -92,7 +91,8 @@ def merge(
     Raises:
         ModelError: tensors are not fitted yet, with the shards that they belong to.
     """
-    return _compress(model, output, CompressOptions.of(options, changes), plan, None, progress, fitted_on)
+    options = _without_open(CompressOptions.of(options, changes))
+    return _compress(model, output, options, plan, None, progress, fitted_on)
 
 
 def fit_shard(
@@ -124,7 +124,7 @@ def fit_shard(
     Raises:
         OutputError: the output stands already, or the same shard is being fitted.
     """
-    options = CompressOptions.of(options, changes)
+    options = _without_open(CompressOptions.of(options, changes))
     with shown(progress) as told, open_run(model, output, options, told) as run:
         shard.require_possible(run)
         planned = plan_of(run, plan)
@@ -149,6 +149,12 @@ def fit_shard(
     return reports
 
 
+def _without_open(options: CompressOptions) -> CompressOptions:
+    """Return options of shards: what each machine would decide by its own memory is decided for none."""
+    is_open = isinstance(options.calibration, Calibration) and options.calibration.is_open
+    return replace(options, calibration=None) if is_open else options
+
+
 def _compress(
     model: Model,
     output: str | Path,
@@ -166,14 +172,28 @@ def _compress(
             journal = _journal(run, fitted_on)
             run = replace(run, journal=journal, share=None if fitted_on is None else frozenset())
             with _saying_what_is_kept(run, journal):
-                followed, statistics = calibrate_plan(run, planned, plan)
+                run, followed, statistics = _calibrated(run, planned, plan)
                 run = replace(run, weights=followed.packed_weights)
                 if fitted_on is not None:
                     require_fitted(run, followed, statistics)
                 fit_all(run, followed, statistics)
                 report = fit_and_write(run, followed, statistics, partial, finished)
         run.tuning.unlink(missing_ok=True)
+        forget_usual(run)
     return replace(report, seconds=time.perf_counter() - started)
+
+
+def _calibrated(run: Run, planned: Plan, plan: Plan | Edits | None) -> tuple[Run, Plan, Statistics]:
+    """Calibrate; without, and with a note, where nobody has asked for it and it cannot be done."""
+    try:
+        return run, *calibrate_plan(run, planned, plan)
+    except ModelError as error:
+        if run.calibration is None or not run.calibration.is_usual:
+            raise
+        forget_usual(run)
+        run.progress("Calibrating", 0, 0, "", f"not calibrated: {error}")
+        run = replace(run, options=replace(run.options, calibration=None))
+        return run, *calibrate_plan(run, planned, plan)
 
 
 def _journal(run: Run, fitted_on: str | None = None) -> Journal:
@@ -249,6 +269,7 @@ def open_run(
         source = open_source(model, as_file=place(output).suffix == ".safetensors", state_key=options.state_key)
     if tokenizer is not None:
         source.take_tokenizer(tokenizer)
+    options = with_usual_calibration(source, options)
     run = Run(source, options, place(output), progress)
     run.check()
     if options.jobs > 1 or options.engine == "ray":
@@ -301,7 +322,7 @@ def fit_and_write(
         dtype = float_dtype(plan.dtype) if plan.dtype else None
         run.source.complete_output(partial, writer.manifest, dtype)
     run.source.require_unchanged()
-    reads_text = run.calibration is not None and run.calibration.is_text
+    stays = run.calibration is not None and run.calibration.is_text and not run.calibration.is_usual
     return Report(
         run.output,
         plan,
@@ -311,6 +332,6 @@ def fit_and_write(
         tuple(run.source.notes),
         run.source.name,
         run.source.input_bytes,
-        run.calibrations if reads_text else None,
+        run.calibrations if stays else None,
         run.workers is not None,
     )

@@ -57,7 +57,8 @@ def sweep(
     about = {"model": str(model), "data": [_digest(Path(path)) for path in data], "context": context, "tokens": tokens,
              "options": _plain(chosen)}  # fmt: skip
     known = _known(folder, about)
-    for b in sorted(bits):
+    for done, b in enumerate(sorted(bits), 1):
+        progress("Sweeping", 0, 0, "", f"{b:g} bits per weight, {done} of {len(bits)}")
         packed = folder / f"{b:g}-bits"
         if not packed.exists():
             compress(model, packed, CompressOptions.of(chosen, {"bits": b}), progress=progress)
@@ -119,7 +120,7 @@ def plot(found: Sequence[Evaluation], path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ModelError("the plot needs matplotlib: pip install 'seedpack-torch[plot]'") from None
+        raise ModelError("it needs matplotlib; pip install matplotlib") from None
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for evaluation in found:

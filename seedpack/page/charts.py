@@ -34,6 +34,8 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str, *, log: bool
     xs, ys = [x for x, _ in every], [math.log10(y) if log else y for _, y in every]
     x0, x1, y0, y1 = min(xs), max(xs), min(ys) if log else min(0.0, *ys), max(ys)
     x1, y1 = x1 + (x1 == x0), y1 + (y1 == y0)
+    if log:
+        y0, y1 = math.floor(y0), math.ceil(y1)
 
     def place(x: float, y: float) -> tuple[float, float]:
         y = math.log10(y) if log else y
@@ -50,15 +52,14 @@ def lines(series: Mapping[str, Points], x_label: str, y_label: str, *, log: bool
     return _svg(height, "".join(drawn)) + (f'<p class="keys">{keys}</p>' if legend and len(series) > 1 else "")
 
 
-def grid(rows: Mapping[str, Mapping[int, float]], unit: str, *, low: float, high: float) -> str:
+def grid(rows: Mapping[str, Mapping[int, float]], unit: str) -> str:
     """Return a map of values by row and column, darker where they are higher.
 
     Args:
         rows: values by column, by the row's label.
         unit: of the values.
-        low: the lightest.
-        high: the darkest.
     """
+    low, high = (pick(value for values in rows.values() for value in values.values()) for pick in (min, max))
     columns = sorted({column for values in rows.values() for column in values})
     label, cell = 150, 18
     wide = max(6.0, min(28.0, (WIDTH - label - 10) / max(1, len(columns))))
@@ -82,20 +83,31 @@ def grid(rows: Mapping[str, Mapping[int, float]], unit: str, *, low: float, high
 
 def _axes(height: float, x: tuple[float, float], y: tuple[float, float], x_label: str, y_label: str, log: bool) -> str:
     bottom, drawn = height - BOTTOM, []
-    for step in range(5):
-        value = y[0] + (y[1] - y[0]) * step / 4
-        at = bottom - (bottom - TOP) * step / 4
+    for value in _ticks(*y, whole=log):
+        at = bottom - (bottom - TOP) * (value - y[0]) / (y[1] - y[0])
         drawn.append(
             f'<line x1="{LEFT}" x2="{WIDTH - 12}" y1="{at:.1f}" y2="{at:.1f}" class="rule"/>'
             f'<text x="{LEFT - 6}" y="{at + 4:.1f}" class="end">{_short(10**value if log else value)}</text>'
         )
-        across = LEFT + (WIDTH - LEFT - 12) * step / 4
-        drawn.append(
-            f'<text x="{across:.1f}" y="{bottom + 15}" class="mid">{_short(x[0] + (x[1] - x[0]) * step / 4)}</text>'
-        )
+    for value in _ticks(*x):
+        across = LEFT + (WIDTH - LEFT - 12) * (value - x[0]) / (x[1] - x[0])
+        drawn.append(f'<text x="{across:.1f}" y="{bottom + 15}" class="mid">{_short(value)}</text>')
     drawn.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{height - 4}" class="mid">{html.escape(x_label)}</text>')
     turned = f'transform="translate(12 {bottom / 2}) rotate(-90)"'
     return "".join(drawn) + f'<text {turned} class="mid">{html.escape(y_label)}</text>'
+
+
+def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Return some round numbers between two.
+
+    >>> _ticks(0, 29), _ticks(-3, 0, whole=True)
+    ([0, 10, 20], [-3, -2, -1, 0])
+    """
+    rough = (high - low) / 5
+    unit = 10 ** math.floor(math.log10(rough))
+    step = next(unit * times for times in (1, 2, 5, 10) if unit * times >= rough)
+    step = max(1, round(step)) if whole else step
+    return [round(step * i, 12) for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _svg(height: float, inside: str) -> str:

@@ -89,8 +89,8 @@ def _summary(path: Path, writer: str, stored: Sequence[StoredTensor]) -> str:
     total = sum(tensor.nbytes for tensor in stored)
     facts = {
         "size": size(total),
-        "bits per weight, all": f"{8 * total / max(1, all_weights):.3f}",
-        "of the packed": f"{8 * sum(t.nbytes for t in packed) / max(1, weights):.3f}",
+        "bits per weight": f"{8 * total / max(1, all_weights):.3f}",
+        "bits per packed weight": f"{8 * sum(t.nbytes for t in packed) / max(1, weights):.3f}",
         "weights": f"{all_weights:,}",
         "packed": f"{weights / max(1, all_weights):.1%} in {len(packed)} of {len(stored)} tensors",
         "written by": writer,
@@ -112,13 +112,10 @@ def _allocation(stored: Sequence[StoredTensor]) -> str:
     packed = [tensor for tensor in stored if tensor.codec]
     if not packed:
         return ""
-    low, high = (pick(tensor.bits_per_weight for tensor in packed) for pick in (min, max))
-    return _section(
-        "Bits per weight, by layer and depth", _by_depth(packed, lambda t: t.bits_per_weight, "", low, high)
-    )
+    return _section("Bits per weight, by layer and depth", _by_depth(packed, lambda t: t.bits_per_weight, ""))
 
 
-def _by_depth(tensors: Sequence[Any], value: Callable[[Any], float], unit: str, low: float, high: float) -> str:
+def _by_depth(tensors: Sequence[Any], value: Callable[[Any], float], unit: str) -> str:
     inside: dict[str, dict[int, float]] = defaultdict(dict)
     outside: dict[str, float] = {}
     for tensor in tensors:
@@ -127,7 +124,7 @@ def _by_depth(tensors: Sequence[Any], value: Callable[[Any], float], unit: str, 
         else:
             outside[_plain(tensor.name)] = value(tensor)
     listed = "".join(f"<li>{name}: {value:.3f}{unit}</li>" for name, value in outside.items())
-    return (grid(inside, unit, low=low, high=high) if inside else "") + (f"<ul>{listed}</ul>" if listed else "")
+    return (grid(inside, unit) if inside else "") + (f"<ul>{listed}</ul>" if listed else "")
 
 
 def _errors(packed: Path, original: str | Path, stored: Sequence[StoredTensor], progress: Progress) -> list[str]:
@@ -144,8 +141,7 @@ def _errors(packed: Path, original: str | Path, stored: Sequence[StoredTensor], 
     def loss(c: TensorComparison) -> float:
         return decibels(c.error, c.energy)
 
-    low, high = (pick(map(loss, changed)) for pick in (min, max))
-    sections = [_section("Relative error, by layer and depth", _by_depth(changed, loss, " dB", low, high))]
+    sections = [_section("Relative error, by layer and depth", _by_depth(changed, loss, " dB"))]
     kinds = {tensor.name: tensor for tensor in stored}
     rows = []
     for c in sorted(changed, key=loss, reverse=True)[:LISTED]:
@@ -167,9 +163,9 @@ def _errors(packed: Path, original: str | Path, stored: Sequence[StoredTensor], 
     chart = lines(series, "singular value, % of their number", "share of the largest", log=True)
     sections.append(_section("Spectra of the original, mean over depths", chart))
     depth = {
-        _plain(role): [
+        _plain(role): sorted(
             (float(at[1]), c.rank_a) for c in members if (at := DEPTH.search(c.name)) and c.rank_a is not None
-        ]
+        )
         for role, members in most
     }
     sections.append(_section("Effective rank by depth", lines(depth, "layer", "effective rank")))

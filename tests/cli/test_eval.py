@@ -83,7 +83,7 @@ def test_other_models() -> None:
             2,
             "images: image-classification is measured on a folder: give --images",
         ),
-        (["texts", "texts", "--text", "text", "--images", "pictures"], 2, "give --text, and no other data"),
+        (["texts", "texts", "--text", "text", "--images", "pictures"], 2, "give --text FILE, and no other data"),
         (["language", "language", "--text", "nothing"], 2, "does not exist"),
         (["language", "language", "--text", "text", "--task", "chess"], 2, "'chess' is not one of"),
         (["nothing", "language", "--text", "text"], 1, "nothing: no such file or folder, and not a hub id (org/name)"),

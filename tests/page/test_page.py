@@ -105,7 +105,7 @@ def test_the_command(root: Path, tmp_path: Path) -> None:
 
 def test_charts_of_little() -> None:
     assert lines({"a": []}, "x", "y") == "" and lines({"a": [(0, 0)]}, "x", "y", log=True) == ""
-    for drawn in (lines({"a": [(1, 2)]}, "x", "y"), bars({"<b>": 0.0}, ""), grid({"a": {0: 1.0}}, "", low=1, high=1)):
+    for drawn in (lines({"a": [(1, 2)]}, "x", "y"), bars({"<b>": 0.0}, ""), grid({"a": {0: 1.0}}, "")):
         assert not Elements(drawn).open and "nan" not in drawn and "<b>" not in drawn
 
 

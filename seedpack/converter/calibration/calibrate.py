@@ -265,7 +265,17 @@ def _store(run: Run, plan: Plan | None = None) -> Store:
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = run.calibrations / key
     run.hold(folder)
-    return Store(folder, made_of)
+    store = Store(folder, made_of)
+    store.claim(for_others=not calibration.is_usual)
+    return store
+
+
+def forget_usual(run: Run) -> None:
+    """Remove what was measured for this run alone."""
+    if run.calibration is not None and run.calibration.is_usual:
+        store = _store(run)
+        run.release()
+        store.remove_unclaimed()
 
 
 def _begun(run: Run, store: Store, work: str, goal: str) -> Snapshot:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from seedpack.converter.journal import write_file
 from seedpack.converter.snapshot import Snapshot
 from seedpack.errors import ModelError
+from seedpack.formats.lock import LOCK_FILE
 from seedpack.formats.reader import read_json
 
 VERSION = 2  # 1: texts without the token that a tokenizer puts first
@@ -28,6 +31,7 @@ class Store:
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]):
         self.folder = folder
+        self._unclaimed = folder / "unclaimed"  # is there while nobody has asked that the folder stay
         self._index: dict[str, Any] = {"made_of": dict(made_of), "layers": [], "weights": {}}
         if (folder / "index.json").is_file():
             found: Any = read_json(folder / "index.json")
@@ -107,6 +111,20 @@ class Store:
     def tensor(self, file: str, name: str) -> Tensor:
         """Read one tensor of one of the folder's files."""
         return self._read(file, name)[name]
+
+    def claim(self, *, for_others: bool) -> None:
+        """Say whether the folder is to stay for other runs; what one run has asked for stays."""
+        if for_others:
+            self._unclaimed.unlink(missing_ok=True)
+        elif not any(path.name != LOCK_FILE for path in self.folder.iterdir()):
+            self._unclaimed.touch()
+
+    def remove_unclaimed(self) -> None:
+        """Remove the folder, and the one that it is in if it was the last there, unless it is to stay."""
+        if self._unclaimed.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.parent.rmdir()
 
     def _read(self, file: str, *names: str) -> dict[str, Tensor]:
         """Read some tensors of a file, or all."""

@@ -1,0 +1,69 @@
+"""Calibration where nobody has chosen any: of causal language models, on text that they write themselves."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+
+from seedpack.converter.options import SELF, Calibration, CompressOptions
+from seedpack.converter.sources.base import Source
+from seedpack.formats.places import is_remote
+from seedpack.memory import free_bytes
+from seedpack.units import duration
+
+ENABLED = True
+WRITERS = ("ForCausalLM", "LMHeadModel")  # endings of the names of causal language models
+MEMORY = 12  # bytes for each weight: the model in float32, and the second moments of its layers' inputs
+PASSES = 2.6  # over the model for each token: one writes, one reads, and the second moments
+ROWS, WIDTH, SECONDS = 32, 1024, 0.2  # of the product that a processor's speed is taken from
+
+
+def with_usual_calibration(source: Source, options: CompressOptions) -> CompressOptions:
+    """Return options in which `auto` is decided: the model's own text, or none.
+
+    A model is calibrated that writes text, that this process can run, and that lies on a disk and fits the memory; not where the importance of
+    inputs is given, and not for codecs that ask for none.
+    """
+    asked = options.calibration
+    if not isinstance(asked, Calibration) or not asked.is_open:
+        return options
+    names = (source.config or {}).get("architectures") or []
+    serves = (
+        ENABLED
+        and any(str(name).endswith(WRITERS) for name in names)
+        and type(source).open_model is not Source.open_model
+        and not is_remote(source.name)
+        and options.importance is None
+        and options.codec in ("trellis", "seedlm", "svd", "svd+trellis", "svd+seedlm")
+        and MEMORY * _weights(source) < free_bytes()
+    )
+    if not serves:
+        return replace(options, calibration=None)
+    longest = _longest(source)
+    context = asked.context if longest is None else max(2, min(asked.context, longest))
+    return replace(options, calibration=replace(asked, text=SELF, context=context, is_usual=True))
+
+
+def time_of(source: Source, calibration: Calibration) -> str:
+    """Return about how long a model's calibration on its own text takes, by the speed of a product of this processor."""
+    x, weight = torch.ones(ROWS, WIDTH, dtype=torch.float32), torch.ones(WIDTH, WIDTH, dtype=torch.float32)
+    started, runs = time.perf_counter(), 0
+    while (seconds := time.perf_counter() - started) < SECONDS:
+        x @ weight
+        runs += 1
+    rate = runs * ROWS * WIDTH * WIDTH / seconds
+    return duration(PASSES * calibration.tokens * _weights(source) / rate)
+
+
+def _weights(source: Source) -> int:
+    return sum(math.prod(tensor.shape) for tensor in source.tensors.values())
+
+
+def _longest(source: Source) -> int | None:
+    """Return the tokens that a model takes at most, where its config says so."""
+    config = source.config or {}
+    longest = config.get("max_position_embeddings", config.get("n_positions"))
+    return longest if type(longest) is int and longest > 1 else None
