@@ -97,7 +97,7 @@ def first_success(result: report.Result) -> None:
         f"model lies on the disk, and packages come from a mirror. {len(rows) - 1} commands (target: 5, and 300 s):"
     )
     result.table(["command", "seconds"], rows)
-    result.say(f"The model's answer begins: {answer.partition('. ')[0] + '.'!r}")
+    result.say(f"The model's answer begins: {answer.partition('. ')[0].rstrip('.') + '.'!r}")
 
 
 def page(result: report.Result) -> None:

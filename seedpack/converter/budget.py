@@ -102,7 +102,8 @@ def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivitie
 
     Minimises Σ sensitivity·weights^¾·expected error over the tensors subject to Σ stored bits ≤ bits·weights: from the
     cheapest variants on, always the step that avoids most loss per bit (the Lagrangian's solution, Everett 1963), as
-    long as one fits. Experts of one parameter get one variant, and so do layers that engines fuse (`FUSED`). The head takes part unless `head_bits` is given.
+    long as one fits. Experts of one parameter get one variant, and so do layers that engines fuse (`FUSED`). The head takes part
+    unless `head_bits` is given.
 
     Args:
         plan: with codecs that have rates.

@@ -27,7 +27,7 @@ from seedpack.converter.trust import trusting_remote_code
 from seedpack.converter.usual import with_usual_calibration
 from seedpack.converter.workers import Processes, require_reopened
 from seedpack.dtypes import to_bytes
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, OutputError, first_line
 from seedpack.formats import CheckpointWriter, staged
 from seedpack.formats.lock import locked
 from seedpack.formats.places import is_remote, place
@@ -187,11 +187,11 @@ def _calibrated(run: Run, planned: Plan, plan: Plan | Edits | None) -> tuple[Run
     """Calibrate; without, and with a note, where nobody has asked for it and it cannot be done."""
     try:
         return run, *calibrate_plan(run, planned, plan)
-    except ModelError as error:
-        if run.calibration is None or not run.calibration.is_usual:
+    except Exception as error:  # of a model's own code too
+        if run.calibration is None or not run.calibration.is_usual or isinstance(error, OutputError):
             raise
         forget_usual(run)
-        run.progress("Calibrating", 0, 0, "", f"not calibrated: {error}")
+        run.progress("Calibrating", 0, 0, "", f"not calibrated: {first_line(error)}")
         run = replace(run, options=replace(run.options, calibration=None))
         return run, *calibrate_plan(run, planned, plan)
 

@@ -16,7 +16,7 @@ from seedpack.units import duration
 
 ENABLED = True
 WRITERS = ("ForCausalLM", "LMHeadModel")  # endings of the names of causal language models
-MEMORY = 12  # bytes for each weight: the model in float32, and the second moments of its layers' inputs
+MEMORY = 16  # bytes for each weight: with less a model in float32 is left on the disk, where it writes slowly
 PASSES = 2.6  # over the model for each token: one writes, one reads, and the second moments
 ROWS, WIDTH, SECONDS = 32, 1024, 0.2  # of the product that a processor's speed is taken from
 
