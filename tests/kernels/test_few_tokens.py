@@ -123,7 +123,7 @@ def test_two_planes_are_sixteen_bits(tokens: int, code_bits: int, weights: int, 
     weight = few_tokens(code_bits, 16, 33, 600, planes=2, weights=weights)
     x = torch.randn(2, tokens, 300)[:, :, :300].reshape(tokens, 600)
     found = weight.product(x)
-    assert found is not None and error(found, weight.expected(x)) < 3e-5 * weights**2
+    assert found is not None and error(found, weight.expected(x)) < 4e-5 * weights**2
     assert weight.product.most_tokens == 4
 
 
