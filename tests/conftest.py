@@ -40,7 +40,7 @@ def _exact() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_usual_calibration() -> None:
-    """What nobody asks to be calibrated is not, as that takes seconds for the smallest model; its own tests turn it on."""
+    """Calibrate nothing unasked: that takes seconds for the smallest model. Its own tests turn it on."""
     usual.ENABLED = False
 
 
