@@ -224,7 +224,7 @@ def decided(source: Any, options: CompressOptions) -> CompressOptions:
     from seedpack.converter.usual import time_of, with_usual_calibration
 
     options = with_usual_calibration(source, options)
-    if (calibration := options.calibrated) is not None and calibration.is_usual:
+    if (calibration := options.calibrated) is not None and calibration.is_usual and not screen.chose("quiet"):
         screen.note(
             f"calibration: the model first writes {calibration.tokens:,} tokens, and is fitted to what its layers compute on "
             f"them: about {time_of(source, calibration)}; --calibration none leaves it out"

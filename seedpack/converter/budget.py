@@ -179,11 +179,12 @@ def _options(tensors: list[TensorPlan], head_bits: int | None, costs: Mapping[st
     if not isinstance(codec, Rates):
         raise OptionError(f"codec {codec.id!r} has no variants to meet a budget of bits with; use trellis")
     fixed = tensors[0].kind == "head" and head_bits is not None
+    of_each = [(t, _variants(t.codec)) for t in tensors]
     hull: list[Option] = []
     for index, variant in enumerate(codec.variants()):
         if fixed and variant != codec:
             continue
-        stored = sum(8 * replace(t, codec=_variants(t.codec)[index]).stored_bytes for t in tensors)
+        stored = sum(8 * replace(t, codec=variants[index]).stored_bytes for t, variants in of_each)
         option = (float(stored), sum(costs[t.name] for t in tensors) * variant.expected_error(), index)
         if hull and option[0] <= hull[-1][0]:  # as few bits, and less loss
             hull.pop()
