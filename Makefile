@@ -31,9 +31,8 @@ RUNS ?= 20000
 fuzz: $(VENV)/fuzz
 	$(BIN)/python -m tests.fuzz --runs $(RUNS)
 
-# The site of docs/, by both builders, with its links checked; the API reference has to be that of the docstrings.
+# The site of docs/, by both builders, with its links checked.
 docs: $(VENV)/docs
-	$(BIN)/python docs/api.py --check
 	$(BIN)/mkdocs build --quiet --strict --site-dir build/mkdocs
 	$(BIN)/zensical build --strict
 

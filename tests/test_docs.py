@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import ast
-import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -53,6 +53,14 @@ def test_python_blocks_use_names_that_exist(page: Path) -> None:
 def test_benchmarks_use_names_that_exist() -> None:
     for path in sorted((ROOT / "benchmarks").rglob("*.py")):
         importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "api.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text("utf-8") == module.page(), "python docs/api.py"
 
 
 def anchors(page: Path) -> set[str]:
