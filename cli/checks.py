@@ -20,7 +20,7 @@ def check_compress(
     codec: str,
     bits: float | None,
     target_size: object = None,
-    head_bits: int | None = None,
+    head_bits: float | None = None,
     force: bool = False,
     **_: Any,
 ) -> None:
@@ -35,7 +35,7 @@ def check_compress(
     if bits is not None and target_size is not None:
         raise OptionError("give bits or a target size, not both")
     if head_bits is not None and not 1 <= head_bits <= 8:
-        raise OptionError(f"head_bits must be from 1 to 8, got {head_bits}")
+        raise OptionError(f"head_bits must be from 1 to 8, got {head_bits:g}")
     require_path_or_id(model)
     if is_remote(model) or (output is not None and is_remote(output)):
         return  # the run looks there

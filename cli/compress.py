@@ -65,7 +65,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     "--target-size", help="Instead of --bits: what the weights' files may take, as 90MB; spread over the tensors."
 )
 @click.option("--effort", help="trellis: fast, default or best: how long to search.")
-@click.option("--head-bits", type=int, help="trellis: of a language model's output head and the embedding tied to it.")
+@click.option(
+    "--head-bits", type=float, help="trellis: of a language model's output head and the embedding tied to it."
+)
 @click.option(
     "--set",
     "settings",

@@ -152,4 +152,4 @@ def codec_label(spec: CodecSpec) -> str:
 
 def _label(id: str, config: dict[str, Any]) -> str:
     bits = config.get("code_bits")
-    return f"{id} {bits}" if type(bits) is int else id
+    return f"{id} {bits}" if type(bits) in (int, float) else id

@@ -181,7 +181,7 @@ def squirrel5(position: Words, seed: int) -> Words:
 
 # Multipliers of the trellis's code by weights per window and bits per weight, for windows of up to 16 bits and for longer
 # ones: found by search, docs/codecs/trellis.md tells how.
-TRELLIS_MULTIPLIERS: dict[tuple[int, int], tuple[int, int]] = {
+TRELLIS_MULTIPLIERS: dict[tuple[int, float], tuple[int, int]] = {
     (1, 1): (0x6565AC69, 0x6565AC69),
     (1, 2): (0x214F47D1, 0x7821BD73),
     (1, 3): (0x65605D9D, 0x136D564B),
@@ -193,6 +193,9 @@ TRELLIS_MULTIPLIERS: dict[tuple[int, int], tuple[int, int]] = {
     (2, 1): (0x43638ABF, 0x89C52391),
     (2, 2): (0xAC766A41, 0xAC766A41),
     (2, 3): (0x15BD0C7F, 0x80E44367),
+    (2, 1.5): (0xE378C31F, 0x38755CEF),
+    (2, 2.5): (0xB98AF4FD, 0xBF90B65F),
+    (2, 3.5): (0x3F4133DB, 0x7E957F3F),
 }
 # The factors of the four bytes of a word, low byte first, and what is taken from their sum, for each weight of a window.
 TRELLIS_SUMS: dict[int, tuple[tuple[tuple[int, int, int, int], int], ...]] = {
@@ -201,7 +204,7 @@ TRELLIS_SUMS: dict[int, tuple[tuple[tuple[int, int, int, int], int], ...]] = {
 }
 
 
-def trellis_multiplier(code_bits: int, state_bits: int, weights: int = 1) -> int:
+def trellis_multiplier(code_bits: int | float, state_bits: int, weights: int = 1) -> int:
     """Return the multiplier a of the trellis's code, for so many weights per window."""
     return TRELLIS_MULTIPLIERS[weights, code_bits][state_bits > 16]
 

@@ -10,31 +10,18 @@ from torch import Tensor
 from benchmarks.lib import report
 from seedpack import prng
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.trellis import decode_cpu, search_cpu
 
 CANDIDATES, REFINED = 256, 6
 SCREEN, SAMPLE = (48, 1024), (256, 2048)
 PUBLISHED = {"QTIP's 1MAD": 34038481, "EXL3's mul1": 0x83DCD12D}
 
 
-def forget() -> None:
-    """Forget what the kernels have made of a code."""
-    search_cpu._tables.cache_clear()
-    decode_cpu.constants.cache_clear()
-
-
-def gap(form: tuple[int, int], multiplier: int, sample: Tensor) -> float:
+def gap(form: tuple[int, float], multiplier: int, sample: Tensor) -> float:
     """dB above 4^-k of the code of a form (weights per window, bits) with another multiplier, effort `default`."""
-    own, (weights, code_bits) = prng.TRELLIS_MULTIPLIERS[form], form
-    try:
-        prng.TRELLIS_MULTIPLIERS[form] = (multiplier, multiplier)
-        forget()
-        codec = TrellisCodec(code_bits, balance=False, weights_per_window=weights)
-        shape = (sample.shape[0], sample.shape[1])
-        decoded = codec.decode(codec.encode(sample), shape, torch.float32)
-    finally:
-        prng.TRELLIS_MULTIPLIERS[form] = own
-        forget()
+    weights, code_bits = form
+    codec = TrellisCodec(code_bits, balance=False, weights_per_window=weights, multiplier=multiplier)
+    shape = (sample.shape[0], sample.shape[1])
+    decoded = codec.decode(codec.encode(sample), shape, torch.float32)
     error = (decoded - sample).double().square().sum() / sample.double().square().sum()
     return float(10 * torch.log10(error * 4**code_bits))
 

@@ -22,6 +22,11 @@ class Rates(ABC):
     def variants(self: Own) -> list[Own]:
         """Return this codec at every rate it has, by bits."""
 
+    @property
+    @abstractmethod
+    def rate(self) -> int | float:
+        """The code's bits per weight, by which variants are chosen."""
+
     @abstractmethod
     def expected_error(self) -> float:
         """Return the relative error ‖W - Ŵ‖² / ‖W‖² measured on N(0, 1)."""

@@ -158,6 +158,11 @@ class _RatedStack(StackCodec, Rates):
         """Return the stacks of the variants."""
         return [cast(_RatedStack, self._with(codec)) for codec in self._rates.variants()]
 
+    @property
+    def rate(self) -> int | float:
+        """That of a matrix."""
+        return self._rates.rate
+
     def expected_error(self) -> float:
         """Return that of a matrix."""
         return self._rates.expected_error()

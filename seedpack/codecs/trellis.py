@@ -21,13 +21,15 @@ from seedpack.codecs.derived import derived
 from seedpack.codecs.importance import Importance, ImportanceLike, column_power
 from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.codecs.names import require_bits
+from seedpack.codecs.trellis_balance import channel_scaling
 from seedpack.codecs.trellis_effort import (
     EFFORTS,
-    GAP,
-    MOST_PAIRED,
+    RATES,
     USUAL,
     code_unit,
+    distortion,
     least_state_bits,
+    rate,
     survivors,
     target_spread,
     usual_multiplier,
@@ -51,8 +53,6 @@ from seedpack.prng import trellis_key
 WEIGHTS_AT_ONCE = {"cpu": 1 << 19, "cuda": 1 << 24}
 ROWS_AT_ONCE = {"cpu": 1, "cuda": 2048}  # a GPU searches as many side by side
 EXPONENT_MIN, EXPONENT_MAX = -100, 100
-
-
 BALANCE_ROWS = 128  # from so many rows on, 4 bits per input channel are cheap enough to pay
 
 
@@ -70,26 +70,26 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
       channel's weights are multiplied by 2^((q - 8) / 4) before the rotation, so that errors fall where they cost least.
 
     Attributes:
-        code_bits: k, 1 … 8.
+        code_bits: k, 1 … 8, or with V = 2 also 1.5, 2.5 and 3.5.
         state_bits: L, from V·k + 4 and 2·V·k to 20; default 16, for effort "best" 18 and, with V = 2, 20.
         seed: of the code and of the rotation's signs. Layers that share an input share the rotation if they share it.
         effort: "fast", "default" or "best", for the encoder alone.
         balance: whether weights of 128 rows or more have that part; it pays where input channels differ.
         circular: whether streams are tail-biting. If not, they end in zeros: then a row's first weights cost a little
             more error, but its last ones can compensate for the errors of all others, so that importance can be a Hessian.
-        weights_per_window: V, 1, or 2 for k up to 3, which are multiplied nearly twice as fast. Default 2 where that costs at
+        weights_per_window: V, 1, or 2 for k up to 3.5, which are multiplied nearly twice as fast. Default 2 where that costs at
             most 0.15 dB: up to k = 3, for effort "best" up to k = 2.
         multiplier: a, which mixes the bits of a window: odd, of 32 bits. 0 is that of the format's table (M24); default the best
             that is known for the search.
     """
 
     id: ClassVar[str] = "trellis"
-    version: ClassVar[int] = 2
-    older: ClassVar[frozenset[int]] = frozenset([0, 1])
+    version: ClassVar[int] = 3
+    older: ClassVar[frozenset[int]] = frozenset([0, 1, 2])
     summary: ClassVar[str] = "trellis-coded quantisation with overlapping seeds, the default"
     uses_norm_heuristic: ClassVar[bool] = True
     int8_activations: ClassVar[bool] = True
-    code_bits: int = 4
+    code_bits: int | float = 4
     state_bits: int = 0
     seed: int = 0
     effort: str = "default"
@@ -101,16 +101,15 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     def __post_init__(self) -> None:
         if not isinstance(self.effort, str) or self.effort not in EFFORTS:
             raise CodecError(f"{self.id}: effort must be one of {', '.join(EFFORTS)}, got {self.effort!r}")
-        require_whole(self.id, "code_bits", self.code_bits, 1, 8)
+        object.__setattr__(self, "code_bits", rate(self.id, self.code_bits))
         if type(self.weights_per_window) is int and self.weights_per_window == 0:
             object.__setattr__(self, "weights_per_window", usual_weights(self.effort, self.code_bits, self.state_bits))
-        require_whole(
-            self.id, "weights_per_window", self.weights_per_window, 1, 2 if self.code_bits <= MOST_PAIRED else 1
-        )
+        fitting = [weights for weights, rates in RATES.items() if self.code_bits in rates]
+        require_whole(self.id, "weights_per_window", self.weights_per_window, fitting[0], fitting[-1])
         if type(self.state_bits) is int and self.state_bits == 0:
             object.__setattr__(self, "state_bits", EFFORTS[self.effort].state_bits[self.weights_per_window - 1])
-        symbol_bits = self.weights_per_window * self.code_bits
-        require_whole(self.id, "state_bits", self.state_bits, least_state_bits(symbol_bits), 20)
+        least = least_state_bits(int(self.weights_per_window * self.code_bits))
+        require_whole(self.id, "state_bits", self.state_bits, least, 20)
         for name in ("balance", "circular"):
             if type(getattr(self, name)) is not bool:
                 raise CodecError(f"{self.id}: {name} must be true or false, got {getattr(self, name)!r}")
@@ -125,6 +124,11 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
     def _usual_multiplier(self) -> int:
         return usual_multiplier(self.effort, self.weights_per_window, self.code_bits, self.state_bits)
 
+    @property
+    def rate(self) -> int | float:
+        """The code bits, k."""
+        return self.code_bits
+
     @classmethod
     def from_bits(cls, bits: float, **settings: Any) -> TrellisCodec:
         """Return the codec of the whole bits; a plan spreads the fraction beyond over tensors."""
@@ -132,14 +136,14 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         return cls(**{"code_bits": int(bits)} | settings)
 
     def variants(self) -> list[TrellisCodec]:
-        """Return the codecs of 1 to 8 code bits, with what is usual for each where it is for this one."""
+        """Return the codecs of all rates, with what is usual for each where it is for this one."""
         own, usual = self.weights_per_window, usual_weights(self.effort, self.code_bits)
         state_bits = 0 if self.state_bits == EFFORTS[self.effort].state_bits[own - 1] else self.state_bits
         multiplier = USUAL if self.multiplier == self._usual_multiplier else self.multiplier
         codecs = []
-        for k in range(1, 9):
-            weights = 0 if own == usual else own if k <= MOST_PAIRED else 1
-            bits = state_bits and max(state_bits, least_state_bits(k * max(1, weights)))
+        for k in sorted({*RATES[1], *RATES[2]} if own == 2 or own == usual else RATES[1]):
+            weights = 0 if own == usual or k not in RATES[own] else own
+            bits = state_bits and max(state_bits, least_state_bits(int(k * (weights or 1 + (k not in RATES[1])))))
             codecs.append(
                 replace(self, code_bits=k, weights_per_window=weights, state_bits=bits, multiplier=multiplier)
             )
@@ -158,7 +162,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         scale = float(importance.diagonal().mean())
         balance = torch.ones(columns, dtype=torch.float64, device=device)
         if "balance" in self.parts((rows, columns)):
-            packed = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
+            packed = pack(channel_scaling(weight, importance)[None], BALANCE_BITS).to(device)
             balance = input_scales(packed, columns).double()
         power = column_power(weight * outputs.to(device, weight.dtype).sqrt()[:, None]).to(device)
         energy = float(power @ balance.square()) / columns
@@ -181,10 +185,12 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
 
     def spec(self) -> CodecSpec:
         """Return the codec as a file stores it, in the least version that suffices: version 0 knows one weight per window alone,
-        versions 0 and 1 no multiplier but the format's own."""
+        versions 0 and 1 no multiplier but the format's own, versions 0 to 2 no half bits."""
         spec = super().spec()
-        if self.multiplier:
+        if self.code_bits not in RATES[1]:
             return spec
+        if self.multiplier:
+            return CodecSpec(self.id, 2, spec.config)
         del spec.config["multiplier"]
         if self.weights_per_window == 1:
             del spec.config["weights_per_window"]
@@ -201,23 +207,19 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         return replace(self, circular=False)
 
     def expected_error(self) -> float:
-        """Return the rate–distortion limit 4^-k times the gap to it, as measured with the default effort."""
-        return 10 ** (GAP[self.code_bits - 1] / 10) * 4.0**-self.code_bits
+        """Return what was measured with the default effort."""
+        return distortion(self.code_bits)
 
     @property
     def survivors(self) -> int:
         """The binary logarithm m of the paths that the search keeps."""
         return survivors(self.effort, self.weights_per_window, self.code.symbol_bits, self.code.memory_bits)
 
-    def _padded(self, columns: int) -> int:
-        """Return the count of weights in a row's stream: whole bytes, and no window longer than the stream."""
-        return 8 * -(-max(columns, -(-self.state_bits // self.code_bits)) // 8)
-
     def parts(self, shape: Shape) -> dict[str, PartSpec]:
         """Return streams, scales and exponent, and the balance where it pays."""
         rows, columns = shape
         parts: dict[str, PartSpec] = {
-            "weight": ("U8", packed_shape(rows, self._padded(columns), self.code_bits)),
+            "weight": ("U8", self.code.stream_shape(rows, columns)),
             "scales": ("I16", (rows,)),
             "exponent": ("I8", (1,)),
         }
@@ -247,7 +249,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             raise CodecError(f"{self.id}: a Hessian is for streams with circular=false; give its diagonal otherwise")
         parts: Parts = {}
         if "balance" in self.parts((rows, columns)):
-            parts["balance"] = pack(self._balance(weight, importance)[None], BALANCE_BITS).to(device)
+            parts["balance"] = pack(channel_scaling(weight, importance)[None], BALANCE_BITS).to(device)
         balance = self._input_scales(parts, columns, device)
         factor = None
         if importance.has_hessian:
@@ -255,8 +257,8 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         initial_scale = code_unit(self.effort, self.weights_per_window, self.code_bits)
         if factor is not None:
             initial_scale *= target_spread(factor, self.expected_error())
-        padded = self._padded(columns)
-        stream = torch.empty(packed_shape(rows, padded, self.code_bits), dtype=torch.uint8, device=device)
+        padded = self.code.padded(columns)
+        stream = torch.empty(self.code.stream_shape(rows, columns), dtype=torch.uint8, device=device)
         scale = torch.empty(rows, dtype=torch.float64, device=device)
         step = max(ROWS_AT_ONCE[device.type], WEIGHTS_AT_ONCE[device.type] // columns)
         for row in range(0, rows, step):
@@ -297,7 +299,7 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         and multiply by the stream."""
         scale, factor = self._prepared_scales(parts, shape[1])
         if int8 and backend in ("auto", "cpu") and self.int8_by_default and bytes_are_faster(x):
-            planes = 2 if self.code_bits == 4 else 1
+            planes = 2 if self.code_bits > 3 else 1
             return trellis_byte_linear(x, factor, parts["weight"], scale, self.code, planes=planes, backend=backend)
         return trellis_linear(x, factor, parts["weight"], scale, self.code, int8=int8, backend=backend)
 
@@ -330,20 +332,6 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
             raise CodecError(f"{self.id}: exponent {int(parts['exponent'])} is not in {EXPONENT_MIN} … {EXPONENT_MAX}")
         if not torch.isfinite(parts["scales"].view(torch.float16)).all():
             raise CodecError(f"{self.id}: a scale is not finite; the file is corrupt")
-
-    def _balance(self, weight: Tensor, importance: Importance) -> Tensor:
-        """Return the four bits of each input channel: the quarter octave nearest to its best factor, with geometric mean 1."""
-        columns = weight.shape[1]
-        power = column_power(weight)
-        if not power.sum():
-            return torch.full((columns,), 8)
-        power = power.clamp_min(1e-6 * power.mean())
-        if importance.has_hessian:
-            octaves = importance.diagonal(damped=True).cpu().log2() / 8 - power.log2() * 3 / 8
-        else:
-            h = importance or Importance.from_norms(weight)
-            octaves = (h.channel_weights() / power).log2() / 4
-        return ((octaves - octaves.mean()) * 4).round().clamp(-8, 7).long() + 8
 
     def _factor(self, hessian: Tensor, balance: Tensor) -> Tensor:
         """Return C of the Hessian's C·Cᵀ in the basis that is searched: balanced and rotated, lower triangular [in, in]."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from seedpack.errors import CodecError
 from seedpack.prng import TRELLIS_SUMS
 
 
@@ -34,24 +35,27 @@ EFFORTS = {
     "best": Effort((18, 21), 2, (18, 20), 2),
 }
 
+# Bits per weight, k, by weights per window: what a window moves on by is whole.
+RATES: dict[int, tuple[float, ...]] = {1: (1, 2, 3, 4, 5, 6, 7, 8), 2: (1, 1.5, 2, 2.5, 3, 3.5)}
 # The code's standard deviation in units of the weights', least distortion measured on N(0, 1), by weights per window, for
-# k = 1 … 8.
+# these k.
 STRETCH = {
-    "fast": {1: (1.00, 1.06, 1.12, 1.20, 1.25, 1.22, 1.24, 1.26), 2: (1.00, 1.08, 1.14)},
-    "default": {1: (1.00, 1.06, 1.10, 1.12, 1.18, 1.24, 1.30, 1.34), 2: (1.02, 1.07, 1.12)},
-    "best": {1: (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26), 2: (1.00, 1.05, 1.08)},
+    "fast": {1: (1.00, 1.06, 1.12, 1.20, 1.25, 1.22, 1.24, 1.26), 2: (1.00, 1.04, 1.08, 1.11, 1.14, 1.18)},
+    "default": {1: (1.00, 1.06, 1.10, 1.12, 1.18, 1.24, 1.30, 1.34), 2: (1.02, 1.04, 1.07, 1.10, 1.12, 1.16)},
+    "best": {1: (1.02, 1.04, 1.06, 1.10, 1.14, 1.16, 1.19, 1.26), 2: (1.00, 1.03, 1.05, 1.07, 1.08, 1.10)},
 }
 # The multiplier that is best for an effort where it is not the format's own (M24), by weights per window and k, for L = 16.
 USUAL = -1
-MULTIPLIERS: dict[str, dict[tuple[int, int], int]] = {
+MULTIPLIERS: dict[str, dict[tuple[int, float], int]] = {
     "fast": {},
     "default": {(1, 3): 0x97C51DE7, (1, 4): 0x658909F3, (1, 5): 0xF281CB1B},
     "best": {},
 }
-GAP = (0.35, 0.50, 0.77, 0.69, 0.89, 1.25, 1.85, 2.85)  # dB above 4^-k on N(0, 1), default effort, k = 1 … 8
+GAP = {  # dB above 4^-k on N(0, 1), default effort, by k
+    1: 0.35, 1.5: 0.42, 2: 0.50, 2.5: 0.61, 3: 0.77, 3.5: 0.93, 4: 0.69, 5: 0.89, 6: 1.25, 7: 1.85, 8: 2.85,
+}  # fmt: skip
 
 LEAST_MEMORY = 4  # bits of a window that belong to other weights; survivors fill vectors of 16
-MOST_PAIRED = 3  # bits per weight of which a window can have two
 
 
 def code_deviation(weights: int) -> float:
@@ -65,13 +69,27 @@ def least_state_bits(symbol_bits: int) -> int:
     return symbol_bits + max(symbol_bits, LEAST_MEMORY)
 
 
-def usual_weights(effort: str, code_bits: int, state_bits: int = 0) -> int:
+def rate(codec: str, value: object) -> int | float:
+    """Return k, whole as an int; refuse what no window moves on by.
+
+    Raises:
+        CodecError: it is no k.
+    """
+    rates = {k: k for k in RATES[1] + RATES[2]}
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in rates:
+        raise CodecError(f"{codec}: code_bits must be a whole number from 1 to 8, or 1.5, 2.5 or 3.5, got {value!r}")
+    return rates[value]
+
+
+def usual_weights(effort: str, code_bits: int | float, state_bits: int = 0) -> int:
     """Return V for an effort, k, and L or (0) any L, where it is not given."""
-    fits = type(state_bits) is not int or not 0 < state_bits < least_state_bits(2 * code_bits)
+    if code_bits not in RATES[1]:
+        return 2
+    fits = type(state_bits) is not int or not 0 < state_bits < least_state_bits(int(2 * code_bits))
     return 2 if code_bits <= EFFORTS[effort].pairs and fits else 1
 
 
-def usual_multiplier(effort: str, weights: int, code_bits: int, state_bits: int) -> int:
+def usual_multiplier(effort: str, weights: int, code_bits: int | float, state_bits: int) -> int:
     """Return the multiplier for an effort, V, k and L where it is not given; 0 is the format's own."""
     return MULTIPLIERS[effort].get((weights, code_bits), 0) if state_bits == 16 else 0
 
@@ -82,10 +100,15 @@ def survivors(effort: str, weights: int, symbol_bits: int, memory_bits: int) -> 
     return min(memory_bits, max(symbol_bits, LEAST_MEMORY, memory_bits - 8, wanted))
 
 
-def code_unit(effort: str, weights: int, code_bits: int) -> float:
+def code_unit(effort: str, weights: int, code_bits: int | float) -> float:
     """Return the code's unit for weights of deviation 1: a code of rate k reproduces a variance of 1 - 4^-k."""
-    stretch = STRETCH[effort][weights][code_bits - 1]
+    stretch = STRETCH[effort][weights][RATES[weights].index(code_bits)]
     return math.sqrt(1 - 4.0**-code_bits) * stretch / code_deviation(weights)
+
+
+def distortion(code_bits: int | float) -> float:
+    """Return the error of unit variance: the rate–distortion limit 4^-k times the gap to it."""
+    return math.pow(10, GAP[code_bits] / 10) * math.pow(4, -code_bits)
 
 
 def target_spread(factor: Tensor, expected_error: float) -> float:

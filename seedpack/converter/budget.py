@@ -39,7 +39,7 @@ def is_budget(plan: Plan, bits: float | None) -> bool:
 
 
 def with_bits(
-    plan: Plan, bits: float | None, head_bits: int | None, sensitivities: Sensitivities | None = None
+    plan: Plan, bits: float | None, head_bits: float | None, sensitivities: Sensitivities | None = None
 ) -> Plan:
     """Return the plan of the bits asked for."""
     if bits is not None and is_budget(plan, bits):
@@ -51,7 +51,7 @@ def with_size(
     plan: Plan,
     size: int,
     measure: Callable[[Plan], int],
-    head_bits: int | None,
+    head_bits: float | None,
     sensitivities: Sensitivities | None = None,
 ) -> Plan:
     """Return the plan that stores the most in `size` bytes; `measure` returns the bytes that a plan takes.
@@ -72,7 +72,7 @@ def with_size(
     raise ModelError(f"{size} bytes: no plan meets them; ask for a few more")
 
 
-def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
+def with_head_bits(plan: Plan, head_bits: float | None) -> Plan:
     """Return the plan with the output head, where its codec has rates, at its own code bits.
 
     None are the code bits of the others and `HEAD_EXTRA_BITS`.
@@ -88,16 +88,18 @@ def with_head_bits(plan: Plan, head_bits: int | None) -> Plan:
         codec = tensor.codec
         if tensor.kind != "head" or not isinstance(codec, Rates):
             return tensor
-        variants = codec.variants()
-        index = variants.index(codec) + HEAD_EXTRA_BITS if head_bits is None else head_bits - 1
-        if not 0 <= index < len(variants) and head_bits is not None:
-            raise OptionError(f"head_bits must be from 1 to {len(variants)}, got {head_bits}")
-        return replace(tensor, codec=variants[min(index, len(variants) - 1)])
+        variants = {variant.rate: variant for variant in codec.variants()}
+        wanted = min(codec.rate + HEAD_EXTRA_BITS, max(variants)) if head_bits is None else head_bits
+        if wanted not in variants:
+            raise OptionError(f"head_bits must be one of {', '.join(map(str, variants))}, got {head_bits}")
+        return replace(tensor, codec=variants[wanted])
 
     return replace(plan, tensors=tuple(at_head_bits(tensor) for tensor in plan.tensors))
 
 
-def allocate(plan: Plan, bits: float, head_bits: int | None = None, sensitivities: Sensitivities | None = None) -> Plan:
+def allocate(
+    plan: Plan, bits: float, head_bits: float | None = None, sensitivities: Sensitivities | None = None
+) -> Plan:
     """Return the plan with variants of its packed tensors' codecs that take at most `bits` bits per weight together.
 
     Minimises Σ sensitivity·weights^¾·expected error over the tensors subject to Σ stored bits ≤ bits·weights: from the
@@ -173,7 +175,7 @@ def _costs(tensors: list[TensorPlan], measured: Sensitivities) -> dict[str, floa
     return {name: measured[name] if name in known else ratio * estimate for name, estimate in estimates.items()}
 
 
-def _options(tensors: list[TensorPlan], head_bits: int | None, costs: Mapping[str, float]) -> list[Option]:
+def _options(tensors: list[TensorPlan], head_bits: float | None, costs: Mapping[str, float]) -> list[Option]:
     """Return the variants of tensors that share one, by stored bits; those that no price of a bit favours are left out."""
     codec = tensors[0].codec
     if not isinstance(codec, Rates):

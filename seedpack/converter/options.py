@@ -126,7 +126,7 @@ class CompressOptions:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     dtype: str | torch.dtype | None = None
-    head_bits: int | None = None
+    head_bits: float | None = None
     target_size: int | None = None
     importance: Mapping[str, Tensor] | None = None
     calibration: Calibration | Text | None = None

@@ -14,7 +14,12 @@ from seedpack.formats import CodecSpec
 from tests.helpers.codecs import check_config, check_contract, check_hessian, check_refusals
 from tests.helpers.marks import slow_but
 
-CODECS = [TrellisCodec(4, effort="fast"), TrellisCodec(2, 12, seed=5, effort="fast"), TrellisCodec(6, effort="fast")]
+CODECS = [
+    TrellisCodec(4, effort="fast"),
+    TrellisCodec(2, 12, seed=5, effort="fast"),
+    TrellisCodec(6, effort="fast"),
+    TrellisCodec(2.5, effort="fast"),
+]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -112,7 +117,10 @@ def test_efforts() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"code_bits": 0}, "code_bits must be a whole number from 1 to 8"),
+        ({"code_bits": 0}, "code_bits must be a whole number from 1 to 8, or 1.5, 2.5 or 3.5, got 0"),
+        ({"code_bits": 4.5}, "code_bits must be a whole number from 1 to 8, or 1.5, 2.5 or 3.5"),
+        ({"code_bits": math.nan}, "code_bits must be a whole number from 1 to 8"),
+        ({"code_bits": 2.5, "weights_per_window": 1}, "weights_per_window must be a whole number from 2 to 2"),
         ({"code_bits": 9}, "code_bits must be a whole number from 1 to 8"),
         ({"code_bits": True}, "code_bits must be a whole number"),
         ({"state_bits": 7}, "state_bits must be a whole number from 8 to 20"),
@@ -137,7 +145,7 @@ def test_bits() -> None:
     assert TrellisCodec.from_bits(3.0) == TrellisCodec(3) and TrellisCodec.from_bits(3.5) == TrellisCodec(3)
     assert TrellisCodec.from_bits(2.0, effort="best") == TrellisCodec(2, 20, effort="best")
     assert [codec.bits_per_weight((64, 64)) for codec in TrellisCodec(4).variants()] == [
-        k + 16 / 64 + 8 / 64**2 for k in range(1, 9)
+        k + 16 / 64 + 8 / 64**2 for k in (1, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8)
     ]
     for bits in (0.5, 8.5, 0.0, math.inf):
         with pytest.raises(CodecError, match="must be from 1 to 8"):
@@ -158,8 +166,20 @@ def test_corrupt_parts_are_refused() -> None:
 def test_states_hold_a_symbol_and_as_much_memory(code_bits: int, state_bits: int) -> None:
     with pytest.raises(CodecError, match=f"state_bits must be a whole number from {2 * code_bits} to 20"):
         TrellisCodec(code_bits, state_bits)
-    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 9, 10, 12, 14, 16]
-    assert [variant.weights_per_window for variant in TrellisCodec(1, 9).variants()] == [2, 2, 1, 1, 1, 1, 1, 1]
+    assert [variant.state_bits for variant in TrellisCodec(1, 9).variants()] == [9, 9, 9, 10, 9, 14, 9, 10, 12, 14, 16]
+    assert [variant.weights_per_window for variant in TrellisCodec(1, 9).variants()] == [
+        2,
+        2,
+        2,
+        2,
+        1,
+        2,
+        1,
+        1,
+        1,
+        1,
+        1,
+    ]
     paired = TrellisCodec(3, 9, weights_per_window=1).variants()  # what is not usual stays so
     assert [variant.weights_per_window for variant in paired[:4]] == [1, 1, 1, 1]
 
@@ -171,7 +191,7 @@ def test_a_multiplier_of_its_own() -> None:
     assert codec.code.multiplier == codec.multiplier != TrellisCodec(4, multiplier=0).code.multiplier
     plain = TrellisCodec(4, multiplier=0)
     assert plain.spec().version == 0 and "multiplier" not in plain.spec().config
-    assert TrellisCodec(6).multiplier == 0 and [v.multiplier for v in codec.variants()][3:6:2] == [codec.multiplier, 0]
+    assert TrellisCodec(6).multiplier == 0 and [v.multiplier for v in codec.variants()][6:9:2] == [codec.multiplier, 0]
     assert {v.multiplier for v in plain.variants()} == {0} and TrellisCodec(4, 18).multiplier == 0
     weight = torch.randn(4, 256)
     other = TrellisCodec(3, multiplier=0x12345679)
@@ -183,6 +203,20 @@ def test_a_multiplier_of_its_own() -> None:
     ):
         with pytest.raises(CodecError, match=message):
             TrellisCodec(4, multiplier=wrong)
+
+
+def test_half_bits() -> None:
+    """They have two weights per window, version 3, and rows that are padded to 16 weights."""
+    codec = TrellisCodec(2.5)
+    assert codec.spec().version == 3 and codec_from_spec(codec.spec()) == codec and codec.weights_per_window == 2
+    assert codec.bits_per_weight((64, 4096)) == 2.5 + 16 / 4096 + 8 / (64 * 4096)
+    assert codec.parts((4, 24))["weight"] == ("U8", (4, 2, 5))
+    whole = TrellisCodec(2.0)
+    assert whole == TrellisCodec(2) and type(whole.code_bits) is int and whole.spec().version == 1
+    errors = [v.expected_error() for v in codec.variants()]
+    assert errors == sorted(errors, reverse=True)
+    with pytest.raises(VersionError, match="the file has version 1, but its settings are of version 3"):
+        codec_from_spec(CodecSpec("trellis", 1, codec.spec().config))
 
 
 def test_one_weight_per_window_is_read_and_written_as_ever() -> None:

@@ -26,7 +26,7 @@ def plan_of(code_bits: int = 4) -> Plan:
     return default_plan(TENSORS, {}, TrellisCodec(code_bits))
 
 
-def bits_of(plan: Plan) -> dict[str, int]:
+def bits_of(plan: Plan) -> dict[str, float]:
     return {t.name: t.codec.code_bits for t in plan.tensors if isinstance(t.codec, TrellisCodec)}
 
 
@@ -97,7 +97,7 @@ def test_refusals() -> None:
         allocate(plan_of(), 1.05)
     with pytest.raises(CodecError, match="no variants to meet a budget of bits with; use trellis"):
         allocate(default_plan(TENSORS, {}, SeedLMCodec()), 3.5)
-    with pytest.raises(CodecError, match="head_bits must be from 1 to 8, got 9"):
+    with pytest.raises(CodecError, match="head_bits must be one of 1, 1.5, .*, 8, got 9"):
         with_head_bits(plan_of(), 9)
     untouched = default_plan(TENSORS, {}, SeedLMCodec())
     assert with_bits(untouched, 4.0, None) == untouched

@@ -379,8 +379,8 @@ def test_m23_squirrel5() -> None:
 
 
 def test_m24_trellis() -> None:
-    found = re.findall(r"\| (\d), (\d) \| ([0-9A-F]{8}) \| ([0-9A-F]{8}) (?=\|)", SPEC)
-    assert {(int(v), int(k)): (int(a, 16), int(b, 16)) for v, k, a, b in found} == TRELLIS_MULTIPLIERS
+    found = re.findall(r"\| (\d), (\d(?:\.5)?) \| ([0-9A-F]{8}) \| ([0-9A-F]{8}) (?=\|)", SPEC)
+    assert {(int(v), float(k)): (int(a, 16), int(b, 16)) for v, k, a, b in found} == TRELLIS_MULTIPLIERS
     assert trellis_key(0) == 0x6627E8D5 == philox_words(0, 1)[0]
     h = (0xBEEF * trellis_multiplier(4, 16) + 0x6627E8D5) % 2**32
     expected = sum(h.to_bytes(4, "little")) - 510

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +48,8 @@ POINTERS = {
 COLUMNS, ROWS, MANY_ROWS = 1536, 128, 16384
 
 
-def trellis_parts(code_bits: int, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.zeros(rows, 1, COLUMNS * code_bits // 8, dtype=torch.uint8), torch.ones(rows)
+def trellis_parts(code_bits: float, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.zeros(rows, 1, int(COLUMNS * code_bits) // 8, dtype=torch.uint8), torch.ones(rows)
 
 
 def seedlm_weight(block: int, rank: int, rows: int = ROWS) -> Any:
@@ -115,12 +114,12 @@ def launches() -> dict[str, Callable[[], object]]:
         found[f"{name} gradient"] = lambda b=basis: basis_matmul.grad_coefs(
             torch.zeros(300, ROWS), torch.zeros(300, COLUMNS), 1, 128, b
         )
-    for k, per_window in ((2, 1), (3, 1), (4, 1), (2, 2), (3, 2)):
+    for k, per_window in ((2, 1), (3, 1), (4, 1), (2, 2), (2.5, 2), (3, 2)):
         for int8 in (False, True):
             for tokens in (1, 8):
                 name = f"trellis-{per_window}x{k} {tokens} tokens{' int8' if int8 else ''}"
                 found[name] = lambda k=k, v=per_window, i=int8, t=tokens: trellis_matmul.few_tokens(
-                    torch.zeros(t, COLUMNS // 256, 32 // gcd(k, 32), 8 * gcd(k, 32)),
+                    trellis_matmul.in_lanes(torch.zeros(t, COLUMNS), TrellisCode(k, 16, 5, weights=v)),
                     t,
                     *trellis_parts(k, MANY_ROWS),
                     TrellisCode(k, 16, 5, weights=v),
@@ -137,6 +136,7 @@ def launches() -> dict[str, Callable[[], object]]:
         (8, 16, 8, 1),
         (2, 16, 12, 2),
         (3, 16, 10, 2),
+        (2.5, 16, 11, 2),
         (2, 20, 16, 2),
     ):
         found[f"search {per_window}x{k} of {state_bits} keeping {survivors}"] = (
@@ -184,7 +184,7 @@ def launches() -> dict[str, Callable[[], object]]:
     return found
 
 
-def walk(code_bits: int, state_bits: int, survivors: int, weights: int) -> torch.Tensor:
+def walk(code_bits: float, state_bits: int, survivors: int, weights: int) -> torch.Tensor:
     """Walk over tail-biting rows."""
     code = TrellisCode(code_bits, state_bits, 5, weights=weights)
     symbols = torch.zeros(ROWS, code.memory_symbols, dtype=torch.int64)

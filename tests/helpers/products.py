@@ -12,7 +12,7 @@ from seedpack.codecs.base import Codec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.dtypes import TORCH_DTYPES
-from seedpack.kernels.common.bits import pack, packed_shape
+from seedpack.kernels.common.bits import pack
 from seedpack.kernels.common.row_tiles import Product
 from seedpack.kernels.rotation import mix
 from seedpack.kernels.seedlm.code import SeedLMCode, SeedLMParts
@@ -38,12 +38,11 @@ class Weight:
 
 
 def trellis(
-    code_bits: int, state_bits: int, rows: int, columns: int, device: str = "cpu", tail_biting: bool = True, weights: int = 1
+    code_bits: float, state_bits: int, rows: int, columns: int, device: str = "cpu", tail_biting: bool = True, weights: int = 1
 ) -> Weight:  # fmt: skip
-    padded = 8 * -(-max(columns, -(-state_bits // code_bits)) // 8)
-    stream = torch.randint(0, 256, packed_shape(rows, padded, code_bits), dtype=torch.uint8).to(device)
-    scale = (torch.rand(rows) + 0.5).to(device)
     code = TrellisCode(code_bits, state_bits, 0xDEADBEEF, tail_biting, weights)
+    stream = torch.randint(0, 256, code.stream_shape(rows, columns), dtype=torch.uint8).to(device)
+    scale = (torch.rand(rows) + 0.5).to(device)
     return Weight(
         rows, columns,
         lambda backend: trellis_dense(stream, scale, code, columns=columns, backend=backend),  # type: ignore[arg-type]
@@ -98,7 +97,7 @@ class FewTokens:
 
 
 def few_tokens(
-    code_bits: int, state_bits: int, rows: int, columns: int, tail_biting: bool = True, bias: bool = True, planes: int = 1,
+    code_bits: float, state_bits: int, rows: int, columns: int, tail_biting: bool = True, bias: bool = True, planes: int = 1,
     weights: int = 1,
 ) -> FewTokens:  # fmt: skip
     codec = TrellisCodec(code_bits, state_bits, circular=tail_biting, weights_per_window=weights)

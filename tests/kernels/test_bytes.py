@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.kernels.common.bits import packed_shape
 from seedpack.kernels.rotation import mix
 from seedpack.kernels.trellis import bytes as byte_products
 from seedpack.kernels.trellis import bytes_reference as reference
@@ -18,17 +17,16 @@ from seedpack.kernels.trellis.decode import trellis_dense
 from seedpack.loader.layers import pack_module_
 from tests.helpers.products import error
 
-FORMS = [(1, 4), (1, 2), (2, 3), (2, 1)]
+FORMS = [(1, 4), (1, 2), (2, 3), (2, 1), (2, 2.5)]
 
 
 def stream_of(rows: int, columns: int, code: TrellisCode) -> torch.Tensor:
-    shape = packed_shape(rows, -(-columns // code.weights) * code.weights, code.code_bits)
-    return torch.randint(0, 256, shape, dtype=torch.uint8)
+    return torch.randint(0, 256, code.stream_shape(rows, columns), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(("weights", "code_bits"), FORMS)
 @pytest.mark.parametrize("columns", [40, 515])
-def test_weights_of_8_bits(weights: int, code_bits: int, columns: int, poison: None) -> None:
+def test_weights_of_8_bits(weights: int, code_bits: float, columns: int, poison: None) -> None:
     code = TrellisCode(code_bits, 16, 7, weights=weights)
     stream = stream_of(35, columns, code)
     exact = reference.eight_bits(stream, code, columns)
@@ -40,7 +38,7 @@ def test_weights_of_8_bits(weights: int, code_bits: int, columns: int, poison: N
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize(("tokens", "columns", "dtype"), [(33, 40, torch.bfloat16), (9, 768, torch.float32)])
 def test_products(
-    weights: int, code_bits: int, planes: int, tokens: int, columns: int, dtype: torch.dtype, poison: None
+    weights: int, code_bits: float, planes: int, tokens: int, columns: int, dtype: torch.dtype, poison: None
 ) -> None:
     code = TrellisCode(code_bits, 16, 7, weights=weights)
     stream, scale, factor = stream_of(35, columns, code), torch.rand(35), torch.randn(columns)

@@ -93,15 +93,19 @@ def test_hundreds_of_tokens(weight: Weight, rows_at_a_time: int, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("form", "tokens"),
-    slow_but([("1x2", 33), ("2x3", 3), ("1x4", 1)], product(["1x2", "1x3", "1x4", "2x2", "2x3"], [1, 3, 33])),
+    slow_but(
+        [("1x2", 33), ("2x2.5", 3), ("1x4", 1)], product(["1x2", "1x3", "1x4", "2x2", "2x2.5", "2x3"], [1, 3, 33])
+    ),
     ids=str,
 )
 def test_activations_of_8_bits(form: str, tokens: int, poison: None) -> None:
-    weights, code_bits = map(int, form.split("x"))
-    stream = torch.randint(0, 256, (35, 1, 520 * code_bits // 8), dtype=torch.uint8)
+    weights, _, bits = form.partition("x")
+    code = TrellisCode(float(bits), 16, 7, weights=int(weights))
+    stream = torch.randint(0, 256, code.stream_shape(35, 515), dtype=torch.uint8)
     scale, x = torch.rand(35), torch.randn(tokens, 515)
-    code = TrellisCode(code_bits, 16, 7, weights=weights)
-    exact = trellis_matmul(reference.rounded(x, weights).double(), stream, scale, code, backend="reference").double()
+    exact = trellis_matmul(
+        reference.rounded(x, code.weights).double(), stream, scale, code, backend="reference"
+    ).double()
     for backend in BACKENDS:
         found = trellis_matmul(x, stream, scale, code, int8=True, backend=backend)  # type: ignore[arg-type]
         assert error(found, exact) < 2e-6

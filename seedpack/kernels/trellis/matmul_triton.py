@@ -139,7 +139,7 @@ def eight_bits(lanes: Tensor, weights: int) -> tuple[Tensor, Tensor]:
 
 def _lane_weights(code: TrellisCode) -> int:
     """Return the weights of a lane: as many as whole words hold."""
-    return 32 // math.gcd(code.code_bits, 32)
+    return code.weights * 32 // math.gcd(code.symbol_bits, 32)
 
 
 def mixed_lanes(x: Tensor, factor: Tensor, code: TrellisCode) -> Tensor:
@@ -189,7 +189,7 @@ def few_tokens(
     form |= {
         "TAIL_BITING": code.tail_biting,
         "PER": per // code.weights,
-        "WORDS": per * code.code_bits // 32,
+        "WORDS": per // code.weights * code.symbol_bits // 32,
         "ALIGNED": size % 4 == 0,
         "BLOCK_G": block_g,
     }
