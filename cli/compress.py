@@ -109,6 +109,13 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     help="Then tune scales, norms and biases, so that the packed model predicts what the original does.",
 )
 @click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="A budget (--bits 3.5, --target-size) with a calibration: pack once, measure what each tensor costs the model, and "
+    "spread the bits by that.",
+)
+@click.option(
     "--key-file",
     type=click.Path(),
     help="basis and mask: a private key (16 bytes or 32 hexadecimal digits) for the seed.",
@@ -226,10 +233,11 @@ def decided(source: Any, options: CompressOptions) -> CompressOptions:
     from seedpack.converter.usual import time_of, with_usual_calibration
 
     options = with_usual_calibration(source, options)
-    if (calibration := options.calibrated) is not None and calibration.is_usual and not screen.chose("quiet"):
+    calibration = options.calibrated
+    if calibration is not None and calibration.is_usual and not screen.chose("quiet"):
         screen.note(
             f"calibration: the model first writes {calibration.tokens:,} tokens, and is fitted to what its layers compute on "
-            f"them: about {time_of(source, calibration)}; --calibration none leaves it out"
+            f"them: about {time_of(source, options)}; --calibration none leaves it out"
         )
     return options
 
@@ -261,11 +269,11 @@ def options_of(
     from seedpack.keys import read_key
 
     tokens, context, seed = (given.pop(f"calibration_{name}") for name in ("tokens", "context", "seed"))
-    sequential, tune = given.pop("sequential"), given.pop("tune")
+    sequential, tune, measure = given.pop("sequential"), given.pop("tune"), given.pop("measure")
     target_size, shard_size = given.pop("target_size"), given.pop("shard_size")
     text = None
     if calibration != "none":
-        text = Calibration(calibration, tokens, context, seed, sequential=sequential, tune=int(tune))
+        text = Calibration(calibration, tokens, context, seed, sequential=sequential, tune=int(tune), measure=measure)
     return CompressOptions(
         settings=parse_settings(settings) | ({"effort": effort} if effort else {}),
         target_size=None if target_size is None else screen.parse_size(target_size),

@@ -212,7 +212,8 @@ def trellis_multiplier(code_bits: int | float, state_bits: int, weights: int = 1
 @functools.lru_cache(maxsize=256)
 def trellis_key(seed: int) -> int:
     """Return the 32-bit constant c of the trellis's code: word 0 of the Philox stream of a seed."""
-    return int(philox_words(seed, 1))
+    with torch.device("cpu"):  # also where a model is being made on the meta device
+        return int(philox_words(seed, 1))
 
 
 def trellis_values(window: Tensor, multiplier: int, key: int, weights: int = 1) -> Tensor:

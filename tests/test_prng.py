@@ -21,6 +21,7 @@ from seedpack.prng import (
     philox_words,
     rademacher,
     squirrel5,
+    trellis_key,
 )
 from tests.helpers.marks import slow_but
 
@@ -153,3 +154,10 @@ def test_squirrel5_seeds_are_shifts_of_one_stream() -> None:
     inverse = pow(0xD2A80A3F, -1, 2**32)
     shifted = torch.tensor([(p + 99 * inverse) % 2**32 for p in range(20)])
     assert torch.equal(squirrel5(torch.arange(20), 99), squirrel5(shifted, 0))
+
+
+def test_a_key_on_the_meta_device() -> None:
+    """Where a model is made without memory."""
+    trellis_key.cache_clear()
+    with torch.device("meta"):
+        assert trellis_key(0) == 0x6627E8D5

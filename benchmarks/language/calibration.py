@@ -107,7 +107,10 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
     for bits in (4, 3, 2):
         methods[f"trellis {bits}"] = ("trellis", functools.partial(ours, "trellis", bits))
         methods[f"trellis {bits} + self"] = ("trellis + self", functools.partial(ours, "trellis", bits, "self"))
-    for budget in (4.03, 3.03, 2.03) if whole else ():
+    for budget in (4.03, 3.03, 2.43, 2.03) if whole else ():
+        methods[f"trellis {budget} + self, budget"] = (
+            "trellis + self, budget", functools.partial(ours, "trellis", budget, "self")
+        )  # fmt: skip
         methods[f"trellis {budget} + self, budget, tuned"] = (
             "trellis + self, budget, tuned", functools.partial(ours, "trellis", budget, Calibration("self", tune=1))
         )  # fmt: skip
@@ -116,7 +119,9 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
             "trellis + self, budget, tuned 3 times", functools.partial(ours, "trellis", budget, Calibration("self", tune=3))
         )  # fmt: skip
     if whole:
-        methods["trellis 3.03 + self, budget"] = ("trellis + self, budget", lambda: ours("trellis", 3.03, "self"))
+        methods["trellis 3.03 + self, budget by estimates"] = (
+            "trellis + self, budget by estimates", lambda: ours("trellis", 3.03, Calibration("self", measure=False))
+        )  # fmt: skip
         methods["trellis 3 + self, tuned"] = (
             "trellis + self, tuned", lambda: ours("trellis", 3, Calibration("self", tune=1))
         )  # fmt: skip

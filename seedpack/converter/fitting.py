@@ -81,6 +81,16 @@ def is_usable(weight: Tensor) -> bool:
     return all(bool((piece.float().abs() < 1e33).all()) for piece in weight.flatten().split(WEIGHTS_AT_ONCE))
 
 
+def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
+    """Say what runs before have done, and where there are workers, have them fit the rest."""
+    assert run.journal is not None
+    packed = [tensor for tensor in plan.tensors if tensor.packed]
+    done = len(packed) - len(run.journal.missing(packed, statistics.importance, before=True))
+    run.resuming(done, f"{len(packed)} tensors done")
+    if run.workers is not None:
+        run.workers.finish(run, run.journal.missing(packed, statistics.importance), statistics)
+
+
 def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, TensorReport]:
     """Return the parts of one tensor, fitted on the device or from the journal, and its report; raw tensors stay on the
     CPU."""

@@ -52,6 +52,8 @@ class Calibration:
         seed: of what the model writes.
         sequential: fit each layer of a language model to the inputs that the packed layers before it give.
         tune: epochs of tuning the packed language model to the original on the text.
+        measure: where bits are a budget, pack a language model once, measure each tensor's share of its divergence from the
+            original, and spread the bits by that.
         is_usual: whether it was decided by "auto": then a model that cannot be calibrated is packed without, and what was
             measured is not kept.
     """
@@ -62,6 +64,7 @@ class Calibration:
     seed: int = 0
     sequential: bool = False
     tune: int = 0
+    measure: bool = True
     is_usual: bool = False
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from seedpack._version import WRITER
 from seedpack.converter.calibration.calibrate import forget_usual, tune_packed
 from seedpack.converter.estimate import require_room
-from seedpack.converter.fitting import apply_tuning, fit
+from seedpack.converter.fitting import apply_tuning, fit, fit_all
 from seedpack.converter.journal import Journal
 from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, float_dtype
 from seedpack.converter.plan import Plan
@@ -279,16 +279,6 @@ def open_run(
 
         return replace(run, workers=Cluster(run))
     return replace(run, workers=Processes(run)) if options.jobs > 1 else run
-
-
-def fit_all(run: Run, plan: Plan, statistics: Statistics) -> None:
-    """Say what runs before have done, and where there are workers, have them fit the rest."""
-    assert run.journal is not None
-    packed = [tensor for tensor in plan.tensors if tensor.packed]
-    done = len(packed) - len(run.journal.missing(packed, statistics.importance, before=True))
-    run.resuming(done, f"{len(packed)} tensors done")
-    if run.workers is not None:
-        run.workers.finish(run, run.journal.missing(packed, statistics.importance), statistics)
 
 
 def fit_and_write(

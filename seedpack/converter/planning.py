@@ -10,7 +10,12 @@ from typing import Any
 from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
 from seedpack.converter.budget import is_budget, with_bits, with_size
-from seedpack.converter.calibration.calibrate import calibrate, calibrate_in_sequence, measured_sensitivities
+from seedpack.converter.calibration.calibrate import (
+    calibrate,
+    calibrate_in_sequence,
+    measured_plan,
+    measured_sensitivities,
+)
 from seedpack.converter.fitting import raw_by_value
 from seedpack.converter.options import CompressOptions, checking_options, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
@@ -100,9 +105,13 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     if measures or not in_sequence:
         statistics = calibrate(run, None if measures else plan)
     if measures:
-        sensitivities = measured_sensitivities(run, plan, statistics)
-        plan = make_plan(run.source, options, given, sensitivities, statistics.tensors_with_hessian(plan))
-        plan = plan.raw(stay_raw)
+        hessians = statistics.tensors_with_hessian(plan)
+
+        def by_costs(costs: Mapping[str, float]) -> Plan:
+            return make_plan(run.source, options, given, costs, hessians).raw(stay_raw).with_hessians(hessians)
+
+        plan = by_costs(measured_sensitivities(run, plan, statistics))
+        plan = measured_plan(run, plan, statistics, by_costs)
     if in_sequence:
         statistics = calibrate_in_sequence(run, plan)
     plan = plan.with_hessians(statistics.tensors_with_hessian(plan))

@@ -18,6 +18,7 @@ ENABLED = True
 WRITERS = ("ForCausalLM", "LMHeadModel")  # endings of the names of causal language models
 MEMORY = 16  # bytes for each weight: with less a model in float32 is left on the disk, where it writes slowly
 PASSES = 4.5  # over the model for each token: one writes, one reads, and the second moments; at less than a product's best speed
+MEASURING = 4.5  # and of what tensors cost, for a budget
 ROWS, WIDTH, PRODUCTS, SECONDS = (
     32,
     1024,
@@ -52,8 +53,11 @@ def with_usual_calibration(source: Source, options: CompressOptions) -> Compress
     return replace(options, calibration=replace(asked, text=SELF, context=context, is_usual=True))
 
 
-def time_of(source: Source, calibration: Calibration) -> str:
+def time_of(source: Source, options: CompressOptions) -> str:
     """Return about how long a model's calibration on its own text takes, by the speed of a product of this processor."""
+    calibration, has_budget = options.calibrated, options.target_size is not None or bool((options.bits or 0) % 1)
+    assert calibration is not None
+    passes = PASSES + MEASURING * (has_budget and calibration.measure)
     x, weight = torch.ones(ROWS, WIDTH, dtype=torch.float32), torch.ones(WIDTH, WIDTH, dtype=torch.float32)
     taken: list[float] = []
     while len(taken) < PRODUCTS and sum(taken) < SECONDS:
@@ -61,7 +65,7 @@ def time_of(source: Source, calibration: Calibration) -> str:
         x @ weight
         taken.append(time.perf_counter() - started)
     rate = ROWS * WIDTH * WIDTH / min(taken)  # the first ones start threads, others may wait for programs beside
-    return duration(PASSES * calibration.tokens * _weights(source) / rate)
+    return duration(passes * calibration.tokens * _weights(source) / rate)
 
 
 def _weights(source: Source) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from torch import Tensor
 
 from seedpack.codecs.importance import column_power
 from seedpack.codecs.interfaces import Rates, RowScaling
-from seedpack.converter.calibration import layerwise, moments, sensitivity, tokens
+from seedpack.converter.calibration import layerwise, measuring, moments, sensitivity, tokens
 from seedpack.converter.calibration.store import VERSION, Store
 from seedpack.converter.calibration.tuning import Student, Tuned, tune
-from seedpack.converter.fitting import decoded, fit, matrix_of
+from seedpack.converter.fitting import decoded, fit, fit_all, matrix_of
 from seedpack.converter.journal import tensors_digest
 from seedpack.converter.options import Text
 from seedpack.converter.plan import Plan, TensorPlan
@@ -29,7 +31,9 @@ from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.statistics import Statistics
 from seedpack.dtypes import PACKABLE
 from seedpack.errors import ModelError
+from seedpack.memory import free_bytes
 
+MEMORY = 12  # bytes for each weight, beside the model: a copy in float32, and gradients of the largest
 PackedWeights = Callable[[Any, Store, dict[str, Tensor]], AbstractContextManager[None]]
 
 
@@ -116,6 +120,60 @@ def _tensor_sensitivity(run: Run, tensor: TensorPlan, outputs: dict[str, Tensor]
         if (channels := outputs.get(parameter)) is not None:
             cost += tensor.codec.sensitivity(matrix, statistics.importance(tensor.name), channels)
     return cost
+
+
+def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable[[Mapping[str, float]], Plan]) -> Plan:
+    """Return the better of two plans of a budget: the given one, and one by what it is measured to lose; see `measuring`.
+
+    The given one where that cannot be measured: of what is no language model, of mixtures, without room for both models, by a run
+    that fits nothing or only a share.
+
+    Args:
+        run: the run, which fits all tensors of both plans.
+        plan: by estimates.
+        statistics: to fit with.
+        remade: makes a plan of costs by tensor name.
+    """
+    calibration, has_experts = run.calibration, any(t.kind == "expert" and t.packed for t in plan.tensors)
+    asked = calibration is not None and calibration.measure and calibration.is_text
+    if not asked or has_experts or run.journal is None or run.share is not None:
+        return plan
+    opened = run.source.open_model()
+    if layerwise.on_disk(opened.module) or free_bytes() < MEMORY * sum(p.numel() for p in opened.module.parameters()):
+        return plan
+    opened.module.to(run.device)
+    run = replace(run, weights=plan.packed_weights)
+    shared, compared = measuring.halves(_tokens(run, opened, _store(run)))
+
+    def told(stage: str, ids: Tensor) -> Callable[[int], None]:
+        return lambda count: run.progress(stage, count, ids.numel(), "tokens")
+
+    def fitted(plan: Plan) -> None:
+        run.progress("Fitting", 0, run.weights, "weights")
+        fit_all(run, plan, statistics)
+
+    fitted(plan)
+    student = _student(run, opened, plan, statistics)
+    tensors = {name: t for name, t in _by_parameter(run, plan).items() if isinstance(t.codec, Rates)}
+    names = {name: tensor.name for name, tensor in tensors.items()}
+    pair = measuring.Pair(opened.module, student.model, opened.layer_names, names)
+    found = measuring.shares(pair, shared, told("Measuring shares", shared))
+    rates = {
+        t.name: (t.codec.expected_error(), math.prod(t.shape)) for t in tensors.values() if isinstance(t.codec, Rates)
+    }
+    other = remade(measuring.costs(found, rates))
+    changed = {name: t for name, t in _by_parameter(run, other).items() if t != tensors.get(name)}
+    if not changed:
+        return plan
+    before = measuring.divergence(pair, compared, told("Measuring the plan", compared))
+    fitted(other)
+    with torch.no_grad():
+        for name, tensor in changed.items():
+            student.model.get_parameter(name).copy_(decoded(tensor, fit(run, tensor, statistics)[0], run.device))
+    after = measuring.divergence(pair, compared, told("Measuring the new plan", compared))
+    text = f"KL divergence {before:.4g} by estimated costs, {after:.4g} by measured ones"
+    run.progress("Measuring", 0, 0, "", f"{text}: {'these' if after < before else 'those'} are followed")
+    return other if after < before else plan
 
 
 def tune_packed(run: Run, plan: Plan, statistics: Statistics) -> Tuned:
