@@ -82,10 +82,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     help="Pack only tensors whose name matches, as '*mlp*'. Repeatable.",
 )
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching tensors raw. Repeatable.")
-@click.option(
-    "--dtype",
-    help="Of raw float tensors and decoded weights: float32, float16, bfloat16. Default: the model's.",
-)
+@click.option("--dtype", help="Of raw floats and decoded weights: float32, float16, bfloat16; default the model's.")
 @click.option(
     "--plan",
     type=click.Path(path_type=Path),
@@ -103,11 +100,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--calibration-context", type=int, default=512, show_default=True, help="Tokens per sequence of it.")
 @click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of the text that the model writes.")
 @click.option("--sequential", is_flag=True, help="Calibrate each layer on the outputs of the packed layers before it.")
-@click.option(
-    "--tune",
-    is_flag=True,
-    help="Then tune scales, norms and biases, so that the packed model predicts what the original does.",
-)
+@click.option("--tune", is_flag=True, help="Then tune scales, norms and biases to what the original predicts.")
 @click.option(
     "--measure/--no-measure",
     default=True,

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from seedpack.eval.language import LanguageReport, compare_language_models, wind
 from seedpack.hf.language_model import load_language_model
 
 CALIBRATION_TOKENS = 16384
-Found = tuple[float, LanguageReport]  # bits per weight, and what became of the model
+Found = tuple[float, list[LanguageReport]]  # bits per weight, and what became of the model, on each text
 IMATRIX_TYPES = ("Q2_K", "Q3_K", "Q4_K", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS")
 
 
@@ -41,23 +41,24 @@ def self_calibrated(folder: Path, output: Path) -> Store:
 class Subject:
     """A language model that is packed, and how it is measured."""
 
-    def __init__(self, prefix: str, title: str, folder: Path):
-        self.prefix, self.title, self.folder = prefix, title, folder
+    def __init__(self, prefix: str, title: str, folder: Path, tokens: int = TOKENS, texts: Sequence[str] | None = None):
+        self.prefix, self.title, self.folder, self.tokens = prefix, title, folder, tokens
+        self.texts = [models.text()[1]] if texts is None else texts
         self.work = models.CACHE / "calibration" / folder.name
 
     @functools.cached_property
-    def original(self) -> Recorded:
-        """The model's own logits on the text that is scored."""
+    def originals(self) -> list[Recorded]:
+        """The model's own logits on the texts that are scored."""
         model, tokenizer = load_language_model(self.folder)
-        large = model.config.vocab_size > 100_000
-        return Recorded(model, windows(tokenizer, models.text()[1], CONTEXT, TOKENS), half=large)
+        half = model.config.vocab_size > 100_000 or self.tokens > TOKENS
+        return [Recorded(model, windows(tokenizer, text, CONTEXT, self.tokens), half=half) for text in self.texts]
 
-    def scored(self, model: Any) -> LanguageReport:
-        return compare_language_models(self.original, [model], self.original.ids)[0]
+    def scored(self, model: Any) -> list[LanguageReport]:
+        return [compare_language_models(original, [model], original.ids)[0] for original in self.originals]
 
-    def text(self, text: str) -> torch.Tensor:
-        """Return as many token ids of a text as self-written ones."""
-        return from_text([text], AutoTokenizer.from_pretrained(self.folder), CALIBRATION_TOKENS, 512, "the text")
+    def text(self, text: str, tokens: int = CALIBRATION_TOKENS) -> torch.Tensor:
+        """Return token ids of a text, as many as self-written ones unless said otherwise."""
+        return from_text([text], AutoTokenizer.from_pretrained(self.folder), tokens, 512, "the text")
 
     def other_text(self) -> torch.Tensor:
         """The second half of WikiText-2 validation, whose beginning is scored."""
@@ -159,6 +160,10 @@ def measure(result: report.Result) -> None:
         Subject("", "SmolLM2-135M-Instruct", models.smollm2()),
         Subject("Gemma 3: ", "Gemma 3 270M", models.gemma3()),
     )
+
+    def of_subject(label: str) -> Subject:
+        return max((s for s in subjects if label.startswith(s.prefix)), key=lambda s: len(s.prefix))
+
     methods = {subject: methods_of(subject, whole=subject is subjects[0]) for subject in subjects}
     wanted = {label: method for some in methods.values() for label, method in some.items() if result.wanted(label)}
     rows = result.joined([row(label, *method) for label, method in wanted.items()])
@@ -173,7 +178,7 @@ def measure(result: report.Result) -> None:
         f"Peers' packages: {peers.versions()}, {gptq.PACKAGE.replace('==', ' ')}."
     )
     for subject in subjects:
-        mine = [r for r in rows if r["label"] in methods[subject]]
+        mine = [r for r in rows if of_subject(r["label"]) is subject]  # those of peers that are not at hand now too
         if not mine:
             continue
         result.say(f"## {subject.title}\nPerplexity unpacked {mine[0]['perplexity_original']:.3f}.")
@@ -201,7 +206,7 @@ def row(label: str, family: str, run: Callable[[], Found]) -> dict[str, Any]:
     def measure() -> dict[str, Any]:
         started = time.perf_counter()
         bits, found = run()
-        return {"family": family, "bits": bits, "seconds": time.perf_counter() - started, **asdict(found)}
+        return {"family": family, "bits": bits, "seconds": time.perf_counter() - started, **asdict(found[0])}
 
     return report.kept("calibration", label, measure)
 

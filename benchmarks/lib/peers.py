@@ -129,17 +129,22 @@ def _ggml() -> ctypes.CDLL:
     return library
 
 
+def in_blocks(weight: Tensor, importance: Tensor | None) -> tuple[Tensor, int, Tensor | None]:
+    """Return a weight's values one after the other, filled up to whole rows of blocks of 256, the length of such a row, and the
+    importance of its values."""
+    row = 256 if importance is None else math.lcm(256, weight.shape[1])
+    matrix = None if importance is None else importance.float().repeat(row // weight.shape[1]).contiguous()
+    source = weight.float().flatten()
+    return torch.nn.functional.pad(source, (0, -source.numel() % row)).contiguous(), row, matrix
+
+
 def ggml(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[Tensor, float]:
     """A GGUF type, over blocks of 256 of the flattened weight; with an importance of each column [in] if it is given.
 
     (llama.cpp falls back to other types where rows are no multiple of 256; flattened, each type keeps its own bits.)
     """
     library, number = _ggml(), GGML_TYPES[kind]
-    source = weight.float().contiguous()
-    row = 256 if importance is None else math.lcm(256, weight.shape[1])
-    matrix = None if importance is None else importance.float().repeat(row // weight.shape[1]).contiguous()
-    rest = -source.numel() % row
-    source = torch.nn.functional.pad(source.flatten(), (0, rest))
+    source, row, matrix = in_blocks(weight, importance)
     traits = library.ggml_get_type_traits(number).contents
     rows = source.numel() // row
     packed = torch.empty(source.numel() // traits.block * traits.bytes, dtype=torch.uint8)
@@ -149,6 +154,55 @@ def ggml(weight: Tensor, kind: str, importance: Tensor | None = None) -> tuple[T
     to_float = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(traits.to_float)
     to_float(packed.data_ptr(), rebuilt.data_ptr(), source.numel())
     return rebuilt[: weight.numel()].view(weight.shape).to(weight.dtype), 8 * traits.bytes / traits.block
+
+
+MIXES = ("Q4_K_M", "Q3_K_M", "IQ3_M")
+
+
+def mixed(name: str, mix: str, layers: int) -> str:
+    """Return the type that a mix of llama.cpp gives a weight of one of so many decoder layers, by the rules of its quantiser
+    (`llama_tensor_get_type`) for dense models with few query heads to a key."""
+    layer = next(int(part) for part in name.split(".") if part.isdigit())
+    more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
+    value, down, output = (leaf in name for leaf in ("v_proj", "down_proj", "o_proj"))
+    if mix == "Q4_K_M":
+        return "Q6_K" if (value or down) and more else "Q4_K"
+    if mix == "Q3_K_M":
+        if value or down:
+            return "Q5_K" if layer < (2 if value else layers // 16) else "Q4_K"
+        return "Q4_K" if output else "Q3_K"
+    return "Q4_K" if value or output or (down and layer < layers // 8) else "IQ3_S"
+
+
+def higgs(weight: Tensor, bits: int) -> tuple[Tensor, float]:
+    """HIGGS' arithmetic with transformers' own grids: pairs of weights, rotated in blocks, on the grid of least squared error.
+
+    Blocks are the largest power of two that divides the rows, up to 1024 (its kernel wants 1024), with a scale of 16 bits each.
+    """
+    from transformers.integrations.higgs import get_higgs_grid
+
+    grid = get_higgs_grid(2, 4**bits).to(weight.dtype)
+    size = min(1024, weight.shape[1] & -weight.shape[1])
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1))) / math.sqrt(2)
+    blocks = weight.reshape(-1, size) @ matrix
+    scale = blocks.square().mean(1, keepdim=True).sqrt().half().float()
+    pairs = (blocks / scale.clamp_min(1e-30)).view(-1, 2)
+    nearest = torch.cat([(2 * some @ grid.T - grid.square().sum(1)).argmax(1) for some in pairs.split(1 << 16)])
+    return ((grid[nearest].view(blocks.shape) * scale) @ matrix).view(weight.shape), bits + 16 / size
+
+
+def sinq(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor, float]:
+    """SINQ's own quantiser: groups within rows, after scales of rows and columns that even their deviations out.
+
+    A group has 16 bits of scale and 8 of zero point, a column 16.
+    """
+    from sinq.dual_shift import tiled_quant_rectangle
+
+    codes, rows, columns, zeros = tiled_quant_rectangle(weight, (0, 2**bits - 1), group, method="sinq")
+    rebuilt = ((codes - zeros) * rows).view(weight.shape) * columns
+    return rebuilt, bits + 24 / group + 16 / weight.shape[0]
 
 
 def data_free() -> dict[str, tuple[str, Quantiser]]:
@@ -181,7 +235,7 @@ def versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for name in ("bitsandbytes", "hqq", "torchao", "xllamacpp"):
+    for name in ("bitsandbytes", "hqq", "torchao", "xllamacpp", "sinq"):
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join(found) or "none installed"

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from seedpack._version import WRITER
-from seedpack.converter.calibration.calibrate import forget_usual, tune_packed
+from seedpack.converter.calibration.calibrate import forget_usual
+from seedpack.converter.calibration.packed import tune_packed
 from seedpack.converter.estimate import require_room
 from seedpack.converter.fitting import apply_tuning, fit, fit_all
 from seedpack.converter.journal import Journal

@@ -10,12 +10,8 @@ from typing import Any
 from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
 from seedpack.converter.budget import is_budget, with_bits, with_size
-from seedpack.converter.calibration.calibrate import (
-    calibrate,
-    calibrate_in_sequence,
-    measured_plan,
-    measured_sensitivities,
-)
+from seedpack.converter.calibration.calibrate import calibrate, calibrate_in_sequence, measured_sensitivities
+from seedpack.converter.calibration.packed import measured_plan
 from seedpack.converter.fitting import raw_by_value
 from seedpack.converter.options import CompressOptions, checking_options, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan

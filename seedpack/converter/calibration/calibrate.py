@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +13,10 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.importance import column_power
-from seedpack.codecs.interfaces import Rates, RowScaling
-from seedpack.converter.calibration import layerwise, measuring, moments, sensitivity, tokens
+from seedpack.codecs.interfaces import Rates
+from seedpack.converter.calibration import layerwise, moments, sensitivity, tokens
 from seedpack.converter.calibration.store import VERSION, Store
-from seedpack.converter.calibration.tuning import Student, Tuned, tune
-from seedpack.converter.fitting import decoded, fit, fit_all, matrix_of
-from seedpack.converter.journal import tensors_digest
+from seedpack.converter.fitting import decoded, fit, matrix_of
 from seedpack.converter.options import Text
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.run import Run
@@ -29,11 +24,8 @@ from seedpack.converter.snapshot import Snapshot
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.statistics import Statistics
-from seedpack.dtypes import PACKABLE
 from seedpack.errors import ModelError
-from seedpack.memory import free_bytes
 
-MEMORY = 12  # bytes for each weight, beside the model: a copy in float32, and gradients of the largest
 PackedWeights = Callable[[Any, Store, dict[str, Tensor]], AbstractContextManager[None]]
 
 
@@ -48,7 +40,7 @@ def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
         return Statistics(run.source, given)
     if run.calibration.is_text:
         return _statistics(
-            run, _read_text(run, _store(run), plan=plan if run.workers is not None and run.workers.streams else None)
+            run, _read_text(run, store_of(run), plan=plan if run.workers is not None and run.workers.streams else None)
         )
     model = run.source.open_model().module
     return Statistics(run.source, given, moments.run(model.to(run.device), run.calibration.text, run.device))
@@ -69,7 +61,7 @@ def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
     assert run.calibration is not None
     if not run.calibration.is_text:
         raise ModelError("calibration in sequence is for language models calibrated on text; leave it out")
-    return _statistics(run, _read_text(run, _store(run, plan), packed_weights))
+    return _statistics(run, _read_text(run, store_of(run, plan), packed_weights))
 
 
 def _by_parameter(run: Run, plan: Plan) -> dict[str, TensorPlan]:
@@ -84,14 +76,14 @@ def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict
     assert run.calibration is not None
     if not run.calibration.is_text:
         return {}
-    store = _store(run)
+    store = store_of(run)
     outputs = store.sensitivities()
     if outputs is None:
         opened = run.source.open_model()
         if layerwise.on_disk(opened.module):
             return {}
         opened.module.to(run.device)
-        ids = _tokens(run, opened, store)
+        ids = tokens_of(run, opened, store)
         total = min(ids.numel(), sensitivity.ENOUGH_TOKENS)
         snapshot = _begun(run, store, "costs", f"{total} tokens measured")
         outputs = sensitivity.output_sensitivities(
@@ -120,114 +112,6 @@ def _tensor_sensitivity(run: Run, tensor: TensorPlan, outputs: dict[str, Tensor]
         if (channels := outputs.get(parameter)) is not None:
             cost += tensor.codec.sensitivity(matrix, statistics.importance(tensor.name), channels)
     return cost
-
-
-def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable[[Mapping[str, float]], Plan]) -> Plan:
-    """Return the better of two plans of a budget: the given one, and one by what it is measured to lose; see `measuring`.
-
-    The given one where that cannot be measured: of what is no language model, of mixtures, without room for both models, by a run
-    that fits nothing or only a share.
-
-    Args:
-        run: the run, which fits all tensors of both plans.
-        plan: by estimates.
-        statistics: to fit with.
-        remade: makes a plan of costs by tensor name.
-    """
-    calibration, has_experts = run.calibration, any(t.kind == "expert" and t.packed for t in plan.tensors)
-    asked = calibration is not None and calibration.measure and calibration.is_text
-    if not asked or has_experts or run.journal is None or run.share is not None:
-        return plan
-    opened = run.source.open_model()
-    if layerwise.on_disk(opened.module) or free_bytes() < MEMORY * sum(p.numel() for p in opened.module.parameters()):
-        return plan
-    opened.module.to(run.device)
-    run = replace(run, weights=plan.packed_weights)
-    shared, compared = measuring.halves(_tokens(run, opened, _store(run)))
-
-    def told(stage: str, ids: Tensor) -> Callable[[int], None]:
-        return lambda count: run.progress(stage, count, ids.numel(), "tokens")
-
-    def fitted(plan: Plan) -> None:
-        run.progress("Fitting", 0, run.weights, "weights")
-        fit_all(run, plan, statistics)
-
-    fitted(plan)
-    student = _student(run, opened, plan, statistics)
-    tensors = {name: t for name, t in _by_parameter(run, plan).items() if isinstance(t.codec, Rates)}
-    names = {name: tensor.name for name, tensor in tensors.items()}
-    pair = measuring.Pair(opened.module, student.model, opened.layer_names, names)
-    found = measuring.shares(pair, shared, told("Measuring shares", shared))
-    rates = {
-        t.name: (t.codec.expected_error(), math.prod(t.shape)) for t in tensors.values() if isinstance(t.codec, Rates)
-    }
-    other = remade(measuring.costs(found, rates))
-    changed = {name: t for name, t in _by_parameter(run, other).items() if t != tensors.get(name)}
-    if not changed:
-        return plan
-    before = measuring.divergence(pair, compared, told("Measuring the plan", compared))
-    fitted(other)
-    with torch.no_grad():
-        for name, tensor in changed.items():
-            student.model.get_parameter(name).copy_(decoded(tensor, fit(run, tensor, statistics)[0], run.device))
-    after = measuring.divergence(pair, compared, told("Measuring the new plan", compared))
-    text = f"KL divergence {before:.4g} by estimated costs, {after:.4g} by measured ones"
-    run.progress("Measuring", 0, 0, "", f"{text}: {'these' if after < before else 'those'} are followed")
-    return other if after < before else plan
-
-
-def tune_packed(run: Run, plan: Plan, statistics: Statistics) -> Tuned:
-    """Tune scales, norms' gains and biases of the packed model to the original; see `tuning.tune`.
-
-    All tensors are fitted first, and taken from the journal then. Both models are in memory.
-    """
-    calibration = run.calibration
-    assert calibration is not None and run.journal is not None
-    if not calibration.is_text:
-        raise ModelError("tuning is for language models calibrated on text")
-    if any(tensor.kind == "expert" and tensor.packed for tensor in plan.tensors):
-        raise ModelError(f"{run.source.name}: tuning does not know mixtures of experts yet; leave it out")
-    fitted = [tensors_digest(fit(run, tensor, statistics)[0]) for tensor in plan.tensors]
-    opened = run.source.open_model()
-    if layerwise.on_disk(opened.module):
-        raise ModelError(f"{run.source.name}: does not fit memory, and tuning needs it there twice; leave it out")
-    opened.module.to(run.device)
-    ids = _tokens(run, opened, _store(run))
-    student = _student(run.quiet(), opened, plan, statistics)
-    teacher = opened.module
-    if teacher.dtype != torch.float32:
-        teacher = copy.deepcopy(teacher).float()  # a live one stays as it is
-    made_of = [fitted, run.source.fingerprint, calibration.tune, calibration.seed, tensors_digest({"ids": ids})]
-    key = f"{run.device.type} {hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}"
-    return tune(
-        student,
-        teacher,
-        ids,
-        epochs=calibration.tune,
-        seed=calibration.seed,
-        progress=run.progress,
-        snapshot=Snapshot(run.tuning, key),
-    )
-
-
-def _student(run: Run, opened: OpenModel, plan: Plan, statistics: Statistics) -> Student:
-    """Return a copy of the model with decoded weights, and what of it can be tuned."""
-    model = copy.deepcopy(opened.module).float()
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    values = []
-    for tensor in plan.tensors:
-        if not tensor.packed and len(tensor.shape) == 1 and tensor.dtype in PACKABLE:
-            values += [name for name in run.source.parameters(tensor.name)[:1] if name in parameters]
-    rows = {}
-    with torch.no_grad():
-        for tensor in plan.tensors:
-            names = [name for name in run.source.parameters(tensor.name) if name in parameters] if tensor.packed else []
-            for name in names:
-                parts, _ = fit(run, tensor, statistics)
-                parameters[name].copy_(decoded(tensor, parts, run.device))
-                if tensor.kind != "conv" and isinstance(tensor.codec, RowScaling):
-                    rows[name] = tensor.name
-    return Student(model, opened.layer_names, rows, values)
 
 
 @contextmanager
@@ -270,7 +154,7 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
         model.to(run.device)
     elif packed_weights is not None:
         raise ModelError(f"{name}: does not fit memory, and calibration in sequence changes its weights; leave it out")
-    ids = _tokens(run, opened, _store(run))
+    ids = tokens_of(run, opened, store_of(run))
     _require_readable(name, model, ids)
 
     run.resuming(store.done, f"{len(opened.layer_names)} layers calibrated")
@@ -306,7 +190,7 @@ def _require_context(name: str, model: Any, context: int) -> None:
         )
 
 
-def _store(run: Run, plan: Plan | None = None) -> Store:
+def store_of(run: Run, plan: Plan | None = None) -> Store:
     """Return the store of a model and its text, or of those and a plan that layers are packed by on the way."""
     calibration = run.calibration
     assert calibration is not None
@@ -331,7 +215,7 @@ def _store(run: Run, plan: Plan | None = None) -> Store:
 def forget_usual(run: Run) -> None:
     """Remove what was measured for this run alone."""
     if run.calibration is not None and run.calibration.is_usual:
-        store = _store(run)
+        store = store_of(run)
         run.release()
         store.remove_unclaimed()
 
@@ -343,7 +227,7 @@ def _begun(run: Run, store: Store, work: str, goal: str) -> Snapshot:
     return snapshot
 
 
-def _tokens(run: Run, opened: OpenModel, store: Store) -> Tensor:
+def tokens_of(run: Run, opened: OpenModel, store: Store) -> Tensor:
     """Return the tokens to read, int64 [n, context]: given, from a text, or written by the model and kept."""
     calibration = run.calibration
     assert calibration is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 import seedpack
 from seedpack import Calibration
 from seedpack.codecs.trellis import TrellisCodec
-from seedpack.converter.calibration import calibrate, layerwise, measuring
+from seedpack.converter.calibration import layerwise, measuring, packed
 from seedpack.converter.plan import Plan
 from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import generate_tokens
@@ -154,7 +154,7 @@ def test_where_it_cannot_be_measured_estimates_decide(
     model = telling_model("mixtral" if why == "a mixture" else "llama-tied")
     model.save_pretrained(tmp_path / "model")
     if why == "no room":
-        monkeypatch.setattr(calibrate, "free_bytes", lambda: 0)
+        monkeypatch.setattr(packed, "free_bytes", lambda: 0)
     elif why == "on disk":
         monkeypatch.setattr(layerwise, "on_disk", lambda model: True)
     elif why == "batches":
