@@ -89,7 +89,9 @@ def generate_tokens(
 ) -> Tensor:
     """Have a causal language model write text, int64 [n, context] (self-calibration: Williams et al., NAACL 2025).
 
-    Sampled from its own distribution at temperature 1, from nothing but its first token on; no data set is needed.
+    Sampled from its own distribution at temperature 1; no data set is needed. Each sequence begins with a token drawn from the whole
+    vocabulary (as in LLM-QAT, Liu et al., arXiv 2305.17888), after the one that a text begins with, if there is one: texts are
+    of more kinds then.
 
     Args:
         model: a causal language model of transformers.
@@ -106,14 +108,16 @@ def generate_tokens(
     first = getattr(model.config, "bos_token_id", None)
     first = first[0] if isinstance(first, list) else first
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    writing = _Writing(model, device, context, progress or (lambda done: None), snapshot or Snapshot())
+    start = 1 if first is None or context == 2 else 2
+    writing = _Writing(model, device, context, start, progress or (lambda done: None), snapshot or Snapshot())
     with torch.random.fork_rng(), torch.inference_mode(), evaluated(model), writing.watched():
         torch.manual_seed(seed)
         begun, cache = writing.resumed()
         while len(writing.written) < count:
             if begun is None:
-                shape = (min(SEQUENCES_AT_ONCE, count - len(writing.written)), 1)
-                begun = torch.randint(vocabulary, shape) if first is None else torch.full(shape, first)
+                begun = torch.randint(vocabulary, (min(SEQUENCES_AT_ONCE, count - len(writing.written)), start))
+                if first is not None:
+                    begun[:, 0] = first
             begun, left = begun.to(device), context - begun.shape[1]
             options = GenerationConfig(
                 do_sample=True,
@@ -146,6 +150,7 @@ class _Writing:
         model: that writes.
         device: that tokens are drawn on.
         context: tokens per sequence.
+        start: those that it begins with.
         progress: called with the tokens written since the last call.
         snapshot: the state.
 
@@ -154,9 +159,16 @@ class _Writing:
     """
 
     def __init__(
-        self, model: Any, device: torch.device, context: int, progress: Callable[[int], None], snapshot: Snapshot
+        self,
+        model: Any,
+        device: torch.device,
+        context: int,
+        start: int,
+        progress: Callable[[int], None],
+        snapshot: Snapshot,
     ):
         self._model, self._device, self._progress, self._snapshot = model, device, progress, snapshot
+        self._start = start
         self._cache: Any = None
         self.written = snapshot.tensors.get("written", torch.empty(0, context, dtype=torch.int64))
 
@@ -188,14 +200,15 @@ class _Writing:
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Report tokens, and change nothing."""
-        layers = [] if ids.shape[1] == 1 else getattr(self._cache, "layers", [None])
+        layers = [] if ids.shape[1] == self._start else getattr(self._cache, "layers", [None])
         if all(_holds(layer, ids.shape[1]) for layer in layers):
             state = {"written": self.written, "begun": ids, "generator": torch.get_rng_state()}
             if self._device.type == "cuda":
                 state["cuda"] = torch.cuda.get_rng_state(self._device)
             for i, layer in enumerate(layers):  # less what the last token gave
                 state |= {f"{i} keys": layer.keys[..., :-1, :], f"{i} values": layer.values[..., :-1, :]}
-            self._snapshot.keep(self.written.numel() - len(self.written) + ids.numel() - len(ids), state)
+            done = self.written.numel() + ids.numel() - self._start * (len(self.written) + len(ids))
+            self._snapshot.keep(done, state)
         self._progress(len(ids))
         return scores
 
