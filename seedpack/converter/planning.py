@@ -107,7 +107,8 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
             return make_plan(run.source, options, given, costs, hessians).raw(stay_raw).with_hessians(hessians)
 
         plan = by_costs(measured_sensitivities(run, plan, statistics))
-        plan = measured_plan(run, plan, statistics, by_costs)
+        if given is None:
+            plan = measured_plan(run, plan, statistics, by_costs)
     if in_sequence:
         statistics = calibrate_in_sequence(run, plan)
     plan = plan.with_hessians(statistics.tensors_with_hessian(plan))

@@ -22,7 +22,7 @@ def outcome(case: str, layer: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("layer", ["omp", *slow("workqueue")])
+@pytest.mark.parametrize("layer", slow("omp", "workqueue"))
 def test_a_forked_child_computes_the_same_on_one_thread(layer: str) -> None:
     """Torch is set to one thread too where kernels had started OpenMP's, which it shares."""
     assert outcome("fork", layer) == f"(True, 'SERIAL') 0 ((True, 1, 1), '(True, 1, 1) 0') 0 {[True] * 6}"

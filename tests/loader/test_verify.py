@@ -173,7 +173,7 @@ def test_a_codec_that_is_not_installed(tmp_path: Path) -> None:
     parts = parts_of(newer, (8, 64))
     object.__setattr__(newer, "spec", lambda: replace(TrellisCodec().spec(), version=9))
     text = run(write_tensors(tmp_path / "b", {"w": (newer, (8, 64), parts)})).output
-    assert "codec 'trellis': the file has version 9, here is 2; upgrade seedpack" in text
+    assert "codec 'trellis': the file has version 9, here is 3; upgrade seedpack" in text
     inside = SVDCodec.over(TrellisCodec(), rank=2)
     parts = parts_of(inside, (8, 64))
     inside.factors["id"] = "absent"  # type: ignore[index]

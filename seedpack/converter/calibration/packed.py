@@ -1,4 +1,4 @@
-"""What is done with a language model once it is packed, both models in memory: its plan is measured, and its scales are tuned."""
+"""Measuring the plan of a packed language model, and tuning its scales: with both models in memory."""
 
 from __future__ import annotations
 
