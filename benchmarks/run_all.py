@@ -30,6 +30,7 @@ MODULES = (
     "language.new_user",
     "language.table",
     "language.calibration",
+    "language.peers",
     "language.ingredients",
     "language.sentences",
     "language.architectures",
