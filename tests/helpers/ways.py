@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks.lib.processor import environment
@@ -36,7 +37,10 @@ def outcome(way: str) -> str:
     if (changed := environment(way)) is None:
         return ""
     command = [sys.executable, "-m", "tests.helpers.ways", way]
-    done = subprocess.run(command, cwd=ROOT, env=changed, capture_output=True, text=True, timeout=600)
+    with tempfile.TemporaryDirectory() as folder:
+        if way == "neon":  # its code is kept apart: it is emulated on a processor that takes another way
+            changed["NUMBA_CACHE_DIR"] = folder
+        done = subprocess.run(command, cwd=ROOT, env=changed, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
