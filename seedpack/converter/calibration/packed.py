@@ -45,10 +45,15 @@ def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable
     """
     calibration, has_experts = run.calibration, any(t.kind == "expert" and t.packed for t in plan.tensors)
     asked = calibration is not None and calibration.measure and calibration.is_text
-    if not asked or has_experts or run.journal is None or run.share is not None:
+    if not asked or run.journal is None or run.share is not None:
         return plan
     opened = run.source.open_model()
-    if layerwise.on_disk(opened.module) or free_bytes() < MEMORY * sum(p.numel() for p in opened.module.parameters()):
+    is_large = layerwise.on_disk(opened.module) or free_bytes() < MEMORY * sum(
+        p.numel() for p in opened.module.parameters()
+    )
+    if has_experts or is_large:
+        why = "a mixture of experts" if has_experts else "no room for both models"
+        run.progress("Measuring", 0, 0, "", f"the bits are spread by estimates, not measured: {why}")
         return plan
     opened.module.to(run.device)
     shared, compared = measuring.halves(tokens_of(run, opened, store_of(run)))

@@ -159,8 +159,14 @@ def test_where_it_cannot_be_measured_estimates_decide(
         monkeypatch.setattr(layerwise, "on_disk", lambda model: True)
     elif why == "batches":
         calibration = [{"input_ids": ids()}]
-    report = seedpack.compress(tmp_path / "model", tmp_path / "packed", bits=3.5, calibration=calibration, **FAST)
+    said: list[str] = []
+    report = seedpack.compress(
+        tmp_path / "model", tmp_path / "packed", bits=3.5, calibration=calibration, **FAST,
+        progress=lambda stage, done, total, unit="", item="": said.append(item),
+    )  # fmt: skip
     assert report.plan.totals()["bits_per_packed_weight"] <= 3.5
+    reason = {"a mixture": "a mixture of experts", "batches": ""}.get(why, "no room for both models")
+    assert (f"the bits are spread by estimates, not measured: {reason}" in said) == (why != "batches")
 
 
 def test_whole_bits_are_not_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
