@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 
 import seedpack
+from seedpack.cli.main import cli
 from seedpack.errors import BackendError, ModelError, NonfiniteError, OptionError
 from tests.helpers.models import llama
 
@@ -44,6 +46,15 @@ def test_they_give_the_same_bytes(cluster: Any, tmp_path: Path) -> None:
     seedpack.compress(path, one, **OPTIONS)
     report = seedpack.compress(path, many, **OPTIONS, engine="ray", address=cluster.address)
     assert one.read_bytes() == many.read_bytes() and len(report.tensors) == 8
+
+
+def test_the_command_finds_the_cluster(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, one, many = model(tmp_path), tmp_path / "one.safetensors", tmp_path / "many.safetensors"
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    for output, engine in ((one, []), (many, ["--engine", "ray"])):
+        done = CliRunner().invoke(cli, ["compress", str(path), "-o", str(output), "--effort", "fast", *engine])
+        assert done.exit_code == 0, done.output
+    assert one.read_bytes() == many.read_bytes()
 
 
 def test_layers_are_fitted_as_they_are_calibrated(cluster: Any, tmp_path: Path) -> None:
