@@ -71,12 +71,14 @@ class Subject:
 
         return self.text("\n\n".join(topics.topics.values()))
 
-    def ours(self, codec: str, bits: float, calibration: Any = None) -> Found:
+    def ours(self, codec: str, bits: float, calibration: Any = None, **options: Any) -> Found:
         """Packed by seedpack, loaded and run as a user would."""
         out = self.work / "packed"
         shutil.rmtree(out, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
-        done = seedpack.compress(self.folder, out, codec=codec, bits=bits, exclude=["*embed*"], calibration=calibration)
+        done = seedpack.compress(
+            self.folder, out, codec=codec, bits=bits, exclude=["*embed*"], calibration=calibration, **options
+        )
         return done.plan.totals()["bits_per_packed_weight"], self.scored(load_language_model(out)[0])
 
     def rebuilt(self, quantise: Callable[[str, torch.Tensor], tuple[torch.Tensor, float]]) -> Found:

@@ -19,7 +19,7 @@ from seedpack.errors import CodecError, FormatError, OptionError
 from seedpack.kernels.dispatch import Backend
 from seedpack.keys import add_key, default_seed
 
-TOKENS, CONTEXT = 16384, 512
+TOKENS, OWN_CONTEXT, CONTEXT = 16384, 128, 512
 AUTO, SELF = "auto", "self"
 ENGINES = ("processes", "ray")
 PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "dtype", "head_bits", "target_size"})
@@ -48,7 +48,7 @@ class Calibration:
             a text or JSON lines file; a data set of the hub; token ids [n, context]; or, for modules that are no language
             models, batches to run the module on.
         tokens: that a language model reads.
-        context: tokens per sequence.
+        context: tokens per sequence; 0 takes 512, and 128 of what the model writes: the more beginnings, the more kinds of text.
         seed: of what the model writes.
         sequential: fit each layer of a language model to the inputs that the packed layers before it give.
         tune: epochs of tuning the packed language model to the original on the text.
@@ -60,7 +60,7 @@ class Calibration:
 
     text: Text
     tokens: int = TOKENS
-    context: int = CONTEXT
+    context: int = 0
     seed: int = 0
     sequential: bool = False
     tune: int = 0
@@ -68,6 +68,9 @@ class Calibration:
     is_usual: bool = False
 
     def __post_init__(self) -> None:
+        if self.context == 0:
+            writes = isinstance(self.text, str) and self.text in (SELF, AUTO)
+            object.__setattr__(self, "context", OWN_CONTEXT if writes else CONTEXT)
         if self.context < 2:
             raise OptionError(f"calibration: sequences of {self.context} tokens; they must have at least 2")
         if self.tokens < self.context:

@@ -17,7 +17,7 @@ from seedpack.units import duration
 ENABLED = True
 WRITERS = ("ForCausalLM", "LMHeadModel")  # endings of the names of causal language models
 MEMORY = 16  # bytes for each weight: with less a model in float32 is left on the disk, where it writes slowly
-PASSES = 4.5  # over the model for each token: one writes, one reads, and the second moments; at less than a product's best speed
+PASSES = 2.5  # over the model for each token: one writes, one reads, and the second moments
 MEASURING = 4.5  # and of what tensors cost, for a budget
 ROWS, WIDTH, PRODUCTS, SECONDS = (
     32,

@@ -19,7 +19,8 @@ from seedpack.errors import ModelError
 from seedpack.formats.lock import LOCK_FILE
 from seedpack.formats.reader import read_json
 
-VERSION = 3  # 1: texts without the token that a tokenizer puts first; 2: a model wrote without a token drawn for each sequence
+VERSION = 4  # 1: texts without the token that a tokenizer puts first; 2: a model wrote without a token drawn for each sequence; 3: in
+# float32, by other numbers
 
 
 class Store:

@@ -138,6 +138,22 @@ def test_written_text_is_repeatable_and_leaves_the_generator_alone() -> None:
     assert not torch.equal(one, generate_tokens(model, 100, 20, seed=4))
 
 
+@pytest.mark.parametrize("mixes", [False, True])
+def test_text_is_written_in_bfloat16_where_that_is_faster(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = llama(), set[torch.dtype]()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr(language_model, "bfloat16_is_faster", lambda: True)
+    if mixes:  # a layer that takes float32 alone
+        model.model.norm.register_forward_pre_hook(lambda module, args: (args[0] @ torch.eye(args[0].shape[-1]),))
+
+    def see(done: int) -> None:
+        seen.update(parameter.dtype for parameter in model.parameters())
+
+    assert generate_tokens(model, 100, 20, progress=see).shape == (5, 20)
+    assert seen == {torch.float32 if mixes else torch.bfloat16}
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
 class Words:
     """A tokenizer: a character a token."""
 
