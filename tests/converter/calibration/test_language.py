@@ -138,6 +138,21 @@ def test_written_text_is_repeatable_and_leaves_the_generator_alone() -> None:
     assert not torch.equal(one, generate_tokens(model, 100, 20, seed=4))
 
 
+def test_tokens_are_drawn_by_their_probability() -> None:
+    torch.manual_seed(0)
+    model, logits = llama(), list[Tensor]()
+
+    def see(head: Any, hidden: tuple[Tensor], out: Tensor) -> None:
+        assert hidden[0].is_contiguous()  # else torch copies the weight for each sequence
+        logits.append(out[:, -1])
+
+    model.lm_head.register_forward_hook(see)
+    drawn = generate_tokens(model, 12000, 3)[:, 2]
+    expected = torch.cat(logits).softmax(-1).sum(0)
+    found = torch.bincount(drawn, minlength=len(expected))
+    assert float(((found - expected) / expected.sqrt()).square().mean()) < 1.5  # 1 where they are drawn by it
+
+
 @pytest.mark.parametrize("mixes", [False, True])
 def test_text_is_written_in_bfloat16_where_that_is_faster(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = llama(), set[torch.dtype]()
