@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.language.calibration import Found, Subject
-from benchmarks.lib import exl3, ik_llama, models, peers, plots, report
+from benchmarks.lib import autoround, exl3, ik_llama, models, peers, plots, report
 from seedpack import Calibration, CompressOptions
 from seedpack.converter.calibration.calibrate import calibrate
 from seedpack.converter.calibration.store import Store
@@ -69,6 +69,10 @@ class Contest(Subject):
 
         return self.rebuilt(quantise)
 
+    def by_autoround(self, bits: int) -> Found:
+        weights, stored = autoround.quantised(self.folder, self.real_text(), bits)
+        return self.rebuilt(lambda name, weight: (weights[name], stored))
+
     def plainly(self, quantise: peers.Quantiser) -> Found:
         return self.rebuilt(lambda name, weight: quantise(weight))
 
@@ -98,6 +102,8 @@ def methods_of(subject: Contest, layers: int) -> dict[str, tuple[str, Callable[[
         )
         add(f"EXL3 {bits}, WikiText", "EXL3, WikiText", functools.partial(subject.by_exl3, bits))
         add(f"HIGGS {bits}", "HIGGS", functools.partial(subject.plainly, functools.partial(peers.higgs, bits=bits)))
+        if autoround.at_hand():
+            add(f"AutoRound {bits} g64", "AutoRound g64", functools.partial(subject.by_autoround, bits))
         if importlib.util.find_spec("hqq"):
             add(
                 f"HQQ {bits} g64",
@@ -128,7 +134,13 @@ def row(label: str, family: str, run: Callable[[], Found]) -> dict[str, Any]:
         started = time.perf_counter()
         bits, found = run()
         scores = {text: asdict(report) for text, report in zip(TEXTS, found, strict=True)}
-        return {"family": family, "bits": bits, "seconds": time.perf_counter() - started, "texts": scores}
+        return {
+            "family": family,
+            "bits": bits,
+            "seconds": time.perf_counter() - started,
+            "texts": scores,
+            "packages": peers.versions(),
+        }
 
     return report.kept("peers", label, measure)
 
@@ -145,6 +157,7 @@ def measure(result: report.Result) -> None:
         if result.wanted(label)
     }
     rows = result.joined([row(label, *method) for label, method in wanted.items()])
+    packages = sorted({package for r in rows for package in r["packages"].split(", ")})
     built = f", ik_llama.cpp {ik_llama.version()}" if ik_llama.at_hand() else ""
     result.say(
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32), embedding and head as they are; "
@@ -156,8 +169,9 @@ def measure(result: report.Result) -> None:
     result.say(
         "EXL3's quantiser needs CUDA; its algorithm is written again (`benchmarks/lib/exl3.py`), with blocks of 64 where layers are no "
         "multiples of 128. ik_llama.cpp's and llama.cpp's quantisers are their own, over blocks of 256 of rows laid end to end "
-        "where they would take larger types; HIGGS with transformers' grids, in blocks that divide the rows. "
-        f"Packages: {peers.versions()}{built}."
+        "where they would take larger types; AutoRound with "
+        f"{autoround.ITERATIONS} iterations, on the same text; HIGGS with transformers' grids, in blocks that divide the rows. "
+        f"Packages: {', '.join(packages)}{built}."
     )
     for subject in subjects:
         other = [s.prefix for s in subjects if s is not subject and s.prefix]

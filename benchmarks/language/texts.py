@@ -16,7 +16,8 @@ from benchmarks.language.calibration import CALIBRATION_TOKENS, Subject
 from benchmarks.language.peers import TEXTS, code
 from benchmarks.lib import models, report
 from seedpack import Calibration
-from seedpack.hf.language_model import generate_tokens, load_language_model
+from seedpack.hf.language_model import load_language_model
+from seedpack.hf.own_text import generate_tokens
 
 TOKENS = 8192  # of each text that is scored
 CONTEXT = 128  # of what the model writes
@@ -37,7 +38,13 @@ class Reader(Subject):
 
     @functools.cache  # noqa: B019  # one reader
     def own(self, tokens: int = CALIBRATION_TOKENS, context: int = CONTEXT) -> Tensor:
-        """As `--calibration self` has it: each sequence begins with a token drawn from the vocabulary."""
+        """As `--calibration self` has it: half as a user's turns, half from a token drawn from the vocabulary."""
+        model, tokenizer = load_language_model(self.folder)
+        return generate_tokens(model, tokens, context, tokenizer=tokenizer)
+
+    @functools.cache  # noqa: B019
+    def drawn(self, context: int = CONTEXT, tokens: int = CALIBRATION_TOKENS) -> Tensor:
+        """All from tokens drawn from the vocabulary."""
         return generate_tokens(load_language_model(self.folder)[0], tokens, context)
 
     def wikitext(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
@@ -79,14 +86,14 @@ def texts_of(reader: Reader) -> dict[str, tuple[tuple[int, ...], Callable[[], Te
         "own": ((4, 3, 2), reader.own),
         "own, 65,536 tokens": ((4, 3, 2), lambda: reader.own(65536)),
         "own, 262,144 tokens": ((4, 3, 2), lambda: reader.own(262144)),
-        "own, sequences of 512": ((3,), lambda: reader.own(context=512)),
-        "own, sequences of 256": ((3,), lambda: reader.own(context=256)),
-        "own, sequences of 64": ((3,), lambda: reader.own(context=64)),
+        "own, all from drawn tokens": ((3,), reader.drawn),
+        "own, all from drawn tokens, 65,536 tokens": ((3,), lambda: reader.drawn(tokens=65536)),
+        "own, all from drawn tokens, sequences of 512": ((3,), lambda: reader.drawn(512)),
+        "own, all from drawn tokens, sequences of 256": ((3,), lambda: reader.drawn(256)),
         "own, all from the first token": ((3,), lambda: reader.begun("<|im_start|>")),
         "own, at temperature 0.7": ((3,), lambda: reader.begun("<|im_start|>", temperature=0.7)),
         "own, after short prompts": ((3,), lambda: reader.begun(*PROMPTS)),
-        "own, as a user's turn and its answer": ((3,), lambda: reader.begun("<|im_start|>user\n")),
-        "own half, half user's turns": ((3,), lambda: with_half(reader.begun("<|im_start|>user\n"))),
+        "own, all as user's turns": ((3,), lambda: reader.begun("<|im_start|>user\n")),
         "WikiText-2": ((4, 3, 2), reader.wikitext),
         "WikiText-2, 65,536 tokens": ((3,), lambda: reader.wikitext(65536)),
         "Python's manual": ((3,), reader.manual),

@@ -235,7 +235,7 @@ def versions() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     found = []
-    for name in ("bitsandbytes", "hqq", "torchao", "xllamacpp", "sinq"):
+    for name in ("bitsandbytes", "hqq", "torchao", "xllamacpp", "sinq", "auto-round"):
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{name} {version(name)}")
     return ", ".join(found) or "none installed"

@@ -25,9 +25,10 @@ from seedpack.converter.sources.base import Source
 from seedpack.converter.sources.open import open_source
 from seedpack.errors import ModelError, OutputError
 from seedpack.eval.language import compare_language_models, windows
-from seedpack.hf import language_model
+from seedpack.hf import language_model, own_text
 from seedpack.hf.internals import decoder_layers
-from seedpack.hf.language_model import generate_tokens, open_pretrained
+from seedpack.hf.language_model import open_pretrained
+from seedpack.hf.own_text import generate_tokens
 from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES, llama
 
@@ -157,7 +158,7 @@ def test_tokens_are_drawn_by_their_probability() -> None:
 def test_text_is_written_in_bfloat16_where_that_is_faster(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = llama(), set[torch.dtype]()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(language_model, "bfloat16_is_faster", lambda: True)
+    monkeypatch.setattr(own_text, "bfloat16_is_faster", lambda: True)
     if mixes:  # a layer that takes float32 alone
         model.model.norm.register_forward_pre_hook(lambda module, args: (args[0] @ torch.eye(args[0].shape[-1]),))
 
@@ -226,7 +227,7 @@ def test_what_cannot_be_calibrated(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=message):
             seedpack.compress(model, tmp_path / "out", codec=FAST, calibration=text)
         assert not (tmp_path / "out").exists()
-    with pytest.raises(ModelError, match="1 tokens do not fill a sequence of 512; ask for at least 512"):
+    with pytest.raises(ModelError, match="1 tokens do not fill a sequence of 128; ask for at least 128"):
         Calibration("self", tokens=1)
 
 

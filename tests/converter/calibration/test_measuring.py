@@ -17,7 +17,7 @@ from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration import layerwise, measuring, packed
 from seedpack.converter.plan import Plan
 from seedpack.hf.internals import decoder_layers
-from seedpack.hf.language_model import generate_tokens
+from seedpack.hf.own_text import generate_tokens
 from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES
 

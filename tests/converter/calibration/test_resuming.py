@@ -18,8 +18,8 @@ from seedpack import Calibration
 from seedpack.converter import snapshot
 from seedpack.converter.calibration import sensitivity, tuning
 from seedpack.converter.snapshot import Snapshot
-from seedpack.hf import language_model
-from seedpack.hf.language_model import generate_tokens
+from seedpack.hf import own_text
+from seedpack.hf.own_text import generate_tokens
 from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES, llama
 
@@ -84,7 +84,7 @@ def test_a_run_goes_on(
 ) -> None:
     monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 64)
     monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 64)
-    monkeypatch.setattr(language_model, "SEQUENCES_AT_ONCE", 5)
+    monkeypatch.setattr(own_text, "SEQUENCES_AT_ONCE", 5)
     choices: dict[str, Any] = {
         "bits": 3.4 if stage == COSTS else 3,
         "settings": {"effort": "fast"},
@@ -104,17 +104,31 @@ def test_a_run_goes_on(
     assert not list(tmp_path.rglob("*.begun")) and not list(tmp_path.rglob(".*"))
 
 
+class Chat:
+    """A tokenizer: five bits of a byte a token, with marks between turns."""
+
+    chat_template = "{{ messages }}"
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [byte % 32 for byte in text.encode()]}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool) -> str:
+        return "".join(f"<{message['role']}>{message['content']}" for message in messages)
+
+
 @pytest.mark.parametrize("name", ["gemma3", *slow("gpt2", "mixtral", "qwen3")])
 def test_text_goes_on_at_any_token(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a cache loses what is out of its window: from where it had all then."""
-    monkeypatch.setattr(language_model, "SEQUENCES_AT_ONCE", 3)
+    monkeypatch.setattr(own_text, "SEQUENCES_AT_ONCE", 3)
     torch.manual_seed(0)
     model, file = ARCHITECTURES[name](), tmp_path / "text"
     if name == "gemma3":
         model.config.sliding_window = 8
         model = type(model)(model.config)
-    whole, counts = generate_tokens(model, 160, 20, seed=3), []
-    for stop in (1, 7, 18, 30):
+    whole, counts = generate_tokens(model, 160, 20, seed=3, tokenizer=Chat()), []
+    turn = [1, *(byte % 32 for byte in b"<user>")]
+    assert all((row == torch.tensor(turn)).all() for row in whole[1::2, :7]) and whole[::2, 1].unique().numel() == 4
+    for stop in (1, 7, 18, 30, 55):
         count, told = iter(range(1, 99)), list[int]()
 
         def progress(done: int, count: Any = count, stop: int = stop) -> None:
@@ -122,12 +136,13 @@ def test_text_goes_on_at_any_token(name: str, tmp_path: Path, monkeypatch: pytes
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            generate_tokens(model, 160, 20, 3, progress, Snapshot(file))
+            generate_tokens(model, 160, 20, 3, progress, Snapshot(file), Chat())
         state = Snapshot(file)
         counts.append(state.done)
-        assert torch.equal(generate_tokens(model, 160, 20, 3, told.append, state), whole) and sum(told) == 8 * 18
+        assert torch.equal(generate_tokens(model, 160, 20, 3, told.append, state, Chat()), whole)
+        assert sum(told) == 4 * 18 + 4 * 13
         file.unlink()
-    assert counts == ([0, 15, 15, 69] if name == "gemma3" else [0, 18, 51, 87])
+    assert counts == ([0, 15, 15, 59, 111] if name == "gemma3" else [0, 18, 51, 65, 116])
 
 
 def test_only_a_whole_state_of_the_same_work_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
