@@ -31,6 +31,7 @@ MODULES = (
     "language.table",
     "language.calibration",
     "language.peers",
+    "language.texts",
     "language.ingredients",
     "language.sentences",
     "language.architectures",

@@ -37,15 +37,9 @@ class Reader(Subject):
         super().__init__("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, [models.text()[1], code()])
 
     @functools.cache  # noqa: B019  # one reader
-    def own(self, tokens: int = CALIBRATION_TOKENS, context: int = CONTEXT) -> Tensor:
-        """As `--calibration self` has it: half as a user's turns, half from a token drawn from the vocabulary."""
-        model, tokenizer = load_language_model(self.folder)
-        return generate_tokens(model, tokens, context, tokenizer=tokenizer)
-
-    @functools.cache  # noqa: B019
-    def drawn(self, context: int = CONTEXT, tokens: int = CALIBRATION_TOKENS) -> Tensor:
-        """All from tokens drawn from the vocabulary."""
-        return generate_tokens(load_language_model(self.folder)[0], tokens, context)
+    def own(self, tokens: int = CALIBRATION_TOKENS, context: int = CONTEXT, seed: int = 0) -> Tensor:
+        """As `--calibration self` has it: each sequence begins with a token drawn from the vocabulary."""
+        return generate_tokens(load_language_model(self.folder)[0], tokens, context, seed)
 
     def wikitext(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
         text = models.text()[1]
@@ -86,14 +80,13 @@ def texts_of(reader: Reader) -> dict[str, tuple[tuple[int, ...], Callable[[], Te
         "own": ((4, 3, 2), reader.own),
         "own, 65,536 tokens": ((4, 3, 2), lambda: reader.own(65536)),
         "own, 262,144 tokens": ((4, 3, 2), lambda: reader.own(262144)),
-        "own, all from drawn tokens": ((3,), reader.drawn),
-        "own, all from drawn tokens, 65,536 tokens": ((3,), lambda: reader.drawn(tokens=65536)),
-        "own, all from drawn tokens, sequences of 512": ((3,), lambda: reader.drawn(512)),
-        "own, all from drawn tokens, sequences of 256": ((3,), lambda: reader.drawn(256)),
+        "own, of another seed": ((3,), lambda: reader.own(seed=1)),
+        "own, sequences of 512": ((3,), lambda: reader.own(context=512)),
+        "own, sequences of 256": ((3,), lambda: reader.own(context=256)),
         "own, all from the first token": ((3,), lambda: reader.begun("<|im_start|>")),
         "own, at temperature 0.7": ((3,), lambda: reader.begun("<|im_start|>", temperature=0.7)),
         "own, after short prompts": ((3,), lambda: reader.begun(*PROMPTS)),
-        "own, all as user's turns": ((3,), lambda: reader.begun("<|im_start|>user\n")),
+        "own half, half as a user's turns": ((3,), lambda: with_half(reader.begun("<|im_start|>user\n"))),
         "WikiText-2": ((4, 3, 2), reader.wikitext),
         "WikiText-2, 65,536 tokens": ((3,), lambda: reader.wikitext(65536)),
         "Python's manual": ((3,), reader.manual),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ def open_pretrained(model: Any, tokenizer: Any = None) -> OpenModel:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not hasattr(model, "generate") or head is None or model.config.is_encoder_decoder:
         return OpenModel(model, tokenizer)
-    return OpenModel(model, tokenizer, tuple(decoder_layers(model)), partial(generate_tokens, tokenizer=tokenizer))
+    return OpenModel(model, tokenizer, tuple(decoder_layers(model)), generate_tokens)
 
 
 def open_folder_model(path: Path, where: Path | None = None) -> OpenModel:

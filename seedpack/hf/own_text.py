@@ -25,14 +25,12 @@ def generate_tokens(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     snapshot: Snapshot | None = None,
-    tokenizer: Any = None,
 ) -> Tensor:
     """Have a causal language model write text, int64 [n, context] (self-calibration: Williams et al., NAACL 2025).
 
     Sampled from its own distribution at temperature 1; no data set is needed. Each sequence begins with a token drawn from the whole
     vocabulary (as in LLM-QAT, Liu et al., arXiv 2305.17888), after the one that a text begins with, if there is one: texts are
-    of more kinds then. With a chat template every other one begins as a user's turn instead (as in Magpie, Xu et al., arXiv
-    2406.08464). Weights are bfloat16 meanwhile, where that is faster.
+    of more kinds then. Weights are bfloat16 meanwhile, where that is faster.
 
     Args:
         model: a causal language model of transformers.
@@ -41,36 +39,25 @@ def generate_tokens(
         seed: of the sampling.
         progress: called with the tokens written since the last call.
         snapshot: where to begin, and where to keep what is written; the text is the same then.
-        tokenizer: whose chat template it is.
     """
     from transformers import GenerationConfig
 
     count = max(1, tokens // context)
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     first = getattr(model.config, "bos_token_id", None)
-    first = [] if first is None else first[:1] if isinstance(first, list) else [first]
-    turn = torch.tensor([first + _turn(tokenizer)])
-    usable = len(first) < turn.shape[1] < context / 2 and int(turn.max()) < vocabulary
-    of_turns = count // 2 if usable else 0
-
-    def begin(done: int) -> Tensor:
-        """Return the first tokens of the sequences that are written next."""
-        own = count - of_turns - done
-        rows = min(SEQUENCES_AT_ONCE, own if own > 0 else count - done)
-        if own <= 0:
-            return turn.expand(rows, -1)
-        drawn = torch.randint(vocabulary, (rows, 0 if first and context == 2 else 1))
-        return torch.cat([torch.tensor([first], dtype=torch.int64).expand(rows, -1), drawn], 1)
-
+    first = first[0] if isinstance(first, list) else first
+    start = 1 if first is None or context == 2 else 2
     device = torch.device("cpu") if model.device.type == "meta" else model.device
-    writing = _Writing(model, device, context, progress or (lambda done: None), snapshot or Snapshot())
+    writing = _Writing(model, device, context, start, progress or (lambda done: None), snapshot or Snapshot())
     with torch.random.fork_rng(), torch.inference_mode(), evaluated(model), _in_bfloat16(model), writing.watched():
         torch.manual_seed(seed)
         begun, cache = writing.resumed()
-        while (done := len(writing.written)) < count:
-            begun = (begin(done) if begun is None else begun).to(device)
-            writing.start = begun.shape[1] if cache is None else 0
-            left = context - begun.shape[1]
+        while len(writing.written) < count:
+            if begun is None:
+                begun = torch.randint(vocabulary, (min(SEQUENCES_AT_ONCE, count - len(writing.written)), start))
+                if first is not None:
+                    begun[:, 0] = first
+            begun, left = begun.to(device), context - begun.shape[1]
             options = GenerationConfig(do_sample=False, max_new_tokens=left, min_new_tokens=left, pad_token_id=0)
             sequences = model.generate(
                 begun,
@@ -81,22 +68,7 @@ def generate_tokens(
             )
             writing.written = torch.cat([writing.written, sequences[:, :context].cpu()])
             begun = cache = None
-    in_turn = torch.cat([torch.arange(count - of_turns), torch.arange(of_turns) + 0.5]).argsort()
-    return writing.written[in_turn]
-
-
-def _turn(tokenizer: Any) -> list[int]:
-    """Return the tokens between an answer and the user's next words, by the chat template; none without one."""
-    if getattr(tokenizer, "chat_template", None) is None:
-        return []
-    said = [("user", "Hello."), ("assistant", "First answer."), ("user", "Next question.")]
-    messages = [{"role": role, "content": content} for role, content in said]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception:  # templates are programs
-        return []
-    between = text.partition(said[1][1])[2].partition(said[2][1])[0]
-    return list(tokenizer(between, add_special_tokens=False)["input_ids"])
+    return writing.written
 
 
 @contextmanager
@@ -141,12 +113,12 @@ class _Writing:
         model: that writes.
         device: that tokens are drawn on.
         context: tokens per sequence.
+        start: those that it begins with.
         progress: called with the tokens written since the last call.
         snapshot: the state.
 
     Attributes:
         written: the sequences that are whole, int64 [n, context].
-        start: the tokens that those which are being written began with; 0 where they go on.
     """
 
     def __init__(
@@ -154,13 +126,13 @@ class _Writing:
         model: Any,
         device: torch.device,
         context: int,
+        start: int,
         progress: Callable[[int], None],
         snapshot: Snapshot,
     ):
         self._model, self._device, self._progress, self._snapshot = model, device, progress, snapshot
         self._cache: Any = None
-        self._done = snapshot.done
-        self.start = 0
+        self._start = start
         self.written = snapshot.tensors.get("written", torch.empty(0, context, dtype=torch.int64))
 
     def resumed(self) -> tuple[Tensor | None, DynamicCache | None]:
@@ -200,15 +172,15 @@ class _Writing:
 
     def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
         """Report tokens, and leave one to choose, drawn by its probability; `multinomial` draws a number for every other too."""
-        layers = [] if ids.shape[1] == self.start else getattr(self._cache, "layers", [None])
+        layers = [] if ids.shape[1] == self._start else getattr(self._cache, "layers", [None])
         if all(_holds(layer, ids.shape[1]) for layer in layers):
             state = {"written": self.written, "begun": ids, "generator": torch.get_rng_state()}
             if self._device.type == "cuda":
                 state["cuda"] = torch.cuda.get_rng_state(self._device)
             for i, layer in enumerate(layers):  # less what the last token gave
                 state |= {f"{i} keys": layer.keys[..., :-1, :], f"{i} values": layer.values[..., :-1, :]}
-            self._snapshot.keep(self._done, state)
-        self._done += len(ids)
+            done = self.written.numel() + ids.numel() - self._start * (len(self.written) + len(ids))
+            self._snapshot.keep(done, state)
         self._progress(len(ids))
         below = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
         drawn = torch.searchsorted(below, below[:, -1:] * torch.rand_like(below[:, :1]), right=True)
