@@ -38,7 +38,7 @@ class Reader(Subject):
 
     @functools.cache  # noqa: B019  # one reader
     def own(self, tokens: int = CALIBRATION_TOKENS, context: int = CONTEXT, seed: int = 0) -> Tensor:
-        """As `--calibration self` has it: each sequence begins with a token drawn from the vocabulary."""
+        """Return what `--calibration self` writes: each sequence begins with a token drawn from the vocabulary."""
         return generate_tokens(load_language_model(self.folder)[0], tokens, context, seed)
 
     def wikitext(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
@@ -49,7 +49,7 @@ class Reader(Subject):
         return self.text("\n\n".join(topics.topics.values()), tokens)
 
     def begun(self, *starts: str, temperature: float = 1.0) -> Tensor:
-        """Text that the model writes on from the first tokens of texts."""
+        """Return what the model writes on from the first tokens of texts."""
         model, tokenizer = load_language_model(self.folder)
         begun = [tokenizer(start)["input_ids"] for start in starts]
         length = min(map(len, begun))
