@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.snapshot import Snapshot
+from seedpack.errors import ModelError
 from seedpack.hf.internals import cache_name
 from seedpack.kernels.common.row_tiles import bfloat16_is_faster
 
@@ -155,10 +156,8 @@ class _Writing:
         def see(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
             self._cache = kwargs.get(cache_name())
 
-        def lay_out(
-            module: Any, args: tuple[Any, ...]
-        ) -> tuple[Any, ...]:  # else torch copies the weight for each sequence
-            return tuple(arg.contiguous() for arg in args)
+        def lay_out(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(arg.contiguous() for arg in args)  # else torch copies the weight for each sequence
 
         hooks = (
             self._model.register_forward_pre_hook(see, with_kwargs=True),
@@ -183,6 +182,10 @@ class _Writing:
             self._snapshot.keep(done, state)
         self._progress(len(ids))
         below = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        if not below[:, -1].isfinite().all():
+            raise ModelError(
+                "the model writes no text: its predictions are no finite numbers; calibrate it on a text of yours, or on none"
+            )
         drawn = torch.searchsorted(below, below[:, -1:] * torch.rand_like(below[:, :1]), right=True)
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn, 0)
 

@@ -154,6 +154,13 @@ def test_tokens_are_drawn_by_their_probability() -> None:
     assert float(((found - expected) / expected.sqrt()).square().mean()) < 1.5  # 1 where they are drawn by it
 
 
+def test_predictions_that_are_no_numbers() -> None:
+    model = llama()
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(ModelError, match="writes no text: its predictions are no finite numbers; calibrate it on"):
+        generate_tokens(model, 64, 16)
+
+
 @pytest.mark.parametrize("mixes", [False, True])
 def test_text_is_written_in_bfloat16_where_that_is_faster(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = llama(), set[torch.dtype]()
