@@ -110,11 +110,11 @@ def fit(run: Run, tensor: TensorPlan, statistics: Statistics) -> tuple[Parts, Te
         progress(math.prod(tensor.shape))
         return known
     value = run.source.read(tensor.name)
-    matrix = _in_float(as_matrix(value, tensor).to(run.device), tensor)
+    matrix, is_shifted = _target(statistics, tensor, value, run.device)
     importance = _importance(run.source, tensor, matrix, measured)
     if journal is not None:
         place = journal.place_name(tensor, measured)
-        name = journal.bytes_name(tensor, value, measured if measured else importance)
+        name = journal.bytes_name(tensor, matrix if is_shifted else value, measured if measured else importance)
         if (known := journal.of_bytes(name, tensor)) is not None:
             journal.put(place, name, *known)
             progress(math.prod(tensor.shape))
@@ -164,7 +164,7 @@ def apply_tuning(
     if tensor.name in factors:
         assert isinstance(tensor.codec, RowScaling)
         rescaled = tensor.codec.rescaled(parts, factors[tensor.name].to(device))
-        matrix = _in_float(matrix_of(source, tensor).to(device), tensor)
+        matrix, _ = _target(statistics, tensor, source.read(tensor.name), device)
         return rescaled, _measured(tensor, rescaled, matrix, statistics.importance(tensor.name), report.seconds)
     value = next((values[p] for p in source.parameters(tensor.name) if p in values), None)
     if value is None:
@@ -187,6 +187,13 @@ def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
 def as_matrix(value: Tensor, tensor: TensorPlan) -> Tensor:
     """Return the value of a tensor as its codec sees it [out, in]."""
     return (value.mT if tensor.transposed else value).reshape(tensor.codec_shape)
+
+
+def _target(statistics: Statistics, tensor: TensorPlan, value: Tensor, device: torch.device) -> tuple[Tensor, bool]:
+    """Return the matrix that a tensor of a value is fitted to, and whether that is another one, shifted."""
+    matrix = _in_float(as_matrix(value, tensor).to(device), tensor)
+    shift = statistics.shift(tensor.name)
+    return (matrix, False) if shift is None else (matrix.float() + shift.to(device), True)
 
 
 def _in_float(matrix: Tensor, tensor: TensorPlan) -> Tensor:

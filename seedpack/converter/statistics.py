@@ -12,14 +12,16 @@ from seedpack.codecs.importance import Importance
 from seedpack.converter.plan import Plan
 from seedpack.converter.sources.base import Source
 
+SHIFT = " shift"  # after a parameter's name: what is added to it before it is fitted [out, in]
+
 
 class SecondMoments(Protocol):
-    """Input second moments E[x·xᵀ] by the names of parameters, in memory or on disk."""
+    """Input second moments E[x·xᵀ] by the names of parameters, and shifts, in memory or on disk."""
 
     def __contains__(self, name: object, /) -> bool: ...
 
     def get(self, name: str, /) -> Tensor | None:
-        """Return the second moment [in, in] of the input of a weight's layer."""
+        """Return the second moment [in, in] of the input of a weight's layer, or a shift."""
         ...
 
 
@@ -49,6 +51,11 @@ class Statistics:
             return Importance.of(self.given[name])
         parameter = self._parameter(name)
         return Importance.of(None if parameter is None else self.moments.get(parameter))
+
+    def shift(self, name: str) -> Tensor | None:
+        """Return what is added to a tensor before it is fitted, to make up for others that are packed [out, in]; or None."""
+        parameter = None if name in self.given else self._parameter(name)
+        return None if parameter is None else self.moments.get(f"{parameter}{SHIFT}")
 
     def _parameter(self, name: str) -> str | None:
         return next((p for p in self.source.parameters(name) if p in self.moments), None)

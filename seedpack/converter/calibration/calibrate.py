@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seedpack.codecs.importance import column_power
 from seedpack.codecs.interfaces import Rates
-from seedpack.converter.calibration import layerwise, moments, sensitivity, tokens
+from seedpack.converter.calibration import layerwise, moments, sensitivity, sequence, tokens
 from seedpack.converter.calibration.store import VERSION, Store
 from seedpack.converter.fitting import decoded, fit, matrix_of
 from seedpack.converter.options import Text
@@ -25,8 +25,6 @@ from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.statistics import Statistics
 from seedpack.errors import ModelError
-
-PackedWeights = Callable[[Any, Store, dict[str, Tensor]], AbstractContextManager[None]]
 
 
 def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
@@ -39,29 +37,22 @@ def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
     if run.calibration is None:
         return Statistics(run.source, given)
     if run.calibration.is_text:
-        return _statistics(
-            run, _read_text(run, store_of(run), plan=plan if run.workers is not None and run.workers.streams else None)
-        )
+        streamed = plan if run.workers is not None and run.workers.streams else None
+        return _statistics(run, _read_text(run, store_of(run), streamed))
     model = run.source.open_model().module
     return Statistics(run.source, given, moments.run(model.to(run.device), run.calibration.text, run.device))
 
 
 def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
-    """Return the statistics of the inputs that packed layers give to those behind them, for a language model in memory.
+    """Return the statistics of the inputs that packed layers give to those behind them, for a language model in memory, and what
+    weights are shifted by; see `sequence`.
 
     Layers are fitted on the way, by `plan`: the journal has their parts then.
     """
-    tensors = _by_parameter(run, plan)
-
-    def packed_weights(model: Any, store: Store, values: dict[str, Tensor]) -> AbstractContextManager[None]:
-        statistics = Statistics(run.source, moments=values)
-        layer = {name: tensors[name].with_hessian() for name in values if name in tensors}
-        return with_packed_weights(run, model, layer, statistics)
-
     assert run.calibration is not None
     if not run.calibration.is_text:
         raise ModelError("calibration in sequence is for language models calibrated on text; leave it out")
-    return _statistics(run, _read_text(run, store_of(run, plan), packed_weights))
+    return _statistics(run, _read_text(run, store_of(run, plan), plan, in_sequence=True))
 
 
 def _by_parameter(run: Run, plan: Plan) -> dict[str, TensorPlan]:
@@ -140,8 +131,11 @@ def _statistics(run: Run, store: Store) -> Statistics:
     return Statistics(run.source, run.options.importance or {}, store)
 
 
-def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = None, plan: Plan | None = None) -> Store:
-    """Have a language model read its text, layer by layer, from where the store ends."""
+def _read_text(run: Run, store: Store, plan: Plan | None = None, *, in_sequence: bool = False) -> Store:
+    """Have a language model read its text, layer by layer, from where the store ends.
+
+    Layers are fitted on the way by a plan, if one is given: by workers, or in sequence.
+    """
     tensors = _by_parameter(run, plan) if plan is not None else {}
     run.progress("Loading the model to calibrate", 0, 0)
     if store.complete:
@@ -152,7 +146,7 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
         raise ModelError(f"{name}: calibration on text is for causal language models; pass batches from Python")
     if not layerwise.on_disk(model):
         model.to(run.device)
-    elif packed_weights is not None:
+    elif in_sequence:
         raise ModelError(f"{name}: does not fit memory, and calibration in sequence changes its weights; leave it out")
     ids = tokens_of(run, opened, store_of(run))
     _require_readable(name, model, ids)
@@ -160,15 +154,24 @@ def _read_text(run: Run, store: Store, packed_weights: PackedWeights | None = No
     run.resuming(store.done, f"{len(opened.layer_names)} layers calibrated")
     run.progress("Calibrating", store.done, len(opened.layer_names), "layers")
 
+    def known(values: dict[str, Tensor]) -> tuple[dict[str, TensorPlan], Statistics]:
+        fitted = {name: tensors[name].with_hessian() for name in values if name in tensors}
+        return fitted, Statistics(run.source, run.options.importance or {}, values)
+
     def layer_done(layer: str, values: dict[str, Tensor], output: Tensor | None) -> None:
         store.add(layer, values, output)
-        if tensors and run.workers is not None:
-            known = [tensors[name].with_hessian() for name in values if name in tensors]
-            run.workers.submit(run, known, Statistics(run.source, run.options.importance or {}, values))
+        if run.workers is not None and not in_sequence:
+            fitted, statistics = known(values)
+            run.workers.submit(run, fitted.values(), statistics)
         run.progress("Calibrating", 1 if layer else 0, len(opened.layer_names), "layers")
 
-    change = None if packed_weights is None else lambda values: packed_weights(model, store, values)
-    layerwise.run(opened, ids, layer_done, store.skip, change)
+    if in_sequence:
+        call = sequence.packing(
+            opened, layer_done, store.skip, tensors, lambda values: with_packed_weights(run, model, *known(values))
+        )
+    else:
+        call = layerwise.measuring(opened, layer_done, store.skip)
+    layerwise.run(opened, ids, layer_done, call)
     return store
 
 
@@ -203,6 +206,7 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
         "version": VERSION,
     }
     if plan is not None:
+        made_of["shift"] = [sequence.STEP, sequence.DAMPING]
         made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = run.calibrations / key

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ TOKENS_AT_ONCE = 4096
 Moments = dict[str, Tensor]  # by the names of weights
 LayerDone = Callable[[str, Moments, Tensor | None], None]
 SkipLayer = Callable[[str, Tensor], Tensor | None]
-PackedWeights = Callable[[Moments], AbstractContextManager[None]]
+CallLayer = Callable[[str, Any, "LayerInputs"], Any]
 
 
 def on_disk(model: nn.Module) -> bool:
@@ -40,64 +40,64 @@ def input_device(model: Any) -> torch.device:
 
 
 @torch.inference_mode()
-def run(
-    opened: OpenModel,
-    tokens: Tensor,
-    layer_done: LayerDone,
-    skip: SkipLayer,
-    with_packed_weights: PackedWeights | None = None,
-) -> None:
+def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLayer) -> None:
     """Run a causal language model on tokens [n, context].
 
     Args:
         opened: the model, on any device, or offloaded.
         tokens: int64.
-        layer_done: called after each layer with its name, the second moments of the inputs of its linear layers by the
-            name of the weight, and its output; in the end with "", those of what belongs to no layer, the output head
-            among them, and None.
-        skip: given a layer's name and its input, returns its output, if it need not be run.
-        with_packed_weights: given a layer's second moments, a context in which its weights are packed, for the output
-            that the next layer sees.
+        layer_done: called in the end with "", the second moments by the names of weights of what belongs to no layer, the
+            output head among them, and None.
+        call: runs a decoder layer, given its name, its forward pass, and its inputs.
     """
     model = opened.module
     if not opened.layer_names:
         raise ModelError(f"{type(model).__name__}: has no decoder layers that seedpack could calibrate one by one")
-    modules = {name: dict(model.get_submodule(name).named_modules(prefix=name)) for name in opened.layer_names}
-    inside = {name for layer in modules.values() for name in layer}
+    inside = {
+        name for layer in opened.layer_names for name, _ in model.get_submodule(layer).named_modules(prefix=layer)
+    }
     others = {n: m for n, m in model.base_model.named_modules(prefix=_prefix(model)) if n not in inside}
-    rows = max(1, TOKENS_AT_ONCE // tokens.shape[1])
 
-    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
+    def call_layer(name: str, forward: Any, inputs: LayerInputs) -> Any:
         inputs.require_one_stream(model, tokens)
-        if (known := skip(name, inputs.hidden)) is not None:
-            out = inputs.run_batch(forward, slice(0, 1))  # tells whether the layer gives a tuple
-            return (known,) if isinstance(out, tuple) else known
-
-        def run_layer() -> Any:
-            return joined([inputs.run_batch(forward, batch) for batch in slices(len(inputs.hidden), rows)])
-
-        with InputMoments(modules[name]) as collected:
-            out = run_layer()
-        moments = _by_weight(collected.means())
-        if with_packed_weights is not None:
-            with with_packed_weights(moments):
-                out = run_layer()
-        layer_done(name, moments, hidden_in(out))
+        out = call(name, forward, inputs)
         _malloc_trim()
         return out
 
-    with InputMoments(others) as outside, layer_by_layer(model, opened.layer_names, call), evaluated(model):
+    with InputMoments(others) as outside, layer_by_layer(model, opened.layer_names, call_layer), evaluated(model):
         hidden = model.base_model(input_ids=tokens.to(input_device(model)), use_cache=False)[0]
-    layer_done("", _by_weight(outside.means()) | _head_moments(model, hidden, rows), None)
+    layer_done("", by_weight(outside.means()) | _head_moments(model, hidden), None)
 
 
-def _head_moments(model: Any, hidden: Tensor, rows: int) -> Moments:
+def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> CallLayer:
+    """Return what `run` is to do with each decoder layer: measure the inputs of what is in it.
+
+    Args:
+        opened: the model.
+        layer_done: called after each layer with its name, the second moments of the inputs of its linear layers by the
+            name of the weight, and its output.
+        skip: given a layer's name and its input, returns its output, if it need not be run.
+    """
+
+    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
+        if (known := skip(name, inputs.hidden)) is not None:
+            out = inputs.run_batch(forward, slice(0, 1))  # tells whether the layer gives a tuple
+            return (known,) if isinstance(out, tuple) else known
+        with InputMoments(dict(opened.module.get_submodule(name).named_modules(prefix=name))) as collected:
+            out = joined([inputs.run_batch(forward, batch) for batch in inputs.batches()])
+        layer_done(name, by_weight(collected.means()), hidden_in(out))
+        return out
+
+    return call
+
+
+def _head_moments(model: Any, hidden: Tensor) -> Moments:
     """Return the second moment of the output head's input, by each of its names."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         return {}
     collected = InputMoments({})
-    for batch in hidden.split(rows):
+    for batch in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
         collected.add("head", head, batch)
     moment = collected.means()["head"]
     return {f"{name}.weight": moment for name, module in model.named_modules() if module is head}
@@ -180,6 +180,10 @@ class LayerInputs:
             kwargs["hidden_states"] = hidden
         return forward(*args, **kwargs)
 
+    def batches(self) -> list[slice]:
+        """Return the sequences that are run at once."""
+        return slices(len(self.hidden), max(1, TOKENS_AT_ONCE // self.hidden.shape[1]))
+
     def require_one_stream(self, model: Any, tokens: Tensor) -> None:
         """Refuse models whose layers take something else than one hidden state per token."""
         shape = list(self.hidden.shape)
@@ -220,9 +224,7 @@ def _select(value: Any, count: int, batch: slice, heads: int) -> Any:
 
 
 @contextmanager
-def layer_by_layer(
-    model: Any, layer_names: Iterable[str], call: Callable[[str, Any, LayerInputs], Any]
-) -> Iterator[None]:
+def layer_by_layer(model: Any, layer_names: Iterable[str], call: CallLayer) -> Iterator[None]:
     """Replace the forward pass of decoder layers by a `call` with their name, what it was, and the layer's inputs."""
     layers = {name: model.get_submodule(name) for name in layer_names}
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 0
@@ -241,7 +243,8 @@ def layer_by_layer(
                 vars(layer)["forward"] = before[name]
 
 
-def _by_weight(moments: Moments) -> Moments:
+def by_weight(moments: Moments) -> Moments:
+    """Return moments by the names of weights instead of those of layers."""
     return {f"{name}.weight": value for name, value in moments.items()}
 
 

@@ -18,6 +18,7 @@ from seedpack import Calibration, CompressOptions, unpack
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration import layerwise, moments, sensitivity, store, tokens
 from seedpack.converter.calibration.calibrate import calibrate
+from seedpack.converter.calibration.layerwise import LayerDone, SkipLayer
 from seedpack.converter.calibration.store import Store
 from seedpack.converter.journal import write_file
 from seedpack.converter.run import Run
@@ -46,13 +47,16 @@ def ids(count: int = 6, context: int = 16) -> Tensor:
     return torch.randint(3, 96, (count, context), generator=torch.Generator().manual_seed(1))
 
 
+def read(model: Any, tokens: Tensor, layer_done: LayerDone, skip: SkipLayer = lambda layer, hidden: None) -> None:
+    opened = open_pretrained(model)
+    layerwise.run(opened, tokens, layer_done, layerwise.measuring(opened, layer_done, skip))
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_layer_by_layer_is_as_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", 40)  # two sequences at a time
     model, found = ARCHITECTURES[name](), {}
-    layerwise.run(
-        open_pretrained(model), ids(), lambda layer, values, output: found.update(values), lambda layer, hidden: None
-    )
+    read(model, ids(), lambda layer, values, output: found.update(values))
     expected = moments.run(model, list(ids().split(2)), CPU)
     assert found.keys() == expected.keys() and any("lm_head" in weight for weight in found)
     for weight, value in expected.items():
@@ -318,9 +322,7 @@ def test_in_sequence_layers_see_what_packed_ones_give(folder: Path, tmp_path: Pa
     unpack(tmp_path / "out", tmp_path / "decoded")
     packed = type(llama()).from_pretrained(tmp_path / "decoded")
     found: dict[str, Tensor] = {}
-    layerwise.run(
-        open_pretrained(packed), ids(24), lambda name, values, output: found.update(values), lambda name, hidden: None
-    )
+    read(packed, ids(24), lambda name, values, output: found.update(values))
     stores = [Store(path, json.loads((path / "index.json").read_text())["made_of"]) for path in (plain, sequence)]
     name = "model.layers.1.self_attn.q_proj.weight"
     torch.testing.assert_close(stores[1].get(name), found[name], rtol=1e-3, atol=1e-3)
@@ -429,12 +431,12 @@ def test_layers_that_give_tuples_and_take_biases_of_heads(name: str, tmp_path: P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layerwise, "TOKENS_AT_ONCE", 40)
-        layerwise.run(open_pretrained(model), ids(), keep, lambda layer, hidden: None)
+        read(model, ids(), keep)
     whole, first = dict(found), min(outputs)
     for weight, value in moments.run(model, [ids()], CPU).items():
         torch.testing.assert_close(whole[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
     found.clear()
-    layerwise.run(open_pretrained(model), ids(), keep, lambda layer, hidden: outputs[layer] if layer == first else None)
+    read(model, ids(), keep, lambda layer, hidden: outputs[layer] if layer == first else None)
     assert all(torch.allclose(value, whole[weight], rtol=1e-3, atol=1e-4) for weight, value in found.items())
 
 

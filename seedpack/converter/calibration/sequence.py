@@ -1,0 +1,236 @@
+"""Run a language model layer by layer, pack each layer before the next one runs, and make up for its errors in what follows.
+
+What is packed gives other inputs x̃ than the original's x to all that comes after. A weight W is therefore fitted to what does of x̃
+what W does of x, as far as that goes: to
+
+    W + s·(W·E[(x - x̃)·x̃ᵀ] + E[(r - r̃)·x̃ᵀ])·(E[x̃·x̃ᵀ] + λ)⁻¹
+
+At s = 1 that is the ridge regression of the original's outputs on x̃ (GPTAQ, Li et al., arXiv 2504.02692; Qronos, Zhang et al.,
+arXiv 2505.11695). The second term is there for layers whose output is added to a residual stream: r is that stream in the original,
+and r̃ with packed weights. Half of the step and a strong λ serve other texts best (docs/calibration.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seedpack.converter.calibration.layerwise import CallLayer, LayerDone, LayerInputs, SkipLayer, hidden_in, joined
+from seedpack.converter.calibration.moments import InputMoments, layer_input, measurable
+from seedpack.converter.sources.base import OpenModel
+from seedpack.converter.statistics import SHIFT
+from seedpack.loader.layers import is_transposed
+
+STEP = 0.5  # s
+DAMPING = 1.0  # λ, in mean diagonals of E[x̃·x̃ᵀ]
+
+Pack = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
+
+
+def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: Container[str], pack: Pack) -> CallLayer:
+    """Return what `layerwise.run` is to do with each decoder layer: pack it for those that follow.
+
+    Args:
+        opened: the model, in memory.
+        layer_done: as for `layerwise.measuring`; it is given shifts too, by the names of weights with `SHIFT` behind.
+        skip: as for `layerwise.measuring`, for the hidden states that packed layers give.
+        wanted: the names of weights that are to be packed.
+        pack: given second moments and shifts, a context in which these weights are packed.
+    """
+    hidden: Tensor | None = None
+
+    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
+        nonlocal hidden
+        given = inputs.hidden if hidden is None else hidden
+        if (hidden := skip(name, given)) is not None:
+            out = joined([inputs.run_batch(forward, batch) for batch in inputs.batches()])
+        else:
+            layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)
+            out, hidden, found = layer.packed(pack)
+            layer_done(name, found, hidden)
+        if name != opened.layer_names[-1]:
+            return out
+        return (hidden,) if isinstance(out, tuple) else hidden  # the head's input is that of the packed model
+
+    return call
+
+
+@dataclass
+class Group:
+    """Linear layers that take the same input.
+
+    Attributes:
+        names: of the layers.
+        streams: by the names of those whose output is added to a residual stream: the module that takes the stream before, ""
+            for the decoder layer itself.
+    """
+
+    names: list[str]
+    streams: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class DecoderLayer:
+    """A decoder layer that is to be packed.
+
+    Attributes:
+        name: its name.
+        module: itself.
+        forward: what it is called by.
+        inputs: what the original layers before it give.
+        hidden: the hidden states [n, context, hidden] that the packed ones give.
+        wanted: the names of weights that are to be packed.
+    """
+
+    name: str
+    module: nn.Module
+    forward: Any
+    inputs: LayerInputs
+    hidden: Tensor
+    wanted: Container[str]
+
+    def __post_init__(self) -> None:
+        self._modules = dict(self.module.named_modules(prefix=self.name))
+        self._linear = {name: module for name, module in self._modules.items() if measurable(module)}
+        self._batches = self.inputs.batches()
+
+    def packed(self, pack: Pack) -> tuple[Any, Tensor, dict[str, Tensor]]:
+        """Pack the weights of one input after the other.
+
+        Args:
+            pack: given second moments and shifts by the names of weights, a context in which these are packed.
+
+        Returns:
+            What the original layer gives, the hidden states that the packed one gives, and all moments and shifts.
+        """
+        groups = self._look()
+        watched = {first for group in groups for first in (group.names[0], *group.streams.values())}
+        originals, outputs = [], []
+        for batch in self._batches:
+            with self._inputs_of(watched) as seen:
+                outputs.append(self.inputs.run_batch(self.forward, batch))
+            originals.append(seen)
+        found: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for group in groups:
+                values = self._measured(group, originals)
+                stack.enter_context(pack(values))
+                found |= values
+            rest = self._linear.keys() - {name for group in groups for name in group.names}
+            with InputMoments({name: self._linear[name] for name in rest}) as collected:
+                hidden = self._run()
+            if values := {f"{name}.weight": value for name, value in collected.means().items()}:
+                stack.enter_context(pack(values))
+                found |= values
+                hidden = self._run()
+        return joined(outputs), hidden, found
+
+    def _run(self) -> Tensor:
+        parts = [self.inputs.run_batch(self.forward, batch, self.hidden[batch]) for batch in self._batches]
+        return hidden_in(joined(parts))
+
+    def _look(self) -> list[Group]:
+        """Return the layers of each input that all tokens have, by what they do with one sequence, in order."""
+        one, calls, outputs = slice(0, 1), list[tuple[str, Tensor]](), dict[str, Tensor]()
+        hooks = [
+            m.register_forward_pre_hook(lambda m, args, name=name: calls.append((name, args[0])) if args else None)
+            for name, m in self._modules.items()
+        ] + [
+            m.register_forward_hook(lambda m, args, out, name=name: outputs.update({name: out}))
+            for name, m in self._linear.items()
+        ]
+        try:
+            out = hidden_in(self.inputs.run_batch(self.forward, one))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        hidden = self.inputs.hidden[one]
+        names = [name for name, _ in calls]
+        taken = [(name, value) for name, value in calls if isinstance(value, Tensor) and names.count(name) == 1]
+        before = [("", hidden), *((n, v) for n, v in taken if n not in self._linear and v.shape == hidden.shape)]
+        groups: dict[int, Group] = {}
+        for name, value in taken:
+            if name in self._linear and value.shape[:-1].numel() == hidden.shape[:-1].numel():
+                group = groups.setdefault(id(value), Group([]))
+                group.names.append(name)
+                stream = _stream_before(outputs[name], before, [value for _, value in before[1:]] + [out])
+                if stream is not None:
+                    group.streams[name] = stream
+        return list(groups.values())
+
+    @contextmanager
+    def _inputs_of(self, names: Iterable[str], last: str | None = None) -> Iterator[dict[str, Tensor]]:
+        """Take down what modules are called with, until the last one is, if one is named."""
+        seen: dict[str, Tensor] = {}
+
+        def called(name: str, x: Tensor) -> None:
+            seen[name] = x
+            if name == last:
+                raise _Enough
+
+        hooks = [
+            self._modules[name].register_forward_pre_hook(lambda module, args, name=name: called(name, args[0]))
+            for name in names
+            if name
+        ]
+        try:
+            with suppress(_Enough):
+                yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _measured(self, group: Group, originals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the second moment of a group's input, and the shifts of its weights."""
+        first, streams = group.names[0], {*group.streams.values()}
+        layer, sums, count = self._linear[first], dict[str | None, Tensor](), 0
+
+        def add(key: str | None, y: Tensor, x: Tensor) -> None:
+            sums[key] = y.mT @ x if key not in sums else sums[key].addmm_(y.mT, x)
+
+        for batch, original in zip(self._batches, originals, strict=True):
+            with self._inputs_of({first, *streams}, last=first) as seen:
+                self.inputs.run_batch(self.forward, batch, self.hidden[batch])
+            x = layer_input(layer, seen[first])
+            count += len(x)
+            add(None, x, x)
+            add(first, layer_input(layer, original[first]) - x, x)
+            for stream in streams:
+                was, now = original.get(stream, self.inputs.hidden[batch]), seen.get(stream, self.hidden[batch])
+                add(f"{stream} r", (was.float() - now.float()).flatten(0, -2), x)
+        moment = sums[None] / count
+        moment_on_cpu, damping = moment.cpu(), (DAMPING * moment.diagonal().mean()).clamp_min(1e-30)
+        found = {f"{name}.weight": moment_on_cpu for name in group.names}
+        factor = torch.linalg.cholesky(moment + damping * torch.eye(len(moment), device=moment.device))
+        for name in group.names:
+            if f"{name}.weight" not in self.wanted:
+                continue
+            weight = self._linear[name].weight.float()
+            lost = (weight.mT if is_transposed(self._linear[name]) else weight.flatten(1)) @ sums[first]
+            if name in group.streams:
+                lost += sums[f"{group.streams[name]} r"]
+            if lost.any():
+                shift = torch.cholesky_solve(lost.mT * (STEP / count), factor).mT
+                found[f"{name}.weight{SHIFT}"] = shift.bfloat16().cpu().contiguous()
+        return found
+
+
+class _Enough(Exception):  # noqa: N818 (no error)
+    """The last module was reached."""
+
+
+def _stream_before(added: Any, before: list[tuple[str, Tensor]], after: list[Tensor]) -> str | None:
+    """Return the name of the stream that becomes one of others once an output is added to it."""
+    if not isinstance(added, Tensor) or not added.is_floating_point():
+        return None
+    for name, stream in before:
+        if stream.shape == added.shape:
+            total, near = stream + added, 4 * torch.finfo(added.dtype).eps * (stream.abs() + added.abs())
+            if any(other.shape == total.shape and bool(((other - total).abs() <= near).all()) for other in after):
+                return name
+    return None
