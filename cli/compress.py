@@ -99,7 +99,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
 @click.option("--calibration-context", type=int, default=0, help="Tokens per sequence of it [512; 128 of its own].")
 @click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of the text that the model writes.")
-@click.option("--sequential", is_flag=True, help="Calibrate each layer on the outputs of the packed layers before it.")
+@click.option("--sequential", is_flag=True, help="Fit each layer to make up for what the packed layers before it have lost.")
 @click.option("--tune", is_flag=True, help="Then tune scales, norms and biases to what the original predicts.")
 @click.option(
     "--measure/--no-measure",

@@ -50,7 +50,8 @@ class Calibration:
         tokens: that a language model reads.
         context: tokens per sequence; 0 takes 512, and 128 of what the model writes: the more beginnings, the more kinds of text.
         seed: of what the model writes.
-        sequential: fit each layer of a language model to the inputs that the packed layers before it give.
+        sequential: pack the layers of a language model one after the other, each fitted to the inputs that the packed ones before
+            it give, and to make up for what they have lost.
         tune: epochs of tuning the packed language model to the original on the text.
         measure: where bits are a budget, pack a language model once, measure each tensor's share of its divergence from the
             original, and spread the bits by that.

@@ -12,7 +12,7 @@ and r̃ with packed weights. Half of the step and a strong λ serve other texts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seedpack.converter.calibration.layerwise import CallLayer, LayerDone, LayerInputs, SkipLayer, hidden_in, joined
+from seedpack.converter.calibration.layerwise import (
+    CallLayer,
+    LayerDone,
+    LayerInputs,
+    SkipLayer,
+    by_weight,
+    hidden_in,
+    joined,
+)
 from seedpack.converter.calibration.moments import InputMoments, layer_input, measurable
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.statistics import SHIFT
@@ -68,10 +76,12 @@ class Group:
         names: of the layers.
         streams: by the names of those whose output is added to a residual stream: the module that takes the stream before, ""
             for the decoder layer itself.
+        ends: whether the decoder layer's output is the stream after the one that it has.
     """
 
     names: list[str]
     streams: dict[str, str] = field(default_factory=dict)
+    ends: bool = False
 
 
 @dataclass
@@ -98,6 +108,7 @@ class DecoderLayer:
         self._modules = dict(self.module.named_modules(prefix=self.name))
         self._linear = {name: module for name, module in self._modules.items() if measurable(module)}
         self._batches = self.inputs.batches()
+        self._last: list[tuple[Tensor, Tensor]] = []  # the stream before the last layer, and that layer's input
 
     def packed(self, pack: Pack) -> tuple[Any, Tensor, dict[str, Tensor]]:
         """Pack the weights of one input after the other.
@@ -123,14 +134,18 @@ class DecoderLayer:
                 found |= values
             rest = self._linear.keys() - {name for group in groups for name in group.names}
             with InputMoments({name: self._linear[name] for name in rest}) as collected:
-                hidden = self._run()
-            if values := {f"{name}.weight": value for name, value in collected.means().items()}:
+                hidden = self._run(groups if not rest else [])
+            if values := by_weight(collected.means()):
                 stack.enter_context(pack(values))
                 found |= values
                 hidden = self._run()
         return joined(outputs), hidden, found
 
-    def _run(self) -> Tensor:
+    def _run(self, groups: Sequence[Group] = ()) -> Tensor:
+        """Return what the layer gives, of which only the last of some groups may have changed since its input was measured."""
+        if groups and groups[-1].ends:
+            last = self._linear[groups[-1].names[0]]
+            return torch.cat([stream + last(x) for stream, x in self._last])
         parts = [self.inputs.run_batch(self.forward, batch, self.hidden[batch]) for batch in self._batches]
         return hidden_in(joined(parts))
 
@@ -158,10 +173,14 @@ class DecoderLayer:
             if name in self._linear and value.shape[:-1].numel() == hidden.shape[:-1].numel():
                 group = groups.setdefault(id(value), Group([]))
                 group.names.append(name)
-                stream = _stream_before(outputs[name], before, [value for _, value in before[1:]] + [out])
-                if stream is not None:
+                later = [value for _, value in before[1:]]
+                if (stream := _stream_before(outputs[name], before, [*later, out])) is not None:
                     group.streams[name] = stream
-        return list(groups.values())
+                    group.ends = _stream_before(outputs[name], before, [out]) == stream
+        found = list(groups.values())
+        for group in found:
+            group.ends &= group is found[-1] and len(group.names) == 1
+        return found
 
     @contextmanager
     def _inputs_of(self, names: Iterable[str], last: str | None = None) -> Iterator[dict[str, Tensor]]:
@@ -196,6 +215,9 @@ class DecoderLayer:
         for batch, original in zip(self._batches, originals, strict=True):
             with self._inputs_of({first, *streams}, last=first) as seen:
                 self.inputs.run_batch(self.forward, batch, self.hidden[batch])
+            if group.ends:
+                (stream,) = streams
+                self._last.append((seen.get(stream, self.hidden[batch]), seen[first]))
             x = layer_input(layer, seen[first])
             count += len(x)
             add(None, x, x)

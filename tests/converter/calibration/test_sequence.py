@@ -19,6 +19,7 @@ from seedpack.converter.calibration.sequence import DecoderLayer, Group
 from seedpack.converter.statistics import SHIFT
 from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import open_pretrained
+from seedpack.loader.layers import is_transposed
 from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES
 
@@ -42,9 +43,7 @@ def packed(model: Any, noise: float, tokens: Tensor = TOKENS) -> tuple[dict[str,
             shift = values.get(name + SHIFT, torch.zeros(1, 1)).to(value.dtype)
             generator = torch.Generator().manual_seed(len(found) + number)
             errors = noise * value.float().std() * torch.randn(value.shape, generator=generator)
-            weights[name].copy_(
-                value + (shift.mT if sequence.is_transposed(model.get_submodule(name[:-7])) else shift) + errors
-            )
+            weights[name].copy_(value + (shift.mT if is_transposed(model.get_submodule(name[:-7])) else shift) + errors)
         yield
         for name, value in before.items():
             weights[name].copy_(value)
@@ -88,7 +87,7 @@ def groups_of(model: Any) -> list[Group]:
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         layer = DecoderLayer(name, model.get_submodule(name), forward, inputs, inputs.hidden, ())
         found.append([
-            Group([leaf(n, name) for n in group.names], {leaf(n, name): leaf(s, name) for n, s in group.streams.items()})
+            Group([leaf(n, name) for n in group.names], {leaf(n, name): leaf(s, name) for n, s in group.streams.items()}, group.ends)
             for group in layer._look()
         ])  # fmt: skip
         return forward(*inputs.args, **inputs.kwargs)
@@ -107,17 +106,17 @@ def leaf(name: str, prefix: str) -> str:
     ("name", "expected", "dtype"),
     [
         ("llama", [(["q_proj", "k_proj", "v_proj"], {}), (["o_proj"], {"o_proj": ""}), (["gate_proj", "up_proj"], {}),
-                   (["down_proj"], {"down_proj": "post_attention_layernorm"})], torch.float32),
+                   (["down_proj"], {"down_proj": "post_attention_layernorm"}, True)], torch.float32),
         ("llama", [(["q_proj", "k_proj", "v_proj"], {}), (["o_proj"], {"o_proj": ""}), (["gate_proj", "up_proj"], {}),
-                   (["down_proj"], {"down_proj": "post_attention_layernorm"})], torch.bfloat16),
-        ("gpt2", [(["c_attn"], {}), (["c_proj"], {"c_proj": ""}), (["c_fc"], {}), (["c_proj"], {"c_proj": "ln_2"})], torch.float32),
+                   (["down_proj"], {"down_proj": "post_attention_layernorm"}, True)], torch.bfloat16),
+        ("gpt2", [(["c_attn"], {}), (["c_proj"], {"c_proj": ""}), (["c_fc"], {}), (["c_proj"], {"c_proj": "ln_2"}, True)], torch.float32),
         # Norms stand between these outputs and the stream.
         ("gemma3", [(["q_proj", "k_proj", "v_proj"], {}), (["o_proj"], {}), (["gate_proj", "up_proj"], {}), (["down_proj"], {})],
          torch.float32),
     ],
 )  # fmt: skip
 def test_layers_of_one_input_and_the_streams_that_they_add_to(
-    name: str, expected: list[tuple[list[str], dict[str, str]]], dtype: torch.dtype
+    name: str, expected: list[tuple[Any, ...]], dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     assert groups_of(ARCHITECTURES[name]().to(dtype).eval()) == [Group(*group) for group in expected]
@@ -129,7 +128,7 @@ def test_a_shift_is_a_ridge_regression(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ARCHITECTURES["llama"]().double().eval()
     monkeypatch.setattr(sequence, "STEP", 1.0)
     seen: dict[str, list[Tensor]] = {"x": [], "r": []}
-    second = list(decoder_layers(model).values())[1]
+    second: Any = list(decoder_layers(model).values())[1]
     hooks = [
         second.self_attn.o_proj.register_forward_pre_hook(lambda m, args: seen["x"].append(args[0].clone())),
         second.input_layernorm.register_forward_pre_hook(lambda m, args: seen["r"].append(args[0].clone())),
