@@ -110,12 +110,18 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
     for bits in (4, 3, 2):
         methods[f"trellis {bits}"] = ("trellis", functools.partial(ours, "trellis", bits))
         methods[f"trellis {bits} + self"] = ("trellis + self", functools.partial(ours, "trellis", bits, "self"))
+        methods[f"trellis {bits} + self, in sequence"] = (
+            "trellis + self, in sequence", functools.partial(ours, "trellis", bits, Calibration("self", sequential=True))
+        )  # fmt: skip
     for budget in (4.03, 3.03, 2.43, 2.03) if whole else ():
         methods[f"trellis {budget} + self, budget"] = (
             "trellis + self, budget", functools.partial(ours, "trellis", budget, "self")
         )  # fmt: skip
         methods[f"trellis {budget} + self, budget, tuned"] = (
             "trellis + self, budget, tuned", functools.partial(ours, "trellis", budget, Calibration("self", tune=1))
+        )  # fmt: skip
+        methods[f"trellis {budget} + self, everything"] = (
+            "trellis + self, everything", functools.partial(ours, "trellis", budget, Calibration("self", sequential=True, tune=1))
         )  # fmt: skip
     for budget in (3.03, 2.03) if whole else ():
         methods[f"trellis {budget} + self, budget, tuned 3 times"] = (
@@ -127,9 +133,6 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
         )  # fmt: skip
         methods["trellis 3 + self, tuned"] = (
             "trellis + self, tuned", lambda: ours("trellis", 3, Calibration("self", tune=1))
-        )  # fmt: skip
-        methods["trellis 3 + self, in sequence"] = (
-            "trellis + self, in sequence", lambda: ours("trellis", 3, Calibration("self", sequential=True))
         )  # fmt: skip
         methods["trellis 3 + Python's manual"] = (
             "trellis + Python's manual", lambda: ours("trellis", 3, subject.manual())
@@ -171,7 +174,8 @@ def measure(result: report.Result) -> None:
     rows = result.joined([row(label, *method) for label, method in wanted.items()])
     result.say(
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32) packed, embedding and head as they are; "
-        f"{TOKENS:,} tokens of {models.text()[0]}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512; "
+        f"{TOKENS:,} tokens of {models.text()[0]}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512, or 128 of "
+        "`self` since 2026-11-30; "
         "`self` is written by the model, `WikiText` is the second half of the text whose beginning is scored. GGUF types with "
         "an importance matrix from the same self-written text, over blocks of 256 of rows laid end to end. GPTQ is "
         "llm-compressor's, asymmetric, groups of 64, calibrated on `WikiText`: real text, as its users would give it (at 2 bits "

@@ -102,12 +102,12 @@ def methods_of(subject: Contest, layers: int) -> dict[str, tuple[str, Callable[[
         add(
             f"seedpack {bits}",
             "seedpack, as the command packs",
-            functools.partial(subject.ours, "trellis", bits, "self"),
+            functools.partial(subject.ours, "trellis", bits, Calibration("self", sequential=True)),
         )
         everything = functools.partial(subject.ours, "trellis", bits + 0.03)
         add(
             f"seedpack {bits}, budget, tuned", "seedpack, budget, tuned",
-            functools.partial(everything, Calibration("self", tune=1)),
+            functools.partial(everything, Calibration("self", sequential=True, tune=1)),
         )  # fmt: skip
         add(
             f"seedpack {bits}, WikiText",
@@ -177,7 +177,7 @@ def measure(result: report.Result) -> None:
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32), embedding and head as they are; "
         f"{TOKENS:,} tokens each of {models.text()[0]} and of the modules of Python's library, context 1024, with 95% "
         "confidence intervals by blocks of 256 tokens. All stored bits of these layers are counted. `seedpack` is what the command packs: calibrated "
-        "on 16,384 tokens that the model writes itself. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
+        "in sequence on 16,384 tokens that the model writes itself. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
         f"{REAL_TOKENS:,} tokens of the second half of the text whose beginning is scored, which favours them on that text."
     )
     result.say(

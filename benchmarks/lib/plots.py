@@ -10,7 +10,8 @@ from benchmarks.lib import report
 
 OURS = {
     "trellis": "#e59866", "trellis + self": "#c0392b", "trellis + self, budget": "#7b241c",
-    "trellis + self, budget, tuned": "#641e16", "trellis + self, in sequence": "#f1948a", "seedlm": "#8e44ad", "svd": "#555555",
+    "trellis + self, budget, tuned": "#641e16", "trellis + self, in sequence": "#f1948a",
+    "trellis + self, everything": "#4a0e0e", "seedlm": "#8e44ad", "svd": "#555555",
 }  # fmt: skip
 
 

@@ -51,7 +51,7 @@ class Calibration:
         context: tokens per sequence; 0 takes 512, and 128 of what the model writes: the more beginnings, the more kinds of text.
         seed: of what the model writes.
         sequential: pack the layers of a language model one after the other, each fitted to the inputs that the packed ones before
-            it give, and to make up for what they have lost.
+            it give, and to make up for what they have lost. None does so for "auto", where one process fits.
         tune: epochs of tuning the packed language model to the original on the text.
         measure: where bits are a budget, pack a language model once, measure each tensor's share of its divergence from the
             original, and spread the bits by that.
@@ -63,7 +63,7 @@ class Calibration:
     tokens: int = TOKENS
     context: int = 0
     seed: int = 0
-    sequential: bool = False
+    sequential: bool | None = None
     tune: int = 0
     measure: bool = True
     is_usual: bool = False

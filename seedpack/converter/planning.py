@@ -95,7 +95,7 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     options, calibration = run.options, run.calibration
     stay_raw = raw_by_value(run, plan, guesses=given is None)
     plan = plan.raw(stay_raw)
-    in_sequence = calibration is not None and calibration.sequential
+    in_sequence = calibration is not None and bool(calibration.sequential)
     has_budget = options.target_size is not None or is_budget(plan, options.bits)
     measures = calibration is not None and has_budget and not isinstance(given, Plan)
     if measures or not in_sequence:

@@ -18,6 +18,7 @@ ENABLED = True
 WRITERS = ("ForCausalLM", "LMHeadModel")  # endings of the names of causal language models
 MEMORY = 16  # bytes for each weight: with less a model in float32 is left on the disk, where it writes slowly
 PASSES = 2.5  # over the model for each token: one writes, one reads, and the second moments
+IN_SEQUENCE = 1.5  # more
 MEASURING = 4.5  # and of what tensors cost, for a budget
 ROWS, WIDTH, PRODUCTS, SECONDS = (
     32,
@@ -50,14 +51,18 @@ def with_usual_calibration(source: Source, options: CompressOptions) -> Compress
         return replace(options, calibration=None)
     longest = _longest(source)
     context = asked.context if longest is None else max(2, min(asked.context, longest))
-    return replace(options, calibration=replace(asked, text=SELF, context=context, is_usual=True))
+    alone = options.jobs == 1 and options.engine == "processes"
+    sequential = alone if asked.sequential is None else asked.sequential
+    return replace(
+        options, calibration=replace(asked, text=SELF, context=context, sequential=sequential, is_usual=True)
+    )
 
 
 def time_of(source: Source, options: CompressOptions) -> str:
     """Return about how long a model's calibration on its own text takes, by the speed of a product of this processor."""
     calibration, has_budget = options.calibrated, options.target_size is not None or bool((options.bits or 0) % 1)
     assert calibration is not None
-    passes = PASSES + MEASURING * (has_budget and calibration.measure)
+    passes = PASSES + IN_SEQUENCE * bool(calibration.sequential) + MEASURING * (has_budget and calibration.measure)
     x, weight = torch.ones(ROWS, WIDTH, dtype=torch.float32), torch.ones(WIDTH, WIDTH, dtype=torch.float32)
     taken: list[float] = []
     while len(taken) < PRODUCTS and sum(taken) < SECONDS:

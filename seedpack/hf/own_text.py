@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from seedpack.converter.calibration.moments import evaluated
+from seedpack.converter.calibration.moments import evaluated, faster_in_bfloat16
 from seedpack.converter.snapshot import Snapshot
 from seedpack.errors import ModelError
 from seedpack.hf.internals import cache_name
-from seedpack.kernels.common.row_tiles import bfloat16_is_faster
 
 SEQUENCES_AT_ONCE = 128  # written side by side
 
@@ -75,8 +74,7 @@ def generate_tokens(
 @contextmanager
 def _in_bfloat16(model: Any) -> Iterator[None]:
     """Hold a model's weights in bfloat16 meanwhile, where that is faster and the model runs like that."""
-    kind = model.device.type
-    if not ((kind == "cpu" and bfloat16_is_faster()) or (kind == "cuda" and torch.cuda.is_bf16_supported(False))):
+    if not faster_in_bfloat16(model.device):
         yield
         return
     weights = {parameter: parameter.data for parameter in model.parameters() if parameter.dtype == torch.float32}

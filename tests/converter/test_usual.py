@@ -38,12 +38,30 @@ def weights(folder: Path) -> bytes:
 def test_auto_is_self_for_a_language_model(model: Path, tmp_path: Path) -> None:
     found = seedpack.compress(model, tmp_path / "auto", calibration=Calibration("auto", **FEW))
     assert found.calibration is None and not (tmp_path / "seedpack-calibration").exists()
-    kept = seedpack.compress(model, tmp_path / "self", calibration=Calibration("self", **FEW))
+    kept = seedpack.compress(model, tmp_path / "self", calibration=Calibration("self", sequential=True, **FEW))
     assert kept.calibration is not None and weights(tmp_path / "auto") == weights(tmp_path / "self")
     seedpack.compress(model, tmp_path / "again", calibration=Calibration("auto", **FEW))
     assert list(kept.calibration.glob("*/index.json")), "what was asked for stays"
     seedpack.compress(model, tmp_path / "none", calibration="none")
     assert weights(tmp_path / "none") != weights(tmp_path / "self")
+
+
+@pytest.mark.parametrize(
+    ("asked", "options", "sequential"),
+    [
+        (None, {}, True),
+        (False, {}, False),
+        (None, {"jobs": 2}, False),
+        (None, {"engine": "ray"}, False),
+        (True, {"jobs": 2}, True),
+    ],
+)
+def test_layers_are_packed_in_sequence_where_one_process_fits(
+    model: Path, asked: bool | None, options: dict[str, Any], sequential: bool
+) -> None:
+    chosen = seedpack.CompressOptions(calibration=Calibration("auto", sequential=asked), **options)
+    decided = usual.with_usual_calibration(open_source(model), chosen).calibrated
+    assert decided is not None and decided.sequential is sequential
 
 
 def test_a_longer_context_than_the_model_takes_is_cut(model: Path) -> None:

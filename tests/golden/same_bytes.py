@@ -163,7 +163,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
 
 def run(name: str) -> dict[str, Any]:
     """Run a case; return {"files": SHA-256 of each that it writes, "error_db"}."""
-    everywhere = mock.patch("seedpack.hf.own_text.bfloat16_is_faster", return_value=False)
+    everywhere = mock.patch("seedpack.converter.calibration.moments.bfloat16_is_faster", return_value=False)
     with tempfile.TemporaryDirectory() as place, everywhere:  # a model writes the same text
         torch.manual_seed(0)
         report = CASES[name](Path(place))

@@ -15,7 +15,7 @@ from torch import Tensor
 from seedpack.codecs.importance import column_power
 from seedpack.codecs.interfaces import Rates
 from seedpack.converter.calibration import layerwise, moments, sensitivity, sequence, tokens
-from seedpack.converter.calibration.store import VERSION, Store
+from seedpack.converter.calibration.store import VERSION, Store, remove_unclaimed
 from seedpack.converter.fitting import decoded, fit, matrix_of
 from seedpack.converter.options import Text
 from seedpack.converter.plan import Plan, TensorPlan
@@ -219,9 +219,10 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
 def forget_usual(run: Run) -> None:
     """Remove what was measured for this run alone."""
     if run.calibration is not None and run.calibration.is_usual:
-        store = store_of(run)
+        folders = list(run.locks)
         run.release()
-        store.remove_unclaimed()
+        for folder in folders:
+            remove_unclaimed(folder)
 
 
 def _begun(run: Run, store: Store, work: str, goal: str) -> Snapshot:

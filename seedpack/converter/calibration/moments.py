@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.errors import ModelError, first_line
+from seedpack.kernels.common.row_tiles import bfloat16_is_faster
 from seedpack.loader.layers import packed_class
 
 RECENT = 4  # inputs that a layer's input is compared with
@@ -123,6 +124,13 @@ def evaluated(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def faster_in_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices faster in bfloat16 than in float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bfloat16_is_faster()
 
 
 def _arguments(batch: Any, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ and r̃ with packed weights. Half of the step and a strong λ serve other texts 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from seedpack.converter.calibration.layerwise import (
     hidden_in,
     joined,
 )
-from seedpack.converter.calibration.moments import InputMoments, layer_input, measurable
+from seedpack.converter.calibration.moments import InputMoments, faster_in_bfloat16, layer_input, measurable
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.statistics import SHIFT
 from seedpack.loader.layers import is_transposed
@@ -55,10 +55,10 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         nonlocal hidden
         given = inputs.hidden if hidden is None else hidden
+        layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)
         if (hidden := skip(name, given)) is not None:
-            out = joined([inputs.run_batch(forward, batch) for batch in inputs.batches()])
+            out = layer.original()
         else:
-            layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)
             out, hidden, found = layer.packed(pack)
             layer_done(name, found, hidden)
         if name != opened.layer_names[-1]:
@@ -124,7 +124,7 @@ class DecoderLayer:
         originals, outputs = [], []
         for batch in self._batches:
             with self._inputs_of(watched) as seen:
-                outputs.append(self.inputs.run_batch(self.forward, batch))
+                outputs.append(self._run_batch(batch))
             originals.append(seen)
         found: dict[str, Tensor] = {}
         with ExitStack() as stack:
@@ -141,13 +141,27 @@ class DecoderLayer:
                 hidden = self._run()
         return joined(outputs), hidden, found
 
+    def original(self) -> Any:
+        """Return what the original layer gives, as when it was packed."""
+        return joined([self._run_batch(batch) for batch in self._batches])
+
     def _run(self, groups: Sequence[Group] = ()) -> Tensor:
         """Return what the layer gives, of which only the last of some groups may have changed since its input was measured."""
         if groups and groups[-1].ends:
             last = self._linear[groups[-1].names[0]]
-            return torch.cat([stream + last(x) for stream, x in self._last])
-        parts = [self.inputs.run_batch(self.forward, batch, self.hidden[batch]) for batch in self._batches]
-        return hidden_in(joined(parts))
+            with self._quickly():
+                return torch.cat([stream + last(x) for stream, x in self._last])
+        return hidden_in(joined([self._run_batch(batch, self.hidden[batch]) for batch in self._batches]))
+
+    def _run_batch(self, batch: slice, hidden: Tensor | None = None) -> Any:
+        with self._quickly():
+            return self.inputs.run_batch(self.forward, batch, hidden)
+
+    def _quickly(self) -> AbstractContextManager[None]:
+        """Return a context in which products of float32 are of bfloat16, where that is faster; the stream stays as it is."""
+        kind = self.hidden.device.type
+        faster = self.hidden.dtype == torch.float32 and faster_in_bfloat16(self.hidden.device)
+        return torch.autocast(kind, torch.bfloat16) if faster else nullcontext()
 
     def _look(self) -> list[Group]:
         """Return the layers of each input that all tokens have, by what they do with one sequence, in order."""
@@ -214,7 +228,7 @@ class DecoderLayer:
 
         for batch, original in zip(self._batches, originals, strict=True):
             with self._inputs_of({first, *streams}, last=first) as seen:
-                self.inputs.run_batch(self.forward, batch, self.hidden[batch])
+                self._run_batch(batch, self.hidden[batch])
             if group.ends:
                 (stream,) = streams
                 self._last.append((seen.get(stream, self.hidden[batch]), seen[first]))
@@ -252,7 +266,7 @@ def _stream_before(added: Any, before: list[tuple[str, Tensor]], after: list[Ten
         return None
     for name, stream in before:
         if stream.shape == added.shape:
-            total, near = stream + added, 4 * torch.finfo(added.dtype).eps * (stream.abs() + added.abs())
+            total, near = stream + added, torch.finfo(added.dtype).eps * (stream.abs() + added.abs())
             if any(other.shape == total.shape and bool(((other - total).abs() <= near).all()) for other in after):
                 return name
     return None

@@ -22,6 +22,8 @@ from seedpack.formats.reader import read_json
 VERSION = 4  # 1: texts without the token that a tokenizer puts first; 2: a model wrote without a token drawn for each sequence; 3: in
 # float32, by other numbers
 
+UNCLAIMED = "unclaimed"  # a file that is there while nobody has asked that the folder stay
+
 
 class Store:
     """A folder of input second moments.
@@ -32,7 +34,6 @@ class Store:
 
     def __init__(self, folder: Path, made_of: Mapping[str, Any]):
         self.folder = folder
-        self._unclaimed = folder / "unclaimed"  # is there while nobody has asked that the folder stay
         self._index: dict[str, Any] = {"made_of": dict(made_of), "layers": [], "weights": {}}
         if (folder / "index.json").is_file():
             found: Any = read_json(folder / "index.json")
@@ -116,16 +117,9 @@ class Store:
     def claim(self, *, for_others: bool) -> None:
         """Say whether the folder is to stay for other runs; what one run has asked for stays."""
         if for_others:
-            self._unclaimed.unlink(missing_ok=True)
+            (self.folder / UNCLAIMED).unlink(missing_ok=True)
         elif not any(path.name != LOCK_FILE for path in self.folder.iterdir()):
-            self._unclaimed.touch()
-
-    def remove_unclaimed(self) -> None:
-        """Remove the folder, and the one that it is in if it was the last there, unless it is to stay."""
-        if self._unclaimed.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):
-                self.folder.parent.rmdir()
+            (self.folder / UNCLAIMED).touch()
 
     def _read(self, file: str, *names: str) -> dict[str, Tensor]:
         """Read some tensors of a file, or all."""
@@ -137,6 +131,14 @@ class Store:
 
     def _save(self, tensors: dict[str, Tensor], file: str) -> None:
         write_file(self.folder / file, lambda path: save_file(tensors, path))
+
+
+def remove_unclaimed(folder: Path) -> None:
+    """Remove a store's folder, and the one that it is in if it was the last there, unless it is to stay."""
+    if (folder / UNCLAIMED).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            folder.parent.rmdir()
 
 
 def _sound(index: Any) -> bool:

@@ -169,7 +169,7 @@ def test_predictions_that_are_no_numbers() -> None:
 def test_text_is_written_in_bfloat16_where_that_is_faster(mixes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen = llama(), set[torch.dtype]()
     weights = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr(own_text, "bfloat16_is_faster", lambda: True)
+    monkeypatch.setattr(own_text, "faster_in_bfloat16", lambda device: True)
     if mixes:  # a layer that takes float32 alone
         model.model.norm.register_forward_pre_hook(lambda module, args: (args[0] @ torch.eye(args[0].shape[-1]),))
 
