@@ -221,9 +221,10 @@ class DecoderLayer:
     def _measured(self, group: Group, originals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the second moment of a group's input, and the shifts of its weights."""
         first, streams = group.names[0], {*group.streams.values()}
-        layer, sums, count = self._linear[first], dict[str | None, Tensor](), 0
+        layer, sums, count = self._linear[first], dict[str, Tensor](), 0
+        weights = {name: _matrix(self._linear[name]) for name in group.names if f"{name}.weight" in self.wanted}
 
-        def add(key: str | None, y: Tensor, x: Tensor) -> None:
+        def add(key: str, y: Tensor, x: Tensor) -> None:
             sums[key] = y.mT @ x if key not in sums else sums[key].addmm_(y.mT, x)
 
         for batch, original in zip(self._batches, originals, strict=True):
@@ -234,26 +235,30 @@ class DecoderLayer:
                 self._last.append((seen.get(stream, self.hidden[batch]), seen[first]))
             x = layer_input(layer, seen[first])
             count += len(x)
-            add(None, x, x)
-            add(first, layer_input(layer, original[first]) - x, x)
-            for stream in streams:
+            add("x", x, x)
+            moved = layer_input(layer, original[first]) - x
+            if weights.keys() - group.streams:
+                add("moved", moved, x)
+            for name in weights.keys() & group.streams:
+                stream = group.streams[name]
                 was, now = original.get(stream, self.inputs.hidden[batch]), seen.get(stream, self.hidden[batch])
-                add(f"{stream} r", (was.float() - now.float()).flatten(0, -2), x)
-        moment = sums[None] / count
+                add(name, torch.addmm((was.float() - now.float()).flatten(0, -2), moved, weights[name].mT), x)
+        moment = sums["x"] / count
         moment_on_cpu, damping = moment.cpu(), (DAMPING * moment.diagonal().mean()).clamp_min(1e-30)
         found = {f"{name}.weight": moment_on_cpu for name in group.names}
         factor = torch.linalg.cholesky(moment + damping * torch.eye(len(moment), device=moment.device))
-        for name in group.names:
-            if f"{name}.weight" not in self.wanted:
-                continue
-            weight = self._linear[name].weight.float()
-            lost = (weight.mT if is_transposed(self._linear[name]) else weight.flatten(1)) @ sums[first]
-            if name in group.streams:
-                lost += sums[f"{group.streams[name]} r"]
+        for name, weight in weights.items():
+            lost = sums[name] if name in group.streams else weight @ sums["moved"]
             if lost.any():
                 shift = torch.cholesky_solve(lost.mT * (STEP / count), factor).mT
                 found[f"{name}.weight{SHIFT}"] = shift.bfloat16().cpu().contiguous()
         return found
+
+
+def _matrix(layer: Any) -> Tensor:
+    """Return a linear layer's weight [out, in] in float32."""
+    weight: Tensor = layer.weight.float()
+    return weight.mT if is_transposed(layer) else weight.flatten(1)
 
 
 class _Enough(Exception):  # noqa: N818 (no error)
