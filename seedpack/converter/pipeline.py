@@ -185,16 +185,18 @@ def _compress(
 
 
 def _calibrated(run: Run, planned: Plan, plan: Plan | Edits | None) -> tuple[Run, Plan, Statistics]:
-    """Calibrate; without, and with a note, where nobody has asked for it and it cannot be done."""
+    """Calibrate; not in sequence or not at all, and with a note, where nobody has asked for it and it cannot be done."""
+    calibration = run.calibration
     try:
         return run, *calibrate_plan(run, planned, plan)
     except Exception as error:  # of a model's own code too
-        if run.calibration is None or not run.calibration.is_usual or isinstance(error, OutputError):
+        if calibration is None or not calibration.is_usual or isinstance(error, OutputError):
             raise
         forget_usual(run)
-        run.progress("Calibrating", 0, 0, "", f"not calibrated: {first_line(error)}")
-        run = replace(run, options=replace(run.options, calibration=None))
-        return run, *calibrate_plan(run, planned, plan)
+        what = "not in sequence" if calibration.sequential else "not calibrated"
+        run.progress("Calibrating", 0, 0, "", f"{what}: {first_line(error)}")
+        less = replace(calibration, sequential=False) if calibration.sequential else None
+        return _calibrated(replace(run, options=replace(run.options, calibration=less)), planned, plan)
 
 
 def _journal(run: Run, fitted_on: str | None = None) -> Journal:

@@ -104,6 +104,23 @@ def test_what_cannot_be_calibrated_is_packed_all_the_same(
         seedpack.compress(model, tmp_path / "asked", calibration=Calibration("self", **FEW))
 
 
+def test_what_cannot_be_packed_in_sequence_is_calibrated_all_the_same(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("a layer runs once alone")
+
+    monkeypatch.setattr("seedpack.converter.calibration.sequence.DecoderLayer.packed", broken)
+    said: list[str] = []
+    calibration = Calibration("auto", **FEW)
+    seedpack.compress(model, tmp_path / "out", calibration=calibration, progress=lambda *a: said.append(str(a)))
+    assert any("not in sequence: a layer runs once alone" in text for text in said)
+    seedpack.compress(model, tmp_path / "plain", calibration=Calibration("self", **FEW))
+    assert weights(tmp_path / "out") == weights(tmp_path / "plain")
+    with pytest.raises(RuntimeError, match="a layer runs once alone"):
+        seedpack.compress(model, tmp_path / "asked", calibration=Calibration("self", sequential=True, **FEW))
+
+
 def test_the_command_says_so(model: Path, tmp_path: Path) -> None:
     command = ["compress", str(model), "--calibration-tokens", "256", "--calibration-context", "32", "-o"]
     result = CliRunner().invoke(cli, [*command, str(tmp_path / "a")])
