@@ -32,6 +32,7 @@ MODULES = (
     "language.calibration",
     "language.peers",
     "language.texts",
+    "language.sequence",
     "language.ingredients",
     "language.sentences",
     "language.architectures",

@@ -203,8 +203,7 @@ def measure(result: report.Result) -> None:
 
 def shown(result: report.Result, rows: list[dict[str, Any]], prefix: str) -> None:
     def score(found: dict[str, Any]) -> tuple[str, str]:
-        low, high = found["kl_interval"]
-        return f"{found['kl_mean']:.4f} ± {(high - low) / 2:.4f}", f"{100 * found['top1_agreement']:.1f}%"
+        return report.divergence(found), f"{100 * found['top1_agreement']:.1f}%"
 
     rows.sort(key=lambda r: (r["bits"], r["texts"][TEXTS[0]]["kl_mean"]))
     heads = [f"{what}, {text}" for text in TEXTS for what in ("KL", "top-1")]

@@ -119,13 +119,8 @@ def measure(result: report.Result) -> None:
         if mine:
             result.say(f"## {bits} bits")
             result.table(["text", *(f"KL, {text}" for text in TEXTS), "measured"], [
-                (row["text"], *(_score(row["texts"][text]) for text in TEXTS), row["measured"]) for row in mine
+                (row["text"], *(report.divergence(row["texts"][text]) for text in TEXTS), row["measured"]) for row in mine
             ])  # fmt: skip
-
-
-def _score(found: dict[str, Any]) -> str:
-    low, high = found["kl_interval"]
-    return f"{found['kl_mean']:.4f} ± {(high - low) / 2:.4f}"
 
 
 if __name__ == "__main__":
