@@ -132,9 +132,9 @@ class DecoderLayer:
                 values = self._measured(group, originals)
                 stack.enter_context(pack(values))
                 found |= values
-            rest = self._linear.keys() - {name for group in groups for name in group.names}
+            rest = [name for name in self._linear if f"{name}.weight" not in found]
             with InputMoments({name: self._linear[name] for name in rest}) as collected:
-                hidden = self._run(groups if not rest else [])
+                hidden = self._run(() if rest else groups)
             if values := by_weight(collected.means()):
                 stack.enter_context(pack(values))
                 found |= values
@@ -181,13 +181,13 @@ class DecoderLayer:
         hidden = self.inputs.hidden[one]
         names = [name for name, _ in calls]
         taken = [(name, value) for name, value in calls if isinstance(value, Tensor) and names.count(name) == 1]
-        before = [("", hidden), *((n, v) for n, v in taken if n not in self._linear and v.shape == hidden.shape)]
         groups: dict[int, Group] = {}
-        for name, value in taken:
+        for index, (name, value) in enumerate(taken):
             if name in self._linear and value.shape[:-1].numel() == hidden.shape[:-1].numel():
                 group = groups.setdefault(id(value), Group([]))
                 group.names.append(name)
-                later = [value for _, value in before[1:]]
+                before = [("", hidden), *((n, v) for n, v in taken[:index] if n not in self._linear)]
+                later = [v for n, v in taken[index:] if n not in self._linear]
                 if (stream := _stream_before(outputs[name], before, [*later, out])) is not None:
                     group.streams[name] = stream
                     group.ends = _stream_before(outputs[name], before, [out]) == stream
@@ -219,7 +219,7 @@ class DecoderLayer:
                 hook.remove()
 
     def _measured(self, group: Group, originals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the second moment of a group's input, and the shifts of its weights."""
+        """Return the second moment of a group's input, and the shifts of its weights; nothing if not all tokens go through it."""
         first, streams = group.names[0], {*group.streams.values()}
         layer, sums, count = self._linear[first], dict[str, Tensor](), 0
         weights = {name: _matrix(self._linear[name]) for name in group.names if f"{name}.weight" in self.wanted}
@@ -230,9 +230,12 @@ class DecoderLayer:
         for batch, original in zip(self._batches, originals, strict=True):
             with self._inputs_of({first, *streams}, last=first) as seen:
                 self._run_batch(batch, self.hidden[batch])
+            seen[""], original[""] = self.hidden[batch], self.inputs.hidden[batch]
+            tokens = seen[""].shape[:-1].numel()
+            if any(first not in inputs or inputs[first].shape[:-1].numel() != tokens for inputs in (seen, original)):
+                return {}
             if group.ends:
-                (stream,) = streams
-                self._last.append((seen.get(stream, self.hidden[batch]), seen[first]))
+                self._last.append((seen[group.streams[first]], seen[first]))
             x = layer_input(layer, seen[first])
             count += len(x)
             add("x", x, x)
@@ -240,9 +243,8 @@ class DecoderLayer:
             if weights.keys() - group.streams:
                 add("moved", moved, x)
             for name in weights.keys() & group.streams:
-                stream = group.streams[name]
-                was, now = original.get(stream, self.inputs.hidden[batch]), seen.get(stream, self.hidden[batch])
-                add(name, torch.addmm((was.float() - now.float()).flatten(0, -2), moved, weights[name].mT), x)
+                lost = original[group.streams[name]].float() - seen[group.streams[name]].float()
+                add(name, torch.addmm(lost.flatten(0, -2), moved, weights[name].mT), x)
         moment = sums["x"] / count
         moment_on_cpu, damping = moment.cpu(), (DAMPING * moment.diagonal().mean()).clamp_min(1e-30)
         found = {f"{name}.weight": moment_on_cpu for name in group.names}
