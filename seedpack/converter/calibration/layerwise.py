@@ -173,7 +173,10 @@ class LayerInputs:
 
     def run_batch(self, forward: Any, batch: slice, hidden: Tensor | None = None) -> Any:
         """Return the output of a layer for some sequences, with other hidden states if they are given."""
-        args, kwargs = (_select(value, len(self.hidden), batch, self._heads) for value in (self.args, self.kwargs))
+        args, kwargs = (
+            _select(value, len(self.hidden), self.hidden.shape[1], batch, self._heads)
+            for value in (self.args, self.kwargs)
+        )
         if hidden is not None and args:
             args = (hidden, *args[1:])
         elif hidden is not None:
@@ -210,17 +213,22 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _select(value: Any, count: int, batch: slice, heads: int) -> Any:
+def _select(value: Any, count: int, context: int, batch: slice, heads: int) -> Any:
     """Return some sequences of arguments: of tensors whose first axis of several counts all of them, or some for each."""
     if isinstance(value, Tensor):
         of_heads = value.dim() == 3 and value.shape[:2] == (heads, 1)  # MPT's biases, the same for all sequences
-        if value.dim() < 2 or value.shape[0] % count or of_heads:
+        is_flat = value.dim() == 1 and value.shape[0] == count != context  # as a language of each sequence
+        if (value.dim() < 2 and not is_flat) or value.shape[0] % count or of_heads:
             return value
         times = value.shape[0] // count  # as alibi's, of each head
         return value[batch.start * times : batch.stop * times]
     if isinstance(value, dict):
-        return {key: _select(item, count, batch, heads) for key, item in value.items()}
-    return type(value)(_select(item, count, batch, heads) for item in value) if type(value) in (tuple, list) else value
+        return {key: _select(item, count, context, batch, heads) for key, item in value.items()}
+    return (
+        type(value)(_select(item, count, context, batch, heads) for item in value)
+        if type(value) in (tuple, list)
+        else value
+    )
 
 
 @contextmanager

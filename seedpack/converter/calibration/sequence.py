@@ -32,6 +32,7 @@ from seedpack.converter.calibration.layerwise import (
 from seedpack.converter.calibration.moments import InputMoments, faster_in_bfloat16, layer_input, measurable
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.statistics import SHIFT
+from seedpack.errors import ModelError
 from seedpack.loader.layers import is_transposed
 
 STEP = 0.5  # s
@@ -51,9 +52,16 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
         pack: given second moments and shifts, a context in which these weights are packed.
     """
     hidden: Tensor | None = None
+    original: Tensor | None = None
+    left = iter(opened.layer_names)
 
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
-        nonlocal hidden
+        nonlocal hidden, original
+        if next(left, None) != name or (original is not None and inputs.hidden is not original):
+            raise ModelError(
+                f"{name}: does not take what the layer before it gives, once; leave calibration in sequence out (--no-sequential, "
+                "sequential=False)"
+            )
         given = inputs.hidden if hidden is None else hidden
         layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)
         if (hidden := skip(name, given)) is not None:
@@ -61,6 +69,7 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
         else:
             out, hidden, found = layer.packed(pack)
             layer_done(name, found, hidden)
+        original = hidden_in(out)
         if name != opened.layer_names[-1]:
             return out
         return (hidden,) if isinstance(out, tuple) else hidden  # the head's input is that of the packed model
@@ -248,7 +257,9 @@ class DecoderLayer:
         moment = sums["x"] / count
         moment_on_cpu, damping = moment.cpu(), (DAMPING * moment.diagonal().mean()).clamp_min(1e-30)
         found = {f"{name}.weight": moment_on_cpu for name in group.names}
-        factor = torch.linalg.cholesky(moment + damping * torch.eye(len(moment), device=moment.device))
+        factor = torch.linalg.cholesky(
+            moment + damping * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+        )
         for name, weight in weights.items():
             lost = sums[name] if name in group.streams else weight @ sums["moved"]
             if lost.any():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from seedpack.converter.calibration import layerwise, sequence
 from seedpack.converter.calibration.layerwise import LayerInputs, layer_by_layer
 from seedpack.converter.calibration.sequence import DecoderLayer, Group
 from seedpack.converter.statistics import SHIFT
+from seedpack.errors import ModelError
 from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import open_pretrained
 from seedpack.loader.layers import is_transposed
@@ -162,3 +164,21 @@ def test_reports_compare_with_what_was_fitted(tmp_path: Path) -> None:
     assert errors[0].keys() == errors[1].keys()
     for name, error in errors[1].items():
         assert error == pytest.approx(errors[0][name], rel=0.35), name
+
+
+def test_layers_that_do_not_follow_each_other_are_refused() -> None:
+    opened = open_pretrained(ARCHITECTURES["llama"]().eval())
+    opened = replace(opened, layer_names=opened.layer_names[::-1])
+    call = sequence.packing(opened, lambda *_: None, lambda *_: None, (), lambda values: nullcontext())
+    with pytest.raises(
+        ModelError, match=r"layers\.0: does not take what the layer before it gives, once; leave calibration"
+    ):
+        layerwise.run(opened, TOKENS, lambda *_: None, call)
+
+
+def test_values_of_each_sequence_are_taken_with_it() -> None:
+    """As the language of each, one number; not what has one for each token of a sequence."""
+    hidden = torch.arange(6 * 4 * 2).view(6, 4, 2)
+    inputs = LayerInputs((hidden, torch.arange(6)), {"places": torch.arange(4)}, 0)
+    some, languages, places = inputs.run_batch(lambda *args, places: (*args, places), slice(2, 4))
+    assert torch.equal(some, hidden[2:4]) and languages.tolist() == [2, 3] and places.tolist() == [0, 1, 2, 3]
