@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,15 +54,16 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
     """
     hidden: Tensor | None = None
     original: Tensor | None = None
-    left = iter(opened.layer_names)
+    called = set[str]()
 
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         nonlocal hidden, original
-        if next(left, None) != name or (original is not None and inputs.hidden is not original):
+        if name in called or (original is not None and inputs.hidden is not original):
             raise ModelError(
                 f"{name}: does not take what the layer before it gives, once; leave calibration in sequence out (--no-sequential, "
                 "sequential=False)"
             )
+        called.add(name)
         given = inputs.hidden if hidden is None else hidden
         layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)
         if (hidden := skip(name, given)) is not None:
@@ -168,9 +170,18 @@ class DecoderLayer:
 
     def _quickly(self) -> AbstractContextManager[None]:
         """Return a context in which products of float32 are of bfloat16, where that is faster; the stream stays as it is."""
-        kind = self.hidden.device.type
-        faster = self.hidden.dtype == torch.float32 and faster_in_bfloat16(self.hidden.device)
-        return torch.autocast(kind, torch.bfloat16) if faster else nullcontext()
+        return torch.autocast(self.hidden.device.type, torch.bfloat16) if self._is_quick else nullcontext()
+
+    @cached_property
+    def _is_quick(self) -> bool:
+        if self.hidden.dtype != torch.float32 or not faster_in_bfloat16(self.hidden.device):
+            return False
+        try:
+            with torch.autocast(self.hidden.device.type, torch.bfloat16):
+                out = self.inputs.run_batch(self.forward, slice(0, 1))
+        except Exception:  # models fail in many ways where dtypes are mixed
+            return False
+        return hidden_in(out).dtype == torch.float32
 
     def _look(self) -> list[Group]:
         """Return the layers of each input that all tokens have, by what they do with one sequence, in order."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,12 +167,29 @@ def test_reports_compare_with_what_was_fitted(tmp_path: Path) -> None:
 
 def test_layers_that_do_not_follow_each_other_are_refused() -> None:
     opened = open_pretrained(ARCHITECTURES["llama"]().eval())
-    opened = replace(opened, layer_names=opened.layer_names[::-1])
     call = sequence.packing(opened, lambda *_: None, lambda *_: None, (), lambda values: nullcontext())
+
+    def other(name: str, forward: Any, inputs: LayerInputs) -> Any:
+        out = call(name, forward, inputs)
+        return (out[0] + 1,) if isinstance(out, tuple) else out + 1
+
     with pytest.raises(
-        ModelError, match=r"layers\.0: does not take what the layer before it gives, once; leave calibration"
+        ModelError, match=r"layers\.1: does not take what the layer before it gives, once; leave calibration"
     ):
-        layerwise.run(opened, TOKENS, lambda *_: None, call)
+        layerwise.run(opened, TOKENS, lambda *_: None, other)
+
+
+def test_products_are_of_float32_where_a_layer_mixes_no_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "faster_in_bfloat16", lambda device: True)
+    layer = torch.nn.Linear(4, 4)
+
+    def quick(forward: Any) -> bool:
+        inputs = LayerInputs((torch.ones(2, 3, 4),), {}, 0)
+        return DecoderLayer("layer", layer, forward, inputs, torch.ones(2, 3, 4), ())._is_quick
+
+    assert quick(lambda x: x + layer(x))
+    assert not quick(lambda x: x.flatten(0, 1).index_add(0, torch.tensor([0]), layer(x)[0, :1]).view(x.shape))
+    assert not quick(layer)  # its stream would be bfloat16
 
 
 def test_values_of_each_sequence_are_taken_with_it() -> None:
