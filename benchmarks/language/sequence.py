@@ -1,4 +1,4 @@
-"""What packing in sequence brings, and how far weights should be shifted: on texts that no other page scores."""
+"""Measure what packing in sequence brings, and how far weights should be shifted, on texts that were not used to choose it."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_layers_of_one_input_and_the_streams_that_they_add_to(
 
 
 def test_a_shift_is_a_ridge_regression(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what a layer's output lacks in the stream, here in the attention's output projection of the second layer."""
+    """Solve for what an output lacks in the stream directly: in the attention's output projection of the second layer."""
     torch.manual_seed(0)
     model = ARCHITECTURES["llama"]().double().eval()
     monkeypatch.setattr(sequence, "STEP", 1.0)
@@ -193,7 +193,7 @@ def test_products_are_of_float32_where_a_layer_mixes_no_dtypes(monkeypatch: pyte
 
 
 def test_values_of_each_sequence_are_taken_with_it() -> None:
-    """As the language of each, one number; not what has one for each token of a sequence."""
+    """Take the language of each sequence, one number, and leave whole what has one for each token."""
     hidden = torch.arange(6 * 4 * 2).view(6, 4, 2)
     inputs = LayerInputs((hidden, torch.arange(6)), {"places": torch.arange(4)}, 0)
     some, languages, places = inputs.run_batch(lambda *args, places: (*args, places), slice(2, 4))
