@@ -99,7 +99,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
 @click.option("--calibration-context", type=int, default=0, help="Tokens per sequence of it [512; 128 of its own].")
 @click.option("--calibration-seed", type=int, default=0, show_default=True, help="Of the text that the model writes.")
-@click.option("--sequential/--no-sequential", default=None, help="Layers make up for those packed before [auto].")
+@click.option(
+    "--sequential/--no-sequential", default=None, help="Layers make up for those before [where one process fits]."
+)
 @click.option("--tune", is_flag=True, help="Then tune scales, norms and biases to what the original predicts.")
 @click.option(
     "--measure/--no-measure",
@@ -161,8 +163,7 @@ def command(
         if given["calibration"] == "none":
             raise click.UsageError("--tune and --sequential work on a calibration text: add --calibration self")
         if given["calibration"] == "auto":
-            alone = given["jobs"] == 1 and given["engine"] == "processes"
-            given |= {"calibration": "self", "sequential": given["sequential"] in ((None, True) if alone else (True,))}
+            given["calibration"] = "self"
     if repo is not None and (dry_run or shard is not None):
         raise click.UsageError(
             "--push-to-hub uploads what is packed: leave --dry-run and --shard out, or push it afterwards"

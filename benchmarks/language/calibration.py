@@ -105,39 +105,39 @@ class Subject:
 
 def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[], Found]]]:
     """List what is measured, by label: a family, which is drawn as one line, and how."""
-    ours = subject.ours
+    ours, plain = subject.ours, functools.partial(Calibration, sequential=False)
     methods: dict[str, tuple[str, Callable[[], Found]]] = {}
     for bits in (4, 3, 2):
         methods[f"trellis {bits}"] = ("trellis", functools.partial(ours, "trellis", bits))
-        methods[f"trellis {bits} + self"] = ("trellis + self", functools.partial(ours, "trellis", bits, "self"))
+        methods[f"trellis {bits} + self"] = ("trellis + self", functools.partial(ours, "trellis", bits, plain("self")))
         methods[f"trellis {bits} + self, in sequence"] = (
-            "trellis + self, in sequence", functools.partial(ours, "trellis", bits, Calibration("self", sequential=True))
+            "trellis + self, in sequence", functools.partial(ours, "trellis", bits, Calibration("self"))
         )  # fmt: skip
     for budget in (4.03, 3.03, 2.43, 2.03) if whole else ():
         methods[f"trellis {budget} + self, budget"] = (
-            "trellis + self, budget", functools.partial(ours, "trellis", budget, "self")
+            "trellis + self, budget", functools.partial(ours, "trellis", budget, plain("self"))
         )  # fmt: skip
         methods[f"trellis {budget} + self, budget, tuned"] = (
-            "trellis + self, budget, tuned", functools.partial(ours, "trellis", budget, Calibration("self", tune=1))
+            "trellis + self, budget, tuned", functools.partial(ours, "trellis", budget, plain("self", tune=1))
         )  # fmt: skip
         methods[f"trellis {budget} + self, everything"] = (
-            "trellis + self, everything", functools.partial(ours, "trellis", budget, Calibration("self", sequential=True, tune=1))
+            "trellis + self, everything", functools.partial(ours, "trellis", budget, Calibration("self", tune=1))
         )  # fmt: skip
     for budget in (3.03, 2.03) if whole else ():
         methods[f"trellis {budget} + self, budget, tuned 3 times"] = (
-            "trellis + self, budget, tuned 3 times", functools.partial(ours, "trellis", budget, Calibration("self", tune=3))
+            "trellis + self, budget, tuned 3 times", functools.partial(ours, "trellis", budget, plain("self", tune=3))
         )  # fmt: skip
     if whole:
         methods["trellis 3.03 + self, budget by estimates"] = (
-            "trellis + self, budget by estimates", lambda: ours("trellis", 3.03, Calibration("self", measure=False))
+            "trellis + self, budget by estimates", lambda: ours("trellis", 3.03, plain("self", measure=False))
         )  # fmt: skip
         methods["trellis 3 + self, tuned"] = (
-            "trellis + self, tuned", lambda: ours("trellis", 3, Calibration("self", tune=1))
+            "trellis + self, tuned", lambda: ours("trellis", 3, plain("self", tune=1))
         )  # fmt: skip
         methods["trellis 3 + Python's manual"] = (
-            "trellis + Python's manual", lambda: ours("trellis", 3, subject.manual())
+            "trellis + Python's manual", lambda: ours("trellis", 3, plain(subject.manual()))
         )  # fmt: skip
-    methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, subject.other_text()))
+    methods["trellis 3 + WikiText"] = ("trellis + WikiText", lambda: ours("trellis", 3, plain(subject.other_text())))
     for budget, removed in ((12.8, 20), (9.6, 40)) if whole else ():
         methods[f"svd, {removed}% removed"] = ("svd", functools.partial(ours, "svd", budget))
         methods[f"svd, {removed}% removed + self"] = ("svd + self", functools.partial(ours, "svd", budget, "self"))

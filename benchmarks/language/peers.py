@@ -102,12 +102,12 @@ def methods_of(subject: Contest, layers: int) -> dict[str, tuple[str, Callable[[
         add(
             f"seedpack {bits}",
             "seedpack, as the command packs",
-            functools.partial(subject.ours, "trellis", bits, Calibration("self", sequential=True)),
+            functools.partial(subject.ours, "trellis", bits, Calibration("self")),
         )
         everything = functools.partial(subject.ours, "trellis", bits + 0.03)
         add(
             f"seedpack {bits}, budget, tuned", "seedpack, budget, tuned",
-            functools.partial(everything, Calibration("self", sequential=True, tune=1)),
+            functools.partial(everything, Calibration("self", tune=1)),
         )  # fmt: skip
         add(
             f"seedpack {bits}, WikiText",

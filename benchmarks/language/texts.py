@@ -64,7 +64,7 @@ class Reader(Subject):
         return written.clone()
 
     def measured(self, bits: int, text: Tensor | None) -> dict[str, Any]:
-        calibration = None if text is None else Calibration(text, context=text.shape[1])
+        calibration = None if text is None else Calibration(text, context=text.shape[1], sequential=False)
         stored, scores = self.ours("trellis", bits, calibration, settings={"effort": "fast"})
         return {"bits": stored, "texts": {name: asdict(score) for name, score in zip(TEXTS, scores, strict=True)}}
 

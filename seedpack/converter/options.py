@@ -51,7 +51,7 @@ class Calibration:
         context: tokens per sequence; 0 takes 512, and 128 of what the model writes: the more beginnings, the more kinds of text.
         seed: of what the model writes.
         sequential: pack the layers of a language model one after the other, each fitted to the inputs that the packed ones before
-            it give, and to make up for what they have lost. None does so for "auto", where one process fits.
+            it give, and to make up for what they have lost. None does so where one process fits, and the model allows it.
         tune: epochs of tuning the packed language model to the original on the text.
         measure: where bits are a budget, pack a language model once, measure each tensor's share of its divergence from the
             original, and spread the bits by that.
@@ -215,6 +215,14 @@ class CompressOptions:
         """The calibration, in full; None for none, and while "auto" is not decided."""
         assert self.calibration is None or isinstance(self.calibration, Calibration)
         return None if self.calibration is None or self.calibration.is_open else self.calibration
+
+    @property
+    def in_sequence(self) -> bool:
+        """True if layers are to be packed one after the other: where that is asked for, else where one process fits them."""
+        calibration = self.calibrated
+        if calibration is None or calibration.sequential is not None:
+            return calibration is not None and bool(calibration.sequential)
+        return calibration.is_text and self.jobs == 1 and self.engine == "processes"
 
     @property
     def is_raw(self) -> bool:

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from seedpack._version import WRITER
-from seedpack.converter.calibration.calibrate import forget_usual
+from seedpack.converter.calibration.calibrate import forget_own
 from seedpack.converter.calibration.packed import tune_packed
 from seedpack.converter.estimate import require_room
 from seedpack.converter.fitting import apply_tuning, fit, fit_all
 from seedpack.converter.journal import Journal
-from seedpack.converter.options import Calibration, CompressOptions, Progress, fitting_device, float_dtype
+from seedpack.converter.options import CompressOptions, Progress, fitting_device, float_dtype
 from seedpack.converter.plan import Plan
 from seedpack.converter.planning import Edits, calibrate_plan, make_plan, plan_of
 from seedpack.converter.progress import shown
@@ -92,7 +92,7 @@ def merge(
     Raises:
         ModelError: tensors are not fitted yet, with the shards that they belong to.
     """
-    options = _without_open(CompressOptions.of(options, changes))
+    options = _for_shards(CompressOptions.of(options, changes))
     return _compress(model, output, options, plan, None, progress, fitted_on)
 
 
@@ -125,7 +125,7 @@ def fit_shard(
     Raises:
         OutputError: the output stands already, or the same shard is being fitted.
     """
-    options = _without_open(CompressOptions.of(options, changes))
+    options = _for_shards(CompressOptions.of(options, changes))
     with shown(progress) as told, open_run(model, output, options, told) as run:
         shard.require_possible(run)
         planned = plan_of(run, plan)
@@ -150,10 +150,12 @@ def fit_shard(
     return reports
 
 
-def _without_open(options: CompressOptions) -> CompressOptions:
-    """Return options of shards: what each machine would decide by its own memory is decided for none."""
-    is_open = isinstance(options.calibration, Calibration) and options.calibration.is_open
-    return replace(options, calibration=None) if is_open else options
+def _for_shards(options: CompressOptions) -> CompressOptions:
+    """Return options of shards: no calibration that each machine would decide by its memory, and no sequence that nobody asked for."""
+    calibration = options.calibrated
+    if calibration is not None:
+        calibration = replace(calibration, sequential=bool(calibration.sequential))
+    return replace(options, calibration=calibration)
 
 
 def _compress(
@@ -180,23 +182,22 @@ def _compress(
                 fit_all(run, followed, statistics)
                 report = fit_and_write(run, followed, statistics, partial, finished)
         run.tuning.unlink(missing_ok=True)
-        forget_usual(run)
-    return replace(report, seconds=time.perf_counter() - started)
+        stays = forget_own(run)
+    calibration = run.calibrations if stays else None
+    return replace(report, seconds=time.perf_counter() - started, calibration=calibration)
 
 
 def _calibrated(run: Run, planned: Plan, plan: Plan | Edits | None) -> tuple[Run, Plan, Statistics]:
-    """Calibrate; not in sequence or not at all, and with a note, where nobody has asked for it and it cannot be done."""
-    calibration = run.calibration
+    """Calibrate; where nobody has asked for it and it cannot be done, say so and do not."""
     try:
         return run, *calibrate_plan(run, planned, plan)
     except Exception as error:  # of a model's own code too
-        if calibration is None or not calibration.is_usual or isinstance(error, OutputError):
+        if run.calibration is None or not run.calibration.is_usual or isinstance(error, OutputError):
             raise
-        forget_usual(run)
-        what = "not in sequence" if calibration.sequential else "not calibrated"
-        run.progress("Calibrating", 0, 0, "", f"{what}: {first_line(error)}")
-        less = replace(calibration, sequential=False) if calibration.sequential else None
-        return _calibrated(replace(run, options=replace(run.options, calibration=less)), planned, plan)
+        forget_own(run)
+        run.progress("Calibrating", 0, 0, "", f"not calibrated: {first_line(error)}")
+        run = replace(run, options=replace(run.options, calibration=None))
+        return run, *calibrate_plan(run, planned, plan)
 
 
 def _journal(run: Run, fitted_on: str | None = None) -> Journal:
@@ -315,7 +316,6 @@ def fit_and_write(
         dtype = float_dtype(plan.dtype) if plan.dtype else None
         run.source.complete_output(partial, writer.manifest, dtype)
     run.source.require_unchanged()
-    stays = run.calibration is not None and run.calibration.is_text and not run.calibration.is_usual
     return Report(
         run.output,
         plan,
@@ -325,6 +325,6 @@ def fit_and_write(
         tuple(run.source.notes),
         run.source.name,
         run.source.input_bytes,
-        run.calibrations if stays else None,
+        None,
         run.workers is not None,
     )

@@ -12,6 +12,7 @@ from seedpack.codecs.base import Codec
 from seedpack.converter.budget import is_budget, with_bits, with_size
 from seedpack.converter.calibration.calibrate import calibrate, calibrate_in_sequence, measured_sensitivities
 from seedpack.converter.calibration.packed import measured_plan
+from seedpack.converter.calibration.sequence import SequenceError
 from seedpack.converter.fitting import raw_by_value
 from seedpack.converter.options import CompressOptions, checking_options, float_dtype
 from seedpack.converter.plan import Plan, codec_for, default_plan
@@ -19,7 +20,7 @@ from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
 from seedpack.converter.statistics import Statistics
 from seedpack.dtypes import dtype_name
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, first_line
 from seedpack.formats.writer import file_bytes
 from seedpack.units import count
 
@@ -95,12 +96,11 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     options, calibration = run.options, run.calibration
     stay_raw = raw_by_value(run, plan, guesses=given is None)
     plan = plan.raw(stay_raw)
-    in_sequence = calibration is not None and bool(calibration.sequential)
     has_budget = options.target_size is not None or is_budget(plan, options.bits)
     measures = calibration is not None and has_budget and not isinstance(given, Plan)
-    if measures or not in_sequence:
-        statistics = calibrate(run, None if measures else plan)
+    statistics = calibrate(run, None if measures else plan) if measures or not options.in_sequence else None
     if measures:
+        assert statistics is not None
         hessians = statistics.tensors_with_hessian(plan)
 
         def by_costs(costs: Mapping[str, float]) -> Plan:
@@ -109,11 +109,24 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
         plan = by_costs(measured_sensitivities(run, plan, statistics))
         if given is None:
             plan = measured_plan(run, plan, statistics, by_costs)
-    if in_sequence:
-        statistics = calibrate_in_sequence(run, plan)
+    if options.in_sequence:
+        statistics = _in_sequence(run, plan) or statistics
+    statistics = statistics or calibrate(run, plan)
     plan = plan.with_hessians(statistics.tensors_with_hessian(plan))
     plan.check_experts()
     return plan, statistics
+
+
+def _in_sequence(run: Run, plan: Plan) -> Statistics | None:
+    """Calibrate in sequence; where nobody has asked for it and it cannot be done, say so, and return None."""
+    assert run.calibration is not None
+    try:
+        return calibrate_in_sequence(run, plan)
+    except SequenceError as error:
+        if run.calibration.sequential:
+            raise
+        run.progress("Calibrating", 0, 0, "", f"not in sequence: {first_line(error)}")
+        return None
 
 
 def _nothing_packed(name: str, plan: Plan) -> str:

@@ -51,18 +51,14 @@ def with_usual_calibration(source: Source, options: CompressOptions) -> Compress
         return replace(options, calibration=None)
     longest = _longest(source)
     context = asked.context if longest is None else max(2, min(asked.context, longest))
-    alone = options.jobs == 1 and options.engine == "processes"
-    sequential = alone if asked.sequential is None else asked.sequential
-    return replace(
-        options, calibration=replace(asked, text=SELF, context=context, sequential=sequential, is_usual=True)
-    )
+    return replace(options, calibration=replace(asked, text=SELF, context=context, is_usual=True))
 
 
 def time_of(source: Source, options: CompressOptions) -> str:
     """Return about how long a model's calibration on its own text takes, by the speed of a product of this processor."""
     calibration, has_budget = options.calibrated, options.target_size is not None or bool((options.bits or 0) % 1)
     assert calibration is not None
-    passes = PASSES + IN_SEQUENCE * bool(calibration.sequential) + MEASURING * (has_budget and calibration.measure)
+    passes = PASSES + IN_SEQUENCE * options.in_sequence + MEASURING * (has_budget and calibration.measure)
     x, weight = torch.ones(ROWS, WIDTH, dtype=torch.float32), torch.ones(WIDTH, WIDTH, dtype=torch.float32)
     taken: list[float] = []
     while len(taken) < PRODUCTS and sum(taken) < SECONDS:

@@ -97,7 +97,7 @@ def test_workers_read_there_too(s3: Any, folder: Path, tmp_path: Path) -> None:
 def test_calibration_of_a_remote_model(s3: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = upload(folder, s3 / "five" / "dense"), torch.arange(128).reshape(4, 32) % 64
     monkeypatch.chdir(tmp_path)  # where it is kept
-    options = {**OPTIONS, "calibration": seedpack.Calibration(ids, context=32)}
+    options = {**OPTIONS, "calibration": seedpack.Calibration(ids, context=32, sequential=False)}
     seedpack.compress(str(model), "s3://models/five/packed", **options)
     assert (tmp_path / "seedpack-calibration").is_dir()
     seedpack.compress(folder, tmp_path / "other" / "whole", **options)

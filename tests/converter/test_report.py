@@ -76,7 +76,8 @@ def test_errors_of_outputs(tmp_path: Path) -> None:
 def test_the_head_and_the_calibration_are_named(tmp_path: Path) -> None:
     llama(tie_word_embeddings=False).save_pretrained(tmp_path / "dense")
     ids = torch.arange(64).reshape(2, 32) % 96
-    report = seedpack.compress(tmp_path / "dense", tmp_path / "out", bits=3, calibration=ids)
+    calibration = seedpack.Calibration(ids, context=32, sequential=False)
+    report = seedpack.compress(tmp_path / "dense", tmp_path / "out", bits=3, calibration=calibration)
     lines = report.summary()
     assert "the output head 4 bits" in lines["bits per weight"]
     assert lines["calibration"].startswith(f"{tmp_path / 'seedpack-calibration'} (")

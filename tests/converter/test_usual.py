@@ -13,6 +13,7 @@ from seedpack.cli.main import cli
 from seedpack.converter import usual
 from seedpack.converter.options import Calibration
 from seedpack.converter.sources.open import open_source
+from seedpack.errors import ModelError
 from tests.helpers.models import ARCHITECTURES, llama
 from tests.helpers.tokenizers import word_tokenizer
 
@@ -38,10 +39,13 @@ def weights(folder: Path) -> bytes:
 def test_auto_is_self_for_a_language_model(model: Path, tmp_path: Path) -> None:
     found = seedpack.compress(model, tmp_path / "auto", calibration=Calibration("auto", **FEW))
     assert found.calibration is None and not (tmp_path / "seedpack-calibration").exists()
-    kept = seedpack.compress(model, tmp_path / "self", calibration=Calibration("self", sequential=True, **FEW))
+    kept = seedpack.compress(model, tmp_path / "self", calibration=Calibration("self", **FEW))
     assert kept.calibration is not None and weights(tmp_path / "auto") == weights(tmp_path / "self")
+    assert [file.name for file in kept.calibration.glob("*/*") if file.suffix] == ["tokens.safetensors"]
+    kept = seedpack.compress(model, tmp_path / "plain", calibration=Calibration("self", sequential=False, **FEW))
+    assert weights(tmp_path / "auto") != weights(tmp_path / "plain")
     seedpack.compress(model, tmp_path / "again", calibration=Calibration("auto", **FEW))
-    assert list(kept.calibration.glob("*/index.json")), "what was asked for stays"
+    assert kept.calibration is not None and list(kept.calibration.glob("*/index.json")), "what was asked for stays"
     seedpack.compress(model, tmp_path / "none", calibration="none")
     assert weights(tmp_path / "none") != weights(tmp_path / "self")
 
@@ -56,12 +60,12 @@ def test_auto_is_self_for_a_language_model(model: Path, tmp_path: Path) -> None:
         (True, {"jobs": 2}, True),
     ],
 )
+@pytest.mark.parametrize("text", ["auto", "self"])
 def test_layers_are_packed_in_sequence_where_one_process_fits(
-    model: Path, asked: bool | None, options: dict[str, Any], sequential: bool
+    model: Path, text: str, asked: bool | None, options: dict[str, Any], sequential: bool
 ) -> None:
-    chosen = seedpack.CompressOptions(calibration=Calibration("auto", sequential=asked), **options)
-    decided = usual.with_usual_calibration(open_source(model), chosen).calibrated
-    assert decided is not None and decided.sequential is sequential
+    chosen = seedpack.CompressOptions(calibration=Calibration(text, sequential=asked), **options)
+    assert usual.with_usual_calibration(open_source(model), chosen).in_sequence is sequential
 
 
 def test_a_longer_context_than_the_model_takes_is_cut(model: Path) -> None:
@@ -104,20 +108,28 @@ def test_what_cannot_be_calibrated_is_packed_all_the_same(
         seedpack.compress(model, tmp_path / "asked", calibration=Calibration("self", **FEW))
 
 
+@pytest.mark.parametrize("text", ["auto", "self"])
 def test_what_cannot_be_packed_in_sequence_is_calibrated_all_the_same(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any) -> None:
         raise RuntimeError("a layer runs once alone")
 
     monkeypatch.setattr("seedpack.converter.calibration.sequence.DecoderLayer.packed", broken)
     said: list[str] = []
-    calibration = Calibration("auto", **FEW)
-    seedpack.compress(model, tmp_path / "out", calibration=calibration, progress=lambda *a: said.append(str(a)))
-    assert any("not in sequence: a layer runs once alone" in text for text in said)
-    seedpack.compress(model, tmp_path / "plain", calibration=Calibration("self", **FEW))
+    calibration = Calibration(text, **FEW)
+    report = seedpack.compress(
+        model, tmp_path / "out", calibration=calibration, progress=lambda *a: said.append(str(a))
+    )
+    assert any("cannot be packed in sequence (a layer runs once alone)" in text for text in said)
+    assert (report.calibration is None) == (text == "auto")
+    stores = list((tmp_path / "seedpack-calibration").glob("*/index.json"))
+    assert len(stores) == (text != "auto"), "what was begun in sequence is removed"
+    seedpack.compress(model, tmp_path / "plain", calibration=Calibration("self", sequential=False, **FEW))
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
-    with pytest.raises(RuntimeError, match="a layer runs once alone"):
+    with pytest.raises(
+        ModelError, match=r"cannot be packed in sequence \(a layer runs once alone\); leave calibration"
+    ):
         seedpack.compress(model, tmp_path / "asked", calibration=Calibration("self", sequential=True, **FEW))
 
 

@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,7 +33,7 @@ from tests.helpers.models import ARCHITECTURES
 HERE = Path(__file__).resolve().parent
 SUMS = HERE / "same_bytes.json"
 PORTABLE = ("trellis", "seedlm", "raw", "plan")  # beginnings of the names of cases that are exact on every machine
-TEXT = Calibration("self", tokens=256, context=32)
+TEXT = Calibration("self", tokens=256, context=32, sequential=False)
 
 
 def gaussian(seed: int, *shape: int) -> Tensor:
@@ -156,7 +157,7 @@ CASES: dict[str, Callable[[Path], Any]] = {
     "calibrated-budget": of_folder("llama", bits=3.4, calibration=TEXT),
     "calibrated-size": of_folder("llama-tied", target_size=16500, calibration=TEXT),
     "calibrated-sequential": of_folder("llama", calibration=Calibration("self", 256, 32, sequential=True)),
-    "calibrated-tuned": of_folder("llama-tied", calibration=Calibration("self", 256, 32, tune=1)),
+    "calibrated-tuned": of_folder("llama-tied", calibration=replace(TEXT, tune=1)),
     "calibrated-everything": of_folder("qwen3", bits=2.7, calibration=Calibration("self", 256, 32, sequential=True, tune=1)),
 }  # fmt: skip
 

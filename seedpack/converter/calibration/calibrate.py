@@ -15,6 +15,7 @@ from torch import Tensor
 from seedpack.codecs.importance import column_power
 from seedpack.codecs.interfaces import Rates
 from seedpack.converter.calibration import layerwise, moments, sensitivity, sequence, tokens
+from seedpack.converter.calibration.sequence import SequenceError
 from seedpack.converter.calibration.store import VERSION, Store, remove_unclaimed
 from seedpack.converter.fitting import decoded, fit, matrix_of
 from seedpack.converter.options import Text
@@ -24,7 +25,7 @@ from seedpack.converter.snapshot import Snapshot
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.statistics import Statistics
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, OutputError, first_line
 
 
 def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
@@ -147,7 +148,7 @@ def _read_text(run: Run, store: Store, plan: Plan | None = None, *, in_sequence:
     if not layerwise.on_disk(model):
         model.to(run.device)
     elif in_sequence:
-        raise ModelError(f"{name}: does not fit memory, and calibration in sequence changes its weights; leave it out")
+        raise _no_sequence(name, "it does not fit memory")
     ids = tokens_of(run, opened, store_of(run))
     _require_readable(name, model, ids)
 
@@ -171,8 +172,18 @@ def _read_text(run: Run, store: Store, plan: Plan | None = None, *, in_sequence:
         )
     else:
         call = layerwise.measuring(opened, layer_done, store.skip)
-    layerwise.run(opened, ids, layer_done, call)
+    try:
+        layerwise.run(opened, ids, layer_done, call)
+    except Exception as error:  # models fail in many ways
+        if not in_sequence or isinstance(error, OutputError):
+            raise
+        raise _no_sequence(name, first_line(error)) from error
     return store
+
+
+def _no_sequence(name: str, reason: str) -> SequenceError:
+    remedy = "leave calibration in sequence out (--no-sequential, sequential=False)"
+    return SequenceError(f"{name}: cannot be packed in sequence ({reason}); {remedy}")
 
 
 def _require_readable(name: str, model: Any, ids: Tensor) -> None:
@@ -212,17 +223,17 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
     folder = run.calibrations / key
     run.hold(folder)
     store = Store(folder, made_of)
-    store.claim(for_others=not calibration.is_usual)
+    store.claim(for_others=plan is None and not calibration.is_usual)
     return store
 
 
-def forget_usual(run: Run) -> None:
-    """Remove what was measured for this run alone."""
-    if run.calibration is not None and run.calibration.is_usual:
-        folders = list(run.locks)
-        run.release()
-        for folder in folders:
-            remove_unclaimed(folder)
+def forget_own(run: Run) -> bool:
+    """Remove what was measured for this run alone; return whether something stays."""
+    folders = list(run.locks)
+    run.release()
+    for folder in folders:
+        remove_unclaimed(folder)
+    return any(folder.exists() for folder in folders)
 
 
 def _begun(run: Run, store: Store, work: str, goal: str) -> Snapshot:

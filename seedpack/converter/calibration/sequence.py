@@ -39,6 +39,11 @@ from seedpack.loader.layers import is_transposed
 STEP = 0.5  # s
 DAMPING = 1.0  # λ, in mean diagonals of E[x̃·x̃ᵀ]
 
+
+class SequenceError(ModelError):
+    """A model cannot be packed in sequence."""
+
+
 Pack = Callable[[dict[str, Tensor]], AbstractContextManager[None]]
 
 
@@ -59,10 +64,7 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         nonlocal hidden, original
         if name in called or (original is not None and inputs.hidden is not original):
-            raise ModelError(
-                f"{name}: does not take what the layer before it gives, once; leave calibration in sequence out (--no-sequential, "
-                "sequential=False)"
-            )
+            raise ModelError(f"{name}: does not take what the layer before it gives, once")
         called.add(name)
         given = inputs.hidden if hidden is None else hidden
         layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)
