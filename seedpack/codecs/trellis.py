@@ -210,6 +210,10 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         """Return what was measured with the default effort."""
         return distortion(self.code_bits)
 
+    def quick(self) -> TrellisCodec:
+        """Return this codec with the effort "fast"."""
+        return replace(self, effort="fast")
+
     @property
     def survivors(self) -> int:
         """The binary logarithm m of the paths that the search keeps."""

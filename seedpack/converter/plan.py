@@ -192,6 +192,13 @@ class Plan:
         """Return this plan with the codecs of some tensors as they are to be where a Hessian is known."""
         return replace(self, tensors=tuple(t.with_hessian() if t.name in names else t for t in self.tensors))
 
+    def quick(self) -> Plan:
+        """Return this plan with codecs that are fitted sooner, to measure what errors cost."""
+        return replace(
+            self,
+            tensors=tuple(replace(t, codec=t.codec.quick()) if isinstance(t.codec, Rates) else t for t in self.tensors),
+        )
+
     def dumps(self) -> str:
         """Return the JSON text of `to_json`."""
         return json.dumps(self.to_json(), indent=2) + "\n"

@@ -67,19 +67,24 @@ def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable
         fit_all(fits, plan, statistics)
         return fits
 
-    before = {tensor.name: tensor for tensor in plan.tensors if tensor.packed}
-    packed = _student(fitting(plan, before.values()), opened, plan, statistics).model
+    def tried(plan: Plan) -> Plan:
+        return plan.quick() if run.options.in_sequence else plan  # in sequence nothing that is fitted now can be kept
+
+    trial = tried(plan)
+    before = {tensor.name: tensor for tensor in trial.tensors if tensor.packed}
+    packed = _student(fitting(trial, before.values()), opened, trial, statistics).model
     tensors = [tensor for tensor in before.values() if isinstance(tensor.codec, Rates)]
     names = {name: tensor.name for tensor in tensors for name in run.source.parameters(tensor.name)}
     pair = measuring.Pair(opened.module, packed, opened.layer_names, names)
     found = measuring.shares(pair, shared, told("Measuring shares", shared))
     sizes = {t.name: (t.codec.expected_error(), math.prod(t.shape)) for t in tensors if isinstance(t.codec, Rates)}
     other = remade(measuring.costs(found, sizes))
-    changed = [tensor for tensor in other.tensors if tensor.packed and tensor != before.get(tensor.name)]
+    other_trial = tried(other)
+    changed = [tensor for tensor in other_trial.tensors if tensor.packed and tensor != before.get(tensor.name)]
     if not changed:
         return plan
     lost = measuring.divergence(pair, compared, told("Measuring the plan", compared))
-    _fill(fitting(other, changed), packed, changed, statistics)
+    _fill(fitting(other_trial, changed), packed, changed, statistics)
     loses = measuring.divergence(pair, compared, told("Measuring the new plan", compared))
     text = f"KL divergence {lost:.4g} by estimated costs, {loses:.4g} by measured ones"
     run.progress("Measuring", 0, 0, "", f"{text}: {'these' if loses < lost else 'those'} are followed")

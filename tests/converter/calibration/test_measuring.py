@@ -169,6 +169,26 @@ def test_where_it_cannot_be_measured_estimates_decide(
     assert (f"the bits are spread by estimates, not measured: {reason}" in said) == (why != "batches")
 
 
+def test_in_sequence_plans_are_tried_at_the_effort_fast(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efforts: list[str] = []
+    encode = TrellisCodec.encode
+
+    def noted(codec: TrellisCodec, *args: Any, **kwargs: Any) -> Any:
+        efforts.append(codec.effort)
+        return encode(codec, *args, **kwargs)
+
+    monkeypatch.setattr(TrellisCodec, "encode", noted)
+    seedpack.compress(folder, tmp_path / "packed", bits=3.1, calibration=Calibration(ids(), context=16))
+    count = efforts.count("default")
+    assert efforts[:count] == ["fast"] * count and efforts[-count:] == ["default"] * count
+    efforts.clear()
+    calibration = Calibration(ids(), context=16, sequential=False)
+    seedpack.compress(folder, tmp_path / "plain", bits=3.1, calibration=calibration)
+    assert "fast" not in efforts
+
+
 def test_whole_bits_are_not_measured(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "shares", lambda *_: pytest.fail("measured"))
     report = seedpack.compress(folder, tmp_path / "packed", bits=3, calibration=Calibration(ids(), context=16), **FAST)
@@ -177,7 +197,7 @@ def test_whole_bits_are_not_measured(folder: Path, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("jobs", slow(2))
 def test_workers_fit_both_plans(jobs: int, folder: Path, tmp_path: Path) -> None:
-    options = FAST | {"bits": 3.1, "calibration": Calibration(ids(), context=16)}
+    options = FAST | {"bits": 3.1, "calibration": Calibration(ids(), context=16, sequential=False)}
     alone = seedpack.compress(folder, tmp_path / "alone", **options)
     together = seedpack.compress(folder, tmp_path / "together", jobs=jobs, **options)
     assert bits_of(alone.plan) == bits_of(together.plan)
