@@ -15,10 +15,12 @@ import transformers
 from torch import Tensor, nn
 
 import seedpack
+from seedpack.converter.calibration.store import Store
 from seedpack.converter.sources.open import open_source
 from seedpack.formats import Checkpoint
 from seedpack.hf.checkpoint_names import CheckpointNames
 from seedpack.loader.layers import PackedModule, pack_module_
+from tests.helpers.marks import slow
 from tests.helpers.models import CODEC, ROUTED, SMALL, Folders, llama
 
 TOKENS = {"input_ids": torch.arange(24).reshape(2, 12) % 96}
@@ -206,6 +208,31 @@ def test_layers_that_the_model_writes_to_stay_raw() -> None:
     kinds = {name: names.kind(name, tuple(value.shape))[0] for name, value in model.state_dict().items()}
     assert kinds["rwkv.blocks.1.attention.output.weight"] == kinds["rwkv.blocks.1.feed_forward.value.weight"] == ""
     assert kinds["rwkv.blocks.1.attention.key.weight"] == kinds["rwkv.blocks.1.feed_forward.key.weight"] == "linear"
+
+
+@pytest.mark.parametrize(
+    "name", ["llama4", "rwkv", *slow("mamba", "qwen3-next", "gpt-oss", "dbrx", "deepseek-v3", "olmo")]
+)
+def test_calibration(name: str, tmp_path: Path) -> None:
+    """Of a model whose base model is itself, and of one whose layers give more than hidden states and do not follow each other."""
+    torch.manual_seed(0)
+    model = MODELS[name][0]().eval()
+    model.save_pretrained(tmp_path / "dense")
+    tokens = torch.randint(0, 96, (8, 12), generator=torch.Generator().manual_seed(0))
+    inputs: list[Tensor] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda layer, args: inputs.append(args[0].flatten(0, -2)))
+    run(model, {"input_ids": tokens})
+    options: dict[str, Any] = {
+        "codec": CODEC,
+        "calibration": seedpack.Calibration(tokens, context=12, sequential=False),
+    }
+    seedpack.compress(tmp_path / "dense", tmp_path / "packed", **options)
+    (file,) = (tmp_path / "seedpack-calibration").glob("*/index.json")
+    index = json.loads(file.read_text())
+    store = Store(file.parent, index["made_of"])
+    head = next(name for name in index["weights"] if name.endswith(("head.weight", "embed_out.weight")))
+    torch.testing.assert_close(store.get(head), inputs[0].mT @ inputs[0] / len(inputs[0]), rtol=1e-3, atol=1e-4)
+    seedpack.compress(tmp_path / "dense", tmp_path / "sequence", codec=CODEC, calibration=tokens)
 
 
 class TestOtherArchitectures:

@@ -197,7 +197,7 @@ def _require_readable(name: str, model: Any, ids: Tensor) -> None:
 def _require_context(name: str, model: Any, context: int) -> None:
     """Refuse sequences longer than a model takes."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(longest, int) and context > longest:
+    if isinstance(longest, int) and 0 < longest < context:  # some say -1 for any number
         raise ModelError(
             f"{name}: takes {longest} tokens at most, the text has sequences of {context}; ask for shorter ones "
             "(--calibration-context, Calibration(context=…))"

@@ -8,7 +8,7 @@ sequences.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seedpack.converter.calibration.moments import InputMoments, evaluated
+from seedpack.converter.calibration.moments import InputMoments, evaluated, measurable
 from seedpack.converter.sources.base import OpenModel
 from seedpack.errors import ModelError
 
@@ -56,7 +56,8 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
     inside = {
         name for layer in opened.layer_names for name, _ in model.get_submodule(layer).named_modules(prefix=layer)
     }
-    others = {n: m for n, m in model.base_model.named_modules(prefix=_prefix(model)) if n not in inside}
+    head = model.get_output_embeddings()
+    others = {n: m for n, m in model.named_modules() if n not in inside and m is not head}
 
     def call_layer(name: str, forward: Any, inputs: LayerInputs) -> Any:
         inputs.require_one_stream(model, tokens)
@@ -64,9 +65,14 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
         _malloc_trim()
         return out
 
-    with InputMoments(others) as outside, layer_by_layer(model, opened.layer_names, call_layer), evaluated(model):
-        hidden = model.base_model(input_ids=tokens.to(input_device(model)), use_cache=False)[0]
-    layer_done("", by_weight(outside.means()) | _head_moments(model, hidden), None)
+    with (
+        InputMoments(others) as outside,
+        layer_by_layer(model, opened.layer_names, call_layer),
+        evaluated(model),
+        inputs_of({"": head}, last="") as seen,  # the logits of all tokens would be large
+    ):
+        model(input_ids=tokens.to(input_device(model)), use_cache=False)
+    layer_done("", by_weight(outside.means()) | _head_moments(model, head, seen[""]), None)
 
 
 def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> CallLayer:
@@ -81,8 +87,7 @@ def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> Call
 
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         if (known := skip(name, inputs.hidden)) is not None:
-            out = inputs.run_batch(forward, slice(0, 1))  # tells whether the layer gives a tuple
-            return (known,) if isinstance(out, tuple) else known
+            return in_form_of(inputs.run_batch(forward, slice(0, 1)), known)
         with InputMoments(dict(opened.module.get_submodule(name).named_modules(prefix=name))) as collected:
             out = joined([inputs.run_batch(forward, batch) for batch in inputs.batches()])
         layer_done(name, by_weight(collected.means()), hidden_in(out))
@@ -91,10 +96,9 @@ def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> Call
     return call
 
 
-def _head_moments(model: Any, hidden: Tensor) -> Moments:
+def _head_moments(model: nn.Module, head: nn.Module, hidden: Tensor) -> Moments:
     """Return the second moment of the output head's input, by each of its names."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
+    if not measurable(head):
         return {}
     collected = InputMoments({})
     for batch in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
@@ -139,15 +143,39 @@ def differentiable(model: Any, names: Sequence[str] = ()) -> Iterator[list[nn.Pa
 def first_input(model: Any, layer_names: Iterable[str], tokens: Tensor) -> Tensor:
     """Return the hidden states [n, context, hidden] that the first decoder layer takes for tokens [n, context]."""
 
-    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
-        raise _Enough(inputs.hidden)
+    found: list[Tensor] = []
 
+    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
+        found.append(inputs.hidden)
+        raise _Enough
+
+    with suppress(_Enough), layer_by_layer(model, layer_names, call), torch.no_grad():
+        model(input_ids=tokens.to(input_device(model)), use_cache=False)
+    if not found:
+        raise ModelError(f"{type(model).__name__}: ran without any of its decoder layers; leave --tune out")
+    return found[0]
+
+
+@contextmanager
+def inputs_of(modules: Mapping[str, nn.Module], last: str | None = None) -> Iterator[dict[str, Tensor]]:
+    """Take down what modules are called with, by their names here, until the last one is, if one is named."""
+    seen: dict[str, Tensor] = {}
+
+    def called(name: str, x: Tensor) -> None:
+        seen[name] = x
+        if name == last:
+            raise _Enough
+
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args, name=name: called(name, args[0]))
+        for name, module in modules.items()
+    ]
     try:
-        with layer_by_layer(model, layer_names, call), torch.no_grad():
-            model.base_model(input_ids=tokens.to(input_device(model)), use_cache=False)
-    except _Enough as enough:
-        return enough.args[0]  # type: ignore[no-any-return]
-    raise ModelError(f"{type(model).__name__}: ran without any of its decoder layers; leave --tune out")
+        with suppress(_Enough):
+            yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class _Enough(Exception):  # noqa: N818 (no error)
@@ -203,9 +231,13 @@ def hidden_in(out: Any) -> Tensor:
 
 
 def joined(parts: list[Any]) -> Any:
-    """Join a layer's outputs for some sequences each; of tuples, which may hold attention, the hidden states."""
-    whole = torch.cat([hidden_in(part) for part in parts])
-    return (whole,) if isinstance(parts[0], tuple) else whole
+    """Join the hidden states in a layer's outputs for some sequences each."""
+    return in_form_of(parts[0], torch.cat([hidden_in(part) for part in parts]))
+
+
+def in_form_of(out: Any, hidden: Tensor) -> Any:
+    """Return hidden states as a layer gives them: where it gives a tuple, without what else is in it, as attention or states."""
+    return (hidden, *[None] * (len(out) - 1)) if isinstance(out, tuple) else hidden
 
 
 def slices(count: int, size: int) -> list[slice]:
@@ -254,7 +286,3 @@ def layer_by_layer(model: Any, layer_names: Iterable[str], call: CallLayer) -> I
 def by_weight(moments: Moments) -> Moments:
     """Return moments by the names of weights instead of those of layers."""
     return {f"{name}.weight": value for name, value in moments.items()}
-
-
-def _prefix(model: Any) -> str:
-    return str(model.base_model_prefix) if model.base_model is not model else ""

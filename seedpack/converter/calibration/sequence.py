@@ -12,8 +12,8 @@ and r̃ with packed weights. Half of the step and a strong λ serve other texts 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,8 @@ from seedpack.converter.calibration.layerwise import (
     SkipLayer,
     by_weight,
     hidden_in,
+    in_form_of,
+    inputs_of,
     joined,
 )
 from seedpack.converter.calibration.moments import InputMoments, faster_in_bfloat16, layer_input, measurable
@@ -76,7 +78,7 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
         original = hidden_in(out)
         if name != opened.layer_names[-1]:
             return out
-        return (hidden,) if isinstance(out, tuple) else hidden  # the head's input is that of the packed model
+        return in_form_of(out, hidden)  # the head's input is that of the packed model
 
     return call
 
@@ -218,27 +220,8 @@ class DecoderLayer:
             group.ends &= group is found[-1] and len(group.names) == 1
         return found
 
-    @contextmanager
-    def _inputs_of(self, names: Iterable[str], last: str | None = None) -> Iterator[dict[str, Tensor]]:
-        """Take down what modules are called with, until the last one is, if one is named."""
-        seen: dict[str, Tensor] = {}
-
-        def called(name: str, x: Tensor) -> None:
-            seen[name] = x
-            if name == last:
-                raise _Enough
-
-        hooks = [
-            self._modules[name].register_forward_pre_hook(lambda module, args, name=name: called(name, args[0]))
-            for name in names
-            if name
-        ]
-        try:
-            with suppress(_Enough):
-                yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def _inputs_of(self, names: Iterable[str], last: str | None = None) -> AbstractContextManager[dict[str, Tensor]]:
+        return inputs_of({name: self._modules[name] for name in names if name}, last)
 
     def _measured(self, group: Group, originals: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return the second moment of a group's input, and the shifts of its weights; nothing if not all tokens go through it."""
@@ -285,10 +268,6 @@ def _matrix(layer: Any) -> Tensor:
     """Return a linear layer's weight [out, in] in float32."""
     weight: Tensor = layer.weight.float()
     return weight.mT if is_transposed(layer) else weight.flatten(1)
-
-
-class _Enough(Exception):  # noqa: N818 (no error)
-    """The last module was reached."""
 
 
 def _stream_before(added: Any, before: list[tuple[str, Tensor]], after: list[Tensor]) -> str | None:
