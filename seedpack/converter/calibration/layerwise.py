@@ -101,8 +101,8 @@ def _head_moments(model: nn.Module, head: nn.Module, hidden: Tensor) -> Moments:
     if not measurable(head):
         return {}
     collected = InputMoments({})
-    for batch in hidden.split(max(1, TOKENS_AT_ONCE // hidden.shape[1])):
-        collected.add("head", head, batch)
+    for batch in batches_of(hidden):
+        collected.add("head", head, hidden[batch])
     moment = collected.means()["head"]
     return {f"{name}.weight": moment for name, module in model.named_modules() if module is head}
 
@@ -213,7 +213,7 @@ class LayerInputs:
 
     def batches(self) -> list[slice]:
         """Return the sequences that are run at once."""
-        return slices(len(self.hidden), max(1, TOKENS_AT_ONCE // self.hidden.shape[1]))
+        return batches_of(self.hidden)
 
     def require_one_stream(self, model: Any, tokens: Tensor) -> None:
         """Refuse models whose layers take something else than one hidden state per token."""
@@ -238,6 +238,11 @@ def joined(parts: list[Any]) -> Any:
 def in_form_of(out: Any, hidden: Tensor) -> Any:
     """Return hidden states as a layer gives them: where it gives a tuple, without what else is in it, as attention or states."""
     return (hidden, *[None] * (len(out) - 1)) if isinstance(out, tuple) else hidden
+
+
+def batches_of(hidden: Tensor) -> list[slice]:
+    """Return the sequences of hidden states [n, context, hidden] that are run at once."""
+    return slices(len(hidden), max(1, TOKENS_AT_ONCE // hidden.shape[1]))
 
 
 def slices(count: int, size: int) -> list[slice]:
