@@ -20,7 +20,7 @@ from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
 from seedpack.converter.statistics import Statistics
 from seedpack.dtypes import dtype_name
-from seedpack.errors import ModelError, first_line
+from seedpack.errors import ModelError
 from seedpack.formats.writer import file_bytes
 from seedpack.units import count
 
@@ -124,8 +124,10 @@ def _in_sequence(run: Run, plan: Plan) -> Statistics | None:
         return calibrate_in_sequence(run, plan)
     except SequenceError as error:
         if run.calibration.sequential:
-            raise
-        run.progress("Calibrating", 0, 0, "", f"not in sequence: {first_line(error)}")
+            raise ModelError(
+                f"{run.source.name}: cannot be packed in sequence ({error}); leave that out (--no-sequential, sequential=False)"
+            ) from error
+        run.progress("Calibrating", 0, 0, "", f"not in sequence: {error}")
         return None
 
 

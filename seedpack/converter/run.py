@@ -145,11 +145,10 @@ class Run:
         if self.workers is not None:
             self.workers.close()
 
-    def release(self, *, is_interrupted: bool = False) -> None:
-        """Let other runs have the folders that this one kept from them."""
-        while self.locks:
-            folder, lock = self.locks.popitem()
-            lock.__exit__(None, None, None)
+    def release(self, *folders: Path, is_interrupted: bool = False) -> None:
+        """Let other runs have folders that this one kept from them; without any, all."""
+        for folder in folders or tuple(self.locks):
+            self.locks.pop(folder).__exit__(None, None, None)
             if is_interrupted and folder.exists():  # with a calibration, or the beginning of one
                 text = f"calibration kept in {folder}: the same command goes on from there"
                 self.progress("Interrupted", 0, 0, "", text)

@@ -121,16 +121,15 @@ def test_what_cannot_be_packed_in_sequence_is_calibrated_all_the_same(
     report = seedpack.compress(
         model, tmp_path / "out", calibration=calibration, progress=lambda *a: said.append(str(a))
     )
-    assert any("cannot be packed in sequence (a layer runs once alone)" in text for text in said)
+    assert any("not in sequence: a layer runs once alone" in text for text in said)
     assert (report.calibration is None) == (text == "auto")
     stores = list((tmp_path / "seedpack-calibration").glob("*/index.json"))
     assert len(stores) == (text != "auto"), "what was begun in sequence is removed"
     seedpack.compress(model, tmp_path / "plain", calibration=Calibration("self", sequential=False, **FEW))
     assert weights(tmp_path / "out") == weights(tmp_path / "plain")
-    with pytest.raises(
-        ModelError, match=r"cannot be packed in sequence \(a layer runs once alone\); leave calibration"
-    ):
+    with pytest.raises(ModelError, match=r"cannot be packed in sequence \(a layer runs once alone\); leave that out"):
         seedpack.compress(model, tmp_path / "asked", calibration=Calibration("self", sequential=True, **FEW))
+    assert not list((tmp_path / "seedpack-calibration").rglob("unclaimed"))
 
 
 def test_the_command_says_so(model: Path, tmp_path: Path) -> None:

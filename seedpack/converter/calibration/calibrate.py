@@ -49,11 +49,20 @@ def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
     weights are shifted by; see `sequence`.
 
     Layers are fitted on the way, by `plan`: the journal has their parts then.
+
+    Raises:
+        SequenceError: the model cannot be packed so.
     """
     assert run.calibration is not None
     if not run.calibration.is_text:
         raise ModelError("calibration in sequence is for language models calibrated on text; leave it out")
-    return _statistics(run, _read_text(run, store_of(run, plan), plan, in_sequence=True))
+    store = store_of(run, plan)
+    try:
+        return _statistics(run, _read_text(run, store, plan, in_sequence=True))
+    except SequenceError:
+        run.release(store.folder)
+        remove_unclaimed(store.folder)
+        raise
 
 
 def _by_parameter(run: Run, plan: Plan) -> dict[str, TensorPlan]:
@@ -148,7 +157,7 @@ def _read_text(run: Run, store: Store, plan: Plan | None = None, *, in_sequence:
     if not layerwise.on_disk(model):
         model.to(run.device)
     elif in_sequence:
-        raise _no_sequence(name, "it does not fit memory")
+        raise SequenceError("it does not fit memory")
     ids = tokens_of(run, opened, store_of(run))
     _require_readable(name, model, ids)
 
@@ -177,13 +186,8 @@ def _read_text(run: Run, store: Store, plan: Plan | None = None, *, in_sequence:
     except Exception as error:  # models fail in many ways
         if not in_sequence or isinstance(error, OutputError):
             raise
-        raise _no_sequence(name, first_line(error)) from error
+        raise SequenceError(first_line(error)) from error
     return store
-
-
-def _no_sequence(name: str, reason: str) -> SequenceError:
-    remedy = "leave calibration in sequence out (--no-sequential, sequential=False)"
-    return SequenceError(f"{name}: cannot be packed in sequence ({reason}); {remedy}")
 
 
 def _require_readable(name: str, model: Any, ids: Tensor) -> None:

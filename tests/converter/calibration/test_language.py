@@ -397,7 +397,7 @@ def test_models_larger_than_memory_stay_on_disk(folder: Path, tmp_path: Path, mo
     for more, message in (
         (
             {"sequential": True},
-            r"cannot be packed in sequence \(it does not fit memory\); leave calibration in sequence out",
+            r"cannot be packed in sequence \(it does not fit memory\); leave that out",
         ),
         ({"tune": 1}, "tuning needs it there twice"),
     ):
