@@ -11,6 +11,7 @@ import torch
 
 import seedpack
 from benchmarks.lib import models, peers, report
+from benchmarks.lib.trellises import trellises
 
 IMAGES_AT_ONCE = 500
 SCALES = 0.04  # bits per weight that whole bits store beside the streams here: a budget of the same bytes
@@ -50,7 +51,7 @@ def measure(result: report.Result) -> None:
             spread = f" ({min(found):.2f} … {max(found):.2f})" if len(found) > 1 else ""
             rows.append((label, f"{stored:.3f}", f"{error_db:.2f} dB", f"{statistics.mean(found):.2f}%{spread}"))
             print(rows[-1], flush=True)
-        for label, (_, quantise) in peers.data_free().items():
+        for label, (_, quantise) in (peers.data_free() | trellises()).items():
             other = copy.deepcopy(original)
             stored, error_db = peers.replace_weights(other, quantise)
             rows.append((label, f"{stored:.3f}", f"{error_db:.2f} dB", f"{accuracy(other, images, labels):.2f}%"))

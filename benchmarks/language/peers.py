@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.language.calibration import Found, Subject
-from benchmarks.lib import autoround, exl3, ik_llama, models, peers, plots, report
+from benchmarks.lib import autoround, exl3, ik_llama, models, pages, peers, plots, report
 from seedpack import Calibration, CompressOptions
 from seedpack.converter.calibration.calibrate import calibrate
 from seedpack.converter.calibration.store import Store
@@ -203,7 +203,7 @@ def measure(result: report.Result) -> None:
 
 def shown(result: report.Result, rows: list[dict[str, Any]], prefix: str) -> None:
     def score(found: dict[str, Any]) -> tuple[str, str]:
-        return report.divergence(found), f"{100 * found['top1_agreement']:.1f}%"
+        return pages.divergence(found), f"{100 * found['top1_agreement']:.1f}%"
 
     rows.sort(key=lambda r: (r["bits"], r["texts"][TEXTS[0]]["kl_mean"]))
     heads = [f"{what}, {text}" for text in TEXTS for what in ("KL", "top-1")]

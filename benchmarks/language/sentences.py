@@ -10,6 +10,7 @@ from typing import Any
 import seedpack
 from benchmarks.language import choices, table
 from benchmarks.lib import models, peers, plots, report
+from benchmarks.lib.trellises import trellises
 
 
 def measure(result: report.Result) -> None:
@@ -28,7 +29,7 @@ def measure(result: report.Result) -> None:
             done, other = pack(folder, codec, bits)
             stored = done.plan.totals()["bits_per_packed_weight"]
             rows.append(scored(other, f"{codec}, {bits:g} bits", codec, stored, done.error_db))
-    for label, (family, quantise) in peers.data_free().items():
+    for label, (family, quantise) in (peers.data_free() | trellises()).items():
         if result.wanted(label):
             other = copy.deepcopy(model)
             rows.append(scored(other, label, family, *peers.replace_weights(other, quantise)))
@@ -36,7 +37,8 @@ def measure(result: report.Result) -> None:
     result.say(
         "all-MiniLM-L6-v2 (22.7 million true float32 weights), all linear layers and embeddings packed; 256 lines of "
         f"{models.text()[0]}, up to 128 tokens each; mean 1 − cosine of each embedding to the original model's. No data "
-        "used by any method. Peers as in [language](language.md)."
+        "used by any method. Peers as in [language](language.md); EXL3's quantiser is written again (`benchmarks/lib/exl3.py`), and takes "
+        "embeddings here too."
     )
     result.table(
         ["method", "bits per weight", "relative error", "1 − cosine"],

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.language.calibration import Subject
-from benchmarks.lib import models, report
+from benchmarks.lib import models, pages, report
 from seedpack import Calibration
 from seedpack.converter.calibration import sequence
 
@@ -59,7 +59,7 @@ def measure(result: report.Result) -> None:
     result.table(
         ["", "bits per weight", *(f"KL, {text}" for text in TEXTS), "measured"],
         [
-            (label, f"{row['bits']:.3f}", *(report.divergence(row["texts"][text]) for text in TEXTS), row["measured"])
+            (label, f"{row['bits']:.3f}", *(pages.divergence(row["texts"][text]) for text in TEXTS), row["measured"])
             for label in WAYS
             if (row := known.get(label)) is not None
         ],

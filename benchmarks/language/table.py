@@ -84,7 +84,7 @@ def compare(result: report.Result, rows: list[dict[str, Any]], key: str, what: s
     for ours in (r for r in rows if r["family"] == "trellis"):
         others = {
             family: value
-            for family in {r["family"] for r in rows} - {"trellis"}
+            for family in {r["family"] for r in rows} - {"trellis", "seedlm", "svd"}
             if (value := plots.interpolated([r for r in rows if r["family"] == family], key, ours["bits"])) is not None
         }
         best = min(others, key=lambda family: others[family], default=None)

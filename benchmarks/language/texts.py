@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.language.calibration import CALIBRATION_TOKENS, Subject
 from benchmarks.language.peers import TEXTS, code
-from benchmarks.lib import models, report
+from benchmarks.lib import models, pages, report
 from seedpack import Calibration
 from seedpack.hf.language_model import load_language_model
 from seedpack.hf.own_text import generate_tokens
@@ -119,7 +119,7 @@ def measure(result: report.Result) -> None:
         if mine:
             result.say(f"## {bits} bits")
             result.table(["text", *(f"KL, {text}" for text in TEXTS), "measured"], [
-                (row["text"], *(report.divergence(row["texts"][text]) for text in TEXTS), row["measured"]) for row in mine
+                (row["text"], *(pages.divergence(row["texts"][text]) for text in TEXTS), row["measured"]) for row in mine
             ])  # fmt: skip
 
 

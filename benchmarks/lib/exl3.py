@@ -27,8 +27,12 @@ def exl3(weight: Tensor, hessian: Tensor, bits: int, seed: int = 0) -> tuple[Ten
     """Return the weight [out, in] as EXL3 rebuilds it, and the bits per weight: codes, and float16 scales of both sides.
 
     Where a side is no multiple of 128 its rotation has blocks of the largest power of two that divides it: EXL3 would pad the
-    layer, and store more.
+    layer, and store more. Sides that are no multiple of 16 are filled up with zeros, which count.
     """
+    shape = weight.shape
+    missing = [-side % TILE for side in shape]
+    weight = torch.nn.functional.pad(weight, (0, missing[1], 0, missing[0]))
+    hessian = torch.nn.functional.pad(hessian, (0, missing[1], 0, missing[1]))
     code = TrellisCode(bits, 16, 0, factor=MUL1)
     generator = torch.Generator().manual_seed(seed)
     columns, rows = weight.shape[1], weight.shape[0]
@@ -54,7 +58,8 @@ def exl3(weight: Tensor, hessian: Tensor, bits: int, seed: int = 0) -> tuple[Ten
         here = slice(end - TILE, end)
         found[here] = _coded(w[here] + feedback[end:, here].T @ (w[end:] - found[end:]), code)
     rebuilt = _rotated(_rotated(found.T).T * in_scale.half()[:, None].double()) * out_scale.half().double()
-    return rebuilt.T.to(weight.dtype), bits + 16 / rows + 16 / columns
+    stored = (bits + 16 / rows + 16 / columns) * weight.numel() / shape.numel()
+    return rebuilt.T[: shape[0], : shape[1]].to(weight.dtype), stored
 
 
 def _rotated(x: Tensor) -> Tensor:

@@ -46,6 +46,12 @@ def sentence(name: str, pattern: str) -> str:
     return found[1]
 
 
+def divergence(found: dict[str, Any]) -> str:
+    """Return a language report's KL divergence with its interval."""
+    low, high = found["kl_interval"]
+    return f"{found['kl_mean']:.4f} ± {(high - low) / 2:.4f}"
+
+
 def markdown(columns: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     """Return a table in Markdown."""
     lines = [columns, ["---"] * len(columns), *body]

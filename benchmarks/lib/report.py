@@ -79,12 +79,6 @@ def kept(name: str, label: str, measure: Callable[[], dict[str, Any]]) -> dict[s
     return row
 
 
-def divergence(found: dict[str, Any]) -> str:
-    """Return a language report's KL divergence with its interval."""
-    low, high = found["kl_interval"]
-    return f"{found['kl_mean']:.4f} ± {(high - low) / 2:.4f}"
-
-
 def added_memory(ready: str, code: str) -> float:
     """MB by which some code raises the memory of a process that has run what makes it ready; on Linux, which can forget an
     earlier peak."""

@@ -15,6 +15,7 @@ from seedpack.kernels.common.row_tiles import bfloat16_is_faster
 from seedpack.loader.layers import packed_class
 
 RECENT = 4  # inputs that a layer's input is compared with
+LEAST_COLUMNS = 128  # of a sum of products that are added at once
 
 
 class InputMoments:
@@ -45,7 +46,7 @@ class InputMoments:
 
     def means(self) -> dict[str, Tensor]:
         """Return E[x·xᵀ], float32 [in, in] on the CPU, of every layer that was called; one tensor for those that share it."""
-        means = {name: (total / max(1, count)).cpu() for name, (total, count) in self._sums.items()}
+        means = {name: mirrored(total / max(1, count)).cpu() for name, (total, count) in self._sums.items()}
         return means | {name: means[first] for name, first in self._shared.items() if first in means}
 
     def _called(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -62,10 +63,23 @@ class InputMoments:
     def add(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """Add an input that a layer is not called with."""
         x = layer_input(layer, x.detach())
-        if name not in self._sums:
-            self._sums[name] = torch.zeros(x.shape[1], x.shape[1], dtype=x.dtype, device=x.device), 0
-        total, count = self._sums[name]
-        self._sums[name] = (total.addmm_(x.mT, x), count + len(x))
+        total, count = self._sums.get(name, (None, 0))
+        self._sums[name] = add_products(total, x), count + len(x)
+
+
+def add_products(total: Tensor | None, x: Tensor) -> Tensor:
+    """Return a sum [in, in] and xᵀ·x of x [n, in], of which the lower triangle counts: so much of the work is left out."""
+    columns = x.shape[1]
+    total = x.new_zeros(columns, columns) if total is None else total
+    step = max(LEAST_COLUMNS, -(-columns // 4))
+    for first in range(0, columns, step):
+        total[first:, first : first + step].addmm_(x[:, first:].mT, x[:, first : first + step])
+    return total
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """Return the symmetric matrix of a lower triangle."""
+    return lower.tril() + lower.tril(-1).mT
 
 
 def _form(layer: nn.Module) -> object:

@@ -32,7 +32,14 @@ from seedpack.converter.calibration.layerwise import (
     inputs_of,
     joined,
 )
-from seedpack.converter.calibration.moments import InputMoments, faster_in_bfloat16, layer_input, measurable
+from seedpack.converter.calibration.moments import (
+    InputMoments,
+    add_products,
+    faster_in_bfloat16,
+    layer_input,
+    measurable,
+    mirrored,
+)
 from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.statistics import SHIFT
 from seedpack.errors import ModelError
@@ -227,6 +234,7 @@ class DecoderLayer:
         """Return the second moment of a group's input, and the shifts of its weights; nothing if not all tokens go through it."""
         first, streams = group.names[0], {*group.streams.values()}
         layer, sums, count = self._linear[first], dict[str, Tensor](), 0
+        products: Tensor | None = None
         weights = {name: _matrix(self._linear[name]) for name in group.names if f"{name}.weight" in self.wanted}
 
         def add(key: str, y: Tensor, x: Tensor) -> None:
@@ -242,15 +250,15 @@ class DecoderLayer:
             if group.ends:
                 self._last.append((seen[group.streams[first]], seen[first]))
             x = layer_input(layer, seen[first])
-            count += len(x)
-            add("x", x, x)
+            products, count = add_products(products, x), count + len(x)
             moved = layer_input(layer, original[first]) - x
             if weights.keys() - group.streams:
                 add("moved", moved, x)
             for name in weights.keys() & group.streams:
                 lost = original[group.streams[name]].float() - seen[group.streams[name]].float()
                 add(name, torch.addmm(lost.flatten(0, -2), moved, weights[name].mT), x)
-        moment = sums["x"] / count
+        assert products is not None
+        moment = mirrored(products / count)
         moment_on_cpu, damping = moment.cpu(), (DAMPING * moment.diagonal().mean()).clamp_min(1e-30)
         found = {f"{name}.weight": moment_on_cpu for name in group.names}
         factor = torch.linalg.cholesky(

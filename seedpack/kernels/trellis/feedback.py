@@ -21,7 +21,13 @@ from seedpack.kernels.trellis.code import TrellisCode
 from seedpack.kernels.trellis.search_reference import Walk, in_walk_order, windows_of, zero_boundary
 from seedpack.linalg import ldlq_correction
 
-BLOCK, WIDE_BLOCK, WIDE = 32, 64, 1024
+LEAST_BLOCK, BLOCK = 32, 128
+
+
+def block_of(columns: int) -> int:
+    """Return the weights of a block: about a twelfth of a row. Fewer cost time, as each block's walk goes beyond it, and more error;
+    more of them are not compensated for among themselves."""
+    return min(BLOCK, max(LEAST_BLOCK, columns // 192 * 16))
 
 
 def lookahead(code: TrellisCode) -> int:
@@ -46,7 +52,7 @@ def search_with_feedback(
         columns: weights of a row.
         walk: finds the symbols of a block.
     """
-    padded, (block, beyond) = values.shape[1], (BLOCK if columns < WIDE else WIDE_BLOCK, lookahead(code))
+    padded, (block, beyond) = values.shape[1], (block_of(columns), lookahead(code))
     wanted = torch.nn.functional.pad(values[:, :columns].double(), (0, padded - columns))
     c = factor
     if padded > columns:
