@@ -72,7 +72,7 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
         inputs_of({"": head}, last="") as seen,  # the logits of all tokens would be large
     ):
         model(input_ids=tokens.to(input_device(model)), use_cache=False)
-    layer_done("", by_weight(outside.means()) | _head_moments(model, head, seen[""]), None)
+    layer_done("", by_weight(outside.means()) | _head_moments(model, head, seen.get("")), None)
 
 
 def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> CallLayer:
@@ -96,9 +96,9 @@ def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> Call
     return call
 
 
-def _head_moments(model: nn.Module, head: nn.Module, hidden: Tensor) -> Moments:
-    """Return the second moment of the output head's input, by each of its names."""
-    if not measurable(head):
+def _head_moments(model: nn.Module, head: nn.Module, hidden: Tensor | None) -> Moments:
+    """Return the second moment of the output head's input, by each of its names, where it was called and is known."""
+    if hidden is None or not measurable(head):
         return {}
     collected = InputMoments({})
     for batch in batches_of(hidden):

@@ -72,6 +72,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+def test_a_head_that_is_not_called_has_no_moment() -> None:
+    model: Any = llama(tie_word_embeddings=False).eval()
+    found: dict[str, Tensor] = {}
+    weight = model.lm_head.weight
+
+    def forward(**kwargs: Any) -> Any:
+        return model.model(**kwargs)[0] @ weight.mT
+
+    model.forward = forward
+    read(model, ids(), lambda name, values, output: found.update(values))
+    assert "model.layers.1.mlp.down_proj.weight" in found and "lm_head.weight" not in found
+
+
 def test_self_written_text_fits_the_model_better_and_is_kept(folder: Path, tmp_path: Path) -> None:
     calibration = Calibration("self", tokens=512, context=32, sequential=False)
     reports = [
