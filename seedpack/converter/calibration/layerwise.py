@@ -60,7 +60,7 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
     others = {n: m for n, m in model.named_modules() if n not in inside and m is not head}
 
     def call_layer(name: str, forward: Any, inputs: LayerInputs) -> Any:
-        inputs.require_one_stream(model, tokens)
+        inputs.require_tokens(model, tokens)
         out = call(name, forward, inputs)
         _malloc_trim()
         return out
@@ -215,13 +215,13 @@ class LayerInputs:
         """Return the sequences that are run at once."""
         return batches_of(self.hidden)
 
-    def require_one_stream(self, model: Any, tokens: Tensor) -> None:
-        """Refuse models whose layers take something else than one hidden state per token."""
+    def require_tokens(self, model: Any, tokens: Tensor) -> None:
+        """Refuse models whose layers take something else than hidden states, one or several, of each token."""
         shape = list(self.hidden.shape)
-        if shape[:2] != list(tokens.shape) or len(shape) != 3:
+        if shape[:2] != list(tokens.shape) or len(shape) < 3:
             raise ModelError(
-                f"{type(model).__name__}: its layers take {shape} for tokens {list(tokens.shape)}, expected one hidden "
-                "state per token; calibration does not know such models, compress it without"
+                f"{type(model).__name__}: its layers take {shape} for tokens {list(tokens.shape)}, expected hidden states "
+                "of each token; calibration does not know such models, compress it without"
             )
 
 

@@ -146,7 +146,7 @@ def tune_layers(student: Student, teacher: Any, learner: _Learner, tokens: Tenso
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
         nonlocal hidden, done
         done += 1
-        inputs.require_one_stream(teacher, tokens)
+        inputs.require_tokens(teacher, tokens)
         prefix = f"{name}."
         own = {key: learner.factors[key] for parameter, key in student.rows.items() if parameter.startswith(prefix)}
         gains = [value for key, value in learner.values.items() if key.startswith(prefix)]

@@ -72,6 +72,26 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "dense"
 
 
+def test_several_streams_of_hidden_states() -> None:
+    """Layers that take several hidden states of each token, as DeepSeek V4's."""
+    torch.manual_seed(0)
+    model: Any = llama(tie_word_embeddings=False).eval()
+    for layer in model.model.layers:
+
+        def forward(hidden: Tensor, *args: Any, of_one: Any = layer.forward, **kwargs: Any) -> Tensor:
+            return hidden + torch.stack((of_one(hidden.mean(2), *args, **kwargs), hidden[:, :, 0]), 2)
+
+        layer.forward = forward
+    embed, norm = model.model.embed_tokens.forward, model.model.norm.forward
+    model.model.embed_tokens.forward = lambda ids: torch.stack((embed(ids), embed(ids) / 2), 2)
+    model.model.norm.forward = lambda hidden: norm(hidden.mean(2))
+    expected = moments.run(model, list(ids().split(2)), CPU)
+    found: dict[str, Tensor] = {}
+    read(model, ids(), lambda name, values, output: found.update(values))
+    for weight, value in expected.items():
+        torch.testing.assert_close(found[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+
+
 def test_a_head_that_is_not_called_has_no_moment() -> None:
     model: Any = llama(tie_word_embeddings=False).eval()
     found: dict[str, Tensor] = {}

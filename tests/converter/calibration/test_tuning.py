@@ -86,7 +86,7 @@ def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
     assert len(parts) == 2
 
 
-def test_more_than_one_hidden_state_a_token_is_refused() -> None:
+def test_streams_before_sequences_are_refused() -> None:
     model, tokens = ARCHITECTURES["llama"](), torch.zeros(3, 8, dtype=torch.int64)
     with pytest.raises(ModelError, match=r"take \[4, 3, 8, 16\] for tokens \[3, 8\].*compress it without"):
-        layerwise.LayerInputs((torch.zeros(4, 3, 8, 16),), {}, 4).require_one_stream(model, tokens)
+        layerwise.LayerInputs((torch.zeros(4, 3, 8, 16),), {}, 4).require_tokens(model, tokens)
