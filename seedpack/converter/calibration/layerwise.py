@@ -65,14 +65,17 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
         _malloc_trim()
         return out
 
-    with (
-        InputMoments(others) as outside,
-        layer_by_layer(model, opened.layer_names, call_layer),
-        evaluated(model),
-        inputs_of({"": head}, last="") as seen,  # the logits of all tokens would be large
-    ):
+    with InputMoments(others) as outside, layer_by_layer(model, opened.layer_names, call_layer), evaluated(model):
+        hidden = run_to_head(model, tokens)
+    layer_done("", by_weight(outside.means()) | _head_moments(model, head, hidden), None)
+
+
+def run_to_head(model: Any, tokens: Tensor) -> Tensor | None:
+    """Run a model on tokens [n, context] until it calls its output head, as all their logits are large; return what the head is
+    given, if it is called."""
+    with inputs_of({"": model.get_output_embeddings()}, last="") as seen:
         model(input_ids=tokens.to(input_device(model)), use_cache=False)
-    layer_done("", by_weight(outside.means()) | _head_moments(model, head, seen.get("")), None)
+    return seen.get("")
 
 
 def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> CallLayer:

@@ -26,6 +26,7 @@ from seedpack.converter.calibration.layerwise import (
     joined,
     layer_by_layer,
     recomputed,
+    run_to_head,
     slices,
 )
 from seedpack.converter.calibration.moments import evaluated
@@ -168,7 +169,7 @@ def tune_layers(student: Student, teacher: Any, learner: _Learner, tokens: Tenso
         return joined(outputs)
 
     with layer_by_layer(teacher, student.layer_names, call), torch.no_grad():
-        teacher.base_model(input_ids=tokens.to(teacher.device), use_cache=False)
+        run_to_head(teacher, tokens)
 
 
 def distil(student: Student, teacher: Any, learner: _Learner, tokens: Tensor, epochs: int, progress: Progress) -> None:
