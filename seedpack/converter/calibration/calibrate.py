@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seedpack._version import WRITER
 from seedpack.codecs.importance import column_power
 from seedpack.codecs.interfaces import Rates
 from seedpack.converter.calibration import layerwise, moments, sensitivity, sequence, tokens
@@ -222,6 +223,7 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
     }
     if plan is not None:
         made_of["shift"] = [sequence.STEP, sequence.DAMPING]
+        made_of["writer"] = WRITER  # shifts make up for the errors of one encoder
         made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
     folder = run.calibrations / key

@@ -1,7 +1,7 @@
 """Sensitivity of the whole model's KL divergence to errors of each layer's output, from one backward pass.
 
-The text's next tokens stand for samples of the model's own predictions (they are, where it wrote the text), so that the
-gradient g of their log-likelihood by a layer's output has E[g·gᵀ] = the Hessian of the KL divergence there (Fisher). An
+The text's next tokens stand for samples of the model's own predictions (they are, where it wrote the text, but for the second
+one of each sequence, which was drawn from the vocabulary), so that the gradient g of their log-likelihood by a layer's output has E[g·gᵀ] = the Hessian of the KL divergence there (Fisher). An
 error e of the output then costs ½·E[(g·e)²]; with errors of channels that know nothing of each other or of g,
 ½·Σ_r E[g_r²]·E[e_r²], and E[e_r²] is row r of E·H·Eᵀ with the Hessian H of the input.
 """
@@ -71,8 +71,9 @@ def output_sensitivities(
             progress(done)
             for batch in tokens[done // tokens.shape[1] :].split(max(1, TOKENS_AT_ONCE // tokens.shape[1])):
                 ids = batch.to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-                loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+                first = min(1, ids.shape[1] - 2)
+                logits = model(input_ids=ids, use_cache=False).logits[:, first:-1].float().flatten(0, 1)
+                loss = nn.functional.cross_entropy(logits, ids[:, 1 + first :].flatten(), reduction="sum")
                 if not torch.isfinite(loss):
                     raise ModelError("the model's logits on the calibration text are not finite")
                 loss.backward()

@@ -295,6 +295,24 @@ def test_a_damaged_store_says_so(folder: Path, tmp_path: Path) -> None:
             calibrated(open_source(folder), calibration, tmp_path / "x")
 
 
+def test_a_drawn_token_costs_nothing() -> None:
+    """The second token of a written sequence is no sample of the model's prediction, which may find it most unlikely."""
+    torch.manual_seed(0)
+    model = llama(num_hidden_layers=1)
+    found = []
+    for second in (5, 6):
+        text = generate_tokens(model, 512, 32).clone()
+        text[:, 1] = second
+        text[:, 2:] = 7
+        with torch.no_grad():
+            model.lm_head.weight[5] = 0.0
+            model.lm_head.weight[6] = model.lm_head.weight[6].sign() * 3.0
+            model.model.embed_tokens.weight[5:7] = 0.1  # as an input they are alike
+        costs = sensitivity.output_sensitivities(open_pretrained(model), text, lambda count: None)
+        found.append(costs["model.layers.0.mlp.down_proj.weight"])
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_costs_predict_the_divergence() -> None:
     """½·Σ E[g²]·E[e²] of small noise in one layer's output, against the divergence that it makes."""
     torch.manual_seed(0)
