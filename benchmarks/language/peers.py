@@ -25,6 +25,7 @@ from seedpack.eval.language import LanguageReport
 TOKENS = 32768  # of each text
 REAL_TOKENS = 65536  # that peers are calibrated on
 TEXTS = ("WikiText-2", "Python code")
+COMMAND = "seedpack, as the command packs"
 
 
 def code() -> str:
@@ -101,7 +102,7 @@ def methods_of(subject: Contest, layers: int) -> dict[str, tuple[str, Callable[[
     for bits in (4, 3, 2):
         add(
             f"seedpack {bits}",
-            "seedpack, as the command packs",
+            COMMAND,
             functools.partial(subject.ours, "trellis", bits, Calibration("self")),
         )
         everything = functools.partial(subject.ours, "trellis", bits + 0.03)
@@ -193,6 +194,7 @@ def measure(result: report.Result) -> None:
         if mine:
             result.say(f"## {subject.title}")
             shown(result, mine, subject.prefix)
+            result.say(" ".join(better(mine, subject.prefix)))
             for text in TEXTS:
                 drawn = [{**r, "kl": r["texts"][text]["kl_mean"]} for r in mine]
                 plots.curves(
@@ -215,6 +217,24 @@ def shown(result: report.Result, rows: list[dict[str, Any]], prefix: str) -> Non
             for r in rows
         ],
     )  # fmt: skip
+
+
+def better(rows: list[dict[str, Any]], prefix: str) -> list[str]:
+    """Say which peers of at most a tenth of a bit more lose less than what the command packs, on each text."""
+    sentences = []
+    for ours in (r for r in rows if r["family"] == COMMAND):
+        for text in TEXTS:
+            peers = [r for r in rows if "seedpack" not in r["family"] and r["bits"] < ours["bits"] + 0.1]
+            found = [
+                r["label"].removeprefix(prefix)
+                for r in peers
+                if r["texts"][text]["kl_mean"] < ours["texts"][text]["kl_mean"]
+            ]
+            name = ours["label"].removeprefix(prefix)
+            sentences.append(
+                f"Better than {name} on {text} at up to a tenth of a bit more: {'; '.join(found) or 'none here'}."
+            )
+    return sentences
 
 
 if __name__ == "__main__":
