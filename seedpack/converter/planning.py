@@ -90,8 +90,9 @@ def make_plan(
 def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Plan, Statistics]:
     """Return the plan that is followed, and the statistics that it is fitted with.
 
-    A budget is allocated once more by measured sensitivities. Calibration in sequence follows the plan; only where it has
-    to be measured first the layers' inputs before packing are needed too.
+    A budget is allocated once more by what errors are measured to cost: in the packed model, or where that cannot be done, by
+    gradients of the original. Calibration in sequence follows the plan; only where it has to be measured first the layers' inputs
+    before packing are needed too.
     """
     options, calibration = run.options, run.calibration
     stay_raw = raw_by_value(run, plan, guesses=given is None)
@@ -103,12 +104,11 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
         assert statistics is not None
         hessians = statistics.tensors_with_hessian(plan)
 
-        def by_costs(costs: Mapping[str, float]) -> Plan:
+        def by_costs(costs: Mapping[str, float] | None) -> Plan:
             return make_plan(run.source, options, given, costs, hessians).raw(stay_raw).with_hessians(hessians)
 
-        plan = by_costs(measured_sensitivities(run, plan, statistics))
-        if given is None:
-            plan = measured_plan(run, plan, statistics, by_costs)
+        measured = measured_plan(run, by_costs(None), statistics, by_costs) if given is None else None
+        plan = measured or by_costs(measured_sensitivities(run, plan, statistics))
     if options.in_sequence:
         statistics = _in_sequence(run, plan) or statistics
     statistics = statistics or calibrate(run, plan)

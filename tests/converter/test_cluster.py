@@ -60,7 +60,7 @@ def test_the_command_finds_the_cluster(cluster: Any, tmp_path: Path, monkeypatch
 def test_layers_are_fitted_as_they_are_calibrated(cluster: Any, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "dense")
     ids, seen = torch.arange(128).reshape(4, 32) % 64, list[str]()
-    options = {**OPTIONS, "calibration": seedpack.Calibration(ids, context=32)}
+    options = {**OPTIONS, "calibration": seedpack.Calibration(ids, context=32, sequential=False)}
 
     def progress(stage: str, *rest: Any) -> None:
         if stage in ("Calibrating", "Fitting"):

@@ -31,22 +31,24 @@ from seedpack.memory import free_bytes
 MEMORY = 12  # bytes for each weight, beside the model: a copy in float32, and gradients of the largest
 
 
-def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable[[Mapping[str, float]], Plan]) -> Plan:
+def measured_plan(
+    run: Run, plan: Plan, statistics: Statistics, remade: Callable[[Mapping[str, float]], Plan]
+) -> Plan | None:
     """Return the better of two plans of a budget: the given one, and one by what it is measured to lose; see `measuring`.
 
-    The given one where that cannot be measured: of what is no language model, of mixtures, without room for both models, by a run
+    None where that cannot be measured: of what is no language model, of mixtures, without room for both models, by a run
     that fits nothing or only a share.
 
     Args:
         run: the run, which fits all tensors of both plans.
-        plan: by estimates.
+        plan: by sizes.
         statistics: to fit with.
         remade: makes a plan of costs by tensor name.
     """
     calibration, has_experts = run.calibration, any(t.kind == "expert" and t.packed for t in plan.tensors)
     asked = calibration is not None and calibration.measure and calibration.is_text
     if not asked or run.journal is None or run.share is not None:
-        return plan
+        return None
     opened = run.source.open_model()
     is_large = layerwise.on_disk(opened.module) or free_bytes() < MEMORY * sum(
         p.numel() for p in opened.module.parameters()
@@ -54,7 +56,7 @@ def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable
     if has_experts or is_large:
         why = "a mixture of experts" if has_experts else "no room for both models"
         run.progress("Measuring", 0, 0, "", f"the bits are spread by estimates, not measured: {why}")
-        return plan
+        return None
     opened.module.to(run.device)
     shared, compared = measuring.halves(tokens_of(run, opened, store_of(run)))
 
@@ -86,7 +88,7 @@ def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable
     lost = measuring.divergence(pair, compared, told("Measuring the plan", compared))
     _fill(fitting(other_trial, changed), packed, changed, statistics)
     loses = measuring.divergence(pair, compared, told("Measuring the new plan", compared))
-    text = f"KL divergence {lost:.4g} by estimated costs, {loses:.4g} by measured ones"
+    text = f"KL divergence {lost:.4g} by sizes, {loses:.4g} by measured costs"
     run.progress("Measuring", 0, 0, "", f"{text}: {'these' if loses < lost else 'those'} are followed")
     return other if loses < lost else plan
 

@@ -338,7 +338,7 @@ def test_costs_predict_the_divergence() -> None:
 
 
 def test_budgets_from_costs(folder: Path, tmp_path: Path) -> None:
-    calibration = Calibration(ids(24), context=16)
+    calibration = Calibration(ids(24), context=16, measure=False)
     options: dict[str, Any] = {"codec": "trellis", "settings": {"effort": "fast"}, "calibration": calibration}
     report = seedpack.compress(folder, tmp_path / "bits", bits=3.9, **options)
     assert 3.5 < report.plan.totals()["bits_per_packed_weight"] <= 3.9

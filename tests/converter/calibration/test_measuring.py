@@ -93,19 +93,16 @@ def test_a_budget_follows_what_is_measured(folder: Path, tmp_path: Path) -> None
         said.append(f"{stage}: {item}")
 
     options = FAST | {"bits": 3.1}
-    by_costs = seedpack.compress(
-        folder, tmp_path / "costs", calibration=Calibration(ids(), context=16, measure=False), **options
-    )
-    assert not any("KL divergence" in line for line in said)
+    by_sizes = seedpack.plan(folder, **options)
     measured = seedpack.compress(
         folder, tmp_path / "measured", calibration=Calibration(ids(), context=16), progress=progress, **options
     )
     (line,) = [line for line in said if "KL divergence" in line]
     words = line.replace(",", "").split()
-    before, after = float(words[words.index("by") - 1]), float(words[words.index("costs") + 1])
+    before, after = float(words[words.index("by") - 1]), float(words[words.index("sizes") + 1])
     assert line.endswith("these are followed") == (after < before)
     assert measured.plan.totals()["bits_per_packed_weight"] <= 3.1
-    assert (bits_of(measured.plan) == bits_of(by_costs.plan)) == (after >= before)
+    assert (bits_of(measured.plan) == bits_of(by_sizes)) == (after >= before)
     for layer in range(2):  # engines compute them as one
         found = {bits_of(measured.plan)[f"model.layers.{layer}.self_attn.{name}_proj.weight"] for name in "qkv"}
         assert len(found) == 1
@@ -117,9 +114,7 @@ def test_it_steps_back_from_what_is_worse(
 ) -> None:
     """Costs that say the opposite, and those of a plan that is good already."""
     options = FAST | {"bits": 3.1}
-    plain = seedpack.compress(
-        folder, tmp_path / "plain", calibration=Calibration(ids(), context=16, measure=False), **options
-    )
+    plain = seedpack.plan(folder, **options)
     costs = measuring.costs
 
     def opposite(found: Mapping[str, float], tensors: Mapping[str, tuple[float, int]]) -> dict[str, float]:
@@ -137,9 +132,9 @@ def test_it_steps_back_from_what_is_worse(
         monkeypatch.setattr(measuring, "costs", opposite)
     report = seedpack.compress(folder, tmp_path / "packed", calibration=Calibration(ids(), context=16), **options)
     if lie:
-        assert found[1] > found[0] and bits_of(report.plan) == bits_of(plain.plan)
+        assert found[1] > found[0] and bits_of(report.plan) == bits_of(plain)
     else:
-        assert not found or (found[1] < found[0]) == (bits_of(report.plan) != bits_of(plain.plan))
+        assert not found or (found[1] < found[0]) == (bits_of(report.plan) != bits_of(plain))
 
 
 @pytest.mark.parametrize("why", ["no room", "on disk", "a mixture", *slow("batches")])
