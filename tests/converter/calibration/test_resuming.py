@@ -65,7 +65,7 @@ class Watch:
     ("stage", "stops", "options", "message"),
     [
         (WRITING, (9, 40), {}, "198 of 256 tokens written"),  # within the second batch
-        (COSTS, (2, 3), {}, "192 of 256 tokens measured"),
+        (COSTS, (2, 3), {"measure": False}, "192 of 256 tokens measured"),
         (READING, (2,), {"sequential": True}, "1 of 2 layers calibrated"),
         (LAYERS, (1, 2), {"tune": 2}, "2 of 10 layers and steps tuned"),
         (STEPS, (1, 5), {"tune": 2}, "7 of 10 layers and steps tuned"),
@@ -164,7 +164,7 @@ main()
     ("mark", "options"),
     [
         ("tokens.begun", []),
-        *slow(("layer-0000.safetensors", ["--sequential"]), ("costs.begun", ["--bits", "3.4"])),
+        *slow(("layer-0000.safetensors", ["--sequential"]), ("costs.begun", ["--bits", "3.4", "--no-measure"])),
         ("tuning.begun", ["--tune"]),
     ],
 )
