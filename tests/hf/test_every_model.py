@@ -214,7 +214,7 @@ def test_layers_that_the_model_writes_to_stay_raw() -> None:
     "name", ["llama4", "rwkv", *slow("mamba", "qwen3-next", "gpt-oss", "dbrx", "deepseek-v3", "olmo")]
 )
 def test_calibration(name: str, tmp_path: Path) -> None:
-    """Of a model whose base model is itself, and of one whose layers give more than hidden states and do not follow each other."""
+    """Calibrate a model whose base model is itself, and one whose layers give more than hidden states."""
     torch.manual_seed(0)
     model = MODELS[name][0]().eval()
     model.save_pretrained(tmp_path / "dense")
