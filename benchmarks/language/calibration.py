@@ -72,13 +72,14 @@ class Subject:
         return self.text("\n\n".join(topics.topics.values()))
 
     def ours(self, codec: str, bits: float, calibration: Any = None, **options: Any) -> Found:
-        """Packed by seedpack, loaded and run as a user would."""
+        """Its linear layers packed by seedpack, loaded and run as a user would."""
+        return self.packed(calibration, codec=codec, bits=bits, exclude=["*embed*"], **options)
+
+    def packed(self, calibration: Any, **options: Any) -> Found:
         out = self.work / "packed"
         shutil.rmtree(out, ignore_errors=True)
         self.work.mkdir(parents=True, exist_ok=True)
-        done = seedpack.compress(
-            self.folder, out, codec=codec, bits=bits, exclude=["*embed*"], calibration=calibration, **options
-        )
+        done = seedpack.compress(self.folder, out, calibration=calibration, **options)
         return done.plan.totals()["bits_per_packed_weight"], self.scored(load_language_model(out)[0])
 
     def rebuilt(self, quantise: Callable[[str, torch.Tensor], tuple[torch.Tensor, float]]) -> Found:
@@ -128,9 +129,6 @@ def methods_of(subject: Subject, whole: bool) -> dict[str, tuple[str, Callable[[
             "trellis + self, budget, tuned 3 times", functools.partial(ours, "trellis", budget, plain("self", tune=3))
         )  # fmt: skip
     if whole:
-        methods["trellis 3.03 + self, budget by estimates"] = (
-            "trellis + self, budget by estimates", lambda: ours("trellis", 3.03, plain("self", measure=False))
-        )  # fmt: skip
         methods["trellis 3 + self, tuned"] = (
             "trellis + self, tuned", lambda: ours("trellis", 3, plain("self", tune=1))
         )  # fmt: skip

@@ -5,11 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from seedpack.codecs.base import Parts
-from seedpack.codecs.importance import Importance, ImportanceLike
 
 ROWS_AT_ONCE = 4096
 Own = TypeVar("Own")  # typing.Self, which runtime checkers refuse outside of a class
@@ -34,20 +32,6 @@ class Rates(ABC):
     def quick(self: Own) -> Own:
         """Return a codec of this rate that is fitted sooner, with errors a little larger, to measure what errors cost."""
         return self
-
-    def sensitivity(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
-        """Return Σ over output channels of outputs·(squared error of the channel's output) per unit of `expected_error`.
-
-        Args:
-            weight: [out, in].
-            importance: of the layer's input channels, best a Hessian.
-            outputs: [out].
-        """
-        importance = Importance.of(importance)
-        h = importance.diagonal() if importance else torch.ones(weight.shape[1], dtype=torch.float64)
-        h = h.to(weight.device)
-        batches = zip(weight.split(ROWS_AT_ONCE), outputs.to(weight.device).split(ROWS_AT_ONCE), strict=True)
-        return float(sum(rows.double().square() @ h @ costs for rows, costs in batches))
 
 
 class HessianFitting:

@@ -18,7 +18,7 @@ from torch import Tensor
 from seedpack._shapes import Float
 from seedpack.codecs.base import Codec, Parts, Progress, Shape, require_whole
 from seedpack.codecs.derived import derived
-from seedpack.codecs.importance import Importance, ImportanceLike, column_power
+from seedpack.codecs.importance import Importance, ImportanceLike
 from seedpack.codecs.interfaces import HessianFitting, Rates, RowScaling
 from seedpack.codecs.names import require_bits
 from seedpack.codecs.trellis_balance import channel_scaling
@@ -148,25 +148,6 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
                 replace(self, code_bits=k, weights_per_window=weights, state_bits=bits, multiplier=multiplier)
             )
         return codecs
-
-    def sensitivity(self, weight: Tensor, importance: ImportanceLike, outputs: Tensor) -> float:
-        """Return the cost of errors; with a Hessian, that of errors which later weights compensate for.
-
-        In the basis that is searched, it is the mean of a row's squares times the squares of C's diagonal.
-        """
-        importance = Importance.of(importance)
-        if not importance.has_hessian:
-            return super().sensitivity(weight, importance, outputs)
-        (rows, columns), device = weight.shape, weight.device
-        importance = importance.require(self.id, columns)
-        scale = float(importance.diagonal().mean())
-        balance = torch.ones(columns, dtype=torch.float64, device=device)
-        if "balance" in self.parts((rows, columns)):
-            packed = pack(channel_scaling(weight, importance)[None], BALANCE_BITS).to(device)
-            balance = input_scales(packed, columns).double()
-        power = column_power(weight * outputs.to(device, weight.dtype).sqrt()[:, None]).to(device)
-        energy = float(power @ balance.square()) / columns
-        return scale * energy * float(self._factor(importance.damped().to(device), balance).diagonal().square().sum())
 
     @property
     def row_by_row(self) -> bool:

@@ -243,7 +243,7 @@ def plan(
 
     Args:
         model: as for `compress`.
-        options: see `CompressOptions`. With a calibration a budget is allocated by measured sensitivities.
+        options: see `CompressOptions`. A budget is allocated by the sizes of tensors; only a run that packs measures.
         output: of the run to come; needed with a calibration, which is kept beside it for that run.
         edits: a plan document or file whose choices win.
         progress: as for `compress`.

@@ -10,7 +10,7 @@ from typing import Any
 from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
 from seedpack.converter.budget import is_budget, with_bits, with_size
-from seedpack.converter.calibration.calibrate import calibrate, calibrate_in_sequence, measured_sensitivities
+from seedpack.converter.calibration.calibrate import calibrate, calibrate_in_sequence
 from seedpack.converter.calibration.packed import measured_plan
 from seedpack.converter.calibration.sequence import SequenceError
 from seedpack.converter.fitting import raw_by_value
@@ -90,25 +90,24 @@ def make_plan(
 def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Plan, Statistics]:
     """Return the plan that is followed, and the statistics that it is fitted with.
 
-    A budget is allocated once more by what errors are measured to cost: in the packed model, or where that cannot be done, by
-    gradients of the original. Calibration in sequence follows the plan; only where it has to be measured first the layers' inputs
-    before packing are needed too.
+    A budget is allocated once more by what errors are measured to cost in the packed model, where that can be done. Calibration
+    in sequence follows the plan; for a budget the layers' inputs before packing are needed too.
     """
     options, calibration = run.options, run.calibration
     stay_raw = raw_by_value(run, plan, guesses=given is None)
     plan = plan.raw(stay_raw)
     has_budget = options.target_size is not None or is_budget(plan, options.bits)
-    measures = calibration is not None and has_budget and not isinstance(given, Plan)
-    statistics = calibrate(run, None if measures else plan) if measures or not options.in_sequence else None
-    if measures:
-        assert statistics is not None
+    statistics = None
+    if calibration is not None and has_budget and not isinstance(given, Plan):
+        statistics = calibrate(run)
         hessians = statistics.tensors_with_hessian(plan)
 
         def by_costs(costs: Mapping[str, float] | None) -> Plan:
             return make_plan(run.source, options, given, costs, hessians).raw(stay_raw).with_hessians(hessians)
 
-        measured = measured_plan(run, by_costs(None), statistics, by_costs) if given is None else None
-        plan = measured or by_costs(measured_sensitivities(run, plan, statistics))
+        plan = by_costs(None)
+        if given is None:
+            plan = measured_plan(run, plan, statistics, by_costs)
     if options.in_sequence:
         statistics = _in_sequence(run, plan) or statistics
     statistics = statistics or calibrate(run, plan)

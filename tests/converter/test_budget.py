@@ -13,6 +13,7 @@ from seedpack.converter.budget import HEAD_SENSITIVITY, SIZE_EXPONENT, allocate,
 from seedpack.converter.plan import Plan, default_plan
 from seedpack.converter.sources.base import SourceTensor
 from seedpack.errors import CodecError, ModelError
+from tests.helpers.plans import bits_of
 
 TENSORS = {
     "head.weight": SourceTensor("F32", (512, 64), "head"),
@@ -24,10 +25,6 @@ TENSORS = {
 
 def plan_of(code_bits: int = 4) -> Plan:
     return default_plan(TENSORS, {}, TrellisCodec(code_bits))
-
-
-def bits_of(plan: Plan) -> dict[str, float]:
-    return {t.name: t.codec.code_bits for t in plan.tensors if isinstance(t.codec, TrellisCodec)}
 
 
 def loss(plan: Plan) -> float:

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from seedpack._version import WRITER
-from seedpack.codecs.importance import column_power
-from seedpack.codecs.interfaces import Rates
-from seedpack.converter.calibration import layerwise, moments, sensitivity, sequence, tokens
+from seedpack.converter.calibration import layerwise, moments, sequence, tokens
 from seedpack.converter.calibration.sequence import SequenceError
 from seedpack.converter.calibration.store import VERSION, Store, remove_unclaimed
-from seedpack.converter.fitting import decoded, fit, matrix_of
+from seedpack.converter.fitting import decoded, fit
 from seedpack.converter.options import Text
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.run import Run
@@ -68,52 +66,6 @@ def calibrate_in_sequence(run: Run, plan: Plan) -> Statistics:
 
 def _by_parameter(run: Run, plan: Plan) -> dict[str, TensorPlan]:
     return {name: t for t in plan.tensors if t.packed for name in run.source.parameters(t.name)}
-
-
-def measured_sensitivities(run: Run, plan: Plan, statistics: Statistics) -> dict[str, float]:
-    """Return what a relative error of 1 in a tensor costs in KL divergence, by the names of tensors whose codec has rates.
-
-    Empty where that is not known: for what is no language model, or one that is partly on disk.
-    """
-    assert run.calibration is not None
-    if not run.calibration.is_text:
-        return {}
-    store = store_of(run)
-    outputs = store.sensitivities()
-    if outputs is None:
-        opened = run.source.open_model()
-        if layerwise.on_disk(opened.module):
-            return {}
-        opened.module.to(run.device)
-        ids = tokens_of(run, opened, store)
-        total = min(ids.numel(), sensitivity.ENOUGH_TOKENS)
-        snapshot = _begun(run, store, "costs", f"{total} tokens measured")
-        outputs = sensitivity.output_sensitivities(
-            opened, ids, lambda count: run.progress("Measuring sensitivities", count, total, "tokens"), snapshot
-        )
-        store.save_sensitivities(outputs)
-        snapshot.remove()
-        del opened
-    packed = [tensor for tensor in plan.tensors if isinstance(tensor.codec, Rates)]
-    measured = {}
-    for count, tensor in enumerate(packed):
-        run.progress("Weighing tensors", 1 if count else 0, len(packed), "tensors")
-        if cost := _tensor_sensitivity(run, tensor, outputs, statistics):
-            measured[tensor.name] = cost
-    return measured
-
-
-def _tensor_sensitivity(run: Run, tensor: TensorPlan, outputs: dict[str, Tensor], statistics: Statistics) -> float:
-    """Return the sensitivity of one tensor: an embedding and a head tied to it both count."""
-    assert isinstance(tensor.codec, Rates)
-    matrix = matrix_of(run.source, tensor).to(run.device).float()
-    cost = 0.0
-    for parameter in run.source.parameters(tensor.name):
-        if (channels := outputs.get(f"{parameter}{sensitivity.COLUMNS}")) is not None:
-            cost += float((column_power(matrix) / len(matrix)) @ channels)
-        if (channels := outputs.get(parameter)) is not None:
-            cost += tensor.codec.sensitivity(matrix, statistics.importance(tensor.name), channels)
-    return cost
 
 
 @contextmanager

@@ -31,13 +31,11 @@ from seedpack.memory import free_bytes
 MEMORY = 12  # bytes for each weight, beside the model: a copy in float32, and gradients of the largest
 
 
-def measured_plan(
-    run: Run, plan: Plan, statistics: Statistics, remade: Callable[[Mapping[str, float]], Plan]
-) -> Plan | None:
+def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable[[Mapping[str, float]], Plan]) -> Plan:
     """Return the better of two plans of a budget: the given one, and one by what it is measured to lose; see `measuring`.
 
-    None where that cannot be measured: of what is no language model, of mixtures, without room for both models, by a run
-    that fits nothing or only a share.
+    The given one where that cannot be measured: of what is no language model, of mixtures, without room for both models, by a
+    run that fits nothing or only a share.
 
     Args:
         run: the run, which fits all tensors of both plans.
@@ -48,15 +46,15 @@ def measured_plan(
     calibration, has_experts = run.calibration, any(t.kind == "expert" and t.packed for t in plan.tensors)
     asked = calibration is not None and calibration.measure and calibration.is_text
     if not asked or run.journal is None or run.share is not None:
-        return None
+        return plan
     opened = run.source.open_model()
     is_large = layerwise.on_disk(opened.module) or free_bytes() < MEMORY * sum(
         p.numel() for p in opened.module.parameters()
     )
     if has_experts or is_large:
         why = "a mixture of experts" if has_experts else "no room for both models"
-        run.progress("Measuring", 0, 0, "", f"the bits are spread by estimates, not measured: {why}")
-        return None
+        run.progress("Measuring", 0, 0, "", f"the bits are spread by the sizes of tensors, not measured: {why}")
+        return plan
     opened.module.to(run.device)
     shared, compared = measuring.halves(tokens_of(run, opened, store_of(run)))
 

@@ -90,14 +90,6 @@ class Store:
         where = self._index["weights"].get(weight)
         return None if where is None else self.tensor(*where)
 
-    def save_sensitivities(self, sensitivities: dict[str, Tensor]) -> None:
-        """Keep the sensitivities of output channels."""
-        self._save(sensitivities, "costs.safetensors")
-
-    def sensitivities(self) -> dict[str, Tensor] | None:
-        """Return the sensitivities of output channels, if they are there."""
-        return self._read("costs.safetensors") if (self.folder / "costs.safetensors").is_file() else None
-
     def save_tokens(self, tokens: Tensor) -> None:
         """Keep the text that the model wrote."""
         self._save({"tokens": tokens}, "tokens.safetensors")

@@ -15,11 +15,11 @@ import seedpack
 from seedpack import Calibration
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration import layerwise, measuring, packed
-from seedpack.converter.plan import Plan
 from seedpack.hf.internals import decoder_layers
 from seedpack.hf.own_text import generate_tokens
 from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES
+from tests.helpers.plans import bits_of
 
 FAST: dict[str, Any] = {"codec": "trellis", "settings": {"effort": "fast"}}
 
@@ -36,10 +36,6 @@ def telling_model(name: str = "llama-tied") -> Any:
 
 def ids(count: int = 24, context: int = 16) -> Tensor:
     return torch.randint(3, 96, (count, context), generator=torch.Generator().manual_seed(1))
-
-
-def bits_of(plan: Plan) -> dict[str, float]:
-    return {t.name: t.codec.code_bits for t in plan.tensors if isinstance(t.codec, TrellisCodec)}
 
 
 @pytest.mark.parametrize("name", ["llama-tied", *slow("llama", "qwen3")])
@@ -138,9 +134,7 @@ def test_it_steps_back_from_what_is_worse(
 
 
 @pytest.mark.parametrize("why", ["no room", "on disk", "a mixture", *slow("batches")])
-def test_where_it_cannot_be_measured_estimates_decide(
-    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_it_cannot_be_measured_sizes_decide(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any) -> float:
         raise AssertionError
 
@@ -159,9 +153,9 @@ def test_where_it_cannot_be_measured_estimates_decide(
         tmp_path / "model", tmp_path / "packed", bits=3.5, calibration=calibration, **FAST,
         progress=lambda stage, done, total, unit="", item="": said.append(item),
     )  # fmt: skip
-    assert report.plan.totals()["bits_per_packed_weight"] <= 3.5
+    assert bits_of(report.plan) == bits_of(seedpack.plan(tmp_path / "model", bits=3.5, **FAST))
     reason = {"a mixture": "a mixture of experts", "batches": ""}.get(why, "no room for both models")
-    assert (f"the bits are spread by estimates, not measured: {reason}" in said) == (why != "batches")
+    assert (f"the bits are spread by the sizes of tensors, not measured: {reason}" in said) == (why != "batches")
 
 
 def test_in_sequence_plans_are_tried_at_the_effort_fast(

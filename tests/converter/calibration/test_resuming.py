@@ -16,14 +16,14 @@ import torch
 import seedpack
 from seedpack import Calibration
 from seedpack.converter import snapshot
-from seedpack.converter.calibration import sensitivity, tuning
+from seedpack.converter.calibration import tuning
 from seedpack.converter.snapshot import Snapshot
 from seedpack.hf import own_text
 from seedpack.hf.own_text import generate_tokens
 from tests.helpers.marks import slow
 from tests.helpers.models import ARCHITECTURES, llama
 
-WRITING, COSTS, READING = "Writing text", "Measuring sensitivities", "Calibrating"
+WRITING, READING = "Writing text", "Calibrating"
 LAYERS, STEPS = "Tuning layers", "Tuning"
 
 
@@ -65,7 +65,6 @@ class Watch:
     ("stage", "stops", "options", "message"),
     [
         (WRITING, (9, 40), {}, "198 of 256 tokens written"),  # within the second batch
-        (COSTS, (2, 3), {"measure": False}, "192 of 256 tokens measured"),
         (READING, (2,), {"sequential": True}, "1 of 2 layers calibrated"),
         (LAYERS, (1, 2), {"tune": 2}, "2 of 10 layers and steps tuned"),
         (STEPS, (1, 5), {"tune": 2}, "7 of 10 layers and steps tuned"),
@@ -82,11 +81,10 @@ def test_a_run_goes_on(
     options: dict[str, Any],
     message: str,
 ) -> None:
-    monkeypatch.setattr(sensitivity, "TOKENS_AT_ONCE", 64)
     monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 64)
     monkeypatch.setattr(own_text, "SEQUENCES_AT_ONCE", 5)
     choices: dict[str, Any] = {
-        "bits": 3.4 if stage == COSTS else 3,
+        "bits": 3,
         "settings": {"effort": "fast"},
         "calibration": Calibration("self", tokens=256, context=32, **options),
     }
