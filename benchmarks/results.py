@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.lib.pages import ROOT, fill, markdown, page, records, rows, sentence, tables
+from benchmarks.lib.pages import ROOT, divergence, fill, markdown, page, records, rows, sentence, tables
+from benchmarks.lib.readme import PEERS_TEXTS, fastest, quality
 
 QUALITY = ("bits per weight", "perplexity", "KL mean", "top-1")
 NO_DATA = (
@@ -98,11 +99,26 @@ GPTQ is llm-compressor's, on real text, as its users would give it. [All rows](b
 
 ![KL divergence against bits per weight, calibrated](benchmarks/calibration-smollm2-135m.png)
 
+{strongest()}
+
 Gemma 3 270M the same way; perplexity unpacked {unpacked("Gemma 3: trellis 4 + self")}:
 
 {calibrated("Gemma 3: ")}
 
 ![KL divergence against bits per weight, Gemma 3](benchmarks/calibration-gemma-3-270m.png)"""
+
+
+def strongest() -> str:
+    """Return the table of the strongest peers on SmolLM2, the best at about the same bits first."""
+    found = [row for label, row in records("peers").items() if not label.startswith("Gemma")]
+    found.sort(key=lambda row: (-round(row["bits"]), row["texts"][PEERS_TEXTS[0]]["kl_mean"]))
+    body = [
+        (row["label"], f"{row['bits']:.3f}", *(divergence(row["texts"][text]) for text in PEERS_TEXTS)) for row in found
+    ]
+    return f"""**Beside the strongest peers**, on two kinds of text: KL to the original. `seedpack` is what the command packs: calibrated on text that
+the model writes. Those with "WikiText" or "imatrix" are calibrated on the text whose beginning is scored. [All rows](benchmarks/peers.md)
+
+{markdown(("linear layers", "bits per weight", *(f"KL, {text}" for text in PEERS_TEXTS)), body)}"""
 
 
 def ingredients() -> str:
@@ -332,52 +348,6 @@ Every figure here is read from a result file in [docs/benchmarks](benchmarks/REA
 
 {(chr(10) * 2).join(section() for section in sections)}
 """
-
-
-def quality() -> str:
-    """Return README's table: perplexity without data, and calibrated."""
-    plain, fitted = rows("language"), records("calibration")
-    pairs = (
-        ("**trellis, 4 bits**", "trellis, 4 bits", "trellis 4 + self"),
-        ("**trellis, 3 bits**", "trellis, 3 bits", "trellis 3 + self"),
-        ("GGUF IQ4_XS", "GGUF IQ4_XS", "GGUF IQ4_XS, imatrix"),
-        ("GGUF Q4_K", "GGUF Q4_K", "GGUF Q4_K, imatrix"),
-        ("bitsandbytes NF4", "bitsandbytes NF4", None),
-        ("HQQ, groups of 64", "HQQ g64, 4 bits", None),
-    )
-    body = [
-        (name, plain[label]["bits per weight"], plain[label]["perplexity"],
-         *(calibrated_cells(fitted[other])[:2] if other else ("–", "–")))
-        for name, label, other in pairs
-    ]  # fmt: skip
-    original = sentence("language", r"perplexity unpacked ([\d.]+\d)")
-    columns = ("", "no data: bits per weight", "perplexity", "calibrated: bits per weight", "perplexity")
-    return (
-        f"Perplexity of SmolLM2-135M, unpacked {float(original):.2f}. Left: linear layers and embedding, no data. Right: linear "
-        f"layers alone, calibrated on text that the model wrote.\n\n{markdown(columns, body)}"
-    )
-
-
-def fastest() -> str:
-    """Return README's line about speed."""
-    small, large = rows("generation", 0), rows("generation", 2)
-    ours, half, peer, dense = (
-        float(large[name]["tokens/s"])
-        for name in ("seedpack, 4 bits", "seedpack, 2 bits", "llama.cpp Q4_K_M", "bfloat16")
-    )
-    prompts = [large[name]["prompt, tokens/s"] for name in ("seedpack, 4 bits", "llama.cpp Q4_K_M")]
-    few = {name: float(row["tokens/s"]) for name, row in small.items()}
-    size = next(cells for cells in tables("kernels")[-1] if cells[0] == "trellis, 4 bits")[4]
-    spent = rows("generation", 1)["seedpack, 4 bits"]
-    rest = next(value for name, value in spent.items() if name.startswith("all else"))
-    return (
-        f"**Speed.** On 2 CPU cores, in transformers, a 4-bit model of Llama 3.2 1B's shape generates {ours:.0f} tokens a second, of 2 bits {half:.0f} "
-        f"(dense bfloat16 {dense:.0f}, llama.cpp Q4_K_M {peer:.0f}), SmolLM2-135M {few['seedpack, 4 bits']:.0f} (dense float32 "
-        f"{few['float32']:.0f}, llama.cpp Q4_0 {few['llama.cpp Q4_0']:.0f}; of {float(spent['token']):.0f} ms a token {float(rest):.0f} are "
-        f"transformers' own). Prompts: {prompts[0]} (Q4_K_M {prompts[1]}). Activations are rounded "
-        f"unless `int8_activations=False`. They take {size.rstrip('×')} of float32's memory. "
-        "[More](docs/results.md#speed)"
-    )
 
 
 def documents() -> dict[Path, str]:

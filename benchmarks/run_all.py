@@ -15,7 +15,9 @@ from seedpack.converter.journal import write_file
 MODULES = (
     "kernels.trellis",
     "kernels.multipliers",
+    "kernels.feedback",
     "language.choices",
+    "language.allocation",
     "kernels.seedlm",
     "kernels.svd",
     "converter.memory",

@@ -223,18 +223,14 @@ def better(rows: list[dict[str, Any]], prefix: str) -> list[str]:
     """Say which peers of at most a tenth of a bit more lose less than what the command packs, on each text."""
     sentences = []
     for ours in (r for r in rows if r["family"] == COMMAND):
-        for text in TEXTS:
-            peers = [r for r in rows if "seedpack" not in r["family"] and r["bits"] < ours["bits"] + 0.1]
-            found = [
-                r["label"].removeprefix(prefix)
-                for r in peers
-                if r["texts"][text]["kl_mean"] < ours["texts"][text]["kl_mean"]
-            ]
-            name = ours["label"].removeprefix(prefix)
-            sentences.append(
-                f"Better than {name} on {text} at up to a tenth of a bit more: {'; '.join(found) or 'none here'}."
-            )
-    return sentences
+        for peer in (r for r in rows if "seedpack" not in r["family"] and r["bits"] < ours["bits"] + 0.1):
+            names = [r["label"].removeprefix(prefix) for r in (peer, ours)]
+            for text in TEXTS:
+                theirs, mine = peer["texts"][text], ours["texts"][text]
+                if theirs["kl_mean"] < mine["kl_mean"]:
+                    doubt = ", within the intervals" if theirs["kl_interval"][1] > mine["kl_interval"][0] else ""
+                    sentences.append(f"On {text} {names[0]} loses less than {names[1]}{doubt}.")
+    return sentences or ["No peer of at most a tenth of a bit more loses less than what the command packs."]
 
 
 if __name__ == "__main__":
