@@ -10,6 +10,7 @@ from itertools import pairwise
 
 from seedpack.codecs.base import Codec
 from seedpack.codecs.interfaces import Rates
+from seedpack.converter.options import CompressOptions
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.errors import ModelError, OptionError
 
@@ -36,6 +37,11 @@ FUSED = [
 def is_budget(plan: Plan, bits: float | None) -> bool:
     """Return whether bits are a budget for all tensors, as a fraction is, or those of each tensor but the head."""
     return bits is not None and bool(bits % 1) and any(isinstance(tensor.codec, Rates) for tensor in plan.tensors)
+
+
+def is_spread(plan: Plan, options: CompressOptions) -> bool:
+    """Return whether the tensors of a plan share a budget, of bits or bytes."""
+    return options.target_size is not None or is_budget(plan, options.bits)
 
 
 def with_bits(

@@ -18,6 +18,7 @@ from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
 from seedpack.codecs.interfaces import HessianFitting
 from seedpack.codecs.stack import StackCodec
+from seedpack.converter.budget import is_spread
 from seedpack.converter.fitting import as_matrix, is_usable
 from seedpack.converter.options import CompressOptions, fitting_device
 from seedpack.converter.plan import Plan, TensorPlan
@@ -163,9 +164,21 @@ def _by_form(tensors: Iterable[TensorPlan]) -> dict[Form, list[tuple[TensorPlan,
 
 
 def _seconds(source: Source, plan: Plan, options: CompressOptions, written: int) -> float:
-    """Return the seconds that a plan takes.
+    """Return the seconds that a plan takes, with all that is fitted to measure a budget; a byte that is written takes as long as
+    one that is read."""
+    fitting, read_rate = _fitting(source, plan, options)
+    calibration, has_experts = options.calibrated, any(t.kind == "expert" and t.packed for t in plan.tensors)
+    measures = calibration is not None and calibration.measure and calibration.is_text and not has_experts
+    if measures and is_spread(plan, options):
+        fitting += 2 * _fitting(source, plan.quick(), options)[0] if options.in_sequence else fitting
+    read = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] * (2 if t.packed else 1) for t in plan.tensors)
+    return fitting + read_rate * (read + written)
 
-    Tensors of rarer forms take as long for each weight as the others, and a byte that is written as long as one that is read.
+
+def _fitting(source: Source, plan: Plan, options: CompressOptions) -> tuple[float, float]:
+    """Return the seconds that fitting takes, and those of reading and checking a byte.
+
+    Tensors of rarer forms take as long for each weight as the others.
     """
     jobs, forms = options.jobs, _by_form(tensor for tensor in plan.tensors if tensor.packed)
     fitting, sampled, rest, longest, read_rate = 0.0, 0, 0, 0.0, 0.0
@@ -182,10 +195,7 @@ def _seconds(source: Source, plan: Plan, options: CompressOptions, written: int)
             sampled += columns * sum(rows)
             read_rate = max(read_rate, rate)
     fitting *= 1 + rest / max(1, sampled)
-    read = sum(math.prod(t.shape) * DTYPE_BYTES[t.dtype] * (2 if t.packed else 1) for t in plan.tensors)
-    if jobs > 1:
-        fitting = max(fitting / jobs, longest) + START_SECONDS
-    return fitting + read_rate * (read + written)
+    return (fitting if jobs == 1 else max(fitting / jobs, longest) + START_SECONDS), read_rate
 
 
 def _sample(source: Source, tensors: list[TensorPlan], codec: Codec, columns: int) -> tuple[Tensor, float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from seedpack._version import WRITER
 from seedpack.codecs.base import Codec
-from seedpack.converter.budget import is_budget, with_bits, with_size
+from seedpack.converter.budget import is_spread, with_bits, with_size
 from seedpack.converter.calibration.calibrate import calibrate, calibrate_in_sequence
 from seedpack.converter.calibration.packed import measured_plan
 from seedpack.converter.calibration.sequence import SequenceError
@@ -96,9 +96,8 @@ def calibrate_plan(run: Run, plan: Plan, given: Plan | Edits | None) -> tuple[Pl
     options, calibration = run.options, run.calibration
     stay_raw = raw_by_value(run, plan, guesses=given is None)
     plan = plan.raw(stay_raw)
-    has_budget = options.target_size is not None or is_budget(plan, options.bits)
     statistics = None
-    if calibration is not None and has_budget and not isinstance(given, Plan):
+    if calibration is not None and is_spread(plan, options) and not isinstance(given, Plan):
         statistics = calibrate(run)
         hessians = statistics.tensors_with_hessian(plan)
 

@@ -100,6 +100,12 @@ def test_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, options: (5 + len(rows)) / 1000)
     calibrated = estimate(source, plan, CompressOptions(calibration="self"))
     assert calibrated.seconds == pytest.approx((5 + 96 + 5 + 64) / 1000) and "after the calibration" in str(calibrated)
+    budget = estimate(
+        source, plan, CompressOptions(bits=3.5, calibration="self")
+    )  # two plans are tried, and one is followed
+    assert budget.seconds == pytest.approx(3 * (5 + 96 + 5 + 64) / 1000)
+    unmeasured = estimate(source, plan, CompressOptions(bits=3.5, calibration=Calibration("self", measure=False)))
+    assert unmeasured.seconds == calibrated.seconds
     jobs = estimate(source, plan, CompressOptions(jobs=2))
     assert jobs.seconds == pytest.approx((96 / 32 + 64 / 16) * (37 / 64) / 2 + estimates.START_SECONDS, rel=0.5)
     assert jobs.memory_bytes > 2 * found.memory_bytes
