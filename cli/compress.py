@@ -93,8 +93,8 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     default="auto",
     show_default=True,
     metavar="TEXT",
-    help="Fit the layers' outputs instead of their weights: 'self' (a language model writes the text itself), a text or "
-    "JSON lines file, or a hub data set; 'none' does not; 'auto' is self for language models that fit the memory, else none.",
+    help="Fit the layers' outputs instead of their weights: 'self' (a language model writes the text itself), a text or JSON lines "
+    "file, a hub data set, 'self+' and one of these; 'none' does not; 'auto' is self for language models that fit the memory.",
 )
 @click.option("--calibration-tokens", type=int, default=16384, show_default=True, help="How many tokens of it.")
 @click.option("--calibration-context", type=int, default=0, help="Tokens per sequence of it [512; 128 of its own].")

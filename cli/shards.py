@@ -32,8 +32,9 @@ def keep_command(path: Path, model: str, state: str, given: dict[str, Any]) -> N
     options = {name: value for name, value in given.items() if name not in OWN}
     options["device"] = str(options["device"]).partition(":")[0]
     for name in ("plan", "calibration"):
-        if options[name] not in (None, *WORDS) and Path(options[name]).exists():
-            options[name] = os.path.abspath(options[name])
+        _, own, file = str(options[name]).rpartition("self+")
+        if file not in ("None", *WORDS) and Path(file).exists():
+            options[name] = own + os.path.abspath(file)
     mine = {"model": os.path.abspath(model) if Path(model).exists() else model, "state": state, "options": options}
     document = json.loads(json.dumps(mine, default=str))
     begun = _read(path, options)

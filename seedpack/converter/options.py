@@ -20,7 +20,7 @@ from seedpack.kernels.dispatch import Backend
 from seedpack.keys import add_key, default_seed
 
 TOKENS, OWN_CONTEXT, CONTEXT = 16384, 128, 512
-AUTO, SELF = "auto", "self"
+AUTO, SELF, MIXED = "auto", "self", "self+"
 ENGINES = ("processes", "ray")
 PLANNED = frozenset({"codec", "bits", "settings", "include", "exclude", "dtype", "head_bits", "target_size"})
 Text = str | Path | Tensor | Iterable[Any]
@@ -45,8 +45,8 @@ class Calibration:
 
     Attributes:
         text: "self": the model writes it; "auto": so for causal language models that fit the memory, and none for others;
-            a text or JSON lines file; a data set of the hub; token ids [n, context]; or, for modules that are no language
-            models, batches to run the module on.
+            a text or JSON lines file; a data set of the hub; "self+" and one of these: half of each; token ids [n, context]; or,
+            for modules that are no language models, batches to run the module on.
         tokens: that a language model reads.
         context: tokens per sequence; 0 takes 512, and 128 of what the model writes: the more beginnings, the more kinds of text.
         seed: of what the model writes.
@@ -70,14 +70,16 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.context == 0:
-            writes = isinstance(self.text, str) and self.text in (SELF, AUTO)
-            object.__setattr__(self, "context", OWN_CONTEXT if writes else CONTEXT)
+            object.__setattr__(self, "context", OWN_CONTEXT if self.writes or self.is_open else CONTEXT)
+        if self.is_mixed and self.reads in ("", SELF, AUTO):
+            raise OptionError(f"calibration {self.text!r}: name a text behind the +")
         if self.context < 2:
             raise OptionError(f"calibration: sequences of {self.context} tokens; they must have at least 2")
-        if self.tokens < self.context:
+        least, what = (2 * self.context, "two sequences") if self.is_mixed else (self.context, "a sequence")
+        if self.tokens < least:
             raise OptionError(
-                f"calibration: {self.tokens} tokens do not fill a sequence of {self.context}; ask for at least {self.context}, or "
-                "for shorter sequences (--calibration-context, context=…)"
+                f"calibration: {self.tokens} tokens do not fill {what} of {self.context}; ask for at least {least}, or for "
+                "shorter sequences (--calibration-context, context=…)"
             )
         if type(self.tune) is not int or self.tune < 0:
             raise OptionError(f"tune must be a count of epochs, got {self.tune!r}")
@@ -86,6 +88,23 @@ class Calibration:
     def is_open(self) -> bool:
         """True while "auto" is not decided."""
         return isinstance(self.text, str) and self.text == AUTO
+
+    @property
+    def writes(self) -> bool:
+        """True if the model writes the text, or half of it."""
+        return isinstance(self.text, str) and (self.text == SELF or self.is_mixed)
+
+    @property
+    def is_mixed(self) -> bool:
+        """True if the model writes half of the text, and the other half is given."""
+        return isinstance(self.text, str) and self.text.startswith(MIXED)
+
+    @property
+    def reads(self) -> Text:
+        """What is given of the text; "" if that is nothing."""
+        if not self.writes:
+            return self.text
+        return "" if self.text == SELF else str(self.text).removeprefix(MIXED)
 
     @property
     def is_text(self) -> bool:
@@ -111,8 +130,8 @@ class CompressOptions:
             its layer (its Hessian) [in, in]; default a guess where the codec has use for one: the power that the norm
             before a layer gives each channel, over the norm of its weights.
         calibration: run the model and take the second moments of its layers' inputs: "self" (a language model writes
-            the text itself), a text or JSON lines file, a data set of the hub, token ids [n, context], batches for
-            another module, or a `Calibration` that says more; "auto": "self" where that can be done (the command line's
+            the text itself), a text or JSON lines file, a data set of the hub, "self+" and one of these, token ids [n, context],
+            batches for another module, or a `Calibration` that says more; "auto": "self" where that can be done (the command line's
             default); "none" or None: do not. Kept in `seedpack-calibration` beside the output for other runs.
         key: the 16 bytes of a private key, for weights that are regenerated with one (basis, mask).
         state_key: of a file that torch saved, the key that the state dict is under, or keys with dots between them.

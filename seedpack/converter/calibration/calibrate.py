@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from seedpack.converter.calibration import layerwise, moments, sequence, tokens
 from seedpack.converter.calibration.sequence import SequenceError
 from seedpack.converter.calibration.store import VERSION, Store, remove_unclaimed
 from seedpack.converter.fitting import decoded, fit
-from seedpack.converter.options import Text
+from seedpack.converter.options import MIXED, SELF, Calibration
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.run import Run
 from seedpack.converter.snapshot import Snapshot
@@ -167,10 +168,10 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
     assert calibration is not None
     made_of = {
         "model": run.source.fingerprint,
-        "text": _identity(calibration.text),
+        "text": _identity(calibration),
         "tokens": calibration.tokens,
         "context": calibration.context,
-        "seed": calibration.seed if calibration.text == "self" else None,
+        "seed": calibration.seed if calibration.writes else None,
         "version": VERSION,
     }
     if plan is not None:
@@ -205,41 +206,51 @@ def tokens_of(run: Run, opened: OpenModel, store: Store) -> Tensor:
     """Return the tokens to read, int64 [n, context]: given, from a text, or written by the model and kept."""
     calibration = run.calibration
     assert calibration is not None
-    text, count, context = calibration.text, calibration.tokens, calibration.context
-    if isinstance(text, Tensor):
-        return text
-    if text == "self":
-        ids = store.tokens()
-        if ids is None:
-            assert opened.generate is not None
-            _require_context(run.source.name, opened.module, context)
-            snapshot = _begun(run, store, "tokens", f"{count} tokens written")
-            ids = opened.generate(
-                opened.module,
-                count,
-                context,
-                calibration.seed,
-                lambda done: run.progress("Writing text", done, count, "tokens"),
-                snapshot,
-            )
-            store.save_tokens(ids)
-            snapshot.remove()
-        return ids
+    if isinstance(calibration.text, Tensor):
+        return calibration.text
+    count = calibration.tokens // 2 if calibration.is_mixed else calibration.tokens
+    parts = [_written(run, opened, store, count)] if calibration.writes else []
+    if calibration.reads:
+        parts.append(_read(opened, str(calibration.reads), count, calibration.context))
+    turns = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
+    return torch.cat(parts)[turns.argsort(stable=True)]
+
+
+def _written(run: Run, opened: OpenModel, store: Store, count: int) -> Tensor:
+    """Return what the model writes, which is kept."""
+    if (kept := store.tokens()) is not None:
+        return kept
+    calibration = run.calibration
+    assert calibration is not None and opened.generate is not None
+    _require_context(run.source.name, opened.module, calibration.context)
+    snapshot = _begun(run, store, "tokens", f"{count} tokens written")
+
+    def told(done: int) -> None:
+        run.progress("Writing text", done, count, "tokens")
+
+    ids = opened.generate(opened.module, count, calibration.context, calibration.seed, told, snapshot).cpu()
+    store.save_tokens(ids)
+    snapshot.remove()
+    return ids
+
+
+def _read(opened: OpenModel, text: str, count: int, context: int) -> Tensor:
+    """Return the first tokens of a text."""
     if opened.tokenizer is None:
         raise ModelError(f"calibration on {text}: the model has no tokenizer; give token ids [n, context]")
-    path = Path(str(text))
-    texts = tokens.read_texts(path) if path.is_file() else tokens.hub_texts(str(text))
-    return tokens.from_text(texts, opened.tokenizer, count, context, str(text))
+    texts = tokens.read_texts(path) if (path := Path(text)).is_file() else tokens.hub_texts(text)
+    return tokens.from_text(texts, opened.tokenizer, count, context, text)
 
 
-def _identity(text: Text) -> str:
+def _identity(calibration: Calibration) -> str:
     """Return what tells one text from another."""
+    text = calibration.reads
     if isinstance(text, Tensor):
         if text.shape.numel() == 0 or len(text.shape) != 2 or text.dtype != torch.int64:
             raise ModelError(f"calibration: token ids must be int64 [n, context], got {text.dtype} {list(text.shape)}")
         return hashlib.sha256(text.contiguous().cpu().numpy().tobytes()).hexdigest()
-    if text == "self":
-        return "self"
+    if calibration.writes:
+        return MIXED + _identity(replace(calibration, text=text)) if text else SELF
     if len(str(text)) > 4096 or "\n" in str(text):
         raise ModelError("calibration: give the name of a file, not a text itself; or token ids")
     path = Path(str(text))
