@@ -35,6 +35,7 @@ MODULES = (
     "language.peers",
     "language.texts",
     "language.sequence",
+    "language.tuning",
     "language.ingredients",
     "language.sentences",
     "language.architectures",

@@ -34,8 +34,8 @@ from seedpack.converter.options import Progress, silent
 from seedpack.converter.snapshot import Snapshot
 from seedpack.loader.layers import is_transposed
 
-RATE = 1e-3  # learning rate of factors
-TOKENS_AT_ONCE = 1024  # of a step
+RATE = 2e-3  # learning rate of factors
+TOKENS_AT_ONCE = 256  # of a step
 WARM_UP = 4  # steps
 
 

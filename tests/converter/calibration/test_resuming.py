@@ -162,7 +162,7 @@ main()
     ("mark", "options"),
     [
         ("tokens.begun", []),
-        *slow(("layer-0000.safetensors", ["--sequential"]), ("costs.begun", ["--bits", "3.4", "--no-measure"])),
+        *slow(("layer-0000.safetensors", ["--sequential"])),
         ("tuning.begun", ["--tune"]),
     ],
 )
