@@ -9,7 +9,6 @@ from torch import Tensor
 
 from seedpack.codecs.base import Parts
 
-ROWS_AT_ONCE = 4096
 Own = TypeVar("Own")  # typing.Self, which runtime checkers refuse outside of a class
 
 

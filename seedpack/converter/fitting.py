@@ -179,11 +179,6 @@ def decoded(tensor: TensorPlan, parts: Parts, device: torch.device) -> Tensor:
     return (weight.mT if tensor.transposed else weight).reshape(tensor.shape)
 
 
-def matrix_of(source: Source, tensor: TensorPlan) -> Tensor:
-    """Return a tensor as its codec sees it [out, in]."""
-    return as_matrix(source.read(tensor.name), tensor)
-
-
 def as_matrix(value: Tensor, tensor: TensorPlan) -> Tensor:
     """Return the value of a tensor as its codec sees it [out, in]."""
     return (value.mT if tensor.transposed else value).reshape(tensor.codec_shape)
