@@ -101,7 +101,7 @@ class Calibration:
 
     @property
     def reads(self) -> Text:
-        """What is given of the text; "" if that is nothing."""
+        """The text that is given, all of it or the half; "" where the model writes all."""
         if not self.writes:
             return self.text
         return "" if self.text == SELF else str(self.text).removeprefix(MIXED)
