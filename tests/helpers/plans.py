@@ -1,4 +1,4 @@
-"""What tests look at in plans."""
+"""Helpers to look into plans."""
 
 from __future__ import annotations
 
