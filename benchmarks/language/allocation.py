@@ -71,12 +71,7 @@ def measured(subject: Subject, bits: float, excluded: list[str], measures: bool)
 
 def measure(result: report.Result) -> None:
     subject = Subject("", "SmolLM2-135M-Instruct", models.smollm2())
-    rows = [
-        report.kept("allocation", label, lambda: measured(subject, *way))  # noqa: B023
-        for label, way in WAYS.items()
-        if result.wanted(label)
-    ]
-    known = {row["label"]: row for row in result.joined(rows)}
+    rows = result.rows_of(WAYS, lambda way: measured(subject, *way))
     result.say(
         f"KL to the original (nats per token) on {subject.tokens:,} tokens of {models.text()[0]}, context 1024, with 95% confidence "
         "intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), packed by `trellis` at effort `fast` in sequence, "
@@ -95,8 +90,7 @@ def measure(result: report.Result) -> None:
                 *([f"{share:.2f}" for share in row["least"]] or ["", ""]),
                 row["measured"],
             )
-            for label in WAYS
-            if (row := known.get(label)) is not None
+            for label, row in rows.items()
         ],
     )
 

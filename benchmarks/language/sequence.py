@@ -43,12 +43,7 @@ def measure(result: report.Result) -> None:
     name, text = models.text()
     scored = [text[len(text) // 2 :], "\n\n".join(topics.topics.values())]
     subject = Subject("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, scored)
-    rows = [
-        report.kept("sequence", label, lambda: measured(subject, bits, way))  # noqa: B023
-        for label, (bits, way) in WAYS.items()
-        if result.wanted(label)
-    ]
-    known = {row["label"]: row for row in result.joined(rows)}
+    rows = result.rows_of(WAYS, lambda way: measured(subject, *way))
     result.say(
         f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {name} and of Python's manual, context 1024, with "
         "95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` at effort `fast`, "
@@ -60,8 +55,7 @@ def measure(result: report.Result) -> None:
         ["", "bits per weight", *(f"KL, {text}" for text in TEXTS), "measured"],
         [
             (label, f"{row['bits']:.3f}", *(pages.divergence(row["texts"][text]) for text in TEXTS), row["measured"])
-            for label in WAYS
-            if (row := known.get(label)) is not None
+            for label, row in rows.items()
         ],
     )
 

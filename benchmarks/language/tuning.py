@@ -88,12 +88,7 @@ class Tuned(Subject):
 
 def measure(result: report.Result) -> None:
     subject = Tuned()
-    rows = [
-        report.kept("tuning", label, lambda: subject.measured(way))  # noqa: B023
-        for label, way in WAYS.items()
-        if result.wanted(label)
-    ]
-    known = {row["label"]: row for row in result.joined(rows)}
+    rows = result.rows_of(WAYS, subject.measured)
     result.say(
         f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {models.text()[0]} and of Python's manual, context "
         f"1024, with 95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` at "
@@ -104,8 +99,7 @@ def measure(result: report.Result) -> None:
         ["", *(f"KL, {text}" for text in TEXTS), "measured"],
         [
             (label, *(pages.divergence(row["texts"][text]) for text in TEXTS), row["measured"])
-            for label in WAYS
-            if (row := known.get(label)) is not None
+            for label, row in rows.items()
         ],
     )
 

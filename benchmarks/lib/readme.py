@@ -31,7 +31,7 @@ def quality() -> str:
     ]
     return (
         "KL divergence to the original (nats per token) of SmolLM2-135M with its linear layers packed. seedpack is calibrated on text "
-        f"that the model writes, which it does unasked; EXL3 and those with an importance matrix on WikiText-2.\n\n"
+        f"that the model writes, which it does unasked; EXL3 is its algorithm written again, calibrated on WikiText-2, as importance matrices are.\n\n"
         f"{markdown(('', 'bits per weight', *PEERS_TEXTS), body)}"
     )
 

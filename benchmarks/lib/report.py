@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import fnmatch
+import functools
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from benchmarks.lib import models
 
+Way = TypeVar("Way")  # how a row is measured
 FOLDER = models.ROOT / "docs" / "benchmarks"
 
 
@@ -31,6 +33,14 @@ class Result:
     def wanted(self, method: str) -> bool:
         """Tell whether --only asks for a method, where a benchmark has many."""
         return any(fnmatch.fnmatch(method, pattern) for pattern in self.only.split("|"))
+
+    def rows_of(self, ways: Mapping[str, Way], measure: Callable[[Way], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Measure the ways that are asked for, by label; return them and those that are known, in their order."""
+        rows = [
+            kept(self.name, label, functools.partial(measure, way)) for label, way in ways.items() if self.wanted(label)
+        ]
+        known = {row["label"]: row for row in self.joined(rows)}
+        return {label: known[label] for label in ways if label in known}
 
     def say(self, text: str) -> None:
         self.lines += [text, ""]

@@ -96,6 +96,7 @@ def test_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     assert without.seconds is None and "how long its codec takes" in str(without)
     monkeypatch.setattr(estimates, "_sample", lambda source, tensors, codec, columns: (torch.zeros(999, columns), 0.0))
     monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, options: 1.0)
+    monkeypatch.setattr(estimates, "WARM_SECONDS", 0.0)
     assert estimate(source, plan, CompressOptions()).seconds == pytest.approx(96 / 32 + 64 / 16)
     monkeypatch.setattr(estimates, "_sampled", lambda codec, rows, options: (5 + len(rows)) / 1000)
     calibrated = estimate(source, plan, CompressOptions(calibration="self"))

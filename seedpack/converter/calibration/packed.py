@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from seedpack.codecs.interfaces import Rates, RowScaling
-from seedpack.converter.calibration import layerwise, measuring
+from seedpack.converter.calibration import layerwise, measuring, tuning
 from seedpack.converter.calibration.calibrate import store_of, tokens_of
 from seedpack.converter.calibration.tuning import Student, Tuned, tune
 from seedpack.converter.fitting import decoded, fit, fit_all
@@ -113,6 +113,7 @@ def tune_packed(run: Run, plan: Plan, statistics: Statistics) -> Tuned:
     if teacher.dtype != torch.float32:
         teacher = copy.deepcopy(teacher).float()  # a live one stays as it is
     made_of = [fitted, run.source.fingerprint, calibration.tune, calibration.seed, tensors_digest({"ids": ids})]
+    made_of += [tuning.TOKENS_AT_ONCE, tuning.RATE]  # a state of other steps is not gone on with
     key = f"{run.device.type} {hashlib.sha256(json.dumps(made_of).encode()).hexdigest()}"
     return tune(
         student,
