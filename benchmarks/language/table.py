@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,19 +26,30 @@ PACKED = [("trellis", 4), ("trellis", 3), ("trellis", 2), ("trellis", 3.5), ("se
 
 
 class Recorded:
-    """A model that has been run on the windows once: gives its logits again without running."""
+    """A model that has been run on the windows once: gives its logits again without running.
+
+    Where they are many, they are halves in a file, which has no name and goes with the process.
+    """
 
     def __init__(self, model: Any, ids: Tensor, half: bool = False):
         self.device, self.ids = torch.device("cpu"), ids
+        shape = (*ids.shape, model.config.get_text_config().vocab_size)
+        if half:
+            with TemporaryDirectory(dir=models.CACHE) as folder:
+                file = str(Path(folder) / "logits")
+                self.logits = torch.from_file(file, True, math.prod(shape), dtype=torch.float16).view(shape)
+        else:
+            self.logits = torch.empty(shape)
         with torch.inference_mode():
-            self.logits = [model(window[None]).logits.to(torch.float16 if half else torch.float32) for window in ids]
+            for window, logits in zip(ids, self.logits, strict=True):
+                logits.copy_(model(window[None]).logits[0])
 
     def eval(self) -> Recorded:
         return self
 
     def __call__(self, window: Tensor) -> Any:
         index = next(i for i, known in enumerate(self.ids) if torch.equal(known, window[0]))
-        return SimpleNamespace(logits=self.logits[index].float())
+        return SimpleNamespace(logits=self.logits[index, None].float())
 
 
 def measure(result: report.Result) -> None:
