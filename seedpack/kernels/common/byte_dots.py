@@ -83,9 +83,9 @@ def dot(builder: Any, way: str, weights: int, sums: Any, words: Any, activations
     return builder.add(sums, builder.mul(byte_sums(builder, words, 0), activations))
 
 
-def add_square(builder: Any, way: str, sums: Any, values: Any) -> Any:
-    """Emit IR for sums + the squares of 16 numbers, each within 16 bits."""
-    low = builder.and_(values, splat(INTS, 0xFFFF))
+def add_square(builder: Any, way: str, sums: Any, values: Any, exact: bool = True) -> Any:
+    """Emit IR for sums + the squares of 16 numbers, each within 16 bits; of negative ones one more may come unless exact."""
+    low = builder.and_(values, splat(INTS, 0xFFFF)) if exact else values
     if way == "vnni512":
         return _call(builder, "llvm.x86.avx512.vpdpwssd.512", INTS, sums, values, low)
     if way == "vnni256":

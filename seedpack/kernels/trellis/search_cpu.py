@@ -2,12 +2,13 @@
 
 A window costs 2^(m + K) edges. An edge makes its window's word with one addition, as the words of the 2^K edges out of a state
 are multiples of the code's multiplier apart; then comes for each weight a dot product of the word's bytes and a product that
-adds the squared error, and a minimum. No table is read and no index kept: the low K bits of a metric carry the symbol that a
-survivor came from through the minimum. Edges out of a state end in neighbouring states, which are the lanes of a vector; of
+adds the squared error, and a minimum. No table is read and no index kept: a tag in the low bits of a metric carries the symbol
+that a survivor came from through the minimum. A negative error's square comes out one too large, which spare bits below the tag
+take: the tags of a state's edges differ, so they decide nothing. Edges out of a state end in neighbouring states, which are the lanes of a vector; of
 fewer than 16 edges several states' are side by side. Numba would not find this shape, so `_relax` writes its vectors as LLVM
 IR, with the products of bytes that the machine has (`common.byte_dots`).
 
-The floor with VNNI: 2 + 3·V instructions for 16 edges.
+The floor with VNNI: 2 + 2·V instructions for 16 edges.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _lesser(builder: Any, left: Any, right: Any) -> Any:
 
 @intrinsic
 def _relax(
-    context: Any, bits: Any, per_window: Any, tile: Any, starts: Any, factors: Any, steps: Any, word: Any, metric: Any,
+    context: Any, bits: Any, per_window: Any, tile: Any, spare: Any, starts: Any, factors: Any, steps: Any, word: Any, metric: Any,
     next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, first: Any,
 ) -> Any:  # fmt: skip
     """Take the least of metric[p] + Σ_v error_v² over the 2^K predecessors p = j·2^(m-K) + q of each state q·2^K + symbol, for
@@ -53,16 +54,16 @@ def _relax(
     least[16] is kept below all minima. `numbers` are those of `_numbers`.
     """
     k = bits.count  # a tuple's length is part of its type: a constant here
-    symbols, weights, how = 1 << k, per_window.count, way()
+    symbols, weights, below, how = 1 << k, per_window.count, spare.count, way()
     together = max(1, LANES // symbols)  # predecessors in one vector
     arrays = (starts, factors, steps, word, metric, next_word, next_metric, history, least, numbers)
-    signature = types.void(bits, per_window, tile, *arrays, types.int64)
+    signature = types.void(bits, per_window, tile, spare, *arrays, types.int64)
 
     def codegen(ctx: Any, builder: Any, signature: Any, args: Any) -> Any:
         (starts_at, factors_at, steps_at, word_at, metric_at, next_word_at, next_metric_at, history_at, least_at,
-         numbers_at) = (data(ctx, builder, signature.args[i], args[i]) for i in range(3, 13))  # fmt: skip
+         numbers_at) = (data(ctx, builder, signature.args[i], args[i]) for i in range(4, 14))  # fmt: skip
         states = builder.extract_value(
-            cgutils.create_struct_proxy(signature.args[7])(ctx, builder, value=args[7]).shape, 0
+            cgutils.create_struct_proxy(signature.args[8])(ctx, builder, value=args[8]).shape, 0
         )
 
         def number(value: int) -> Any:
@@ -84,35 +85,39 @@ def _relax(
         minima = [[cgutils.alloca_once_value(builder, splat(INTS, FAR)) for _ in groups] for _ in range(tile.count)]
         stride = builder.lshr(states, number(k))
         with cgutils.for_range(builder, number(symbols), intp=I64) as loop:
-            begin = builder.add(builder.mul(loop.index, stride), args[13])
+            begin = builder.add(builder.mul(loop.index, stride), args[14])
             for i, of_state in enumerate(minima):
                 p = builder.add(begin, number(i * together))
                 words_of, so_far = of_predecessors(word_at, p), of_predecessors(metric_at, p)
                 for own, distance in zip(of_state, step, strict=True):
                     words, cost = builder.add(words_of, distance), so_far
                     for start, factor in errors:
-                        cost = add_square(builder, how, cost, dot(builder, how, weights, start, words, factor))
+                        error = dot(builder, how, weights, start, words, factor)
+                        cost = add_square(builder, how, cost, error, exact=not below)
                     builder.store(_lesser(builder, cost, builder.load(own)), own)
-        floor, ceiling, tags, top, of_symbol, of_tag, down = (
-            spread(builder, scalar(numbers_at, i), INTS) for i in range(7)
+        floor, ceiling, tags, top, of_memory, up, down, metrics = (
+            spread(builder, scalar(numbers_at, i), INTS) for i in range(8)
         )
-        lanes, whole = ir.Constant(INTS, list(range(LANES))), _vector_at(builder, least_at, number(0))
+        lanes, whole = (
+            ir.Constant(INTS, [lane << below for lane in range(LANES)]),
+            _vector_at(builder, least_at, number(0)),
+        )
         least = builder.load(whole, align=4)
         for i, of_state in enumerate(minima):
-            start = builder.mul(builder.add(args[13], number(i * together)), number(symbols))
+            start = builder.mul(builder.add(args[14], number(i * together)), number(symbols))
             for group, own in zip(groups, of_state, strict=True):
                 at = builder.add(start, number(group))
                 best = _lesser(builder, builder.load(own), ceiling)
                 least = _lesser(builder, best, least)
-                state = builder.add(spread(builder, builder.trunc(at, I32), INTS), lanes)
-                tag = builder.and_(best, tags)
-                older = builder.and_(tag, top)
-                words = builder.add(builder.mul(state, of_symbol), builder.mul(older, of_tag))
-                after = builder.or_(builder.lshr(state, down), builder.shl(older, splat(INTS, k)))
-                cost = builder.add(builder.sub(best, builder.add(tag, floor)), builder.and_(after, tags))
-                builder.store(words, _vector_at(builder, next_word_at, at), align=4)
+                state = builder.add(
+                    spread(builder, builder.shl(builder.trunc(at, I32), ir.Constant(I32, below)), INTS), lanes
+                )
+                memory = builder.add(state, builder.shl(builder.and_(best, top), up))
+                tag = builder.and_(builder.lshr(memory, down), tags)
+                cost = builder.sub(builder.or_(builder.and_(best, metrics), tag), floor)
+                builder.store(builder.mul(memory, of_memory), _vector_at(builder, next_word_at, at), align=4)
                 builder.store(cost, _vector_at(builder, next_metric_at, at), align=4)
-                octets = builder.trunc(tag, ir.VectorType(I8, LANES))
+                octets = builder.trunc(best, ir.VectorType(I8, LANES))
                 builder.store(octets, _vector_at(builder, history_at, at, I8), align=1)
         builder.store(least, whole, align=4)
         return ctx.get_dummy_value()
@@ -121,28 +126,29 @@ def _relax(
 
 
 @jit()
-def _open(metric: Any, word: Any, k: int, multiplier: int) -> None:
+def _open(metric: Any, word: Any, k: int, spare: int, multiplier: int) -> None:
     """Let every state be a start; the older bits are zero."""
     shift = metric.shape[0] >> k
     for i in range(metric.shape[0]):
-        metric[i] = i // shift
+        metric[i] = (i // shift) << spare
         word[i] = np.int32((i << k) * multiplier)
 
 
 @jit()
-def _numbers(state_bits: int, k: int, m: int, tag: int, multiplier: int) -> Any:
-    """Return what `_relax` lays states out with: the floor to take from metrics, the ceiling above it, the mask of tags, that
-    of the bits of a tag that stay in a window, what a state and a tag add to a word, and m - K."""
-    out = np.empty(7, np.int32)
-    out[0], out[1], out[2], out[3] = 0, CEILING, (1 << tag) - 1, (1 << (state_bits - k - m)) - 1
-    out[4], out[5], out[6] = np.int32(multiplier << k), np.int32(multiplier << (k + m)), m - k
+def _numbers(state_bits: int, k: int, m: int, tag: int, spare: int, ceiling: int, multiplier: int) -> Any:
+    """Return what `_relax` lays states out with: the floor to take from metrics, the ceiling above it, the masks of tags and of
+    their bits that stay in a window, what a memory (a multiple of 2^spare) is multiplied with for its word, m, m - K, and the
+    mask of metrics."""
+    out = np.empty(8, np.int32)
+    out[0], out[1], out[2], out[3] = 0, ceiling, ((1 << tag) - 1) << spare, ((1 << (state_bits - k - m)) - 1) << spare
+    out[4], out[5], out[6], out[7] = np.int32(multiplier << (k - spare)), m, m - k, -1 << (tag + spare)
     return out
 
 
 @jit()
 def _step(
-    bits: Any, per_window: Any, tile: Any, code: Any, steps: Any, starts: Any, factors: Any, word: Any, metric: Any,
-    next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, x: Any, unreal: Any,
+    bits: Any, per_window: Any, tile: Any, spare: Any, code: Any, steps: Any, starts: Any, factors: Any, word: Any, metric: Any,
+    next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, ceiling: int, x: Any, unreal: Any,
 ) -> None:  # fmt: skip
     """Take one window: relax all edges, and lay out the next step's predecessors.
 
@@ -158,6 +164,7 @@ def _step(
             bits,
             per_window,
             tile,
+            spare,
             starts,
             factors,
             steps,
@@ -170,12 +177,12 @@ def _step(
             numbers,
             first,
         )
-    numbers[0] = (least.min() - numbers[0]) & ~numbers[2]
-    numbers[1] = numbers[0] + CEILING
+    numbers[0] = (least.min() - numbers[0]) & numbers[7]
+    numbers[1] = numbers[0] + ceiling
 
 
 @jit()
-def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
+def _trace(history: Any, state: Any, k: int, spare: int, symbols: Any) -> None:
     """Store the symbols on the way to a state: symbols[i] led to the state after step i."""
     states = history.shape[1]
     shift = 0
@@ -183,36 +190,37 @@ def _trace(history: Any, state: Any, k: int, symbols: Any) -> None:
         shift += 1
     for i in range(history.shape[0] - 1, -1, -1):
         symbols[i] = state & ((1 << k) - 1)
-        state = ((np.int64(history[i, state]) & ((1 << k) - 1)) << shift) | (state >> k)
+        state = (((np.int64(history[i, state]) >> spare) & ((1 << k) - 1)) << shift) | (state >> k)
 
 
 @jit(parallel=True)
 def _walk(
-    bits: Any, per_window: Any, tile: Any, x: Any, code: Any, steps: Any, table: Any, state_bits: int, survivors: int, tag: int,
-    multiplier: int, inverse: int, start: Any, last: Any, unreal: Any, out: Any,
+    bits: Any, per_window: Any, tile: Any, spare: Any, x: Any, code: Any, steps: Any, table: Any, state_bits: int, survivors: int,
+    tag: int, unit: int, multiplier: int, inverse: int, start: Any, last: Any, unreal: Any, out: Any,
 ) -> None:  # fmt: skip
     """Walk over x [rows, steps, V]; `start` [rows] is empty for any start, `last` [rows, n] has no columns for any end."""
     rows, length, _ = x.shape
-    k, count = len(bits), last.shape[1]
+    k, below, count = len(bits), len(spare), last.shape[1]
     states, tags, memory_mask = 1 << survivors, (1 << tag) - 1, (1 << (state_bits - k)) - 1
+    width, ceiling = tag + below, CEILING * unit
     for r in prange(rows):
         metric, word = np.empty(states, np.int32), np.empty(states, np.int32)
         next_metric, next_word = np.empty(states, np.int32), np.empty(states, np.int32)
-        numbers, minima = _numbers(state_bits, k, survivors, tag, multiplier), np.empty(LANES, np.int32)
+        numbers, minima = _numbers(state_bits, k, survivors, tag, below, ceiling, multiplier), np.empty(LANES, np.int32)
         starts, factors = np.empty(len(per_window), np.int32), np.empty(len(per_window), np.int32)
         history = np.empty((length - count, states), np.uint8)
         memory: Any = 0
-        _open(metric, word, k, multiplier)
+        _open(metric, word, k, below, multiplier)
         if start.shape[0]:
             memory = start[r]
             first = memory & (states - 1)
-            metric += np.int32(CLOSED)
-            metric[first] = (memory >> (survivors - k)) & tags
+            metric += np.int32(CLOSED * unit)
+            metric[first] = ((memory >> (survivors - k)) & tags) << below
             word[first] = np.int32((memory << k) * multiplier)
         for i in range(length - count):
             _step(
-                bits, per_window, tile, code, steps, starts, factors, word, metric, next_word, next_metric, history[i], minima,
-                numbers, x[r, i], unreal,
+                bits, per_window, tile, spare, code, steps, starts, factors, word, metric, next_word, next_metric, history[i],
+                minima, numbers, ceiling, x[r, i], unreal,
             )  # fmt: skip
             word, metric, next_word, next_metric = next_word, next_metric, word, metric
         oldest: Any = 0
@@ -221,7 +229,7 @@ def _walk(
         options = 1 << (k - seen) if count else 1
         for i in range(states):  # every survivor goes on with the last symbols
             for free in range(options):
-                memory, cost = (np.int64(word[i]) * inverse & MASK32) >> k, (np.int64(metric[i]) >> tag) << tag
+                memory, cost = (np.int64(word[i]) * inverse & MASK32) >> k, (np.int64(metric[i]) >> width) << width
                 first = (np.int64(last[r, 0]) & ((1 << seen) - 1)) | (free << seen) if count else 0
                 for j in range(count):
                     window = (memory << k) | (first if j == 0 else np.int64(last[r, j]))
@@ -234,14 +242,14 @@ def _walk(
                     state, oldest, least = i, first, cost
         for j in range(count):
             out[r, length - count + j] = oldest if j == 0 else last[r, j]
-        _trace(history, state, k, out[r])
+        _trace(history, state, k, below, out[r])
 
 
 @lru_cache(maxsize=8)
-def _tables(code: TrellisCode, tag: int) -> tuple[Any, Any, Any]:
+def _tables(code: TrellisCode, width: int) -> tuple[Any, Any, Any]:
     """Return what errors start from and what bytes are multiplied with, int32 [2, V]; the distances of the words of a state's
     edges from its own, int32; and the values of every window for the last steps, int32 [V, 2^L]."""
-    scale, how = 1 << -(-tag // 2), way()
+    scale, how = 1 << -(-width // 2), way()
     starts, factors = [], []
     for own, offset in code.sums:
         if code.weights == 1:
@@ -255,13 +263,15 @@ def _tables(code: TrellisCode, tag: int) -> tuple[Any, Any, Any]:
         for lane in range(max(LANES, 1 << code.symbol_bits))
     ]
     words = np.array([starts, factors], np.int64).astype(np.uint32), np.array(distances, np.int64).astype(np.uint32)
-    return words[0].view(np.int32), words[1].view(np.int32), table(code, tag).to(torch.int32).contiguous().numpy()
+    return words[0].view(np.int32), words[1].view(np.int32), table(code, width).to(torch.int32).contiguous().numpy()
 
 
 def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None = None) -> Tensor:
     """Do as `search_reference.walk`, bit for bit."""
     tag = code.tag_bits(survivors)
-    scale = 1 << -(-tag // 2)
+    spare = (0,) * (code.weights if tag + code.weights <= 8 else 0)  # errors stay within 16 bits
+    width = tag + len(spare)
+    scale = 1 << -(-width // 2)
     scaled = (x * scale).to(torch.int32).contiguous().numpy()
     nothing = torch.empty(0, dtype=torch.int64)
     memory, last, _ = boundary or Boundary(nothing, nothing.expand(len(x), 0), nothing)
@@ -271,8 +281,7 @@ def walk(x: Tensor, code: TrellisCode, survivors: int, boundary: Boundary | None
     vectors = max(1, (1 << survivors) // max(LANES, 1 << code.symbol_bits))
     tile = (0,) * min(max(1, minima), vectors)
     _walk(
-        bits, (0,) * code.weights, tile, scaled, *_tables(code, tag), code.state_bits, survivors, tag, code.multiplier,
-        pow(code.multiplier, -1, 1 << 32), start, end,
-        unreal, out.numpy(),
+        bits, (0,) * code.weights, tile, spare, scaled, *_tables(code, width), code.state_bits, survivors, tag,
+        (scale >> -(-tag // 2)) ** 2, code.multiplier, pow(code.multiplier, -1, 1 << 32), start, end, unreal, out.numpy(),
     )  # fmt: skip
     return out
