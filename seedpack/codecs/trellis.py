@@ -77,8 +77,8 @@ class TrellisCodec(Codec, Rates, HessianFitting, RowScaling):
         balance: whether weights of 128 rows or more have that part; it pays where input channels differ.
         circular: whether streams are tail-biting. If not, they end in zeros: then a row's first weights cost a little
             more error, but its last ones can compensate for the errors of all others, so that importance can be a Hessian.
-        weights_per_window: V, 1, or 2 for k up to 3.5, which are multiplied nearly twice as fast. Default 2 where that costs at
-            most 0.15 dB: up to k = 3, for effort "best" up to k = 2.
+        weights_per_window: V, 1, or 2 for k up to 3.5, which are multiplied nearly twice as fast. Default 2 up to
+            k = 3, where that costs at most 0.21 dB, for effort "best" up to k = 2.
         multiplier: a, which mixes the bits of a window: odd, of 32 bits. 0 is that of the format's table (M24); default the best
             that is known for the search.
     """
