@@ -4,9 +4,9 @@ A window costs 2^(m + K) edges. An edge makes its window's word with one additio
 are multiples of the code's multiplier apart; then comes for each weight a dot product of the word's bytes and a product that
 adds the squared error, and a minimum. No table is read and no index kept: a tag in the low bits of a metric carries the symbol
 that a survivor came from through the minimum. A negative error's square comes out one too large, which spare bits below the tag
-take: the tags of a state's edges differ, so they decide nothing. Edges out of a state end in neighbouring states, which are the lanes of a vector; of
-fewer than 16 edges several states' are side by side. Numba would not find this shape, so `_relax` writes its vectors as LLVM
-IR, with the products of bytes that the machine has (`common.byte_dots`).
+take: the tags of a state's edges differ, so they decide nothing. Edges out of a state end in neighbouring states, which are the
+lanes of a vector; of fewer than 16 edges several states' are side by side. Numba would not find this shape, so `_relax` writes
+its vectors as LLVM IR, with the products of bytes that the machine has (`common.byte_dots`).
 
 The floor with VNNI: 2 + 2·V instructions for 16 edges.
 """
@@ -98,10 +98,8 @@ def _relax(
         floor, ceiling, tags, top, of_memory, up, down, metrics = (
             spread(builder, scalar(numbers_at, i), INTS) for i in range(8)
         )
-        lanes, whole = (
-            ir.Constant(INTS, [lane << below for lane in range(LANES)]),
-            _vector_at(builder, least_at, number(0)),
-        )
+        lanes, unit = ir.Constant(INTS, [lane << below for lane in range(LANES)]), ir.Constant(I32, 1 << below)
+        whole = _vector_at(builder, least_at, number(0))
         least = builder.load(whole, align=4)
         for i, of_state in enumerate(minima):
             start = builder.mul(builder.add(args[14], number(i * together)), number(symbols))
@@ -109,9 +107,7 @@ def _relax(
                 at = builder.add(start, number(group))
                 best = _lesser(builder, builder.load(own), ceiling)
                 least = _lesser(builder, best, least)
-                state = builder.add(
-                    spread(builder, builder.shl(builder.trunc(at, I32), ir.Constant(I32, below)), INTS), lanes
-                )
+                state = builder.add(spread(builder, builder.mul(builder.trunc(at, I32), unit), INTS), lanes)
                 memory = builder.add(state, builder.shl(builder.and_(best, top), up))
                 tag = builder.and_(builder.lshr(memory, down), tags)
                 cost = builder.sub(builder.or_(builder.and_(best, metrics), tag), floor)
