@@ -66,7 +66,7 @@ def test_layers_are_fitted_as_they_are_calibrated(cluster: Any, tmp_path: Path) 
         if stage in ("Calibrating", "Fitting"):
             seen.append(stage)
         if stage == "Calibrating":
-            time.sleep(3)  # a large model's layer takes longer
+            time.sleep(3 if "Fitting" in seen else 10)  # a large model's layer takes longer, and workers start slowly
 
     seedpack.compress(tmp_path / "dense", tmp_path / "one" / "out", **options)
     many = tmp_path / "many" / "out"
