@@ -111,13 +111,7 @@ def methods_of(subject: Contest, layers: int) -> dict[str, tuple[str, Callable[[
         add(
             f"seedpack {bits}, everything",
             "seedpack, everything on",
-            functools.partial(
-                subject.ours,
-                "trellis",
-                bits + 0.03,
-                Calibration("self", tokens=TOKENS, tune=1),
-                settings={"weights_per_window": 1} if bits == 3 else {},  # slower products, and 0.2 dB
-            ),
+            functools.partial(subject.ours, "trellis", bits + 0.03, Calibration("self", tokens=TOKENS, tune=1)),
         )
         add(
             f"seedpack {bits}, self+WikiText",
@@ -187,7 +181,7 @@ def measure(result: report.Result) -> None:
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32), embedding and head as they are; "
         f"{TOKENS:,} tokens each of {models.text()[0]} and of the modules of Python's library, context 1024, with 95% "
         "confidence intervals by blocks of 256 tokens. All stored bits of these layers are counted. `seedpack` is what the command packs: calibrated "
-        f"in sequence on 16,384 tokens that the model writes itself; with `self+WikiText` half of them are WikiText-2's; `everything`: on {TOKENS:,} tokens, bits spread by measured KL, tuned for a pass, at 3 bits with one weight per window. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
+        f"in sequence on 16,384 tokens that the model writes itself; with `self+WikiText` half of them are WikiText-2's; `everything`: on {TOKENS:,} tokens, bits spread by measured KL, tuned for a pass. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
         f"{REAL_TOKENS:,} tokens of the second half of the text whose beginning is scored, which favours them on that text."
     )
     result.say(
