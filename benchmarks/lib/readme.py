@@ -5,34 +5,37 @@ from __future__ import annotations
 from benchmarks.lib.pages import markdown, records, rows, tables
 
 PEERS_TEXTS = ("WikiText-2", "Python code")
-STRONGEST = {  # of README's table, by what is shown
-    "**seedpack, 4 bits**": "seedpack 4",
-    "EXL3, 4 bits": "EXL3 4, WikiText",
-    "ik_llama.cpp IQ4_KT": "ik_llama.cpp IQ4_KT, imatrix",
-    "llama.cpp Q4_K_M": "llama.cpp Q4_K_M, imatrix",
-    "bitsandbytes NF4": "bitsandbytes NF4",
-    "HQQ, groups of 64": "HQQ 4 g64",
-    "**seedpack, 3 bits**": "seedpack 3",
-    "EXL3, 3 bits": "EXL3 3, WikiText",
-    "ik_llama.cpp IQ3_KT": "ik_llama.cpp IQ3_KT, imatrix",
-    "**seedpack, 2 bits**": "seedpack 2",
-    "EXL3, 2 bits": "EXL3 2, WikiText",
-    "ik_llama.cpp IQ2_KT": "ik_llama.cpp IQ2_KT, imatrix",
+STRONGEST = {  # of README's table: rows of the peers' page at about 4, 3 and 2 bits
+    "**seedpack**": ("seedpack 4", "seedpack 3", "seedpack 2"),
+    "**seedpack**, tuned": ("seedpack 4, everything", "seedpack 3, everything", "seedpack 2, everything"),
+    "EXL3": ("EXL3 4, WikiText", "EXL3 3, WikiText", "EXL3 2, WikiText"),
+    "ik_llama.cpp IQ*_KT": tuple(f"ik_llama.cpp IQ{bits}_KT, imatrix" for bits in (4, 3, 2)),
+    "llama.cpp Q4_K_M, IQ3_M": ("llama.cpp Q4_K_M, imatrix", "llama.cpp IQ3_M, imatrix"),
+    "bitsandbytes NF4": ("bitsandbytes NF4",),
+    "HQQ": ("HQQ 4 g64", "HQQ 3 g64", "HQQ 2 g64"),
 }
 
 
 def quality() -> str:
     """Return README's table: what each method loses, at about the same bits."""
     found = records("peers")
+
+    def cell(bits: int, label: str) -> str:
+        row = found.get(label)
+        if row is None:
+            return ""
+        more = f" ({row['bits']:.2f})" if row["bits"] > bits + 0.05 else ""
+        return "/".join(f"{row['texts'][text]['kl_mean']:.3f}" for text in PEERS_TEXTS) + more
+
     body = [
-        (name, f"{row['bits']:.2f}", *(f"{row['texts'][text]['kl_mean']:.3f}" for text in PEERS_TEXTS))
-        for name, label in STRONGEST.items()
-        if (row := found.get(label)) is not None
+        (name, *(cell(bits, label) for bits, label in zip((4, 3, 2), (*labels, "", ""), strict=False)))
+        for name, labels in STRONGEST.items()
+        if any(label in found for label in labels)
     ]
     return (
-        "KL divergence to the original (nats per token) of SmolLM2-135M with its linear layers packed. seedpack is calibrated on text "
-        f"that the model writes, which it does unasked; EXL3 is its algorithm written again, calibrated on WikiText-2, as importance matrices are.\n\n"
-        f"{markdown(('', 'bits per weight', *PEERS_TEXTS), body)}"
+        "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code, its linear layers packed; in brackets the "
+        "bits per weight of those with more. seedpack is calibrated on text that the model writes, unasked; EXL3 (its algorithm "
+        f"written again) and importance matrices on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
     )
 
 
