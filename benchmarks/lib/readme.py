@@ -33,9 +33,9 @@ def quality() -> str:
         if any(label in found for label in labels)
     ]
     return (
-        "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code, its linear layers packed; in brackets the "
-        "bits per weight of those with more. seedpack is calibrated on text that the model writes, unasked; EXL3 (its algorithm "
-        f"written again) and importance matrices on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
+        "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code, its linear layers packed; in brackets: more "
+        "bits per weight. seedpack is calibrated on text that the model writes, unasked; EXL3 (its algorithm) and importance matrices "
+        f"on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
     )
 
 
