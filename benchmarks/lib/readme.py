@@ -7,7 +7,11 @@ from benchmarks.lib.pages import markdown, records, rows, tables
 PEERS_TEXTS = ("WikiText-2", "Python code")
 STRONGEST = {  # of README's table: rows of the peers' page at about 4, 3 and 2 bits
     "**seedpack**": ("seedpack 4", "seedpack 3", "seedpack 2"),
-    "**seedpack**, tuned": ("seedpack 4, everything", "seedpack 3, everything", "seedpack 2, everything"),
+    "**seedpack**, [tuned](docs/calibration.md#tuning)": (
+        "seedpack 4, everything",
+        "seedpack 3, everything",
+        "seedpack 2, everything",
+    ),
     "EXL3": ("EXL3 4, WikiText", "EXL3 3, WikiText", "EXL3 2, WikiText"),
     "ik_llama.cpp IQ*_KT": tuple(f"ik_llama.cpp IQ{bits}_KT, imatrix" for bits in (4, 3, 2)),
     "llama.cpp Q4_K_M, IQ3_M": ("llama.cpp Q4_K_M, imatrix", "llama.cpp IQ3_M, imatrix"),
@@ -34,7 +38,7 @@ def quality() -> str:
     ]
     return (
         "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code, its linear layers packed; in brackets: more "
-        "bits per weight. seedpack is calibrated on text that the model writes, unasked; EXL3 (its algorithm) and importance matrices "
+        "bits per weight. seedpack is calibrated on text that the model writes, unasked; EXL3 (our rewrite) and importance matrices "
         f"on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
     )
 

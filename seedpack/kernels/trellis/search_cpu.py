@@ -98,7 +98,7 @@ def _relax(
         floor, ceiling, tags, top, of_memory, up, down, metrics = (
             spread(builder, scalar(numbers_at, i), INTS) for i in range(8)
         )
-        lanes, unit = ir.Constant(INTS, [lane << below for lane in range(LANES)]), ir.Constant(I32, 1 << below)
+        lanes, apart = ir.Constant(INTS, [lane << below for lane in range(LANES)]), ir.Constant(I32, 1 << below)
         whole = _vector_at(builder, least_at, number(0))
         least = builder.load(whole, align=4)
         for i, of_state in enumerate(minima):
@@ -107,7 +107,7 @@ def _relax(
                 at = builder.add(start, number(group))
                 best = _lesser(builder, builder.load(own), ceiling)
                 least = _lesser(builder, best, least)
-                state = builder.add(spread(builder, builder.mul(builder.trunc(at, I32), unit), INTS), lanes)
+                state = builder.add(spread(builder, builder.mul(builder.trunc(at, I32), apart), INTS), lanes)
                 memory = builder.add(state, builder.shl(builder.and_(best, top), up))
                 tag = builder.and_(builder.lshr(memory, down), tags)
                 cost = builder.sub(builder.or_(builder.and_(best, metrics), tag), floor)
@@ -131,12 +131,13 @@ def _open(metric: Any, word: Any, k: int, spare: int, multiplier: int) -> None:
 
 
 @jit()
-def _numbers(state_bits: int, k: int, m: int, tag: int, spare: int, ceiling: int, multiplier: int) -> Any:
+def _numbers(state_bits: int, k: int, m: int, tag: int, spare: int, unit: int, multiplier: int) -> Any:
     """Return what `_relax` lays states out with: the floor to take from metrics, the ceiling above it, the masks of tags and of
     their bits that stay in a window, what a memory (a multiple of 2^spare) is multiplied with for its word, m, m - K, and the
     mask of metrics."""
     out = np.empty(8, np.int32)
-    out[0], out[1], out[2], out[3] = 0, ceiling, ((1 << tag) - 1) << spare, ((1 << (state_bits - k - m)) - 1) << spare
+    out[0], out[1] = 0, CEILING * unit  # units of the reference's metrics
+    out[2], out[3] = ((1 << tag) - 1) << spare, ((1 << (state_bits - k - m)) - 1) << spare
     out[4], out[5], out[6], out[7] = np.int32(multiplier << (k - spare)), m, m - k, -1 << (tag + spare)
     return out
 
@@ -144,7 +145,7 @@ def _numbers(state_bits: int, k: int, m: int, tag: int, spare: int, ceiling: int
 @jit()
 def _step(
     bits: Any, per_window: Any, tile: Any, spare: Any, code: Any, steps: Any, starts: Any, factors: Any, word: Any, metric: Any,
-    next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, ceiling: int, x: Any, unreal: Any,
+    next_word: Any, next_metric: Any, history: Any, least: Any, numbers: Any, x: Any, unreal: Any,
 ) -> None:  # fmt: skip
     """Take one window: relax all edges, and lay out the next step's predecessors.
 
@@ -173,8 +174,9 @@ def _step(
             numbers,
             first,
         )
-    numbers[0] = (least.min() - numbers[0]) & numbers[7]
-    numbers[1] = numbers[0] + ceiling
+    floor = (least.min() - numbers[0]) & numbers[7]
+    numbers[1] += floor - numbers[0]
+    numbers[0] = floor
 
 
 @jit()
@@ -198,11 +200,11 @@ def _walk(
     rows, length, _ = x.shape
     k, below, count = len(bits), len(spare), last.shape[1]
     states, tags, memory_mask = 1 << survivors, (1 << tag) - 1, (1 << (state_bits - k)) - 1
-    width, ceiling = tag + below, CEILING * unit
+    width = tag + below
     for r in prange(rows):
         metric, word = np.empty(states, np.int32), np.empty(states, np.int32)
         next_metric, next_word = np.empty(states, np.int32), np.empty(states, np.int32)
-        numbers, minima = _numbers(state_bits, k, survivors, tag, below, ceiling, multiplier), np.empty(LANES, np.int32)
+        numbers, minima = _numbers(state_bits, k, survivors, tag, below, unit, multiplier), np.empty(LANES, np.int32)
         starts, factors = np.empty(len(per_window), np.int32), np.empty(len(per_window), np.int32)
         history = np.empty((length - count, states), np.uint8)
         memory: Any = 0
@@ -216,7 +218,7 @@ def _walk(
         for i in range(length - count):
             _step(
                 bits, per_window, tile, spare, code, steps, starts, factors, word, metric, next_word, next_metric, history[i],
-                minima, numbers, ceiling, x[r, i], unreal,
+                minima, numbers, x[r, i], unreal,
             )  # fmt: skip
             word, metric, next_word, next_metric = next_word, next_metric, word, metric
         oldest: Any = 0
