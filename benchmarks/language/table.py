@@ -49,7 +49,7 @@ class Recorded:
 
     def __call__(self, window: Tensor) -> Any:
         index = next(i for i, known in enumerate(self.ids) if torch.equal(known, window[0]))
-        return SimpleNamespace(logits=self.logits[index, None].float())
+        return SimpleNamespace(logits=self.logits[index, None])
 
 
 def measure(result: report.Result) -> None:

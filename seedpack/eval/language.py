@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from seedpack.errors import ModelError
 from seedpack.eval.intervals import Interval, mean_interval
 from seedpack.eval.models import Advance, require_finite, require_same_size
 
-POSITIONS_PER_STEP = 256
+LOGITS_PER_STEP = 2**18  # so many stay in a processor's cache while they are compared
 STEPS = 16  # of positions in a window
 Sample = TypeVar("Sample")
 
@@ -130,8 +130,8 @@ def compare_next_tokens(
     nll: list[Tensor] = []
     scores = [_Scores([], [], []) for _ in packed]
     for sample, targets in samples:
-        reference = logits(original, sample).cpu().float().log_softmax(-1)
-        nll.append(-reference.gather(1, targets[:, None])[:, 0])
+        reference = logits(original, sample).cpu()
+        nll.append(torch.cat([_nll(_log_softmax(a), target) for a, target in _steps(reference, targets)]))
         require_finite(original, nll[-1])
         for model, score in zip(packed, scores, strict=True):
             values = logits(model, sample).cpu()
@@ -154,12 +154,11 @@ class _Scores:
     agrees: list[Tensor]
 
     def add(self, reference: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Take in a sample: log-probabilities of the original [n, vocabulary], logits, and tokens [n]."""
+        """Take in a sample: logits of the original and of the packed model, [n, vocabulary], and tokens [n]."""
         parts = []
-        for a, b, target in zip(*(x.split(POSITIONS_PER_STEP) for x in (reference, logits, targets)), strict=True):
-            b = b.float().log_softmax(-1)
-            nll = -b.gather(1, target[:, None])[:, 0]
-            parts.append((nll, (a.exp() * (a - b)).sum(-1), a.argmax(-1) == b.argmax(-1)))
+        for a, b, target in _steps(reference, logits, targets):
+            a, b = _log_softmax(a), _log_softmax(b)
+            parts.append((_nll(b, target), (a.exp() * (a - b)).sum(-1), a.argmax(-1) == b.argmax(-1)))
         for found, values in zip((self.nll, self.kl, self.agrees), zip(*parts, strict=True), strict=True):
             found.append(torch.cat(values))
 
@@ -177,6 +176,20 @@ class _Scores:
             "kl_interval": mean_interval(kl),
             "top1_interval": mean_interval(agrees),
         }
+
+
+def _steps(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut logits [n, vocabulary] and other rows into pieces of few enough logits."""
+    rows = max(1, LOGITS_PER_STEP // logits.shape[1])
+    return zip(*(x.split(rows) for x in (logits, *others)), strict=True)
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1)
+
+
+def _nll(likelihoods: Tensor, targets: Tensor) -> Tensor:
+    return -likelihoods.gather(1, targets[:, None])[:, 0]
 
 
 def _perplexity(nll: list[Tensor]) -> float:
