@@ -209,9 +209,9 @@ def tokens_of(run: Run, opened: OpenModel, store: Store) -> Tensor:
     if isinstance(calibration.text, Tensor):
         return calibration.text
     count = calibration.tokens // 2 if calibration.is_mixed else calibration.tokens
-    parts = [_written(run, opened, store, count)] if calibration.writes else []
-    if calibration.reads:
-        parts.append(_read(opened, str(calibration.reads), count, calibration.context))
+    # The given text first: one that is too short is refused before the model writes for minutes.
+    given = [_read(opened, str(calibration.reads), count, calibration.context)] if calibration.reads else []
+    parts = [_written(run, opened, store, count), *given] if calibration.writes else given
     turns = torch.cat([(torch.arange(len(part)) + 0.5) / len(part) for part in parts])
     return torch.cat(parts)[turns.argsort(stable=True)]
 

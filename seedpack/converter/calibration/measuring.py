@@ -63,9 +63,8 @@ def shares(pair: Pair, tokens: Tensor, progress: Callable[[int], None]) -> dict[
             for name, weight in zip(names, weights, strict=True)
         ]
         try:
-            for batch in _batches(
-                tokens.clone()
-            ):  # of tokens that a model wrote in inference mode no gradient is taken
+            # A copy: what a model wrote in inference mode takes no part in gradients.
+            for batch in _batches(tokens.clone()):
                 ids = batch.to(pair.packed.device)
                 with torch.no_grad():
                     wanted = pair.original(input_ids=ids, use_cache=False).logits.float().softmax(-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import seedpack
 from seedpack import Calibration, CompressOptions
+from seedpack.converter.calibration import calibrate
 from seedpack.converter.calibration.calibrate import store_of, tokens_of
 from seedpack.converter.run import Run
 from seedpack.converter.sources.open import open_source
@@ -48,6 +50,12 @@ def test_half_is_written_and_half_is_given(words: int, given: int, folder: Path,
     assert len(alone) == given == is_given.sum() and torch.equal(mixed[is_given], alone)
     assert torch.equal(mixed[~is_given], own)
     assert is_given[: len(mixed) // 2].sum() == given // 2  # in turns
+
+
+def test_a_short_text_is_refused_before_the_model_writes(folder: Path, tmp_path: Path) -> None:
+    with mock.patch.object(calibrate, "_written") as written, pytest.raises(ModelError, match="give a longer text"):
+        tokens(folder, tmp_path / "out", f"self+{text_of(8, tmp_path / 'short.txt')}", 512)
+    written.assert_not_called()
 
 
 def test_packed_with_a_mixture(folder: Path, tmp_path: Path) -> None:
