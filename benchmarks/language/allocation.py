@@ -73,7 +73,7 @@ def measure(result: report.Result) -> None:
     subject = Subject("", "SmolLM2-135M-Instruct", models.smollm2())
     rows = result.rows_of(WAYS, lambda way: measured(subject, *way))
     result.say(
-        f"KL to the original (nats per token) on {subject.tokens:,} tokens of {models.text()[0]}, context 1024, with 95% confidence "
+        f"KL to the original (nats per token) on {subject.tokens:,} tokens of {models.WIKITEXT}, context 1024, with 95% confidence "
         "intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), packed by `trellis` at effort `fast` in sequence, "
         "calibrated on 16,384 tokens that the model writes itself. `by sizes`: by the sizes of tensors alone; `measured`: by each "
         "tensor's share of the packed model's divergence, where the plan that this makes is measured to lose less. `at best`: what "

@@ -43,7 +43,7 @@ class Subject:
 
     def __init__(self, prefix: str, title: str, folder: Path, tokens: int = TOKENS, texts: Sequence[str] | None = None):
         self.prefix, self.title, self.folder, self.tokens = prefix, title, folder, tokens
-        self.texts = [models.text()[1]] if texts is None else texts
+        self.texts = [models.wikitext()] if texts is None else texts
         self.work = models.CACHE / "calibration" / folder.name
 
     @functools.cached_property
@@ -62,7 +62,7 @@ class Subject:
 
     def other_text(self) -> torch.Tensor:
         """The second half of WikiText-2 validation, whose beginning is scored."""
-        text = models.text()[1]
+        text = models.wikitext()
         return self.text(text[len(text) // 2 :])
 
     def manual(self) -> torch.Tensor:
@@ -172,7 +172,7 @@ def measure(result: report.Result) -> None:
     rows = result.joined([row(label, *method) for label, method in wanted.items()])
     result.say(
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32) packed, embedding and head as they are; "
-        f"{TOKENS:,} tokens of {models.text()[0]}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512, or 128 of "
+        f"{TOKENS:,} tokens of {models.WIKITEXT}, context {CONTEXT}. Calibration text: 16,384 tokens in sequences of 512, or 128 of "
         "`self` since 2026-11-30; "
         "`self` is written by the model, `WikiText` is the second half of the text whose beginning is scored. GGUF types with "
         "an importance matrix from the same self-written text, over blocks of 256 of rows laid end to end. GPTQ is "

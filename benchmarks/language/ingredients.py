@@ -100,7 +100,7 @@ def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, outpu
 
 
 def measure(result: report.Result) -> None:
-    folder, (text_name, text) = models.smollm2(), models.text()
+    folder, text = models.smollm2(), models.wikitext()
     model, tokenizer = load_language_model(folder)
     ids = windows(tokenizer, text, CONTEXT, TOKENS)
     original = Recorded(model, ids)
@@ -141,7 +141,7 @@ def measure(result: report.Result) -> None:
     rows = result.joined([report.kept("ingredients", label, functools.partial(scored, *how)) for label, how in wanted])
     result.say(
         f"SmolLM2-135M-Instruct (rescaled), its linear layers at {BITS} bits by the trellis, effort fast; {rows[0]['tokens']:,} "
-        f"tokens of {text_name}, context {rows[0]['context']}; perplexity unpacked {rows[0]['perplexity_original']:.3f}. "
+        f"tokens of {models.WIKITEXT}, context {rows[0]['context']}; perplexity unpacked {rows[0]['perplexity_original']:.3f}. "
         "Hessians and gradients of 16,384 tokens that the model wrote."
     )
     result.table(

@@ -38,7 +38,7 @@ class Contest(Subject):
     """A model, scored on both texts."""
 
     def __init__(self, prefix: str, title: str, folder: Path):
-        super().__init__(prefix, title, folder, TOKENS, [models.text()[1], code()])
+        super().__init__(prefix, title, folder, TOKENS, [models.wikitext(), code()])
         self.other_seconds = 0.0  # of the processor, that no method is charged with
 
     @contextmanager
@@ -52,7 +52,7 @@ class Contest(Subject):
             return super().scored(model)
 
     def real_text(self) -> torch.Tensor:
-        text = models.text()[1]
+        text = models.wikitext()
         return self.text(text[len(text) // 2 :], REAL_TOKENS)
 
     @functools.cached_property
@@ -72,7 +72,7 @@ class Contest(Subject):
     def on_both(self, bits: int) -> Found:
         file = self.work / "wikitext.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(models.text()[1][len(models.text()[1]) // 2 :])
+        file.write_text(models.wikitext()[len(models.wikitext()) // 2 :])
         return self.ours("trellis", bits, Calibration(f"self+{file}"))
 
     def by_ik_llama(self, kind: str) -> Found:
@@ -179,7 +179,7 @@ def measure(result: report.Result) -> None:
     built = f", ik_llama.cpp {ik_llama.version()}" if ik_llama.at_hand() else ""
     result.say(
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32), embedding and head as they are; "
-        f"{TOKENS:,} tokens each of {models.text()[0]} and of the modules of Python's library, context 1024, with 95% "
+        f"{TOKENS:,} tokens each of {models.WIKITEXT} and of the modules of Python's library, context 1024, with 95% "
         "confidence intervals by blocks of 256 tokens. All stored bits of these layers are counted. `seedpack` is what the command packs: calibrated "
         f"in sequence on 16,384 tokens that the model writes itself; with `self+WikiText` half of them are WikiText-2's; `everything`: on {TOKENS:,} tokens, bits spread by measured KL, tuned for a pass. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
         f"{REAL_TOKENS:,} tokens of the second half of the text whose beginning is scored, which favours them on that text."

@@ -40,12 +40,12 @@ def measured(subject: Subject, bits: int, way: tuple[float, float] | None) -> di
 
 
 def measure(result: report.Result) -> None:
-    name, text = models.text()
+    text = models.wikitext()
     scored = [text[len(text) // 2 :], "\n\n".join(topics.topics.values())]
     subject = Subject("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, scored)
     rows = result.rows_of(WAYS, lambda way: measured(subject, *way))
     result.say(
-        f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {name} and of Python's manual, context 1024, with "
+        f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {models.WIKITEXT} and of Python's manual, context 1024, with "
         "95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` at effort `fast`, "
         "calibrated on 16,384 tokens that the model writes itself. `in sequence`: each layer is shifted by "
         f"{STEP:g} of the regression of what is lost on its input, with a ridge of {DAMPING:g} times the input's mean power, unless "

@@ -34,7 +34,7 @@ class Reader(Subject):
     """A language model, and the texts that it may be calibrated on, int64 [n, context]."""
 
     def __init__(self) -> None:
-        super().__init__("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, [models.text()[1], code()])
+        super().__init__("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, [models.wikitext(), code()])
 
     @functools.cache  # noqa: B019  # one reader
     def own(self, tokens: int = CALIBRATION_TOKENS, context: int = CONTEXT, seed: int = 0) -> Tensor:
@@ -42,7 +42,7 @@ class Reader(Subject):
         return generate_tokens(load_language_model(self.folder)[0], tokens, context, seed)
 
     def wikitext(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
-        text = models.text()[1]
+        text = models.wikitext()
         return self.text(text[len(text) // 2 :], tokens)
 
     def manual(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
@@ -108,7 +108,7 @@ def measure(result: report.Result) -> None:
                 rows.append({"text": title, "k": bits, **found})
     rows = result.joined(rows)
     result.say(
-        f"KL to the original (nats per token) on {TOKENS:,} tokens each of {models.text()[0]} and of the modules of Python's library, context "
+        f"KL to the original (nats per token) on {TOKENS:,} tokens each of {models.WIKITEXT} and of the modules of Python's library, context "
         "1024, with 95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` "
         f"at effort `fast`, everything at once; calibrated on {CALIBRATION_TOKENS:,} tokens unless said otherwise. "
         f"`own` (sequences of {CONTEXT}) is what `--calibration self` writes; WikiText-2 is the second half of the text whose beginning is scored, "

@@ -41,7 +41,7 @@ class Tuned(Subject):
     """A language model that is packed once, and tuned in many ways."""
 
     def __init__(self) -> None:
-        text = models.text()[1]
+        text = models.wikitext()
         scored = [text[len(text) // 2 :], "\n\n".join(topics.topics.values())]
         super().__init__("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, scored)
         self.work = models.CACHE / "tuning"
@@ -90,7 +90,7 @@ def measure(result: report.Result) -> None:
     subject = Tuned()
     rows = result.rows_of(WAYS, subject.measured)
     result.say(
-        f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {models.text()[0]} and of Python's manual, context "
+        f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {models.WIKITEXT} and of Python's manual, context "
         f"1024, with 95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` at "
         f"{BITS} bits, effort `fast`, packed in sequence on {OWN:,} tokens that the model writes, and tuned on them for one pass: the tokens of a "
         f"step, and the rate. As it is: {tuning.TOKENS_AT_ONCE} tokens, rate {tuning.RATE}."
