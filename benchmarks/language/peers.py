@@ -69,11 +69,12 @@ class Contest(Subject):
         assert found is not None
         return found
 
-    def on_both(self, bits: int) -> Found:
+    def with_everything(self, bits: float) -> Found:
+        """Bits spread by measured KL, twice the text, half of it real, and tuned."""
         file = self.work / "wikitext.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(models.wikitext()[len(models.wikitext()) // 2 :])
-        return self.ours("trellis", bits, Calibration(f"self+{file}"))
+        return self.ours("trellis", bits, Calibration(f"self+{file}", tokens=TOKENS, tune=1))
 
     def by_ik_llama(self, kind: str) -> Found:
         return self.rebuilt(lambda name, weight: ik_llama.trellis(weight, kind, self.moment(name).diagonal()))
@@ -109,14 +110,9 @@ def methods_of(subject: Contest, layers: int) -> dict[str, tuple[str, Callable[[
             functools.partial(subject.ours, "trellis", bits, Calibration("self")),
         )
         add(
-            f"seedpack {bits}, everything",
-            "seedpack, everything on",
-            functools.partial(subject.ours, "trellis", bits + 0.03, Calibration("self", tokens=TOKENS, tune=1)),
-        )
-        add(
-            f"seedpack {bits}, self+WikiText",
-            "seedpack, self+WikiText",
-            functools.partial(subject.on_both, bits),
+            f"seedpack {bits}, everything, self+WikiText",
+            "seedpack, everything, self+WikiText",
+            functools.partial(subject.with_everything, bits + 0.03),
         )
         add(f"EXL3 {bits}, WikiText", "EXL3, WikiText", functools.partial(subject.by_exl3, bits))
         add(f"HIGGS {bits}", "HIGGS", functools.partial(subject.plainly, functools.partial(peers.higgs, bits=bits)))
@@ -181,7 +177,7 @@ def measure(result: report.Result) -> None:
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32), embedding and head as they are; "
         f"{TOKENS:,} tokens each of {models.WIKITEXT} and of the modules of Python's library, context 1024, with 95% "
         "confidence intervals by blocks of 256 tokens. All stored bits of these layers are counted. `seedpack` is what the command packs: calibrated "
-        f"in sequence on 16,384 tokens that the model writes itself; with `self+WikiText` half of them are WikiText-2's; `everything`: on {TOKENS:,} tokens, bits spread by measured KL, tuned for a pass. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
+        f"in sequence on 16,384 tokens that the model writes itself; `everything, self+WikiText`: on {TOKENS:,} tokens, half of them WikiText-2's, bits spread by measured KL, tuned for a pass. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
         f"{REAL_TOKENS:,} tokens of the second half of the text whose beginning is scored, which favours them on that text."
     )
     result.say(

@@ -7,11 +7,7 @@ from benchmarks.lib.pages import markdown, records, rows, tables
 PEERS_TEXTS = ("WikiText-2", "Python code")
 STRONGEST = {  # of README's table: rows of the peers' page at about 4, 3 and 2 bits
     "**seedpack**": ("seedpack 4", "seedpack 3", "seedpack 2"),
-    "**seedpack**, [tuned](docs/calibration.md#tuning)": (
-        "seedpack 4, everything",
-        "seedpack 3, everything",
-        "seedpack 2, everything",
-    ),
+    "**seedpack**, all on": tuple(f"seedpack {bits}, everything, self+WikiText" for bits in (4, 3, 2)),
     "EXL3": ("EXL3 4, WikiText", "EXL3 3, WikiText", "EXL3 2, WikiText"),
     "ik_llama.cpp IQ*_KT": tuple(f"ik_llama.cpp IQ{bits}_KT, imatrix" for bits in (4, 3, 2)),
     "llama.cpp Q4_K_M, IQ3_M": ("llama.cpp Q4_K_M, imatrix", "llama.cpp IQ3_M, imatrix"),
@@ -38,8 +34,8 @@ def quality() -> str:
     ]
     return (
         "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code, its linear layers packed; in brackets: more "
-        "bits per weight. seedpack is calibrated on text that the model writes, unasked; EXL3 (our rewrite) and importance matrices "
-        f"on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
+        "bits per weight. seedpack is calibrated on text that the model writes, unasked, and with [all on](docs/benchmarks/peers.md) on half WikiText-2; "
+        f"EXL3 (our rewrite) and importance matrices on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
     )
 
 

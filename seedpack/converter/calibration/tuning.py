@@ -34,7 +34,7 @@ from seedpack.converter.options import Progress, silent
 from seedpack.converter.snapshot import Snapshot
 from seedpack.loader.layers import is_transposed
 
-RATE = 2e-3  # learning rate of factors
+RATE = 6e-3  # learning rate of factors over the relative error of the weights: what is lost less is to be changed less
 TOKENS_AT_ONCE = 256  # of a step
 WARM_UP = 4  # steps
 
@@ -93,12 +93,13 @@ def tune(
     if not student.rows and not student.values:
         return Tuned({}, {})
     model, snapshot, layers = student.model, snapshot or Snapshot(), len(student.layer_names)
+    rate = RATE * _relative_error(model, teacher)
     before = {name: model.get_parameter(name).detach().clone() for name in student.values}
     shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))]
     try:
         with _row_factors(student) as factors, differentiable(model, student.values) as tuned, evaluated(teacher):
             values = dict(zip(student.values, tuned, strict=True))
-            learner = _Learner(factors, values, snapshot)
+            learner = _Learner(factors, values, rate, snapshot)
             if snapshot.done:
                 goal = layers + epochs * len(_batches(tokens))
                 progress("Resuming", 0, 0, "", f"resuming: {snapshot.done} of {goal} layers and steps tuned")
@@ -119,11 +120,14 @@ class _Learner:
     Args:
         factors: by name.
         values: by parameter.
+        rate: relative to each.
         snapshot: the state.
     """
 
-    def __init__(self, factors: Mapping[str, Tensor], values: Mapping[str, nn.Parameter], snapshot: Snapshot):
-        self.factors, self.values, self.snapshot = factors, values, snapshot
+    def __init__(
+        self, factors: Mapping[str, Tensor], values: Mapping[str, nn.Parameter], rate: float, snapshot: Snapshot
+    ):
+        self.factors, self.values, self.rate, self.snapshot = factors, values, rate, snapshot
         self._tensors = {f"factor {n}": t for n, t in factors.items()} | {f"value {n}": t for n, t in values.items()}
         if snapshot.done:
             with torch.no_grad():
@@ -152,7 +156,7 @@ def tune_layers(student: Student, teacher: Any, learner: _Learner, tokens: Tenso
         own = {key: learner.factors[key] for parameter, key in student.rows.items() if parameter.startswith(prefix)}
         gains = [value for key, value in learner.values.items() if key.startswith(prefix)]
         learns = (own or gains) and done > learner.snapshot.done
-        optimiser = _Adam([*own.values()], gains) if learns else None
+        optimiser = _Adam([*own.values()], gains, learner.rate) if learns else None
         outputs = []
         for share, batch in zip(_shares(len(batches)), batches, strict=True):
             outputs.append(inputs.run_batch(forward, batch))
@@ -175,7 +179,7 @@ def tune_layers(student: Student, teacher: Any, learner: _Learner, tokens: Tenso
 def distil(student: Student, teacher: Any, learner: _Learner, tokens: Tensor, epochs: int, progress: Progress) -> None:
     """Minimise the KL divergence of a model to another over all tokens, some at a time; activations are recomputed."""
     model, batches, layers = student.model, _batches(tokens) * epochs, len(student.layer_names)
-    optimiser = _Adam([*learner.factors.values()], [*learner.values.values()])
+    optimiser = _Adam([*learner.factors.values()], [*learner.values.values()], learner.rate)
     if learner.snapshot.done > layers:
         optimiser.load(learner.snapshot.tensors)
     with recomputed(model, student.layer_names):
@@ -198,9 +202,9 @@ def distil(student: Student, teacher: Any, learner: _Learner, tokens: Tensor, ep
 class _Adam(torch.optim.Adam):
     """Adam with rates relative to the values: of factors to 1, of others to their root mean square."""
 
-    def __init__(self, factors: Sequence[Tensor], values: Sequence[Tensor]):
-        groups: list[dict[str, Any]] = [{"params": [*factors], "rate": RATE}] if factors else []
-        groups += [{"params": [p], "rate": RATE * max(1e-6, float(p.detach().square().mean().sqrt()))} for p in values]
+    def __init__(self, factors: Sequence[Tensor], values: Sequence[Tensor], rate: float):
+        groups: list[dict[str, Any]] = [{"params": [*factors], "rate": rate}] if factors else []
+        groups += [{"params": [p], "rate": rate * max(1e-6, float(p.detach().square().mean().sqrt()))} for p in values]
         super().__init__(groups, betas=(0.9, 0.98))
 
     def learn(self, loss: Tensor, share: float) -> None:
@@ -225,6 +229,15 @@ class _Adam(torch.optim.Adam):
             if (index := name.partition(" ")[0]).isdecimal():
                 state["state"].setdefault(int(index), {})[name.partition(" ")[2]] = value
         self.load_state_dict(state)
+
+
+def _relative_error(model: Any, other: Any) -> float:
+    """Return the norm of what changed weights of a model lack of another's, over the norm of those."""
+    error = total = 0.0
+    for name, weight in other.named_parameters():
+        if difference := float((model.get_parameter(name).detach().float() - weight.detach()).square().sum()):
+            error, total = error + difference, total + float(weight.detach().float().square().sum())
+    return math.sqrt(error / total) if total else 0.0
 
 
 def _shares(steps: int) -> Iterable[float]:

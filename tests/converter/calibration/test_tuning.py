@@ -32,7 +32,7 @@ def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pyt
     before = {n: p.clone() for n, p in student.state_dict().items()}
     tokens = torch.randint(3, 96, (64, 16))
     monkeypatch.setattr(tuning, "TOKENS_AT_ONCE", 32)
-    monkeypatch.setattr(tuning, "RATE", 0.02)
+    monkeypatch.setattr(tuning, "RATE", 0.1)
     watched: list[tuple[str, int, int, str]] = []
 
     learnt = tuning.tune(
