@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import functools
 from dataclasses import asdict
 from pathlib import Path
 from pydoc_data import topics
@@ -21,24 +21,29 @@ from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import load_language_model
 from seedpack.hf.own_text import generate_tokens
 
-BITS, OWN, CONTEXT = 2, 16384, 128
+OWN, CONTEXT = 16384, 128
 TOKENS = 8192  # of each text that is scored
 TEXTS = ("WikiText-2", "Python's manual")
-# By label: tokens of a step, the rate, whether layers are tuned first, and the seed of the text.
-WAYS: dict[str, tuple[int, float, bool, int] | None] = {
-    "not tuned": None,
-    "1,024 tokens, rate 0.001": (1024, 1e-3, True, 0),
-    "512 tokens, rate 0.001": (512, 1e-3, True, 0),
-    "256 tokens, rate 0.001": (256, 1e-3, True, 0),
-    "256 tokens, rate 0.002": (256, 2e-3, True, 0),
-    "256 tokens, rate 0.004": (256, 4e-3, True, 0),
-    "256 tokens, rate 0.002, the whole model alone": (256, 2e-3, False, 0),
-    "256 tokens, rate 0.002, on another text": (256, 2e-3, True, 1),
+USUAL = tuning.TOKENS_AT_ONCE
+# By label: bits, and the tokens of a step, the rate as a multiple of the usual one, and whether layers are tuned first.
+WAYS: dict[str, tuple[int, tuple[int, float, bool] | None]] = {
+    "4 bits, not tuned": (4, None),
+    "4 bits": (4, (USUAL, 1, True)),
+    "4 bits, four times the rate": (4, (USUAL, 4, True)),
+    "3 bits, not tuned": (3, None),
+    "3 bits": (3, (USUAL, 1, True)),
+    "3 bits, twice the rate": (3, (USUAL, 2, True)),
+    "2 bits, not tuned": (2, None),
+    "2 bits": (2, (USUAL, 1, True)),
+    "2 bits, half the rate": (2, (USUAL, 0.5, True)),
+    "2 bits, twice the rate": (2, (USUAL, 2, True)),
+    "2 bits, steps of 1,024 tokens": (2, (1024, 1, True)),
+    "2 bits, the whole model alone": (2, (USUAL, 1, False)),
 }
 
 
 class Tuned(Subject):
-    """A language model that is packed once, and tuned in many ways."""
+    """A language model that is packed once for each number of bits, and tuned in many ways."""
 
     def __init__(self) -> None:
         text = models.wikitext()
@@ -46,24 +51,26 @@ class Tuned(Subject):
         super().__init__("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, scored)
         self.work = models.CACHE / "tuning"
 
-    def own(self, seed: int) -> Tensor:
-        return generate_tokens(load_language_model(self.folder)[0], OWN, CONTEXT, seed).clone()
+    @functools.cached_property
+    def own(self) -> Tensor:
+        return generate_tokens(load_language_model(self.folder)[0], OWN, CONTEXT, 0).clone()
 
-    def dense(self) -> Path:
+    @functools.cache  # noqa: B019  # one model
+    def dense(self, bits: int) -> Path:
         """Return a folder of the packed model's decoded weights."""
-        folder = self.work / "dense"
-        if not folder.is_dir():
-            shutil.rmtree(self.work, ignore_errors=True)
-            self.packed(
-                Calibration(self.own(0)), codec="trellis", bits=BITS, exclude=["*embed*"], settings={"effort": "fast"}
-            )
-            seedpack.unpack(self.work / "packed", folder)
+        folder = self.work / f"dense-{bits}"
+        calibration = Calibration(self.own, context=CONTEXT)
+        seedpack.compress(
+            self.folder, self.work / "packed", bits=bits, exclude=["*embed*"], settings={"effort": "fast"},
+            calibration=calibration, force=True,
+        )  # fmt: skip
+        seedpack.unpack(self.work / "packed", folder, force=True)
         return folder
 
-    def measured(self, way: tuple[int, float, bool, int] | None) -> dict[str, Any]:
-        model = load_language_model(self.dense())[0].float()
+    def measured(self, bits: int, way: tuple[int, float, bool] | None) -> dict[str, Any]:
+        model = load_language_model(self.dense(bits))[0].float()
         if way is not None:
-            tokens_at_once, rate, layers_first, seed = way
+            tokens_at_once, multiple, layers_first = way
             layers = decoder_layers(model)
             modules = dict(model.named_modules())
             inside = [
@@ -73,11 +80,11 @@ class Tuned(Subject):
             ]
             values = [name for name, parameter in model.named_parameters() if parameter.dim() == 1]
             student = tuning.Student(model, list(layers), dict(zip(inside, inside, strict=True)), values)
-            changes: dict[str, Any] = {"TOKENS_AT_ONCE": tokens_at_once, "RATE": rate}
+            changes: dict[str, Any] = {"TOKENS_AT_ONCE": tokens_at_once, "RATE": multiple * tuning.RATE}
             if not layers_first:
                 changes["tune_layers"] = lambda student, teacher, learner, tokens, progress: learner.keep(len(layers))
             with mock.patch.multiple(tuning, **changes):
-                found = tuning.tune(student, load_language_model(self.folder)[0].float(), self.own(seed))
+                found = tuning.tune(student, load_language_model(self.folder)[0].float(), self.own)
             with torch.no_grad():
                 for name, factor in found.factors.items():
                     model.get_parameter(name).mul_(factor[:, None])
@@ -88,12 +95,12 @@ class Tuned(Subject):
 
 def measure(result: report.Result) -> None:
     subject = Tuned()
-    rows = result.rows_of(WAYS, subject.measured)
+    rows = result.rows_of(WAYS, lambda way: subject.measured(*way))
     result.say(
         f"KL to the original (nats per token) on {TOKENS:,} tokens each of the second half of {models.WIKITEXT} and of Python's manual, context "
-        f"1024, with 95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` at "
-        f"{BITS} bits, effort `fast`, packed in sequence on {OWN:,} tokens that the model writes, and tuned on them for one pass: the tokens of a "
-        f"step, and the rate. As it is: {tuning.TOKENS_AT_ONCE} tokens, rate {tuning.RATE}."
+        f"1024, with 95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` at effort "
+        f"`fast`, packed in sequence on {OWN:,} tokens that the model writes, and tuned on them for one pass: as it is, in steps of {USUAL} "
+        f"tokens at a rate of {tuning.RATE:g} times the relative error of the weights, unless said otherwise."
     )
     result.table(
         ["", *(f"KL, {text}" for text in TEXTS), "measured"],

@@ -67,6 +67,25 @@ def test_nothing_to_tune_is_nothing_learnt() -> None:
     )
 
 
+def test_what_has_lost_less_is_changed_less() -> None:
+    torch.manual_seed(0)
+    teacher = ARCHITECTURES["llama"]().float().eval()
+    layers, tokens = decoder_layers(teacher), torch.randint(3, 96, (8, 16))
+    names = [n for n, p in teacher.named_parameters() if p.dim() == 2 and "layers" in n]
+    changes = []
+    for error in (0.2, 0.02, 0.0):
+        student = copy.deepcopy(teacher)
+        with torch.no_grad():
+            for name in names:
+                student.get_parameter(name).mul_(1 - error)
+        learnt = tuning.tune(
+            tuning.Student(student, list(layers), {n: n for n in names}, ["model.norm.weight"]), teacher, tokens
+        )
+        changes.append(float(torch.cat([factor - 1 for factor in learnt.factors.values()]).abs().mean()))
+    assert changes[0] == pytest.approx(10 * changes[1], rel=0.3)
+    assert changes[2] == 0
+
+
 @pytest.mark.parametrize("heads", [4, 8])
 def test_biases_of_heads_are_whole_for_some_sequences(heads: int) -> None:
     config = transformers.MptConfig(d_model=32, n_heads=heads, n_layers=2, vocab_size=96, max_seq_len=64)
