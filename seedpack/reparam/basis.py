@@ -52,7 +52,7 @@ def basis_(
         count: coefficients, of the model, of each layer, or of each block.
         per: "model": one vector for all; "layer": one for each module that has weights of its own.
         block_size: weights that share a vector, of the model's or a layer's; None is all.
-        generator: "hadamard": a structured basis, log2(count) additions per weight and step. "philox": dense noise as in
+        generator: "hadamard": a structured basis, 2·log2(count) additions per weight and step. "philox": dense noise as in
             the paper (uniform), regenerated for each step: count random numbers per weight and step.
         seed: of the basis, and of the coefficients to start from; default 0, with a key a random one.
         coef_bits: of a coefficient in the file: 32, 16, or 2 to 8; training sees coefficients so rounded (straight through).
