@@ -12,7 +12,7 @@ STRONGEST = {  # of README's table: rows of the peers' page at about 4, 3 and 2 
     "ik_llama.cpp IQ*_KT": tuple(f"ik_llama.cpp IQ{bits}_KT, imatrix" for bits in (4, 3, 2)),
     "llama.cpp Q4_K_M, IQ3_M": ("llama.cpp Q4_K_M, imatrix", "llama.cpp IQ3_M, imatrix"),
     "bitsandbytes NF4": ("bitsandbytes NF4",),
-    "HQQ": ("HQQ 4 g64", "HQQ 3 g64", "HQQ 2 g64"),
+    "HQQ": ("HQQ 4 g64",),
 }
 
 
@@ -33,9 +33,9 @@ def quality() -> str:
         if any(label in found for label in labels)
     ]
     return (
-        "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code, its linear layers packed; in brackets: more "
-        "bits per weight. seedpack is calibrated on text that the model writes, unasked, and with [all on](docs/benchmarks/peers.md) on half WikiText-2; "
-        f"EXL3 (our rewrite) and importance matrices on WikiText-2.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
+        "KL divergence to the original (nats per token) of SmolLM2-135M, its linear layers packed, on WikiText-2/Python code; in brackets: "
+        "more bits per weight. seedpack reads text that the model writes; with [all on](docs/benchmarks/peers.md) half of it is WikiText-2, "
+        f"which EXL3 (our rewrite) and importance matrices read.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
     )
 
 
