@@ -15,9 +15,10 @@ from seedpack.converter.budget import FUSED
 from seedpack.converter.calibration import measuring
 
 SETTINGS = {"effort": "fast"}
-LINEAR, EVERYTHING = ["*embed*"], ["nothing"]  # what is excluded
+LINEAR: tuple[str, ...] = ("*embed*",)  # what is excluded
+EVERYTHING: tuple[str, ...] = ()
 # By label: the bits, what stays out, and whether the bits of a fraction are spread by measuring.
-WAYS: dict[str, tuple[float, list[str], bool]] = {
+WAYS: dict[str, tuple[float, tuple[str, ...], bool]] = {
     "linear layers, 4 each": (4, LINEAR, False),
     "linear layers, 4.03 by sizes": (4.03, LINEAR, False),
     "linear layers, 4.03 measured": (4.03, LINEAR, True),
@@ -53,7 +54,7 @@ def least(costs: Mapping[str, float], weights: Mapping[str, int], unit: Callable
     return math.exp(logarithms / whole) * whole / sum(costs[name] for name in weights)
 
 
-def measured(subject: Subject, bits: float, excluded: list[str], measures: bool) -> dict[str, Any]:
+def measured(subject: Subject, bits: float, excluded: tuple[str, ...], measures: bool) -> dict[str, Any]:
     bound: list[float] = []
     costs_of = measuring.costs
 
