@@ -150,7 +150,7 @@ def others() -> str:
     first, second = rows("images", 0), rows("images", 1)
     return f"""## Other models
 
-**A sentence encoder**, all-MiniLM-L6-v2 with true float32 weights: how far its embeddings move, without data. EXL3 (our rewrite) takes them too here, and is better at 3 bits, where `trellis` has two weights per window. [All rows](benchmarks/sentences.md)
+**A sentence encoder**, all-MiniLM-L6-v2 with true float32 weights: how far its embeddings move, without data. `trellis` has two weights per window at 3 bits; EXL3 is our rewrite. [All rows](benchmarks/sentences.md)
 
 {markdown(("method", "bits per weight", "1 − cosine"), [(m, encoder[m]["bits per weight"], encoder[m]["1 − cosine"]) for m in ENCODER])}
 

@@ -62,8 +62,7 @@ class Subject:
 
     def other_text(self) -> torch.Tensor:
         """The second half of WikiText-2 validation, whose beginning is scored."""
-        text = models.wikitext()
-        return self.text(text[len(text) // 2 :])
+        return self.text(models.unscored_wikitext())
 
     def manual(self) -> torch.Tensor:
         """Python's manual: real text, of another kind."""

@@ -52,8 +52,7 @@ class Contest(Subject):
             return super().scored(model)
 
     def real_text(self) -> torch.Tensor:
-        text = models.wikitext()
-        return self.text(text[len(text) // 2 :], REAL_TOKENS)
+        return self.text(models.unscored_wikitext(), REAL_TOKENS)
 
     @functools.cached_property
     def moments(self) -> Store:
@@ -73,7 +72,7 @@ class Contest(Subject):
         """Bits spread by measured KL, twice the text, half of it real, and tuned."""
         file = self.work / "wikitext.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(models.wikitext()[len(models.wikitext()) // 2 :])
+        file.write_text(models.unscored_wikitext())
         return self.ours("trellis", bits, Calibration(f"self+{file}", tokens=TOKENS, tune=1))
 
     def by_ik_llama(self, kind: str) -> Found:

@@ -40,8 +40,7 @@ def measured(subject: Subject, bits: int, way: tuple[float, float] | None) -> di
 
 
 def measure(result: report.Result) -> None:
-    text = models.wikitext()
-    scored = [text[len(text) // 2 :], "\n\n".join(topics.topics.values())]
+    scored = [models.unscored_wikitext(), "\n\n".join(topics.topics.values())]
     subject = Subject("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, scored)
     rows = result.rows_of(WAYS, lambda way: measured(subject, *way))
     result.say(

@@ -42,8 +42,7 @@ class Reader(Subject):
         return generate_tokens(load_language_model(self.folder)[0], tokens, context, seed)
 
     def wikitext(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
-        text = models.wikitext()
-        return self.text(text[len(text) // 2 :], tokens)
+        return self.text(models.unscored_wikitext(), tokens)
 
     def manual(self, tokens: int = CALIBRATION_TOKENS) -> Tensor:
         return self.text("\n\n".join(topics.topics.values()), tokens)

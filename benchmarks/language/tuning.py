@@ -46,8 +46,7 @@ class Tuned(Subject):
     """A language model that is packed once for each number of bits, and tuned in many ways."""
 
     def __init__(self) -> None:
-        text = models.wikitext()
-        scored = [text[len(text) // 2 :], "\n\n".join(topics.topics.values())]
+        scored = [models.unscored_wikitext(), "\n\n".join(topics.topics.values())]
         super().__init__("", "SmolLM2-135M-Instruct", models.smollm2(), TOKENS, scored)
         self.work = models.CACHE / "tuning"
 

@@ -193,6 +193,12 @@ def wikitext() -> str:
     return WIKITEXT_FILE.read_text("utf-8")
 
 
+def unscored_wikitext() -> str:
+    """WikiText-2's second half, of which the pages of peers score nothing: to calibrate on, or to choose settings on."""
+    text = wikitext()
+    return text[len(text) // 2 :]
+
+
 def text() -> tuple[str, str]:
     """(name, text) to score: WikiText-2's validation split where it is at hand, else Python's own manual."""
     if WIKITEXT_FILE.is_file():
