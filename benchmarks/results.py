@@ -35,7 +35,8 @@ ENCODER = (
 )
 CLASSIFIERS = (
     "original", "trellis, budget of 4.04 bits", "trellis, 4 bits", "trellis, budget of 3.04 bits", "trellis, 3 bits",
-    "trellis, budget of 2.04 bits", "trellis, 2 bits", "bitsandbytes NF4", "GGUF Q4_K", "HQQ g64, 4 bits", "HQQ g64, 3 bits",
+    "trellis, budget of 2.04 bits", "trellis, 2 bits", "EXL3, 4 bits", "EXL3, 3 bits", "EXL3, 2 bits", "ik_llama.cpp IQ4_KT",
+    "ik_llama.cpp IQ3_KT", "ik_llama.cpp IQ2_KT", "bitsandbytes NF4", "GGUF Q4_K", "HQQ g64, 4 bits", "HQQ g64, 3 bits",
 )  # fmt: skip
 GAUSSIAN = (
     "bitsandbytes NF4",
@@ -156,7 +157,7 @@ def others() -> str:
 
 **CIFAR-10 classifiers**; trellis: the mean over three seeds (least … most). [All rows](benchmarks/images.md)
 
-{markdown(("method", "ResNet-20", "ResNet-32"), [(m, first[m]["accuracy"], second[m]["accuracy"]) for m in CLASSIFIERS])}"""
+{markdown(("method", "bits per weight", "ResNet-20", "ResNet-32"), [(m, second[m]["bits per weight"], first[m]["accuracy"], second[m]["accuracy"]) for m in CLASSIFIERS])}"""
 
 
 def codecs() -> str:

@@ -115,4 +115,6 @@ def _scale(w: Tensor, code: TrellisCode) -> float:
     errors = [float((_searched(sample * unit, code) / unit - sample).square().mean()) for unit in units]
     best = min(max(errors.index(min(errors)), 1), len(units) - 2)
     before, least, after = errors[best - 1 : best + 2]
-    return units[best] + 0.05 * 0.5 * (before - after) / (before - 2 * least + after)
+    bend = before - 2 * least + after
+    step = 0.5 * (before - after) / bend if bend > 0 else 0.0
+    return units[best] + 0.05 * min(max(step, -1.0), 1.0)  # a few tiles make no smooth curve
