@@ -168,7 +168,6 @@ def main() -> None:
         sys.exit(error.exit_code)
     except (click.Abort, KeyboardInterrupt):
         click.echo("Interrupted.", err=True)
-        _end(130)
     except BrokenPipeError:
         sys.exit(1)
     except (OSError, MemoryError) as error:
@@ -179,3 +178,6 @@ def main() -> None:
             f"Error: unexpected: {type(error).__name__}: {error} (seedpack -v prints where; please report it)", err=True
         )
         sys.exit(1)
+    else:
+        return
+    _end(130)  # out of `except`, whose exception would keep alive what was interrupted at its entry and has to be tidied up

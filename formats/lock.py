@@ -51,9 +51,17 @@ def locked(folder: Path, what: str, remedy: str) -> Iterator[None]:
 
 
 def _acquire(folder: Path, what: str, remedy: str) -> int:
-    path = folder / LOCK_FILE
     if folder.is_symlink():
         raise OutputError(f"{folder}: is a link, where a run keeps what it has not finished; remove it")
+    try:
+        return _try_to_acquire(folder, what, remedy)
+    except BaseException:  # an interrupt too, which may come between any two calls
+        _remove_unheld(folder)
+        raise
+
+
+def _try_to_acquire(folder: Path, what: str, remedy: str) -> int:
+    path = folder / LOCK_FILE
     for _ in range(_ATTEMPTS):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +83,20 @@ def _acquire(folder: Path, what: str, remedy: str) -> int:
             raise
         os.close(descriptor)
     raise OutputError(f"{folder}: cannot be locked; name another output")
+
+
+def _remove_unheld(folder: Path) -> None:
+    """Remove a lock file that no run holds, and its folder where that is empty."""
+    path = folder / LOCK_FILE
+    with contextlib.suppress(OSError):
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDWR)
+            try:
+                if _take(descriptor) and _is(path, descriptor):
+                    path.unlink()
+            finally:
+                os.close(descriptor)
+        folder.rmdir()
 
 
 def _open(path: Path) -> tuple[int, bool]:
