@@ -34,6 +34,7 @@ def test_pictures(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "net.safetensors").stat().st_size < 12_000
 
 
+@pytest.mark.slow
 def test_language_model(tmp_path: Path) -> None:
     said = run(tmp_path, "language_model.py", "--steps", "5", "--count", "500")
     line = next(line for line in said.splitlines() if line.startswith("nats per byte"))

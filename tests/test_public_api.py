@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import seedpack
+from tests.helpers.marks import slow
 
 
 def test_exported_names() -> None:
@@ -26,7 +27,7 @@ def test_unknown_name() -> None:
         _ = seedpack.nope
 
 
-@pytest.mark.parametrize("order", ["import seedpack, transformers", "import transformers, seedpack"])
+@pytest.mark.parametrize("order", ["import seedpack, transformers", *slow("import transformers, seedpack")])
 def test_transformers_learns_of_seedpack_in_either_order(order: str) -> None:
     code = f"{order}\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as q\nprint('seedpack' in q)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -159,7 +159,7 @@ def test_a_full_disk_loses_nothing(
     assert len(fitted) == 4 and output.read_bytes() == expected
 
 
-@pytest.mark.parametrize("seed", [0, *slow(*range(1, 8))])
+@pytest.mark.parametrize("seed", slow(*range(8)))
 def test_killed_at_any_moment(tmp_path: Path, seed: int) -> None:
     """Until the run that is not killed, which gives the same bytes and leaves nothing else."""
     state = {f"{i}.weight": torch.randn(256, 512) for i in range(8)}

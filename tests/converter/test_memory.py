@@ -29,6 +29,7 @@ def beside(found: watched.Watched, tensor_bytes: int) -> int:
     return found.private_bytes - watched.bare() - tensor_bytes
 
 
+@pytest.mark.slow
 def test_what_a_process_takes(tmp_path: Path) -> None:
     found = watched.watch([sys.executable, "-c", "x = b'x' * 300_000_000; print(len(x)); import time; time.sleep(0.3)"])
     assert 300e6 < found.private_bytes < found.peak_bytes < 350e6 and found.output == "300000000\n"

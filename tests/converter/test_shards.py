@@ -227,6 +227,7 @@ def test_the_record_of_another(model: Path, tmp_path: Path, text: str) -> None:
     assert set(json.loads(record.read_text())["options"]).isdisjoint({"trust_remote_code", "key_file"})
 
 
+@pytest.mark.slow
 def test_shards_that_begin_together(model: Path, tmp_path: Path) -> None:
     """As a scheduler starts them: one record, of the first."""
     output = str(tmp_path / "out.safetensors")

@@ -14,6 +14,7 @@ import transformers
 from seedpack.errors import ModelError
 from seedpack.eval.evaluate import Evaluation, evaluate
 from seedpack.hf.tasks import TASKS
+from tests.helpers.marks import slow_but
 from tests.helpers.task_folders import packed, pictures, task_folder
 from tests.helpers.tokenizers import word_tokenizer, words
 
@@ -25,7 +26,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("evaluate")
 
 
-@pytest.fixture(scope="module", params=list(TASKS))
+@pytest.fixture(scope="module", params=slow_but(TASKS.keys() - {"seq2seq"}, TASKS))
 def task(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

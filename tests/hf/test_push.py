@@ -119,6 +119,7 @@ def test_up_and_down(root: Path, packed: Path, hub: Hub, tmp_path: Path) -> None
     assert "me/tiny: cannot be uploaded" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_compressed_and_uploaded(root: Path, hub: Hub, tmp_path: Path) -> None:
     command = [
         "-m",
@@ -140,6 +141,7 @@ def test_compressed_and_uploaded(root: Path, hub: Hub, tmp_path: Path) -> None:
     assert "me/new: cannot be uploaded" in failed and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_it_says_how_it_is_loaded(packed: Path, tmp_path: Path) -> None:
     """With the modelling file nobody imports seedpack; where it is missing, the error says what to install."""
     write_code(packed)

@@ -28,6 +28,7 @@ def test_a_forked_child_computes_the_same_on_one_thread(layer: str) -> None:
     assert outcome("fork", layer) == f"(True, 'SERIAL') 0 ((True, 1, 1), '(True, 1, 1) 0') 0 {[True] * 6}"
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_without_torchs_threads() -> None:
     assert outcome("region", "omp") == "(True, True, 1) 0"
 

@@ -47,6 +47,7 @@ def output(code: str, target: dict[str, str], cache: Path) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_this_machines_features_under_another_name(tmp_path: Path) -> None:
     assert output(DECODE, {"NUMBA_CPU_NAME": "haswell"}, tmp_path) == "True"
 

@@ -97,8 +97,8 @@ def test_backends_find_the_same_stream(
 @pytest.mark.parametrize(
     ("code_bits", "state_bits", "survivors", "weights"),
     [
-        (1, 10, 5, 1), (1, 12, 5, 2),
-        *slow((2, 16, 9, 1), (3, 12, 5, 1), (4, 16, 8, 1), (4, 18, 7, 1), (5, 13, 5, 1), (2, 14, 5, 2), (3, 13, 6, 2), (2.5, 13, 5, 2)),
+        (1, 10, 5, 1),
+        *slow((1, 12, 5, 2), (2, 16, 9, 1), (3, 12, 5, 1), (4, 16, 8, 1), (4, 18, 7, 1), (5, 13, 5, 1), (2, 14, 5, 2), (3, 13, 6, 2), (2.5, 13, 5, 2)),
     ],
 )  # fmt: skip
 def test_search_in_triton(code_bits: float, state_bits: int, survivors: int, weights: int, poison: None) -> None:
@@ -119,7 +119,7 @@ def test_search_in_triton(code_bits: float, state_bits: int, survivors: int, wei
         *slow((2, 16, 9, 1), (4, 16, 8, 1), (4, 18, 7, 1), (2, 12, 6, 2), (3, 13, 6, 2), (2.5, 13, 6, 2)),
     ],
 )
-@pytest.mark.parametrize("feedback", [False, True], ids=["plain", "feedback"])
+@pytest.mark.parametrize("feedback", [*slow(False), True], ids=["plain", "feedback"])
 def test_streams_that_end_in_zeros(
     code_bits: float, state_bits: int, survivors: int, weights: int, feedback: bool, poison: None
 ) -> None:
@@ -154,7 +154,7 @@ def test_feedback_lowers_the_error_of_the_product(code_bits: int, weights: int, 
 def test_search_against_all_streams() -> None:
     """With every state kept the error stays near the least of all 2^16 streams, which the choice of where its ends meet alone keeps it from."""
     code, columns = TrellisCode(1, 5, trellis_key(0)), 16
-    values = torch.randn(24, columns) * 140
+    values = torch.randn(12, columns) * 140
     every = torch.tensor(list(product((0, 1), repeat=columns)))
     codes = trellis_decode(pack(every, 1), code, columns=columns).double()
     rounded = values.round().double()

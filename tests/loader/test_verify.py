@@ -72,6 +72,7 @@ def bombs(folder: Path) -> Iterator[Path]:
 
 
 @linux
+@pytest.mark.slow
 def test_it_costs_no_more_than_the_file_is_large(tmp_path: Path) -> None:
     results(write_blank_image(tmp_path / "warm", 64, 64))
     for path in bombs(tmp_path):

@@ -162,8 +162,7 @@ main()
     ("mark", "options"),
     [
         ("tokens.begun", []),
-        *slow(("layer-0000.safetensors", ["--sequential"])),
-        ("tuning.begun", ["--tune"]),
+        *slow(("layer-0000.safetensors", ["--sequential"]), ("tuning.begun", ["--tune"])),
     ],
 )
 def test_ctrl_c_ends_a_stage_and_says_how_to_go_on(folder: Path, tmp_path: Path, mark: str, options: list[str]) -> None:
