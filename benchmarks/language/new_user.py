@@ -104,11 +104,12 @@ def page(result: report.Result) -> None:
     """Write the page of SmolLM2-135M and open it."""
     from seedpack.page.page import write_page
 
+    packed = models.packed_smollm2("trellis", 4)
     with tempfile.TemporaryDirectory() as folder:
         output, text = Path(folder) / "report.html", Path(folder) / "text.txt"
         text.write_text(models.text()[1], "utf-8")
         begin = time.perf_counter()
-        write_page(models.packed_smollm2("trellis", 4), output, models.smollm2(), text=text)
+        write_page(packed, output, models.smollm2(), text=text)
         took = time.perf_counter() - begin
         opened = [browser.shown(output, LOADED) for _ in range(3)] if browser.CHROMIUM else []
         nbytes = output.stat().st_size
