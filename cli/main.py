@@ -180,4 +180,5 @@ def main() -> None:
         sys.exit(1)
     else:
         return
-    _end(130)  # out of `except`, whose exception would keep alive what was interrupted at its entry and has to be tidied up
+    # Here the exception is gone, and with it what kept a `with` alive that was interrupted at its entry: it has been closed.
+    _end(130)
