@@ -128,7 +128,7 @@ the model writes. Those with "WikiText" or "imatrix" are calibrated on the text 
 def ingredients() -> str:
     found = records("ingredients")
     order = [cells[0] for cells in tables("ingredients")[0][1:]]
-    plain = next(iter(found.values()))
+    plain = found[order[0]]
     table = markdown(
         ("fit", "KL mean", "perplexity"),
         [

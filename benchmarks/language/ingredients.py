@@ -24,7 +24,10 @@ from seedpack.eval.language import compare_language_models, windows
 from seedpack.hf.language_model import load_language_model
 from seedpack.linalg import ldlq_correction
 
-TOKENS, BITS, ROWS = 4096, 3, 192
+ROWS = 192
+QUICK, FULL = "at 3 bits, effort fast", "at 2 bits, effort default"
+TOKENS = {QUICK: 4096, FULL: 16384}  # scored
+ITERATIONS = 3
 Sketches = dict[str, tuple[Tensor, Tensor]]  # of a weight: E[‖g‖²·x·xᵀ] [in, in] and E[‖x‖²·g·gᵀ] [out, out]
 
 
@@ -35,20 +38,22 @@ def linears(model: Any) -> dict[str, nn.Linear]:
     }  # fmt: skip
 
 
-def sketched(model: Any, tokens: Tensor) -> Sketches:
-    """Kronecker factors of the Hessian of the model's KL divergence by each weight (YAQA, Tseng et al., arXiv 2505.22988),
-    one power iteration from the identity: x is a layer's input, g the gradient of the text's log-likelihood by its output."""
+def sketched(model: Any, tokens: Tensor, before: Sketches | None = None) -> Sketches:
+    """Kronecker factors of the Hessian of the model's KL divergence by each weight (YAQA, Tseng et al., arXiv 2505.22988):
+    a power iteration from factors before, or from the identity; E[(gᵀ·O·g)·x·xᵀ] and E[(xᵀ·I·x)·g·gᵀ], each of norm one.
+    x is a layer's input, g the gradient of the text's log-likelihood by its output, I and O are the factors before."""
     found: Sketches = {}
 
     def seen(name: str, x: Tensor, out: Tensor) -> None:
         def grown(gradient: Tensor) -> None:
             rows, g = x.flatten(0, -2), gradient.detach().flatten(0, -2)
+            inside, outside = (rows, g) if before is None else (rows @ before[name][0], g @ before[name][1])
             sides = (
-                rows.mT @ (rows * g.square().sum(1, keepdim=True)),
-                g.mT @ (g * rows.square().sum(1, keepdim=True)),
+                rows.mT @ (rows * (g * outside).sum(1, keepdim=True)),
+                g.mT @ (g * (rows * inside).sum(1, keepdim=True)),
             )
-            before = found.get(name)
-            found[name] = sides if before is None else (before[0] + sides[0], before[1] + sides[1])
+            known = found.get(name)
+            found[name] = sides if known is None else (known[0] + sides[0], known[1] + sides[1])
 
         if out.requires_grad:
             out.register_hook(grown)
@@ -70,7 +75,7 @@ def sketched(model: Any, tokens: Tensor) -> Sketches:
             nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").backward()
         for hook in hooks:
             hook.remove()
-    return found
+    return {name: (inputs / inputs.norm(), outputs / outputs.norm()) for name, (inputs, outputs) in found.items()}
 
 
 @contextlib.contextmanager
@@ -102,56 +107,74 @@ def fitted(weight: Tensor, codec: TrellisCodec, importance: Tensor | None, outpu
 def measure(result: report.Result) -> None:
     folder, text = models.smollm2(), models.wikitext()
     model, tokenizer = load_language_model(folder)
-    ids = windows(tokenizer, text, CONTEXT, TOKENS)
-    original = Recorded(model, ids)
+    ids = {at: windows(tokenizer, text, CONTEXT, tokens) for at, tokens in TOKENS.items()}
     place = models.CACHE / "calibration" / folder.name / "packed"  # beside what calibration.py keeps
     store = self_calibrated(folder, place)
     tokens = store.tokens()
     assert tokens is not None
-    plain = TrellisCodec(BITS, effort="fast", balance=False)
-    answering, balanced = replace(plain, circular=False), replace(plain, circular=False, balance=True)
     hessian = store.get
 
     @functools.cache
-    def sketches() -> Sketches:
-        return sketched(model, tokens)
+    def original(at: str) -> Recorded:
+        return Recorded(model, ids[at])
+
+    @functools.cache
+    def sketches(iterations: int = 1) -> Sketches:
+        assert tokens is not None
+        return sketched(model, tokens, sketches(iterations - 1) if iterations > 1 else None)
 
     Fit = Callable[[str, Tensor], Tensor]
-    methods: dict[str, tuple[bool, Fit]] = {
-        "none": (False, lambda name, w: fitted(w, plain, None)),
-        "balance": (False, lambda name, w: fitted(w, replace(plain, balance=True), None)),
-        "rotation": (True, lambda name, w: fitted(w, plain, None)),
-        "rotation, balance": (True, lambda name, w: fitted(w, replace(plain, balance=True), None)),
-        "feedback": (False, lambda name, w: fitted(w, answering, hessian(name))),
-        "rotation, feedback": (True, lambda name, w: fitted(w, answering, hessian(name))),
-        "rotation, balance, feedback": (True, lambda name, w: fitted(w, balanced, hessian(name))),
-        "…, output side": (True, lambda name, w: fitted(w, balanced, hessian(name), sketches()[name][1])),
-        "…, gradients weigh inputs": (True, lambda name, w: fitted(w, balanced, sketches()[name][0])),
-        "…, gradients weigh inputs, output side": (True, lambda name, w: fitted(w, balanced, *sketches()[name])),
-    }
+    plain = TrellisCodec(3, effort="fast", balance=False)
+    answering, balanced = replace(plain, circular=False), replace(plain, circular=False, balance=True)
+    full = TrellisCodec(2, circular=False)
+    methods: dict[str, tuple[str, bool, Fit]] = {
+        "none": (QUICK, False, lambda name, w: fitted(w, plain, None)),
+        "balance": (QUICK, False, lambda name, w: fitted(w, replace(plain, balance=True), None)),
+        "rotation": (QUICK, True, lambda name, w: fitted(w, plain, None)),
+        "rotation, balance": (QUICK, True, lambda name, w: fitted(w, replace(plain, balance=True), None)),
+        "feedback": (QUICK, False, lambda name, w: fitted(w, answering, hessian(name))),
+        "rotation, feedback": (QUICK, True, lambda name, w: fitted(w, answering, hessian(name))),
+        "rotation, balance, feedback": (QUICK, True, lambda name, w: fitted(w, balanced, hessian(name))),
+        "…, output side": (QUICK, True, lambda name, w: fitted(w, balanced, hessian(name), sketches()[name][1])),
+        "…, gradients weigh inputs": (QUICK, True, lambda name, w: fitted(w, balanced, sketches()[name][0])),
+        "…, gradients weigh inputs, output side": (QUICK, True, lambda name, w: fitted(w, balanced, *sketches()[name])),
+        "all three": (FULL, True, lambda name, w: fitted(w, full, hessian(name))),
+        "all three, gradients weigh inputs": (FULL, True, lambda name, w: fitted(w, full, sketches()[name][0])),
+        f"all three, {ITERATIONS} power iterations weigh inputs": (
+            FULL, True, lambda name, w: fitted(w, full, sketches(ITERATIONS)[name][0])
+        ),
+        f"all three, {ITERATIONS} power iterations, output side": (
+            FULL, True, lambda name, w: fitted(w, full, *sketches(ITERATIONS)[name])
+        ),
+    }  # fmt: skip
 
-    def scored(rotates: bool, fit: Fit) -> dict[str, Any]:
+    def scored(way: tuple[str, bool, Fit]) -> dict[str, Any]:
+        at, rotates, fit = way
         other = copy.deepcopy(model)
         with torch.no_grad(), contextlib.nullcontext() if rotates else unrotated():
             for name, layer in linears(other).items():
                 layer.weight.copy_(fit(name, layer.weight.detach()))
-        return asdict(compare_language_models(original, [other], ids)[0])
+        return asdict(compare_language_models(original(at), [other], ids[at])[0])
 
-    wanted = [(label, how) for label, how in methods.items() if result.wanted(label)]
-    rows = result.joined([report.kept("ingredients", label, functools.partial(scored, *how)) for label, how in wanted])
+    rows = result.rows_of(methods, scored)
     result.say(
-        f"SmolLM2-135M-Instruct (rescaled), its linear layers at {BITS} bits by the trellis, effort fast; {rows[0]['tokens']:,} "
-        f"tokens of {models.WIKITEXT}, context {rows[0]['context']}; perplexity unpacked {rows[0]['perplexity_original']:.3f}. "
-        "Hessians and gradients of 16,384 tokens that the model wrote."
+        "SmolLM2-135M-Instruct (rescaled), its linear layers by the trellis, one by one on the original's inputs; "
+        f"{models.WIKITEXT}, context {CONTEXT}. Hessians and gradients of 16,384 tokens that the model wrote."
     )
-    result.table(
-        ["ingredients", "KL mean", "perplexity", "top-1", "measured"],
-        [
-            (r["label"], f"{r['kl_mean']:.4f}", f"{r['perplexity_packed']:.2f}", f"{100 * r['top1_agreement']:.1f}%",
-             r["measured"])
-            for r in sorted(rows, key=lambda r: [*methods].index(r["label"]))
-        ],
-    )  # fmt: skip
+    for at in (QUICK, FULL):
+        found = [row for label, row in rows.items() if methods[label][0] == at]
+        if found:
+            result.say(
+                f"Fitted {at}; {found[0]['tokens']:,} tokens, perplexity unpacked {found[0]['perplexity_original']:.3f}."
+            )
+            result.table(
+                ["ingredients", "KL mean", "perplexity", "top-1", "measured"],
+                [
+                    (r["label"], f"{r['kl_mean']:.4f}", f"{r['perplexity_packed']:.2f}", f"{100 * r['top1_agreement']:.1f}%",
+                     r["measured"])
+                    for r in found
+                ],
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -219,6 +219,11 @@ def data_free() -> dict[str, tuple[str, Quantiser]]:
     if importlib.util.find_spec("hqq"):
         for bits in (2, 3, 4):
             found[f"HQQ g64, {bits} bits"] = ("HQQ g64", functools.partial(hqq, bits=bits))
+    for bits in (2, 3, 4):
+        found[f"HIGGS, {bits} bits"] = ("HIGGS", functools.partial(higgs, bits=bits))
+    if importlib.util.find_spec("sinq"):
+        for bits in (2, 3, 4):
+            found[f"SINQ g64, {bits} bits"] = ("SINQ g64", functools.partial(sinq, bits=bits))
     if importlib.util.find_spec("torchao"):
         found["torchao int4 g64"] = ("torchao int4 g64", torchao_int4)
     if importlib.util.find_spec("xllamacpp"):
