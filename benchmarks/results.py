@@ -97,7 +97,7 @@ The model is rescaled, so that the 4-bit grid it is shipped on helps no method. 
 
 **Calibrated.** The linear layers alone, embedding and head as they are; perplexity unpacked {unpacked("trellis 4 + self")}.
 "self": calibrated on text that the model wrote; "budget": bits where they matter; "tuned": scales, norms and biases tuned afterwards; "imatrix": from the same text.
-GPTQ is llm-compressor's, on real text, as its users would give it. [All rows](benchmarks/calibration.md)
+GPTQ is llm-compressor's, on real text, as its users would give it. Most rows are older than today's search and tuning ([what changed](benchmarks/README.md)); the table below is not. [All rows](benchmarks/calibration.md)
 
 {calibrated("")}
 
@@ -119,8 +119,8 @@ def strongest() -> str:
     body = [
         (row["label"], f"{row['bits']:.3f}", *(divergence(row["texts"][text]) for text in PEERS_TEXTS)) for row in found
     ]
-    return f"""**Beside the strongest peers**, on two kinds of text: KL to the original. `seedpack` is what the command packs: calibrated on text that
-the model writes. Those with "WikiText" or "imatrix" are calibrated on the text whose beginning is scored. [All rows](benchmarks/peers.md)
+    return f"""**Beside the strongest peers**, on two kinds of text: KL to the original. `seedpack` has the command's defaults: calibrated on text that
+the model writes. Embedding and head stay as they are. Those with "WikiText" or "imatrix" are calibrated on the text whose beginning is scored. [All rows](benchmarks/peers.md)
 
 {markdown(("linear layers", "bits per weight", *(f"KL, {text}" for text in PEERS_TEXTS)), body)}"""
 
@@ -210,8 +210,8 @@ Nothing has been timed on a GPU."""
 def generation() -> str:
     """Return the tables of whole models beside llama.cpp."""
     parts = [
-        "Tokens per second of whole models, one sequence, all in one run on the same cores, beside llama.cpp; a later run, on another "
-        "machine, with activations rounded to 8 bits. [Page](benchmarks/generation.md)"
+        "Tokens per second of whole models, one sequence, all in one run on the same cores, beside llama.cpp; with activations "
+        "of up to 8 tokens rounded to 8 bits, as above. [Page](benchmarks/generation.md)"
     ]
     picked = ("tokens/s", "ms a token", "floor, ms", "prompt, tokens/s")
     for table, title in ((0, "SmolLM2-135M"), (2, "Llama-3.2-1B-shaped, random weights")):

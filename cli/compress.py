@@ -143,7 +143,9 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     metavar="REPO",
     help="Upload the packed folder there, with a model card; see seedpack push.",
 )
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop; with --calibration, after measuring.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan and stop. A --calibration that is asked for by name runs first."
+)
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--state-key", help="Of a .pt file: the key, or keys with dots between them, that the state dict is under."
@@ -156,7 +158,7 @@ def command(
 ) -> None:
     """Pack MODEL into a seed + coefficient checkpoint.
 
-    MODEL is a state dict (.pt, .pth, .th, .bin), a .safetensors or .gguf file, a Hugging Face folder, a hub id, or an address
+    MODEL is a state dict (.pt, .pth, .th, .bin, .ckpt), a .safetensors or .gguf file, a Hugging Face folder, a hub id, or an address
     (s3://, gs://, hf://, https://).
     """
     if given["tune"] or given["sequential"]:

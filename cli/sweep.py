@@ -42,7 +42,7 @@ def parse_bits(context: click.Context, parameter: click.Parameter, value: str) -
 )
 @click.option("--codec", default="trellis", show_default=True, help="See seedpack codecs.")
 @click.option("--effort", help="trellis: fast, default or best: how long to search.")
-@click.option("--calibration", default="none", show_default=True, metavar="TEXT", help="See seedpack compress.")
+@click.option("--calibration", default="auto", show_default=True, metavar="TEXT", help="See seedpack compress.")
 @click.option("--jobs", type=click.IntRange(1), default=1, show_default=True, help="Processes that fit.")
 @click.option("--context", default=1024, show_default=True, type=click.IntRange(2), help="Tokens per window or line.")
 @click.option("--tokens", default=16384, show_default=True, type=click.IntRange(2), help="Tokens of each text to use.")

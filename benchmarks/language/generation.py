@@ -185,7 +185,7 @@ def measure(result: report.Result) -> None:
     result.say(
         f"One sequence: {NEW} tokens after a prompt of {PROMPT}, the best of {TURNS} turns, each model in a process of its own, all in "
         f"one run on the same {threads} cores. 'Floor' is the time to read the model's bytes once at {read / 1e9:.1f} GB/s, the rate of a "
-        "sum over 1 GB in the same run. llama.cpp is the wheel `xllamacpp`; packed models and dense ones run in transformers. "
+        "sum over 1 GB in the same run. llama.cpp is the wheel `xllamacpp`; packed models and dense ones run in transformers, tokens a second by forward passes alone, and with `generate` by whole calls. "
         "'Compiled' is `torch.compile` of the model's forward pass with a static cache, for the decoding alone. 'Floats' is "
         "`int8_activations=False`, 'bytes' True. Packed embeddings and heads have one bit more than the layers."
     )

@@ -175,7 +175,7 @@ def measure(result: report.Result) -> None:
     result.say(
         "Linear layers of language models (rescaled: `benchmarks/lib/models.py`; in float32), embedding and head as they are; "
         f"{TOKENS:,} tokens each of {models.WIKITEXT} and of the modules of Python's library, context 1024, with 95% "
-        "confidence intervals by blocks of 256 tokens. All stored bits of these layers are counted. `seedpack` is what the command packs: calibrated "
+        "confidence intervals by blocks of 256 tokens. All stored bits of these layers are counted. `seedpack` has the command's defaults: calibrated "
         f"in sequence on 16,384 tokens that the model writes itself; `everything, self+WikiText`: on {TOKENS:,} tokens, half of them WikiText-2's, bits spread by measured KL, tuned for a pass. CPU seconds are those of quantising, without reading a real text. `WikiText` and `imatrix`: calibrated on "
         f"{REAL_TOKENS:,} tokens of the second half of the text whose beginning is scored, which favours them on that text."
     )

@@ -109,7 +109,7 @@ def measure(result: report.Result) -> None:
     result.say(
         f"KL to the original (nats per token) on {TOKENS:,} tokens each of {models.WIKITEXT} and of the modules of Python's library, context "
         "1024, with 95% confidence intervals by blocks of 256 tokens. SmolLM2-135M-Instruct (rescaled), linear layers by `trellis` "
-        f"at effort `fast`, everything at once; calibrated on {CALIBRATION_TOKENS:,} tokens unless said otherwise. "
+        f"at effort `fast`, not in sequence; calibrated on {CALIBRATION_TOKENS:,} tokens unless said otherwise. "
         f"`own` (sequences of {CONTEXT}) is what `--calibration self` writes; WikiText-2 is the second half of the text whose beginning is scored, "
         "and Python's manual speaks of what is scored, in prose."
     )

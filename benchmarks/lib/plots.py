@@ -11,7 +11,8 @@ from benchmarks.lib import report
 OURS = {
     "trellis": "#e59866", "trellis + self": "#c0392b", "trellis + self, budget": "#7b241c",
     "trellis + self, budget, tuned": "#641e16", "trellis + self, in sequence": "#f1948a",
-    "trellis + self, everything": "#4a0e0e", "seedlm": "#8e44ad", "svd": "#555555",
+    "trellis + self, everything": "#4a0e0e", "seedpack, as the command packs": "#e74c3c",
+    "seedpack, everything, self+WikiText": "#4a0e0e", "seedlm": "#8e44ad", "svd": "#555555",
 }  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def quality() -> str:
         if any(label in found for label in labels)
     ]
     return (
-        "KL divergence to the original (nats per token) of SmolLM2-135M, its linear layers packed, on WikiText-2/Python code; in brackets: "
-        "more bits per weight. seedpack reads text that the model writes; with [all on](docs/benchmarks/peers.md) half of it is WikiText-2, "
+        "KL divergence to the original (nats per token) of SmolLM2-135M on WikiText-2/Python code; in brackets: "
+        "more bits per weight. Only linear layers are packed; the command [packs all](docs/benchmarks/new_user.md). seedpack reads text that the model writes; with [all on](docs/benchmarks/peers.md) half of it is WikiText-2, "
         f"which EXL3 (our rewrite) and importance matrices read.\n\n{markdown(('', '4 bits', '3 bits', '2 bits'), body)}"
     )
 
@@ -49,13 +49,10 @@ def fastest() -> str:
     prompts = [large[name]["prompt, tokens/s"] for name in ("seedpack, 4 bits", "llama.cpp Q4_K_M")]
     few = {name: float(row["tokens/s"]) for name, row in small.items()}
     size = next(cells for cells in tables("kernels")[-1] if cells[0] == "trellis, 4 bits")[4]
-    spent = rows("generation", 1)["seedpack, 4 bits"]
-    rest = next(value for name, value in spent.items() if name.startswith("all else"))
     return (
-        f"**Speed.** On 2 CPU cores, in transformers, a 4-bit model of Llama 3.2 1B's shape generates {ours:.0f} tokens a second, of 2 bits {half:.0f} "
+        f"**Speed.** On 2 CPU cores, in transformers, a 4-bit model of Llama 3.2 1B's shape decodes {ours:.0f} tokens a second, of 2 bits {half:.0f} "
         f"(dense bfloat16 {dense:.0f}, llama.cpp Q4_K_M {peer:.0f}), SmolLM2-135M {few['seedpack, 4 bits']:.0f} (dense float32 "
-        f"{few['float32']:.0f}, llama.cpp Q4_0 {few['llama.cpp Q4_0']:.0f}; of {float(spent['token']):.0f} ms a token {float(rest):.0f} are "
-        f"transformers' own). Prompts: {prompts[0]} (Q4_K_M {prompts[1]}). Activations are rounded "
-        f"unless `int8_activations=False`. They take {size.rstrip('×')} of float32's memory. "
+        f"{few['float32']:.0f}, llama.cpp Q4_0 {few['llama.cpp Q4_0']:.0f}). Prompts: {prompts[0]} (Q4_K_M {prompts[1]}). Activations are rounded "
+        f"unless `int8_activations=False`. Memory: {size.rstrip('×')} of float32's. "
         "[More](docs/results.md#speed)"
     )

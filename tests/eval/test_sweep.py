@@ -74,6 +74,7 @@ def test_the_command(model: Path, tmp_path: Path) -> None:
     two, four = document["variants"]
     assert two["bits_per_weight"] < four["bits_per_weight"] and two["kl_mean"] > four["kl_mean"]
     assert json.loads(json.dumps(Evaluation.from_json(document).to_json())) == document
+    assert "'auto'" in json.loads((tmp_path / "out/sweep.json").read_text())["about"]["options"]["calibration"]
     table = run("--bits", "2,4")
     assert "language-modeling on" in table and "plot:" in table and (tmp_path / "out/sweep.png").exists()
     assert "'2;4' is no list of numbers, as 2,2.5,3,4" in run("--bits", "2;4", code=2)
