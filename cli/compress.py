@@ -143,9 +143,7 @@ def parse_settings(pairs: tuple[str, ...]) -> dict[str, Any]:
     metavar="REPO",
     help="Upload the packed folder there, with a model card; see seedpack push.",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Print the plan and stop. A --calibration that is asked for by name runs first."
-)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop; a --calibration asked for by name runs first.")
 @click.option("--force", is_flag=True, help="Replace an existing output.")
 @click.option(
     "--state-key", help="Of a .pt file: the key, or keys with dots between them, that the state dict is under."

@@ -16,6 +16,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
@@ -214,9 +215,10 @@ def write_file(path: Path, write: Callable[[Path], object], *, shared: bool = Fa
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
+        by_disk = isinstance(error, OSError) or (isinstance(error, SafetensorError) and "I/O error" in str(error))
+        if not by_disk:
             raise
         raise OutputError(
-            f"{path.parent}: cannot be written: {error.strerror or error}; free space, and run the same command again: it goes on "
+            f"{path.parent}: cannot be written: {getattr(error, 'strerror', None) or error}; free space, and run the same command again: it goes on "
             "from there"
         ) from error

@@ -20,7 +20,7 @@ from seedpack.converter.run import Run
 from seedpack.converter.sources.base import Source
 from seedpack.converter.statistics import Statistics
 from seedpack.dtypes import dtype_name
-from seedpack.errors import ModelError
+from seedpack.errors import ModelError, OptionError
 from seedpack.formats.writer import file_bytes
 from seedpack.units import count
 
@@ -59,7 +59,10 @@ def make_plan(
         given.require_source(source.tensors)
         return given
     codec = options.codec
-    if not isinstance(codec, Codec):
+    if isinstance(codec, Codec):
+        if options.bits is not None:
+            raise OptionError("bits are those of the codec that is given; leave them out, or name a codec")
+    else:
         with checking_options():
             codec = codec_for(codec, options.bits, options.settings or {})
     dtype = dtype_name(float_dtype(options.dtype)) if options.dtype else None

@@ -142,6 +142,7 @@ class Run:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.release(is_interrupted=kind is KeyboardInterrupt)
+        self.source.give_back()
         if self.workers is not None:
             self.workers.close()
 

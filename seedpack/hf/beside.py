@@ -13,6 +13,7 @@ import torch
 
 from seedpack.errors import ModelError
 from seedpack.formats import Manifest
+from seedpack.formats.record import file_digest
 from seedpack.hf.folder import copy_files, write_packed_config
 from seedpack.hf.language_model import tokenizer_of
 from seedpack.hf.quantization import strip_quantization
@@ -53,6 +54,11 @@ class Beside:
             raise ModelError(f"tokenizer: expected one of transformers, got a {type(tokenizer).__name__}")
         tokenizer.save_pretrained(self._path)
         self._tokenizer = tokenizer
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the files, by name."""
+        return {file.name: file_digest(file) for file in sorted(self._path.iterdir())}
 
     def write(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Write config.json, and what else is here, into the folder of the packed weights."""

@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
@@ -145,6 +145,11 @@ class FolderSource(Source):
                 writer.write(name, {"weight": to_bytes(self.read(name))})
         _write_config(folder, self.config)
         copy_files(self._path, (name for name in self._beside if name != "config.json"), folder)
+
+    @property
+    def beside(self) -> Mapping[str, str]:
+        """SHA-256 of the folder's other files, by name."""
+        return self._beside
 
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Copy the files beside the weights, and write config.json."""

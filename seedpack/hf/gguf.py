@@ -174,6 +174,11 @@ class GGUFSource(Source):
         """Load the whole model in float32."""
         return open_pretrained(_load_whole(self._path), self._beside.tokenizer)
 
+    @property
+    def beside(self) -> Mapping[str, str]:
+        """SHA-256 of config, generation config and tokenizer, by the names of their files."""
+        return self._beside.digests
+
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Write config.json, and what else goes beside the weights."""
         self._beside.write(folder, manifest, dtype)

@@ -45,11 +45,19 @@ def generate_tokens(
     count = max(1, tokens // context)
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     first = getattr(model.config, "bos_token_id", None)
+    first = getattr(model.config.get_text_config(), "bos_token_id", None) if first is None else first
     first = first[0] if isinstance(first, list) else first
     start = 1 if first is None or context == 2 else 2
     device = torch.device("cpu") if model.device.type == "meta" else model.device
     writing = _Writing(model, device, context, start, progress or (lambda done: None), snapshot or Snapshot())
-    with torch.random.fork_rng(), torch.inference_mode(), evaluated(model), _in_bfloat16(model), writing.watched():
+    with (
+        torch.random.fork_rng(),
+        torch.inference_mode(),
+        evaluated(model),
+        _in_bfloat16(model),
+        _unchanged(model),
+        writing.watched(),
+    ):
         torch.manual_seed(seed)
         begun, cache = writing.resumed()
         while len(writing.written) < count:
@@ -69,6 +77,20 @@ def generate_tokens(
             writing.written = torch.cat([writing.written, sequences[:, :context].cpu()])
             begun = cache = None
     return writing.written
+
+
+@contextmanager
+def _unchanged(model: Any) -> Iterator[None]:
+    """Have a model's predictions left as they are meanwhile: what its generation config says of penalties, beams and forbidden
+    tokens is for its users, and `generate` would follow it."""
+    from transformers import GenerationConfig
+
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from seedpack.converter.sources.base import OpenModel
-from seedpack.converter.sources.module import ModuleSource, require_dense
+from seedpack.converter.sources.module import ModuleSource, device_of, put_back, require_dense
 from seedpack.converter.sources.state_dict import StateDictSource
 from seedpack.dtypes import find_shared
 from seedpack.errors import ModelError
@@ -30,7 +30,7 @@ class PretrainedSource(StateDictSource):
 
     def __init__(self, model: Any, name: str = ""):
         require_dense(model)
-        self._model, self._beside = model, Beside(model)
+        self._model, self._device, self._beside = model, device_of(model), Beside(model)
         names = CheckpointNames(model)
         with torch.device("meta"):
             self._names = CheckpointNames(type(model)(model.config))
@@ -66,6 +66,15 @@ class PretrainedSource(StateDictSource):
     def open_model(self) -> OpenModel:
         """Return the model itself, ready to be calibrated on text where it is a causal language model."""
         return open_pretrained(self._model, self._beside.tokenizer)
+
+    def give_back(self) -> None:
+        """Put the model back on its device."""
+        put_back(self._model, self._device)
+
+    @property
+    def beside(self) -> Mapping[str, str]:
+        """SHA-256 of config, generation config and tokenizer, by the names of their files."""
+        return self._beside.digests
 
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Write config.json, and what else was saved beside the weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import seedpack
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter import estimate
+from seedpack.converter.journal import write_file
 from seedpack.errors import ModelError, OutputError
 from tests.helpers.marks import slow
 
@@ -213,3 +216,14 @@ def test_what_cannot_fit_is_refused_before_any_work(
     with pytest.raises(ModelError, match=r"fitting 5\.weight takes 40\.\d MB of memory, and 40\.0 MB are free"):
         seedpack.compress(model, tmp_path / "out.safetensors", **OPTIONS)
     assert not fitted and os.listdir(tmp_path) == ["net.pt"]
+
+
+def test_a_full_disk_is_told_where_another_library_writes(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(OutputError, match="cannot be written: .*; free space, and run the same command again"):
+            write_file(tmp_path / "x", lambda path: save_file({"a": torch.zeros(1 << 17)}, path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())

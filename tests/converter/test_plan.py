@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import seedpack
 from seedpack.codecs.raw import RawCodec
 from seedpack.codecs.seedlm import SeedLMCodec
 from seedpack.codecs.svd import SVDCodec
 from seedpack.converter.plan import codec_for, default_plan
 from seedpack.converter.sources.base import SourceTensor
-from seedpack.errors import CodecError, FormatError, ModelError
+from seedpack.errors import CodecError, FormatError, ModelError, OptionError
 
 TENSORS = {
     "fc.weight": SourceTensor("F32", (32, 64), "linear"),
@@ -117,3 +119,8 @@ def test_codec_of_the_command_line() -> None:
     ]:
         with pytest.raises(CodecError, match=message):
             codec_for(name, bits, settings)
+
+
+def test_bits_beside_a_codec_that_is_given_are_refused() -> None:
+    with pytest.raises(OptionError, match="bits are those of the codec that is given"):
+        seedpack.plan(nn.Linear(64, 64), codec=SeedLMCodec(9, 8, 3, 1), bits=2)

@@ -18,6 +18,7 @@ from seedpack.converter.calibration import layerwise, moments, sequence, tokens
 from seedpack.converter.calibration.sequence import SequenceError
 from seedpack.converter.calibration.store import VERSION, Store, remove_unclaimed
 from seedpack.converter.fitting import decoded, fit
+from seedpack.converter.journal import tensors_digest
 from seedpack.converter.options import MIXED, SELF, Calibration
 from seedpack.converter.plan import Plan, TensorPlan
 from seedpack.converter.run import Run
@@ -174,7 +175,11 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
         "seed": calibration.seed if calibration.writes else None,
         "version": VERSION,
     }
+    if isinstance(calibration.reads, (str, Path)) and calibration.reads:
+        made_of["beside"] = dict(run.source.beside)  # the tokenizer among others
     if plan is not None:
+        made_of["kind"] = run.kind
+        made_of["importance"] = tensors_digest(dict(run.options.importance or {}))
         made_of["shift"] = [sequence.STEP, sequence.DAMPING]
         made_of["writer"] = WRITER  # shifts make up for the errors of one encoder
         made_of["plan"] = hashlib.sha256(plan.dumps().encode()).hexdigest()

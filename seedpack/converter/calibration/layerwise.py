@@ -8,8 +8,9 @@ sequences.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from typing import Any
 
 import torch
@@ -89,7 +90,10 @@ def measuring(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer) -> Call
     """
 
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
-        if (known := skip(name, inputs.hidden)) is not None:
+        known = skip(name, inputs.hidden)
+        if known is not None and inputs.share_state:
+            return joined([inputs.run_batch(forward, batch) for batch in inputs.batches()])
+        if known is not None:
             return in_form_of(inputs.run_batch(forward, slice(0, 1)), known)
         with InputMoments(dict(opened.module.get_submodule(name).named_modules(prefix=name))) as collected:
             out = joined([inputs.run_batch(forward, batch) for batch in inputs.batches()])
@@ -202,10 +206,15 @@ class LayerInputs:
         """The hidden states [n, context, hidden]."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]  # type: ignore[no-any-return]
 
+    @property
+    def share_state(self) -> bool:
+        """True if layers write keys and values down for those after them to read, as Gemma 4's do."""
+        return any(map(_is_shared, (*self.args, *self.kwargs.values())))
+
     def run_batch(self, forward: Any, batch: slice, hidden: Tensor | None = None) -> Any:
         """Return the output of a layer for some sequences, with other hidden states if they are given."""
         args, kwargs = (
-            _select(value, len(self.hidden), self.hidden.shape[1], batch, self._heads)
+            _select(value, len(self.hidden), self.hidden.shape[1], batch, self._heads, hidden is not None)
             for value in (self.args, self.kwargs)
         )
         if hidden is not None and args:
@@ -253,8 +262,16 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _select(value: Any, count: int, context: int, batch: slice, heads: int) -> Any:
-    """Return some sequences of arguments: of tensors whose first axis of several counts all of them, or some for each."""
+def _is_shared(value: Any) -> bool:
+    """Return whether an argument is a container that layers write to."""
+    return isinstance(value, MutableMapping) and not isinstance(value, dict)
+
+
+def _select(value: Any, count: int, context: int, batch: slice, heads: int, is_other: bool) -> Any:
+    """Return some sequences of arguments: of tensors whose first axis of several counts all of them, or some for each.
+
+    What layers share is kept apart for each batch, and for other hidden states than the model's.
+    """
     if isinstance(value, Tensor):
         of_heads = value.dim() == 3 and value.shape[:2] == (heads, 1)  # MPT's biases, the same for all sequences
         is_flat = value.dim() == 1 and value.shape[0] == count != context  # as a language of each sequence
@@ -262,10 +279,12 @@ def _select(value: Any, count: int, context: int, batch: slice, heads: int) -> A
             return value
         times = value.shape[0] // count  # as alibi's, of each head
         return value[batch.start * times : batch.stop * times]
+    if _is_shared(value):
+        return vars(value).setdefault("of_batches", {}).setdefault((batch.start, batch.stop, is_other), copy(value))
     if isinstance(value, dict):
-        return {key: _select(item, count, context, batch, heads) for key, item in value.items()}
+        return {key: _select(item, count, context, batch, heads, is_other) for key, item in value.items()}
     return (
-        type(value)(_select(item, count, context, batch, heads) for item in value)
+        type(value)(_select(item, count, context, batch, heads, is_other) for item in value)
         if type(value) in (tuple, list)
         else value
     )

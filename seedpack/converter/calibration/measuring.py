@@ -40,6 +40,8 @@ class Pair:
 def shares(pair: Pair, tokens: Tensor, progress: Callable[[int], None]) -> dict[str, float]:
     """Return each packed tensor's share of the divergence, in nats per token, by name; noise can make small ones negative.
 
+    What the tokens do not reach, as what sees images, has none.
+
     Activations are recomputed, and a gradient is let go as soon as it is there.
 
     Args:
@@ -47,14 +49,15 @@ def shares(pair: Pair, tokens: Tensor, progress: Callable[[int], None]) -> dict[
         tokens: int64 [n, context].
         progress: called with the tokens done since the last call.
     """
-    found = dict.fromkeys(pair.tensors.values(), 0.0)
+    found = dict[str, float]()
     packed = dict(pair.packed.named_parameters())
     names = [name for name in pair.tensors if name in packed]  # tied ones once
 
     def add(name: str, weight: nn.Parameter) -> None:
         assert weight.grad is not None
         error = weight.detach() - pair.original.get_parameter(name).detach().float()
-        found[pair.tensors[name]] += float((weight.grad * error).sum()) / (2 * tokens.numel())
+        share = float((weight.grad * error).sum()) / (2 * tokens.numel())
+        found[pair.tensors[name]] = found.get(pair.tensors[name], 0.0) + share
         weight.grad = None
 
     with differentiable(pair.packed, names) as weights, recomputed(pair.packed, pair.layer_names):

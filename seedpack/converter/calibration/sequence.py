@@ -74,6 +74,8 @@ def packing(opened: OpenModel, layer_done: LayerDone, skip: SkipLayer, wanted: C
         nonlocal hidden, original
         if name in called or (original is not None and inputs.hidden is not original):
             raise ModelError(f"{name}: does not take what the layer before it gives, once")
+        if inputs.share_state:
+            raise ModelError(f"{name}: shares keys and values with other layers")
         called.add(name)
         given = inputs.hidden if hidden is None else hidden
         layer = DecoderLayer(name, opened.module.get_submodule(name), forward, inputs, given, wanted)

@@ -24,7 +24,7 @@ def from_text(texts: Iterable[str], tokenizer: Any, tokens: int, context: int, w
         if len(ids) >= tokens:
             break
     cut = sequences(ids[:tokens], tokenizer, context)
-    if cut.shape[1] < context:
+    if not len(cut) or cut.shape[1] < context:
         raise ModelError(
             f"{where}: gives {len(ids)} tokens; calibration wants at least one sequence of {context}: give a longer text"
         )

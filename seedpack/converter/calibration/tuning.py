@@ -32,6 +32,7 @@ from seedpack.converter.calibration.layerwise import (
 from seedpack.converter.calibration.moments import evaluated
 from seedpack.converter.options import Progress, silent
 from seedpack.converter.snapshot import Snapshot
+from seedpack.errors import ModelError
 from seedpack.loader.layers import is_transposed
 
 RATE = 6e-3  # learning rate of factors over the relative error of the weights: what is lost less is to be changed less
@@ -209,6 +210,8 @@ class _Adam(torch.optim.Adam):
 
     def learn(self, loss: Tensor, share: float) -> None:
         """Take one step at a share of the rates."""
+        if not loss.isfinite():
+            raise ModelError("tuning: the model's predictions on the text are no finite numbers; leave tuning out")
         for group in self.param_groups:
             group["lr"] = share * group["rate"]
         self.zero_grad()
@@ -232,10 +235,11 @@ class _Adam(torch.optim.Adam):
 
 
 def _relative_error(model: Any, other: Any) -> float:
-    """Return the norm of what changed weights of a model lack of another's, over the norm of those."""
+    """Return the norm of what changed weights of a model lack of another's, over the norm of those; of those that are finite."""
     error = total = 0.0
     for name, weight in other.named_parameters():
-        if difference := float((model.get_parameter(name).detach().float() - weight.detach()).square().sum()):
+        difference = float((model.get_parameter(name).detach().float() - weight.detach()).square().sum())
+        if difference and math.isfinite(difference):
             error, total = error + difference, total + float(weight.detach().float().square().sum())
     return math.sqrt(error / total) if total else 0.0
 

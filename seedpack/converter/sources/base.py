@@ -234,6 +234,9 @@ class Source(ABC):
             "or from Python the module itself and batches"
         )
 
+    def give_back(self) -> None:  # noqa: B027 (most have nothing to give back)
+        """Put a live model back on the device that it was on: a run takes it to its own."""
+
     def take_tokenizer(self, tokenizer: Any) -> None:
         """Take a tokenizer along, which only models in memory need.
 
@@ -241,6 +244,11 @@ class Source(ABC):
             ModelError: this is none.
         """
         raise ModelError(f"{self.name}: tokenizer is for a transformers model in memory; leave it out")
+
+    @property
+    def beside(self) -> Mapping[str, str]:
+        """SHA-256 of the files beside the weights, as of the tokenizer, by name."""
+        return {}
 
     def complete_output(self, folder: Path, manifest: Manifest, dtype: torch.dtype | None) -> None:
         """Write what a folder needs beside the packed weights; only a source with a `config` makes a folder.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from seedpack.converter.sources.base import Kind, OpenModel
@@ -71,6 +72,18 @@ def require_dense(module: nn.Module) -> None:
             )
 
 
+def device_of(module: nn.Module) -> torch.device | None:
+    """Return the device that a module is on, or None if there are several, or none."""
+    devices = {parameter.device for parameter in module.parameters()}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def put_back(module: nn.Module, device: torch.device | None) -> None:
+    """Put a module back on the device that it was on, if it is on another."""
+    if device is not None and device_of(module) != device:
+        module.to(device)
+
+
 class ModuleSource(StateDictSource):
     """A module in memory: its own classes say what each weight is."""
 
@@ -81,7 +94,7 @@ class ModuleSource(StateDictSource):
         def kind_of(name: str, shape: tuple[int, ...]) -> Kind:
             return module_kind(modules, name)
 
-        self._module = module
+        self._module, self._device = module, device_of(module)
         super().__init__(type(module).__name__, module.state_dict(), kind_of)
 
     def parameters(self, name: str) -> list[str]:
@@ -91,3 +104,7 @@ class ModuleSource(StateDictSource):
     def open_model(self) -> OpenModel:
         """Return the module itself."""
         return OpenModel(self._module)
+
+    def give_back(self) -> None:
+        """Put the module back on its device."""
+        put_back(self._module, self._device)

@@ -31,12 +31,12 @@ from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import open_pretrained
 from seedpack.hf.own_text import generate_tokens
 from tests.helpers.marks import slow
-from tests.helpers.models import ARCHITECTURES, llama
+from tests.helpers.models import ARCHITECTURES, ROUTED, SMALL, gemma4, llama
 from tests.helpers.plans import bits_of
 
 CPU = torch.device("cpu")
 FAST = TrellisCodec(3, effort="fast")
-DECODERS = ["llama", "llama-tied", "qwen3", "gemma3", "gpt2", "mixtral"]
+DECODERS = ["llama", "llama-tied", "qwen3", "gemma3", "gemma4", "gpt2", "mixtral"]
 
 
 def calibrated(source: Source, calibration: Calibration, output: Path) -> Any:
@@ -56,7 +56,7 @@ def read(model: Any, tokens: Tensor, layer_done: LayerDone, skip: SkipLayer = la
 @pytest.mark.parametrize("name", DECODERS)
 def test_layer_by_layer_is_as_the_whole_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", 40)  # two sequences at a time
-    model, found = ARCHITECTURES[name](), {}
+    model, found = ARCHITECTURES.get(name, gemma4)(), {}
     read(model, ids(), lambda layer, values, output: found.update(values))
     expected = moments.run(model, list(ids().split(2)), CPU)
     assert found.keys() == expected.keys() and any("lm_head" in weight for weight in found)
@@ -136,8 +136,11 @@ def test_self_written_text_fits_the_model_better_and_is_kept(folder: Path, tmp_p
     assert not list(kept.glob("*.partial")) and not (kept / "output.safetensors").exists()
 
 
-def test_an_interrupted_calibration_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, calibration = open_source(folder), Calibration(ids(), context=16)
+@pytest.mark.parametrize("name", ["llama", "gemma4"])
+def test_an_interrupted_calibration_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layerwise, "TOKENS_AT_ONCE", 40)
+    ARCHITECTURES.get(name, gemma4)().save_pretrained(tmp_path / "model")
+    source, calibration = open_source(tmp_path / "model"), Calibration(ids(), context=16)
     whole = calibrated(source, calibration, tmp_path / "one" / "x")
     keep, ran = store.Store.add, []
 
@@ -175,6 +178,31 @@ def test_written_text_is_repeatable_and_leaves_the_generator_alone() -> None:
     assert short.shape == (3, 2) and bool((short[:, 0] == 1).all())
     assert torch.equal(one, generate_tokens(model, 100, 20, seed=3))
     assert not torch.equal(one, generate_tokens(model, 100, 20, seed=4))
+
+
+def test_a_generation_config_changes_no_text_that_is_calibrated_on() -> None:
+    torch.manual_seed(0)
+    model = llama()
+    plain = generate_tokens(model, 100, 20)
+    config = transformers.GenerationConfig(
+        eos_token_id=2, repetition_penalty=1.5, suppress_tokens=[5, 6, 7], num_beams=2, num_return_sequences=2,
+        no_repeat_ngram_size=1, cache_implementation="static",
+    )  # fmt: skip
+    model.generation_config = config
+    assert torch.equal(generate_tokens(model, 100, 20), plain)
+    assert model.generation_config is config
+
+
+def test_text_begins_with_the_first_token_of_a_config_within_another() -> None:
+    text = transformers.Gemma3TextConfig(**SMALL, **ROUTED, head_dim=8)
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=text,
+            vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8},
+        )
+    )
+    assert getattr(model.config, "bos_token_id", None) is None
+    assert bool((generate_tokens(model, 32, 8)[:, 0] == SMALL["bos_token_id"]).all())
 
 
 def test_tokens_are_drawn_by_their_probability() -> None:
@@ -245,6 +273,8 @@ def test_text_files(tmp_path: Path) -> None:
     assert windows(Words(), "abcde", 40, 90).tolist() == [text[:5]]
     with pytest.raises(ModelError, match="here: gives 300 tokens; calibration wants at least one sequence of 400"):
         tokens.from_text(tokens.read_texts(plain), Words(), 800, 400, "here")
+    with pytest.raises(ModelError, match="here: gives 0 tokens"):
+        tokens.from_text(["", ""], Words(), 800, 400, "here")
 
 
 @pytest.mark.parametrize(
@@ -425,6 +455,15 @@ def test_a_live_model_is_left_as_it_was(dtype: torch.dtype, options: dict[str, A
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("make", [llama, lambda: torch.nn.Linear(8, 8)], ids=["llama", "a layer"])
+def test_a_live_model_goes_back_to_its_device(make: Any, tmp_path: Path) -> None:
+    model = make()
+    with Run(open_source(model), CompressOptions(), tmp_path / "out") as run:
+        vars(run.source)["_device"] = torch.device("meta")  # as if it came from there
+        assert all(parameter.device == CPU for parameter in model.parameters())
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["falcon", "bloom"])

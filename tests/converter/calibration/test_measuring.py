@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import seedpack
 from seedpack import Calibration
@@ -61,6 +61,16 @@ def test_shares_add_up_to_the_divergence(name: str) -> None:
         alone.get_parameter(loudest).copy_(packed.get_parameter(loudest))
     cost = measuring.divergence(measuring.Pair(model, alone, pair.layer_names, noisy), text, lambda count: None)
     assert found[noisy[loudest]] == pytest.approx(cost, rel=0.25)
+
+
+def test_what_the_text_does_not_reach_has_no_share() -> None:
+    torch.manual_seed(0)
+    model = ARCHITECTURES["llama"]().float()
+    model.tower = nn.Linear(8, 8)
+    packed = copy.deepcopy(model)
+    names = {n: n for n, p in model.named_parameters() if p.dim() == 2}
+    pair = measuring.Pair(model, packed, list(decoder_layers(model)), names)
+    assert names.keys() - measuring.shares(pair, ids(), lambda count: None).keys() == {"tower.weight"}
 
 
 def test_costs_are_for_an_error_of_1_and_never_nothing() -> None:

@@ -69,6 +69,21 @@ def test_packed_with_a_mixture(folder: Path, tmp_path: Path) -> None:
         seedpack.compress(folder, tmp_path / "none", calibration="self+nothing")
 
 
+def test_another_tokenizer_is_another_text(folder: Path, tmp_path: Path) -> None:
+    text = str(text_of(400, tmp_path / "text.txt"))
+    options = CompressOptions(calibration=Calibration(text, tokens=64, context=32))
+
+    def key() -> str:
+        with Run(open_source(folder), options, tmp_path / "out") as run:
+            return store_of(run).folder.name
+
+    before = key()
+    assert key() == before
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w4"', '"x4"'))
+    assert key() != before
+
+
 def test_a_mixture_names_a_text() -> None:
     for text in ("self+", "self+self", "self+auto"):
         with pytest.raises(OptionError, match=r"name a text behind the \+"):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import seedpack
 from seedpack import Calibration
+from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration import layerwise, sequence
 from seedpack.converter.calibration.layerwise import LayerInputs, layer_by_layer
 from seedpack.converter.calibration.sequence import DecoderLayer, Group
@@ -22,7 +23,7 @@ from seedpack.hf.internals import decoder_layers
 from seedpack.hf.language_model import open_pretrained
 from seedpack.loader.layers import is_transposed
 from tests.helpers.marks import slow
-from tests.helpers.models import ARCHITECTURES
+from tests.helpers.models import ARCHITECTURES, gemma4
 
 TOKENS = torch.randint(3, 96, (24, 16), generator=torch.Generator().manual_seed(1))
 
@@ -175,6 +176,17 @@ def test_layers_that_do_not_follow_each_other_are_refused() -> None:
 
     with pytest.raises(ModelError, match=r"layers\.1: does not take what the layer before it gives, once"):
         layerwise.run(opened, TOKENS, lambda *_: None, other)
+
+
+def test_layers_that_share_keys_and_values_are_not_packed_in_sequence(tmp_path: Path) -> None:
+    notes: list[str] = []
+    gemma4().save_pretrained(tmp_path / "model")
+    report = seedpack.compress(
+        tmp_path / "model", tmp_path / "out", codec=TrellisCodec(3, effort="fast"), calibration=TOKENS,
+        progress=lambda stage, done, total, unit="", item="", /: notes.append(item),
+    )  # fmt: skip
+    assert any("not in sequence" in note and "shares keys and values" in note for note in notes)
+    assert report.calibration is not None
 
 
 def test_products_are_of_float32_where_a_layer_mixes_no_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,13 +13,13 @@ from torch import nn
 from seedpack.converter.calibration import layerwise, tuning
 from seedpack.errors import ModelError
 from seedpack.hf.internals import decoder_layers
-from tests.helpers.models import ARCHITECTURES
+from tests.helpers.models import ARCHITECTURES, gemma4
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gemma4", "gpt2"])
 def test_layers_learn_to_give_what_the_originals_did(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    teacher = ARCHITECTURES[name]().float().eval()
+    teacher = ARCHITECTURES.get(name, gemma4)().float().eval()
     student = copy.deepcopy(teacher)
     layers = decoder_layers(student)
     inside = [(n, p) for n, p in student.named_parameters() if n.startswith(tuple(f"{layer}." for layer in layers))]
@@ -84,6 +84,22 @@ def test_what_has_lost_less_is_changed_less() -> None:
         changes.append(float(torch.cat([factor - 1 for factor in learnt.factors.values()]).abs().mean()))
     assert changes[0] == pytest.approx(10 * changes[1], rel=0.3)
     assert changes[2] == 0
+
+
+@torch.no_grad()
+def test_numbers_that_are_none_spoil_nothing_or_are_refused() -> None:
+    torch.manual_seed(0)
+    teacher = ARCHITECTURES["llama"]().float().eval()
+    names = [n for n, p in teacher.named_parameters() if p.dim() == 2 and "layers" in n]
+    teacher.get_input_embeddings().weight[5] = torch.nan
+    student = copy.deepcopy(teacher)
+    for name in names:
+        student.get_parameter(name).mul_(0.9)
+    tunable = tuning.Student(student, list(decoder_layers(teacher)), {n: n for n in names}, ["model.norm.weight"])
+    learnt = tuning.tune(tunable, teacher, torch.randint(6, 96, (8, 16)))
+    assert all(bool(value.isfinite().all()) for value in [*learnt.factors.values(), *learnt.values.values()])
+    with pytest.raises(ModelError, match="no finite numbers; leave tuning out"):
+        tuning.tune(tunable, teacher, torch.full((8, 16), 5))
 
 
 @pytest.mark.parametrize("heads", [4, 8])
