@@ -22,6 +22,8 @@ from seedpack.converter.sources.base import OpenModel
 from seedpack.errors import ModelError
 
 TOKENS_AT_ONCE = 4096
+TRIED = 5  # sequences, a count that numbers of heads are seldom multiples of
+SAME = 1e-3  # of the norm: what sums in another order differ by at most
 
 Moments = dict[str, Tensor]  # by the names of weights
 LayerDone = Callable[[str, Moments, Tensor | None], None]
@@ -54,6 +56,7 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
     model = opened.module
     if not opened.layer_names:
         raise ModelError(f"{type(model).__name__}: has no decoder layers that seedpack could calibrate one by one")
+    _require_separable(opened, tokens[: 1 if on_disk(model) else TRIED])
     inside = {
         name for layer in opened.layer_names for name, _ in model.get_submodule(layer).named_modules(prefix=layer)
     }
@@ -69,6 +72,29 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
     with InputMoments(others) as outside, layer_by_layer(model, opened.layer_names, call_layer), evaluated(model):
         hidden = run_to_head(model, tokens)
     layer_done("", by_weight(outside.means()) | _head_moments(model, head, hidden), None)
+
+
+def _require_separable(opened: OpenModel, tokens: Tensor) -> None:
+    """Refuse a model whose layers do not give what it gives if they run one after the other, a sequence at a time: that goes through
+    some layers again, or passes more from layer to layer than hidden states."""
+    model, called = opened.module, set[str]()
+    refused = "calibration does not know such models, compress it without"
+
+    def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
+        if name in called:
+            raise ModelError(f"{type(model).__name__}: runs its layer {name} more than once; {refused}")
+        called.add(name)
+        inputs.require_tokens(model, tokens)
+        return joined([inputs.run_batch(forward, batch) for batch in slices(len(tokens), 1)])
+
+    with evaluated(model):
+        each = [run_to_head(model, sequence) for sequence in tokens.split(1)]
+        with layer_by_layer(model, opened.layer_names, call):
+            found = run_to_head(model, tokens)
+    if found is None or not (expected := [hidden.float() for hidden in each if hidden is not None]):
+        return
+    if (found.float() - torch.cat(expected)).norm() > SAME * torch.cat(expected).norm():
+        raise ModelError(f"{type(model).__name__}: passes more from layer to layer than hidden states; {refused}")
 
 
 def run_to_head(model: Any, tokens: Tensor) -> Tensor | None:

@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor
 
 import seedpack
+from benchmarks.language.architectures.cases import all_cases
+from benchmarks.language.architectures.models import build
 from seedpack import Calibration, CompressOptions, unpack
 from seedpack.codecs.trellis import TrellisCodec
 from seedpack.converter.calibration import layerwise, moments, store, tokens
@@ -91,6 +93,17 @@ def test_several_streams_of_hidden_states() -> None:
     read(model, ids(), lambda name, values, output: found.update(values))
     for weight, value in expected.items():
         torch.testing.assert_close(found[weight], value, rtol=1e-3, atol=1e-5 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("hrm_text", "runs its layer .* more than once"), ("zaya", "passes more from layer to layer than hidden states")],
+)
+def test_layers_that_do_not_follow_each_other_alone(kind: str, message: str) -> None:
+    case = next(case for case in all_cases() if case.model_type == kind and case.class_name.endswith("ForCausalLM"))
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match=message):
+        read(build(case)[0].float(), ids(), lambda layer, values, output: None)
 
 
 def test_a_head_that_is_not_called_has_no_moment() -> None:
