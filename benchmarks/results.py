@@ -127,23 +127,28 @@ the model writes. Embedding and head stay as they are. Those with "WikiText" or 
 
 def ingredients() -> str:
     found = records("ingredients")
-    order = [cells[0] for cells in tables("ingredients")[0][1:]]
-    plain = found[order[0]]
-    table = markdown(
-        ("fit", "KL mean", "perplexity"),
-        [
-            (", ".join(RENAMED.get(part, part) for part in label.split(", ")), f"{found[label]['kl_mean']:.3f}",
-             f"{found[label]['perplexity_packed']:,.2f}")
-            for label in order
-        ],
-    )  # fmt: skip
+    quick, full = (
+        [(label, found[label]) for label, *_ in table[1:]] for table in tables("ingredients")
+    )  # of 3 bits at effort fast, and of 2 bits at effort default
+
+    def table(rows: list[tuple[str, dict[str, Any]]]) -> str:
+        body = [
+            (", ".join(RENAMED.get(part, part) for part in label.split(", ")), f"{row['kl_mean']:.3f}", f"{row['perplexity_packed']:,.2f}")
+            for label, row in rows
+        ]  # fmt: skip
+        return markdown(("fit", "KL mean", "perplexity"), body)
+
     return f"""### What each part of the fit brings
 
-SmolLM2-135M, its linear layers at 3 bits by trellis, effort fast; {plain["tokens"]:,} tokens, perplexity unpacked {plain["perplexity_original"]:.2f}. [Page](benchmarks/ingredients.md)
+SmolLM2-135M, its linear layers at 3 bits by trellis, effort fast; {quick[0][1]["tokens"]:,} tokens, perplexity unpacked {quick[0][1]["perplexity_original"]:.2f}. [Page](benchmarks/ingredients.md)
 
-{table}
+{table(quick)}
 
-The last three are sketches of the Hessian of the whole model's KL divergence in Kronecker factors (YAQA, [arXiv 2505.22988](https://arxiv.org/abs/2505.22988)). They bring little beside the rest, cost a backward pass and are left out."""
+The last three are sketches of the Hessian of the whole model's KL divergence in Kronecker factors (YAQA, [arXiv 2505.22988](https://arxiv.org/abs/2505.22988)). The same at 2 bits and effort default, with incoherence processing, per-channel scaling and error feedback, on {full[0][1]["tokens"]:,} tokens:
+
+{table(full)}
+
+SKETCHES"""
 
 
 def others() -> str:

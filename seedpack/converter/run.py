@@ -142,9 +142,9 @@ class Run:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self.release(is_interrupted=kind is KeyboardInterrupt)
-        self.source.give_back()
         if self.workers is not None:
             self.workers.close()
+        self.source.give_back()
 
     def release(self, *folders: Path, is_interrupted: bool = False) -> None:
         """Let other runs have folders that this one kept from them; without any, all."""

@@ -25,10 +25,10 @@ def llama(**more: Any) -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SMALL, **ROUTED, **more}))
 
 
-def gemma4() -> Any:
-    """A model whose second layer takes the keys and values of the first."""
+def gemma4(shared: int = 1) -> Any:
+    """A model whose second layer takes the keys and values of the first, or not."""
     config: dict[str, Any] = {
-        **SMALL, **ROUTED, "head_dim": 8, "global_head_dim": 8, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": 1,
+        **SMALL, **ROUTED, "head_dim": 8, "global_head_dim": 8, "layer_types": ["full_attention"] * 2, "num_kv_shared_layers": shared,
         "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96,
     }  # fmt: skip
     return transformers.Gemma4ForCausalLM(transformers.Gemma4TextConfig(**config))

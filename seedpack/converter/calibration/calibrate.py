@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from seedpack.converter.sources.base import OpenModel
 from seedpack.converter.sources.open import looks_like_hub_id
 from seedpack.converter.statistics import Statistics
 from seedpack.errors import ModelError, OutputError, first_line
+
+TOKENIZER_FILES = ("*token*", "*vocab*", "merges*", "*.model", "*.py")
 
 
 def calibrate(run: Run, plan: Plan | None = None) -> Statistics:
@@ -115,6 +118,8 @@ def _read_text(run: Run, store: Store, plan: Plan | None = None, *, in_sequence:
         raise SequenceError("it does not fit memory")
     ids = tokens_of(run, opened, store_of(run))
     _require_readable(name, model, ids)
+    if not store.done:
+        layerwise.require_separable(opened, ids)
 
     run.resuming(store.done, f"{len(opened.layer_names)} layers calibrated")
     run.progress("Calibrating", store.done, len(opened.layer_names), "layers")
@@ -176,7 +181,8 @@ def store_of(run: Run, plan: Plan | None = None) -> Store:
         "version": VERSION,
     }
     if isinstance(calibration.reads, (str, Path)) and calibration.reads:
-        made_of["beside"] = dict(run.source.beside)  # the tokenizer among others
+        files = run.source.beside.items()
+        made_of["tokenizer"] = {n: digest for n, digest in files if any(fnmatch(n, p) for p in TOKENIZER_FILES)}
     if plan is not None:
         made_of["kind"] = run.kind
         made_of["importance"] = tensors_digest(dict(run.options.importance or {}))

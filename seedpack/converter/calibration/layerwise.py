@@ -23,7 +23,7 @@ from seedpack.errors import ModelError
 
 TOKENS_AT_ONCE = 4096
 TRIED = 5  # sequences, a count that numbers of heads are seldom multiples of
-SAME = 1e-3  # of the norm: what sums in another order differ by at most
+SAME, SAME_HALF = 1e-3, 5e-2  # of the norm: what sums in another order differ by at most, in float32 or in 16 bits
 
 Moments = dict[str, Tensor]  # by the names of weights
 LayerDone = Callable[[str, Moments, Tensor | None], None]
@@ -56,7 +56,6 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
     model = opened.module
     if not opened.layer_names:
         raise ModelError(f"{type(model).__name__}: has no decoder layers that seedpack could calibrate one by one")
-    _require_separable(opened, tokens[: 1 if on_disk(model) else TRIED])
     inside = {
         name for layer in opened.layer_names for name, _ in model.get_submodule(layer).named_modules(prefix=layer)
     }
@@ -74,10 +73,12 @@ def run(opened: OpenModel, tokens: Tensor, layer_done: LayerDone, call: CallLaye
     layer_done("", by_weight(outside.means()) | _head_moments(model, head, hidden), None)
 
 
-def _require_separable(opened: OpenModel, tokens: Tensor) -> None:
+@torch.inference_mode()
+def require_separable(opened: OpenModel, tokens: Tensor) -> None:
     """Refuse a model whose layers do not give what it gives if they run one after the other, a sequence at a time: that goes through
-    some layers again, or passes more from layer to layer than hidden states."""
+    some layers again, or passes more from layer to layer than hidden states. A few of the tokens [n, context] are tried."""
     model, called = opened.module, set[str]()
+    tokens = tokens[: 1 if on_disk(model) else TRIED]
     refused = "calibration does not know such models, compress it without"
 
     def call(name: str, forward: Any, inputs: LayerInputs) -> Any:
@@ -93,7 +94,8 @@ def _require_separable(opened: OpenModel, tokens: Tensor) -> None:
             found = run_to_head(model, tokens)
     if found is None or not (expected := [hidden.float() for hidden in each if hidden is not None]):
         return
-    if (found.float() - torch.cat(expected)).norm() > SAME * torch.cat(expected).norm():
+    same = SAME if found.dtype == torch.float32 else SAME_HALF
+    if (found.float() - torch.cat(expected)).norm() > same * torch.cat(expected).norm():
         raise ModelError(f"{type(model).__name__}: passes more from layer to layer than hidden states; {refused}")
 
 
@@ -222,20 +224,16 @@ class LayerInputs:
         args: positional.
         kwargs: by name.
         heads: attention heads of the model, 0 if it has none.
+        share_state: some of the model's layers read what others before them have written down, as Gemma 4's keys and values.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int):
-        self.args, self.kwargs, self._heads = args, kwargs, heads
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], heads: int, share_state: bool = False):
+        self.args, self.kwargs, self._heads, self.share_state = args, kwargs, heads, share_state
 
     @property
     def hidden(self) -> Tensor:
         """The hidden states [n, context, hidden]."""
         return self.args[0] if self.args else self.kwargs["hidden_states"]  # type: ignore[no-any-return]
-
-    @property
-    def share_state(self) -> bool:
-        """True if layers write keys and values down for those after them to read, as Gemma 4's do."""
-        return any(map(_is_shared, (*self.args, *self.kwargs.values())))
 
     def run_batch(self, forward: Any, batch: slice, hidden: Tensor | None = None) -> Any:
         """Return the output of a layer for some sequences, with other hidden states if they are given."""
@@ -288,15 +286,10 @@ def slices(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _is_shared(value: Any) -> bool:
-    """Return whether an argument is a container that layers write to."""
-    return isinstance(value, MutableMapping) and not isinstance(value, dict)
-
-
 def _select(value: Any, count: int, context: int, batch: slice, heads: int, is_other: bool) -> Any:
     """Return some sequences of arguments: of tensors whose first axis of several counts all of them, or some for each.
 
-    What layers share is kept apart for each batch, and for other hidden states than the model's.
+    A container that layers write to, and others read, is kept apart for each batch, and for other hidden states than the model's.
     """
     if isinstance(value, Tensor):
         of_heads = value.dim() == 3 and value.shape[:2] == (heads, 1)  # MPT's biases, the same for all sequences
@@ -305,8 +298,12 @@ def _select(value: Any, count: int, context: int, batch: slice, heads: int, is_o
             return value
         times = value.shape[0] // count  # as alibi's, of each head
         return value[batch.start * times : batch.stop * times]
-    if _is_shared(value):
-        return vars(value).setdefault("of_batches", {}).setdefault((batch.start, batch.stop, is_other), copy(value))
+    if isinstance(value, MutableMapping) and not isinstance(value, dict):
+        apart, key = vars(value).setdefault("of_batches", {}), (batch.start, batch.stop, is_other)
+        if key not in apart:
+            apart[key] = copy(value)
+            del vars(apart[key])["of_batches"]
+        return apart[key]
     if isinstance(value, dict):
         return {key: _select(item, count, context, batch, heads, is_other) for key, item in value.items()}
     return (
@@ -321,10 +318,11 @@ def layer_by_layer(model: Any, layer_names: Iterable[str], call: CallLayer) -> I
     """Replace the forward pass of decoder layers by a `call` with their name, what it was, and the layer's inputs."""
     layers = {name: model.get_submodule(name) for name in layer_names}
     heads = getattr(model.config.get_text_config(), "num_attention_heads", None) or 0
+    shares = any(getattr(module, "is_kv_shared_layer", False) for module in model.modules())  # transformers' attentions
     before = {name: vars(layer).get("forward") for name, layer in layers.items()}
     for name, layer in layers.items():
         vars(layer)["forward"] = lambda *args, name=name, forward=layer.forward, **kwargs: call(
-            name, forward, LayerInputs(args, kwargs, heads)
+            name, forward, LayerInputs(args, kwargs, heads, shares)
         )
     try:
         yield

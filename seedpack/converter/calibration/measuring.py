@@ -72,6 +72,8 @@ def shares(pair: Pair, tokens: Tensor, progress: Callable[[int], None]) -> dict[
                 with torch.no_grad():
                     wanted = pair.original(input_ids=ids, use_cache=False).logits.float().softmax(-1)
                 logits = pair.packed(input_ids=ids, use_cache=False).logits
+                if not logits.requires_grad:  # of nothing that is packed
+                    break
                 logits.backward(logits.detach().float().softmax(-1) - wanted)  # the divergence's gradient
                 progress(ids.numel())
         finally:

@@ -77,6 +77,8 @@ def measured_plan(run: Run, plan: Plan, statistics: Statistics, remade: Callable
     names = {name: tensor.name for tensor in tensors for name in run.source.parameters(tensor.name)}
     pair = measuring.Pair(opened.module, packed, opened.layer_names, names)
     found = measuring.shares(pair, shared, told("Measuring shares", shared))
+    if not found:
+        return plan  # the text reaches nothing that is packed
     sizes = {t.name: (t.codec.expected_error(), math.prod(t.shape)) for t in tensors if isinstance(t.codec, Rates)}
     other = remade(measuring.costs(found, sizes))
     other_trial = tried(other)

@@ -19,8 +19,8 @@ from seedpack.errors import ModelError
 from seedpack.formats.lock import LOCK_FILE
 from seedpack.formats.reader import read_json
 
-VERSION = 4  # 1: texts without the token that a tokenizer puts first; 2: a model wrote without a token drawn for each sequence; 3: in
-# float32, by other numbers
+VERSION = 5  # 1: texts without the token that a tokenizer puts first; 2: a model wrote without a token drawn for each sequence; 3: in
+# float32, by other numbers; 4: by its generation config, and layers that share keys and values had those of other sequences
 
 UNCLAIMED = "unclaimed"  # a file that is there while nobody has asked that the folder stay
 

@@ -103,7 +103,7 @@ def test_layers_that_do_not_follow_each_other_alone(kind: str, message: str) -> 
     case = next(case for case in all_cases() if case.model_type == kind and case.class_name.endswith("ForCausalLM"))
     torch.manual_seed(0)
     with pytest.raises(ModelError, match=message):
-        read(build(case)[0].float(), ids(), lambda layer, values, output: None)
+        layerwise.require_separable(open_pretrained(build(case)[0].float()), ids())
 
 
 def test_a_head_that_is_not_called_has_no_moment() -> None:

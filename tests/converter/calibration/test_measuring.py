@@ -71,6 +71,8 @@ def test_what_the_text_does_not_reach_has_no_share() -> None:
     names = {n: n for n, p in model.named_parameters() if p.dim() == 2}
     pair = measuring.Pair(model, packed, list(decoder_layers(model)), names)
     assert names.keys() - measuring.shares(pair, ids(), lambda count: None).keys() == {"tower.weight"}
+    alone = measuring.Pair(model, packed, list(decoder_layers(model)), {"tower.weight": "tower.weight"})
+    assert measuring.shares(alone, ids(), lambda count: None) == {}
 
 
 def test_costs_are_for_an_error_of_1_and_never_nothing() -> None:
