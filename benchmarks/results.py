@@ -148,7 +148,7 @@ The last three are sketches of the Hessian of the whole model's KL divergence in
 
 {table(full)}
 
-SKETCHES"""
+They cost a backward pass, bring 4% at most at 3 bits and lose more at 2, and are left out."""
 
 
 def others() -> str:
