@@ -148,7 +148,7 @@ The last three are sketches of the Hessian of the whole model's KL divergence in
 
 {table(full)}
 
-They cost a backward pass. Sketched token by token they bring 4% at most at 3 bits, and lose more at 2, with power iterations by 41 to 50%: a few tokens decide then. They are left out."""
+They cost a backward pass. Sketched token by token they bring 4% at most at 3 bits, and lose more at 2, with power iterations by 41 to 50%. They are left out."""
 
 
 def others() -> str:

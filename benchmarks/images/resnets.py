@@ -44,7 +44,7 @@ def measure(result: report.Result) -> None:
             f"Rows of trellis are the mean over {len(SEEDS)} seeds of the code (least … most): seeds differ by about as much as "
             "methods of near bits. A budget gives layers different bits at the same bytes; how it weighs them was chosen on "
             "ResNet-32 and these images, among five exponents, so its rows are optimistic there; ResNet-20 had no part in it. "
-            "A layer that a peer's groups do not divide stays as it is for that peer, at 16 bits per weight. AutoRound packs language models alone."
+            "A layer that a peer's groups do not divide stays as it is for that peer, at 16 bits per weight. SINQ takes groups of 16 or 32 here. AutoRound packs language models alone."
         )
         result.table(
             ["method", "bits per weight", "relative error", "accuracy", "measured"],

@@ -196,13 +196,13 @@ def higgs(weight: Tensor, bits: int) -> tuple[Tensor, float]:
 def sinq(weight: Tensor, bits: int, group: int = 64) -> tuple[Tensor, float]:
     """SINQ's own quantiser: groups within rows, after scales of rows and columns that even their deviations out.
 
-    A group has 16 bits of scale and 8 of zero point, a column 16.
+    A group has 16 bits of scale and 8 of zero point, a column 16. It takes smaller groups where these do not divide rows.
     """
     from sinq.dual_shift import tiled_quant_rectangle
 
     codes, rows, columns, zeros = tiled_quant_rectangle(weight, (0, 2**bits - 1), group, method="sinq")
     rebuilt = ((codes - zeros) * rows).view(weight.shape) * columns
-    return rebuilt, bits + 24 / group + 16 / weight.shape[0]
+    return rebuilt, bits + 24 * rows.numel() / weight.numel() + 16 / weight.shape[0]
 
 
 def data_free() -> dict[str, tuple[str, Quantiser]]:
