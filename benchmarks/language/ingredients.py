@@ -119,7 +119,7 @@ def measure(result: report.Result) -> None:
         return Recorded(model, ids[at])
 
     @functools.cache
-    def sketches(iterations: int = 1) -> Sketches:
+    def sketches(iterations: int) -> Sketches:
         assert tokens is not None
         return sketched(model, tokens, sketches(iterations - 1) if iterations > 1 else None)
 
@@ -135,11 +135,11 @@ def measure(result: report.Result) -> None:
         "feedback": (QUICK, False, lambda name, w: fitted(w, answering, hessian(name))),
         "rotation, feedback": (QUICK, True, lambda name, w: fitted(w, answering, hessian(name))),
         "rotation, balance, feedback": (QUICK, True, lambda name, w: fitted(w, balanced, hessian(name))),
-        "…, output side": (QUICK, True, lambda name, w: fitted(w, balanced, hessian(name), sketches()[name][1])),
-        "…, gradients weigh inputs": (QUICK, True, lambda name, w: fitted(w, balanced, sketches()[name][0])),
-        "…, gradients weigh inputs, output side": (QUICK, True, lambda name, w: fitted(w, balanced, *sketches()[name])),
+        "…, output side": (QUICK, True, lambda name, w: fitted(w, balanced, hessian(name), sketches(1)[name][1])),
+        "…, gradients weigh inputs": (QUICK, True, lambda name, w: fitted(w, balanced, sketches(1)[name][0])),
+        "…, gradients weigh inputs, output side": (QUICK, True, lambda name, w: fitted(w, balanced, *sketches(1)[name])),
         "all three": (FULL, True, lambda name, w: fitted(w, full, hessian(name))),
-        "all three, gradients weigh inputs": (FULL, True, lambda name, w: fitted(w, full, sketches()[name][0])),
+        "all three, gradients weigh inputs": (FULL, True, lambda name, w: fitted(w, full, sketches(1)[name][0])),
         f"all three, {ITERATIONS} power iterations weigh inputs": (
             FULL, True, lambda name, w: fitted(w, full, sketches(ITERATIONS)[name][0])
         ),
